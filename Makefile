@@ -1,0 +1,55 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`.
+# PIP_ARGS passes an index through, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu".
+# PYTHON is the interpreter (>= 3.11) that .venv is made with.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV ?= .venv
+RUN := $(VENV)/bin
+OUTPUT ?= runs/digits
+RECIPE_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart quickstart-short test test-slow test-diffusers quality style bench clean
+
+help:  ## Show this list.
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s%s\n", $$1, $$2}' Makefile
+
+# What an environment was installed from; a change of either file installs again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python >= 3.11 is needed; this is %s. Set PYTHON=..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[test,quality]'
+	@touch $@
+
+install: $(VENV)/.installed  ## Create .venv and install vdm_hub with its test and quality tools.
+
+quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, and load it again (about 3 minutes).
+	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/train.py digits --output_dir $(OUTPUT) $(RECIPE_ARGS)
+	$(RUN)/python scripts/quickstart.py $(OUTPUT)
+
+test: install  ## Run the tests (under 10 minutes on 2 cores).
+	$(RUN)/python -m pytest -n 2
+
+test-slow: install  ## Run the longer checks too.
+	$(RUN)/python -m pytest -n 2 -m 'slow or not slow'
+
+test-diffusers: install  ## Run diffusers' own scheduler, model and pipeline tests: DIFFUSERS_UPSTREAM=<a checkout>.
+	@test -d "$(DIFFUSERS_UPSTREAM)/tests/schedulers" || { echo "set DIFFUSERS_UPSTREAM to a checkout of huggingface/diffusers"; exit 2; }
+	$(RUN)/python -m pytest scripts/diffusers_upstream -n 2 -p no:cacheprovider -o pythonpath="$(DIFFUSERS_UPSTREAM)" -o addopts="--import-mode=importlib -ra"
+
+quality: install  ## Check style, types and the floors.
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+style: install  ## Mend what the style checks can mend by themselves.
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+bench: install  ## Time training and sampling steps over the bare network, and print the digits' three seeds.
+	$(RUN)/python scripts/bench/steps.py
+	$(RUN)/python scripts/bench/digits_seeds.py
+
+clean:  ## Remove what the commands above made, except runs/.
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

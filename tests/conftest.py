@@ -1,0 +1,27 @@
+"""Session settings, and real data where it is to be had."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: no test may need the network
+torch.set_num_threads(1)
+settings.register_profile("laws", deadline=None, derandomize=True, max_examples=30, database=None)
+settings.load_profile("laws")
+
+DATA_VARIABLE = "VDM_HUB_TEST_DATA"
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder that holds ``cifar10/``, ``mnist/``, ... as Parquet; the test skips where there is none."""
+    beside_the_repository = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get(DATA_VARIABLE, beside_the_repository))
+    if not folder.is_dir():
+        pytest.skip(f"REAL DATA ABSENT, THIS ORACLE WAS NOT CHECKED: {folder} is no folder; set {DATA_VARIABLE}.")
+    return folder

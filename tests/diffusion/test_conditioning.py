@@ -1,0 +1,85 @@
+"""What the network is told of gamma: fixed, strictly increasing, invertible, in [0, T-1]."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import registered
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vdm_hub import registry
+from vdm_hub.diffusion.conditioning import AffineConditioning, TableConditioning
+from vdm_hub.diffusion.noise_schedules import DiscreteBetasSchedule, LinearSchedule
+from vdm_hub.errors import ConfigurationError
+
+every_conditioning = pytest.mark.parametrize("name", registered.names("conditionings"))
+every_schedule = pytest.mark.parametrize("schedule", registered.names("noise_schedules"))
+
+
+@every_conditioning
+@every_schedule
+def test_strictly_increasing_and_inverted(name: str, schedule: str) -> None:
+    conditioning = registered.process(registered.scalar_schedule(schedule), conditioning=name).conditioning
+    gamma = torch.linspace(-16, 16, 3001, dtype=torch.float64)  # beyond the ends too: endpoints may be learned
+    timestep = conditioning(gamma)
+    assert float(timestep.diff().min()) > 0
+    torch.testing.assert_close(conditioning.inverse(timestep), gamma, rtol=1e-10, atol=1e-10)
+
+
+@every_conditioning
+@every_schedule
+def test_a_schedule_starts_inside_the_range_of_timesteps(name: str, schedule: str) -> None:
+    process = registered.process(registered.scalar_schedule(schedule), conditioning=name)
+    timesteps = process.timestep(torch.linspace(0, 1, 101))
+    assert timesteps.dtype == torch.float64 and float(timesteps.diff().min()) > 0
+    torch.testing.assert_close(timesteps[[0, -1]], torch.tensor([0.0, 999.0]).double(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(process.time(timesteps), torch.linspace(0, 1, 101).double(), rtol=0, atol=1e-5)
+
+
+@every_conditioning
+def test_survives_json_bit_for_bit(name: str) -> None:
+    conditioning = registered.build("conditionings", name)
+    again = registry.build("conditionings", json.loads(json.dumps(registry.serialise("conditionings", conditioning))))
+    gamma = torch.linspace(-15, 6, 500)
+    assert torch.equal(again(gamma), conditioning(gamma))
+
+
+@given(st.floats(-20, 0), st.floats(0.5, 25), st.integers(2, 5000))
+def test_affine_reaches_both_ends_exactly_in_float32(first: float, width: float, steps: int) -> None:
+    first, last = float(torch.tensor(first)), float(torch.tensor(first + width))
+    conditioning = AffineConditioning(first, last, steps)
+    ends = conditioning(torch.tensor([first, last]))
+    assert ends[0] == 0 and float(ends[1]) == pytest.approx(steps - 1, rel=2e-7)
+
+
+def test_the_default_process_counts_down_from_999_evenly() -> None:
+    process = registered.process(LinearSchedule())
+    t = 1 - torch.arange(50, dtype=torch.float64) / 50
+    torch.testing.assert_close(process.timestep(t), 999 * t, rtol=1e-12, atol=1e-10)
+
+
+def test_constants_are_those_of_the_config_not_of_float32_parameters() -> None:
+    conditioning = AffineConditioning.from_schedule(registered.schedule("learned_linear"), 1000)
+    assert (conditioning.gamma_min, conditioning.gamma_max) == (-13.3, 5.0)
+
+
+def test_a_table_gives_integers_at_the_latents_of_a_beta_table() -> None:
+    schedule = DiscreteBetasSchedule(torch.linspace(1e-4, 0.02, 50).tolist())
+    conditioning = TableConditioning.from_schedule(schedule, 50)
+    torch.testing.assert_close(conditioning(schedule.gammas), torch.arange(50).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "serialised",
+    [
+        {"name": "affine", "config": {"gamma_min": 5.0, "gamma_max": 5.0}},
+        {"name": "table", "config": {"gammas": [0.0, 0.0]}},
+        {"name": "table", "config": {"gammas": [0.0]}},
+    ],
+)
+def test_what_does_not_increase_is_refused(serialised: registry.Serialised) -> None:
+    with pytest.raises(ConfigurationError):
+        registry.build("conditionings", serialised)

@@ -1,0 +1,138 @@
+"""What trains a learned schedule: the bound its endpoints, the variance of the bound's estimator its shape."""
+
+from __future__ import annotations
+
+import pytest
+import registered
+import torch
+from torch import Tensor, nn
+
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.noise_schedules import NoiseSchedule, gamma_and_derivative
+
+BATCH, DIMENSIONS = 6, 12
+LEARNED = [n for n in registered.names("noise_schedules") if list(registered.schedule(n).parameters())]
+
+
+class Network(nn.Module):
+    """A small network in float64 that is far from a denoiser, and nonlinear in gamma."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(DIMENSIONS, DIMENSIONS, dtype=torch.float64)
+        nn.init.normal_(self.mix.weight, std=0.2, generator=torch.Generator().manual_seed(5))
+        nn.init.normal_(self.mix.bias, std=0.2, generator=torch.Generator().manual_seed(6))
+
+    def bare(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return torch.sin(self.mix(sample) + timestep[:, None] / 300)
+
+
+class Evaluation:
+    """One batch, its draws, and the losses L_i in nats per dimension as a function of (gamma, gamma')."""
+
+    def __init__(self, name: str) -> None:
+        self.schedule: NoiseSchedule = registered.learned(name).double()
+        self.process: GaussianProcess = registered.process(self.schedule)
+        self.network = Network()
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.rand(BATCH, DIMENSIONS, dtype=torch.float64, generator=generator) * 2 - 1
+        self.eps = torch.randn(BATCH, DIMENSIONS, dtype=torch.float64, generator=generator)
+        self.t = torch.rand(BATCH, dtype=torch.float64, generator=generator)
+
+    def library(self) -> Tensor:
+        noise = {"marginal": self.eps}
+        return self.process.bind(self.x, noise)[1].kl_rate(self.x, self.t, noise, self.network.bare) / DIMENSIONS
+
+    def written_out(self, constant: set[str]) -> Tensor:
+        """``L_i = gamma'/2 |eps - eps_hat|^2 / D`` with some of the schedule's parameters held fixed."""
+        parameters = {n: p.detach() if n in constant else p for n, p in self.schedule.named_parameters()}
+
+        def gamma_of(t: Tensor) -> Tensor:
+            gamma: Tensor = torch.func.functional_call(self.schedule, parameters, (t,))
+            return gamma
+
+        gamma, prime = gamma_and_derivative(gamma_of, self.t)
+        z = (1 / (1 + gamma.exp())).sqrt()[:, None] * self.x + (1 / (1 + (-gamma).exp())).sqrt()[:, None] * self.eps
+        eps_hat = self.network.bare(z, self.process.conditioning(gamma))
+        return 0.5 * prime * ((self.eps - eps_hat) ** 2).mean(1)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_shape_gets_the_gradient_of_the_squared_losses_and_the_rest_that_of_the_bound(name: str) -> None:
+    evaluation = Evaluation(name)
+    schedule = evaluation.schedule
+    shape = schedule.variance_parameters()
+    others = {n for n, _ in schedule.named_parameters()} - shape
+    assert shape <= {n for n, _ in schedule.named_parameters()}
+
+    losses = evaluation.library()
+    losses.mean().backward()
+    parameters = dict(schedule.named_parameters())
+
+    plain = evaluation.written_out(constant=shape)
+    torch.testing.assert_close(losses, plain, rtol=1e-10, atol=0)
+    network = list(evaluation.network.parameters())
+    wanted = [parameters[n] for n in sorted(others)]
+    expected = torch.autograd.grad(plain.mean(), [*wanted, *network])
+    for parameter, gradient in zip([*wanted, *network], expected, strict=True):
+        assert float(gradient.abs().max()) > 0
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-14)
+
+    if shape:
+        squares = (evaluation.written_out(constant=others) ** 2).mean()
+        wanted = [parameters[n] for n in sorted(shape)]
+        for parameter, gradient in zip(wanted, torch.autograd.grad(squares, wanted), strict=True):
+            assert float(gradient.abs().max()) > 0
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-13)
+
+
+def test_the_shape_is_trained_by_something_in_at_least_one_schedule() -> None:
+    assert any(registered.schedule(name).variance_parameters() for name in LEARNED)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("frozen", ["all", "endpoints", "shape"])
+def test_parameters_may_be_frozen(name: str, frozen: str) -> None:
+    evaluation = Evaluation(name)
+    shape = evaluation.schedule.variance_parameters()
+    for parameter_name, parameter in evaluation.schedule.named_parameters():
+        pinned = frozen == "all" or (parameter_name in shape) == (frozen == "shape")
+        parameter.requires_grad_(not pinned)
+    evaluation.library().mean().backward()
+    for parameter in evaluation.schedule.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+    assert all(p.grad is not None for p in evaluation.network.parameters())
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_terms_at_the_ends_do_not_move_the_shape(name: str) -> None:
+    schedule = registered.learned(name).double()
+    ends = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    ends.sum().backward()
+    for parameter_name, parameter in schedule.named_parameters():
+        if parameter_name in schedule.variance_parameters():
+            assert float(parameter.grad.abs().max()) < 1e-10  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_evaluation_and_training_give_the_same_losses(name: str) -> None:
+    evaluation = Evaluation(name)
+    trained = evaluation.library().detach()
+    with torch.no_grad():
+        torch.testing.assert_close(evaluation.library(), trained, rtol=1e-12, atol=0)
+
+
+def test_a_step_against_the_shape_gradient_lowers_the_variance_and_keeps_the_endpoints() -> None:
+    name = next(n for n in LEARNED if registered.schedule(n).variance_parameters())
+    evaluation = Evaluation(name)
+    before = evaluation.schedule.endpoints()
+    squares = [float((evaluation.library().detach() ** 2).mean())]
+    shape = [p for n, p in evaluation.schedule.named_parameters() if n in evaluation.schedule.variance_parameters()]
+    optimizer = torch.optim.SGD(shape, lr=1e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        evaluation.library().mean().backward()
+        optimizer.step()
+        squares.append(float((evaluation.library().detach() ** 2).mean()))
+    assert squares == sorted(squares, reverse=True)
+    assert evaluation.schedule.endpoints() == pytest.approx(before, abs=1e-12)

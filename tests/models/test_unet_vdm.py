@@ -1,0 +1,219 @@
+"""Laws of the VDM network: its size, its start, what survives saving, and what precision does to it."""
+
+import doctest
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vdm_hub import UNetVDMModel
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.models.unet_vdm import FourierFeatures
+
+SMALL = {"in_channels": 1, "out_channels": 1, "block_out_channels": (16,), "layers_per_block": 2, "norm_num_groups": 8}
+VARIANTS = {
+    "paper": SMALL | {"in_channels": 3, "out_channels": 3},
+    "no_features": SMALL | {"fourier_features": ()},
+    "two_resolutions": SMALL | {"block_out_channels": (16, 24), "attention_levels": (1,)},
+    "attention_everywhere": SMALL | {"attention_levels": (0,), "attention_head_dim": 8},
+    "no_attention": SMALL | {"mid_block_attention": False},
+    "scale_shift": SMALL | {"resnet_time_scale_shift": "scale_shift"},
+    "no_input": SMALL | {"add_input": False, "in_channels": 2},
+    "classes": SMALL | {"num_class_embeds": 10},
+}
+
+
+def build(name: str, randomise: bool = True, **changes) -> UNetVDMModel:
+    torch.manual_seed(0)
+    model = UNetVDMModel(**(VARIANTS[name] | {"dropout": 0.0} | changes)).eval()
+    if randomise:  # the branches that start at zero would hide everything behind them
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def inputs(model: UNetVDMModel, batch: int = 3, size: int = 8) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(batch, model.config.in_channels, size, size, generator=generator)
+    timestep = torch.rand(batch, generator=generator) * (model.config.num_train_timesteps - 1)
+    classes = model.config.num_class_embeds
+    return sample, timestep, None if classes is None else torch.arange(batch) % classes
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request) -> UNetVDMModel:
+    return build(request.param)
+
+
+def test_the_default_is_the_papers_cifar10_network():
+    with torch.device("meta"):
+        model = UNetVDMModel()
+    norm, conv = 2 * 128, 128 * 128 * 9 + 128
+    block = 2 * norm + 2 * conv + 512 * 128  # two norms, two convolutions, the noise level
+    up = block + norm + 128 * 128 * 9 + (256 * 128 + 128)  # twice the input channels, and a shortcut
+    attention = norm + 4 * (128 * 128 + 128)
+    time = (128 * 512 + 512) + (512 * 512 + 512)
+    ends = (15 * 128 * 9 + 128) + norm + (128 * 3 * 9 + 3)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == ends + time + 34 * block + attention + 33 * up
+    assert round(count / 1e6, 2) == 30.58
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_before_training_it_is_the_identity_or_zero(name):
+    model = build(name, randomise=False)
+    sample, timestep, labels = inputs(model)
+    expected = sample if model.config.add_input else torch.zeros(3, 1, 8, 8)
+    assert torch.equal(model(sample, timestep, labels).sample, expected)
+
+
+def test_the_output_has_the_images_size_and_the_asked_channels(model):
+    for size in (8, 12):
+        sample, timestep, labels = inputs(model, size=size)
+        output = model(sample, timestep, labels, return_dict=False)[0]
+        assert output.shape == (3, model.config.out_channels, size, size)
+        assert output.isfinite().all()
+
+
+def test_every_parameter_gets_a_gradient(model):
+    sample, timestep, labels = inputs(model)
+    model(sample, timestep, labels).sample.square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_what_is_saved_is_what_is_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    loaded = UNetVDMModel.from_pretrained(tmp_path, use_safetensors=True)
+    sample, timestep, labels = inputs(model)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert torch.equal(loaded(sample, timestep, labels).sample, model(sample, timestep, labels).sample)
+
+
+def test_a_scalar_timestep_is_the_same_for_all(model):
+    sample, _, labels = inputs(model)
+    scalar = torch.tensor(123.4)
+    expected = model(sample, scalar.expand(3), labels).sample
+    for timestep in (scalar, scalar[None], 123.4):
+        torch.testing.assert_close(model(sample, timestep, labels).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fractions_of_a_timestep_count(model):
+    sample, _, labels = inputs(model)
+    outputs = [model(sample, torch.tensor(timestep), labels).sample for timestep in (0.0, 0.5)]
+    assert not torch.allclose(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_each_image_is_predicted_on_its_own(model):
+    sample, timestep, labels = inputs(model)
+    together = model(sample, timestep, labels).sample
+    alone = [model(sample[i, None], timestep[i], None if labels is None else labels[i, None]).sample for i in range(3)]
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_changes_the_layout_and_nothing_else(model):
+    sample, timestep, labels = inputs(model)
+    expected = model(sample, timestep, labels).sample
+    model.to(memory_format=torch.channels_last)
+    output = model(sample.contiguous(memory_format=torch.channels_last), timestep, labels).sample
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model):
+    sample, timestep, labels = inputs(model)
+    gradients = []
+    for enabled in (False, True):
+        model.enable_gradient_checkpointing() if enabled else model.disable_gradient_checkpointing()
+        model.train().zero_grad()
+        model(sample, timestep, labels).sample.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert model.is_gradient_checkpointing
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_labels_change_the_prediction():
+    model = build("classes")
+    sample, timestep, _ = inputs(model)
+    zero, one = (model(sample, timestep, torch.full((3,), label)).sample for label in (0, 1))
+    assert not torch.allclose(zero, one, rtol=1e-3, atol=1e-3)
+
+
+def test_fourier_features_are_those_of_the_formula():
+    z = torch.rand(2, 3, 4, 4, dtype=torch.float64) * 2 - 1
+    features = FourierFeatures([0, 7])(z.float())
+    angles = torch.pi * z.float().double()
+    expected = torch.cat([z, angles.sin(), (128 * angles).sin(), angles.cos(), (128 * angles).cos()], dim=1)
+    torch.testing.assert_close(features.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("cast", ["autocast", "weights"])
+def test_fourier_features_and_sinusoids_stay_in_float32(cast):
+    model = build("paper")
+    seen: dict[str, list[Tensor]] = {"features": [], "linear": []}
+    model.input_features.register_forward_hook(lambda _, __, output: seen["features"].append(output))
+    model.mid_blocks[0].register_forward_hook(lambda _, __, output: seen["linear"].append(output))
+    sample, timestep, _ = inputs(model)
+    model(sample, timestep)
+    exact = model.time_embedding.sinusoids(timestep)
+    if cast == "weights":
+        model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+        output = model(sample, timestep).sample
+        assert torch.equal(model.time_embedding.sinusoids(timestep), exact)
+    assert torch.equal(*seen["features"])
+    assert seen["linear"][1].dtype == torch.bfloat16
+    assert output.dtype == torch.float32
+
+
+def test_it_can_be_pickled_and_its_example_holds():
+    model = build("paper")
+    sample, timestep, _ = inputs(model)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(sample, timestep).sample, model(sample, timestep).sample)
+    # The public class answers to the package's name, where doctest does not look by itself.
+    assert UNetVDMModel.__module__ == "vdm_hub"
+    (example,) = doctest.DocTestFinder(recurse=False).find(UNetVDMModel, module=False, globs=globals().copy())
+    assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
+    assert len(example.examples) == 3
+
+
+def test_every_argument_is_in_the_config():
+    names = set(inspect.signature(UNetVDMModel.__init__).parameters) - {"self"}
+    assert names <= set(UNetVDMModel(**SMALL).config)
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 7), (9, 9)])
+def test_sizes_that_the_resolutions_do_not_divide_are_refused(size):
+    with pytest.raises(ConfigurationError, match=f"{size[0]}x{size[1]} can't be halved.*multiples of 2"):
+        build("two_resolutions")(torch.zeros(1, 1, *size), torch.zeros(1))
+
+
+def test_odd_sizes_are_fine_without_downsampling():
+    assert build("paper")(torch.zeros(1, 3, 7, 5), torch.zeros(1)).sample.shape == (1, 3, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": ()}, "block_out_channels is empty"),
+        ({"block_out_channels": (12,)}, "norm_num_groups is 8, which does not divide"),
+        ({"norm_num_groups": 0}, "norm_num_groups is 0"),
+        ({"attention_head_dim": 5}, "attention_head_dim is 5"),
+        ({"attention_levels": (1,)}, r"attention_levels is \[1\]"),
+        ({"resnet_time_scale_shift": "scale_shft"}, "did you mean 'scale_shift'"),
+        ({"in_channels": 2}, "set add_input"),
+        ({"num_train_timesteps": 1}, "at least 2"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        UNetVDMModel(**(SMALL | changes))
+
+
+@pytest.mark.parametrize(("name", "labels"), [("classes", None), ("paper", torch.zeros(3, dtype=torch.long))])
+def test_labels_without_classes_and_classes_without_labels_are_refused(name, labels):
+    model = build(name)
+    sample, timestep, _ = inputs(model)
+    with pytest.raises(ConfigurationError, match="class_labels"):
+        model(sample, timestep, labels)

@@ -1,0 +1,79 @@
+"""Instances of everything registered, so that a new schedule, target or decoder is under the laws by itself."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from vdm_hub import registry
+from vdm_hub.diffusion.conditioning import Conditioning
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.levels import DataScaling
+from vdm_hub.diffusion.noise_schedules import NoiseSchedule
+from vdm_hub.diffusion.parameterizations import Parameterization
+
+# Only what a constructor requires; everything else is tested with its defaults.
+REQUIRED_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("noise_schedules", "tabulated"): {"gammas": [-13.3, -9.0, -7.5, -3.0, -2.5, 1.0, 5.0]},
+    ("noise_schedules", "discrete_betas"): {"betas": torch.linspace(1e-4, 0.02, 1000).tolist()},
+    ("conditionings", "table"): {"gammas": [-13.3, -9.0, -7.5, -3.0, -2.5, 1.0, 5.0]},
+}
+
+
+def names(kind: str) -> list[str]:
+    return [registration.name for registration in registry.registrations(kind)]
+
+
+def build(kind: str, name: str, **arguments: Any) -> Any:
+    """An instance; the test fails where its constructor requires arguments that nobody gave."""
+    cls = registry.lookup(kind, name).load()
+    arguments = REQUIRED_ARGUMENTS.get((kind, name), {}) | arguments
+    for parameter in inspect.signature(cls).parameters.values():
+        required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if required and parameter.name not in arguments:
+            pytest.fail(f"{kind}/{name} requires {parameter.name!r}: add it to REQUIRED_ARGUMENTS in {__file__}")
+    return cls(**arguments)
+
+
+def schedule(name: str, **arguments: Any) -> NoiseSchedule:
+    built = build("noise_schedules", name, **arguments)
+    assert isinstance(built, NoiseSchedule)
+    return built
+
+
+def scalar_schedule(name: str) -> NoiseSchedule:
+    built = schedule(name)
+    if not built.scalar:
+        pytest.skip(f"{name} has a gamma per dimension")
+    return built
+
+
+def learned(name: str) -> NoiseSchedule:
+    """A schedule after training moved its parameters (if it has any), still monotone."""
+    built = scalar_schedule(name)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+    return built
+
+
+def process(
+    schedule: NoiseSchedule,
+    parameterization: str | Parameterization = "epsilon",
+    conditioning: str | Conditioning = "affine",
+    decoder: str = "factorised",
+    num_levels: int = 256,
+    data_scaling: str = "bin_centers",
+) -> GaussianProcess:
+    if isinstance(parameterization, str):
+        parameterization = build("parameterizations", parameterization)
+    if isinstance(conditioning, str):
+        cls = registry.lookup("conditionings", conditioning).load()
+        assert issubclass(cls, Conditioning)
+        conditioning = cls.from_schedule(schedule, 1000)
+    scaling = DataScaling(data_scaling, num_levels)
+    return GaussianProcess(schedule, parameterization, conditioning, build("decoders", decoder), scaling)

@@ -1,0 +1,41 @@
+"""Variational diffusion models in the Hugging Face ecosystem: train, measure in bits per dimension, publish, load.
+
+Importing this package makes diffusers know its classes, so ``DiffusionPipeline.from_pretrained`` loads a VDM.
+"""
+
+import sys
+
+# diffusers looks for these two by name in the library that a component comes from.
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
+from vdm_hub.diffusion.noise_schedules import NoiseSchedule
+from vdm_hub.diffusion.parameterizations import Parameterization
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.likelihood.variational_bound import Bound, Objective, VDMObjective
+from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
+from vdm_hub.models.unet_vdm import UNetVDMModel
+from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.registration import register
+from vdm_hub.scheduling_vdm import VDMScheduler
+from vdm_hub.version import __version__ as __version__
+
+__all__ = [
+    "Bound",
+    "BoundProcess",
+    "ForwardProcess",
+    "LikelihoodReport",
+    "ModelMixin",
+    "NoiseSchedule",
+    "NoiseScheduleModel",
+    "Objective",
+    "Parameterization",
+    "SchedulerMixin",
+    "UNetVDMModel",
+    "VDMObjective",
+    "VDMPipeline",
+    "VDMScheduler",
+]
+
+register(sys.modules[__name__], [NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler])

@@ -1,0 +1,42 @@
+"""Draw samples from a pipeline into one picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from vdm_hub.commands.loading import load_pipeline
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.files import written_beside
+from vdm_hub.plots import save_grid
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``vdm-hub sample``."""
+    parser.add_argument("pipeline", help="a folder, or a Hub id")
+    parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
+    parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the PNG to write (default: grid.png)")
+    parser.add_argument("--num_inference_steps", type=int, default=250, help="network evaluations (default: 250)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at once (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: 0)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Sample and save."""
+    for name in ("num_images", "num_inference_steps", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ConfigurationError(f"{name} is {getattr(arguments, name)}: give at least 1.")
+    pipeline = load_pipeline(arguments.pipeline)
+    seeds = range(arguments.seed, arguments.seed + arguments.num_images)
+    parts = []
+    for start in range(0, arguments.num_images, arguments.batch_size):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + arguments.batch_size]]
+        steps = arguments.num_inference_steps
+        parts.append(
+            pipeline(len(generators), generators, num_inference_steps=steps, output_type="pt", return_dict=False)[0]
+        )
+    with written_beside(arguments.output) as beside:
+        save_grid(torch.cat(parts), beside)
+    print(f"{arguments.num_images} samples: {arguments.output}")

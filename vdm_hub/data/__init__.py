@@ -1,0 +1,1 @@
+"""Images as levels: loading, checking, batching. It knows nothing of models."""

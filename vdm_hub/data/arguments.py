@@ -1,0 +1,73 @@
+"""Which images a run or an evaluation reads: the data part of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vdm_hub.fields import at_least, option, require
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """Which images, and what is done to them before they become levels."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = option(
+        None, "A dataset on the Hugging Face Hub, or 'digits' for scikit-learn's digits, which need no network."
+    )
+    dataset_config_name: str | None = option(None, "The configuration of the dataset, where it has several.")
+    train_data_dir: str | None = option(
+        None, "Instead of dataset_name: a folder of images or of Parquet files, in any layout that `datasets` reads."
+    )
+    image_column: str = option("image", "The column that holds the images.")
+    train_split: str = option("train", "The split to train on; slices such as 'train[:90%%]' are understood.")
+    validation_split: str | None = option(None, "The split for held-out bits/dim while training.")
+    test_split: str | None = option("test", "The split for the evaluation at the end; 'none' for no evaluation.")
+    validation_size: int = option(
+        0,
+        "Without a validation split: how many images of the training split to hold out for validation, the same ones "
+        "whatever the seed. 0 takes none.",
+    )
+    resolution: int | None = option(
+        None,
+        "Resize the shorter side to this many pixels, then crop a square. Not given, images are used as they are; "
+        "figures on resized images can't be compared with published ones.",
+    )
+    center_crop: bool = option(False, "With a resolution: crop the centre, instead of a random square at each use.")
+    random_flip: bool = option(False, "Mirror each training image left to right with probability 1/2.")
+    color: Literal["auto", "grey", "rgb"] = option(
+        "auto", "'auto' keeps grey (mode L) or RGB as found and refuses other modes; 'grey' and 'rgb' convert."
+    )
+    num_levels: int = option(
+        256, "K, the number of levels of a channel: level i is stored in an 8-bit image as round(255 i/(K-1))."
+    )
+    streaming: bool = option(False, "Read the training split as a stream, for data that do not fit in memory.")
+    shuffle_buffer_size: int = option(10_000, "With streaming: how many images the shuffle buffer holds.")
+    max_train_samples: int | None = option(None, "Train on this many images only.")
+    num_workers: int = option(0, "Threads that decode images; 0 decodes in the main thread.")
+
+    def __post_init__(self) -> None:
+        require(
+            (self.dataset_name is None) != (self.train_data_dir is None),
+            "dataset_name",
+            self.dataset_name,
+            f"give either dataset_name or train_data_dir (which is {self.train_data_dir!r})",
+        )
+        require(2 <= self.num_levels <= 256, "num_levels", self.num_levels, "give 2 to 256, as 8-bit images hold")
+        require(
+            self.validation_split is None or self.validation_size == 0,
+            "validation_size",
+            self.validation_size,
+            f"validation_split is {self.validation_split!r} already, so leave one of the two out",
+        )
+        require(
+            self.resolution is not None or not self.center_crop,
+            "center_crop",
+            self.center_crop,
+            "it acts only with a resolution, so give --resolution or leave it out",
+        )
+        require(self.color in ("auto", "grey", "rgb"), "color", self.color, "give auto, grey or rgb")
+        at_least(0, self, "validation_size", "num_workers")
+        at_least(1, self, "resolution", "shuffle_buffer_size", "max_train_samples")

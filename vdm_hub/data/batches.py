@@ -1,0 +1,217 @@
+"""Batches whose content is a pure function of the seed and the step, whatever the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, islice
+from typing import Any, TypeAlias, TypeVar
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+
+from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.errors import DataError
+
+T = TypeVar("T")
+Batch = dict[str, Tensor]
+
+
+class ShuffledBatches:
+    """Training batches of images in memory.
+
+    Epoch e is a permutation of the images, drawn from (seed, e) alone. A global batch is the next ``world_size *
+    batch_size`` images of it, and each process has its contiguous slice. Mirroring and crops are drawn with the
+    permutation, one draw for each of its places; so N processes see, image for image, what one process with an
+    N-fold batch sees. An epoch repeats no image, and leaves out only its last, incomplete global batch.
+
+    Args:
+        images: The training images.
+        batch_size: Images of one process in a batch.
+        seed: Fixes order, mirroring and crops.
+        rank: The number of this process.
+        world_size: The number of processes.
+        random_flip: Mirror each image left to right with probability 1/2.
+
+    Raises:
+        DataError: There are fewer images than in one global batch.
+
+    >>> images = ImageLevels(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), (1, 1, 1), 256)
+    >>> batches = ShuffledBatches(images, batch_size=5, seed=0)
+    >>> sorted(torch.cat([batches.batch(step)["levels"].flatten() for step in (0, 1)]).tolist())
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+
+    def __init__(
+        self,
+        images: ImageLevels,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        random_flip: bool = False,
+    ) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.world_size, self.random_flip = rank, world_size, random_flip
+        self.steps_per_epoch = len(images) // (batch_size * world_size)
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"{len(images)} training images do not fill one batch of {batch_size} on each of {world_size} "
+                f"process(es): set train_batch_size to at most {len(images) // world_size}."
+            )
+        self._epoch: tuple[int, Tensor, Tensor] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """The batch of this process at a step, counted from 0.
+
+        Returns:
+            ``levels``, uint8 of shape (B, C, H, W), and ``class_labels``, (B,), where the images have labels.
+        """
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        order, draws = self._plan(epoch)
+        start = (step_of_epoch * self.world_size + self.rank) * self.batch_size
+        places = slice(start, start + self.batch_size)
+        batch = self.images.take(order[places], draws[places, 1:])
+        if self.random_flip:
+            batch["levels"] = _flip(batch["levels"], draws[places, 0])
+        return batch
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """The batches from a step on, without end; nothing before it is read."""
+        return (self.batch(step) for step in count(start_step))
+
+    def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The epoch's order, (N,), and three draws from U[0, 1) for each of its places, (N, 3)."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator, size = _generator(self.seed, epoch), len(self.images)
+            order = torch.randperm(size, generator=generator)
+            self._epoch = (epoch, order, torch.rand(size, 3, generator=generator))
+        return self._epoch[1:]
+
+
+class StreamedBatches:
+    """Training batches of a stream, through a shuffle buffer.
+
+    The order depends on the seed, the epoch and the number of processes. To start at a step, the images before it are
+    read again, though not decoded, so that the shuffle buffer is what it was.
+
+    Args:
+        images: The training images.
+        batch_size: Images of one process in a batch.
+        seed: Fixes order, mirroring and crops.
+        rank: The number of this process.
+        world_size: The number of processes.
+        random_flip: Mirror each image left to right with probability 1/2.
+    """
+
+    steps_per_epoch: None = None
+    """A stream does not know its length."""
+
+    def __init__(
+        self,
+        images: ImageStream,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        random_flip: bool = False,
+    ) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.world_size, self.random_flip = rank, world_size, random_flip
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """The batches from a step on, without end; one is read ahead where the images have ``num_workers``.
+
+        Raises:
+            DataError: The stream has fewer images than one batch.
+        """
+        batches = (self._decode(step, rows) for step, rows in islice(enumerate(self._rows()), start_step, None))
+        return _read_ahead(batches) if self.images.decoder.num_workers else batches
+
+    def _rows(self) -> Iterator[list[dict[str, Any]]]:
+        """The rows of each batch, epoch after epoch; an incomplete last batch of an epoch is left out."""
+        dataset = _shuffled(self.images, self.seed, self.rank, self.world_size)
+        for epoch in count():
+            dataset.set_epoch(epoch)
+            rows, complete = iter(dataset), 0
+            while len(batch := list(islice(rows, self.batch_size))) == self.batch_size:
+                yield batch
+                complete += 1
+            if complete == 0:
+                raise DataError(
+                    f"the stream holds {len(batch)} training images for process {self.rank} of {self.world_size}, "
+                    f"which do not fill one batch of {self.batch_size}: set train_batch_size to fewer."
+                )
+
+    def _decode(self, step: int, rows: list[dict[str, Any]]) -> Batch:
+        draws = torch.rand(self.batch_size, 3, generator=_generator(self.seed, step, self.rank))
+        levels = self.images.decode(rows, draws[:, 1:])
+        return {"levels": _flip(levels, draws[:, 0]) if self.random_flip else levels}
+
+
+TrainingBatches: TypeAlias = ShuffledBatches | StreamedBatches
+
+
+def training_batches(images: ImageLevels | ImageStream, batch_size: int, **arguments: Any) -> TrainingBatches:
+    """`ShuffledBatches` or `StreamedBatches`, as the images are; the keyword arguments are theirs."""
+    if isinstance(images, ImageLevels):
+        return ShuffledBatches(images, batch_size, **arguments)
+    return StreamedBatches(images, batch_size, **arguments)
+
+
+def evaluation_batches(
+    images: ImageLevels | ImageStream, batch_size: int, *, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """All images once, in order, the last incomplete batch included; image i goes to process ``i mod world_size``.
+
+    Returns:
+        Batches with ``levels``, uint8 of shape (B, C, H, W), and ``indices``, int64 of shape (B,): each image's number
+        in the split. Processes may have different numbers of batches.
+
+    >>> images = ImageLevels(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), (1, 2, 2), 256)
+    >>> [batch["indices"].tolist() for batch in evaluation_batches(images, 2)]
+    [[0, 1], [2, 3], [4]]
+    """
+    if isinstance(images, ImageLevels):
+        for indices in torch.arange(rank, len(images), world_size).split(batch_size):
+            if len(indices):
+                yield images.take(indices) | {"indices": indices}
+        return
+    numbered = islice(enumerate(images.dataset), rank, None, world_size)
+    while batch := list(islice(numbered, batch_size)):
+        indices = torch.tensor([index for index, _ in batch])
+        yield {"levels": images.decode([row for _, row in batch]), "indices": indices}
+
+
+def _shuffled(images: ImageStream, seed: int, rank: int, world_size: int) -> datasets.IterableDataset:
+    dataset = images.dataset.shuffle(seed=seed, buffer_size=images.shuffle_buffer_size)
+    if world_size == 1:
+        return dataset
+    # After `skip` or `take` shards can't be dealt out: datasets would skip in each of them, so other images.
+    strategy = "auto" if images.splittable else "examples"
+    return split_dataset_by_node(dataset, rank=rank, world_size=world_size, strategy=strategy)
+
+
+def _flip(levels: Tensor, draws: Tensor) -> Tensor:
+    return torch.where((draws < 0.5)[:, None, None, None], levels.flip(-1), levels)
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    """A generator whose stream depends on all the seeds, and differs for each tuple of them."""
+    state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:
+    """The same items, the next one made on a thread while the last one is used. For endless iterators."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator)
+        while True:
+            item = coming.result()
+            coming = pool.submit(next, iterator)
+            yield item

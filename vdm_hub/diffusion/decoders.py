@@ -1,0 +1,173 @@
+r"""Decoders ``p(x|z_0)``: from the least noisy latent to K levels.
+
+The factorised decoder's normaliser runs over K levels per dimension. The textbook (B, D, K) tensor is never built:
+levels are visited one after the other, and only those within reach of float precision of the nearest one. Its gradient
+is accumulated in the same pass, so memory stays a small multiple of B*D whatever K is.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdm_hub.diffusion.draws import uniform_noise
+from vdm_hub.diffusion.gaussian import alpha, broadcast, sum_dimensions
+from vdm_hub.diffusion.levels import DataScaling
+
+Predict = Callable[[], Tensor]
+
+
+class Decoder(ABC):
+    """``p(x|z_0)`` over K levels per dimension."""
+
+    def to_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {}
+
+    @abstractmethod
+    def negative_log_likelihood(
+        self, levels: Tensor, z_0: Tensor, gamma_0: Tensor, variance: Tensor, x_hat: Predict, scaling: DataScaling
+    ) -> Tensor:
+        """``-log p(x|z_0)`` per datum in nats, (B,).
+
+        Args:
+            levels: The data, integers 0..K-1, (B, *data).
+            z_0: The first latent, (B, *data).
+            gamma_0: Its gamma, (), (B,) or (B, *data).
+            variance: Of the last step onto the data, for decoders that take one step there.
+            x_hat: Calls the network at z_0 for its estimate of the data; not called where not needed.
+            scaling: Where the K levels lie.
+        """
+
+    @abstractmethod
+    def sample(
+        self, z_0: Tensor, gamma_0: Tensor, x_hat: Predict, scaling: DataScaling, generator: Any = None
+    ) -> Tensor:
+        """Levels drawn from ``p(x|z_0)``, int64, (B, *data)."""
+
+
+class FactorisedDecoder(Decoder):
+    r"""``p(x_i|z_0) \propto N(z_0/alpha_0; x_i, exp(gamma_0))`` over the K levels (VDM section 3.3, eq. 6 and 7).
+
+    >>> scaling, z_0 = DataScaling("bin_centers", 2), torch.zeros(1, 1)
+    >>> nll = FactorisedDecoder().negative_log_likelihood(
+    ...     torch.zeros(1, 1, dtype=torch.uint8), z_0, torch.tensor(-2.0), torch.tensor(0.0), lambda: z_0, scaling
+    ... )
+    >>> round(float(nll), 6)  # half way between two levels: log 2
+    0.693147
+    """
+
+    def negative_log_likelihood(
+        self, levels: Tensor, z_0: Tensor, gamma_0: Tensor, variance: Tensor, x_hat: Predict, scaling: DataScaling
+    ) -> Tensor:
+        gamma_0 = broadcast(gamma_0, z_0)
+        mean = z_0 / alpha(gamma_0)
+        log_p: Tensor = _FactorisedLogLikelihood.apply(levels, mean, gamma_0, scaling)  # type: ignore[no-untyped-call]
+        return -sum_dimensions(log_p)
+
+    def sample(
+        self, z_0: Tensor, gamma_0: Tensor, x_hat: Predict, scaling: DataScaling, generator: Any = None
+    ) -> Tensor:
+        # Inverse distribution function: one uniform a dimension, and two passes over the levels in reach.
+        gamma_0 = broadcast(gamma_0, z_0)
+        mean = z_0 / alpha(gamma_0)
+        total = torch.zeros_like(mean)
+        for _, _, weight in _levels_in_reach(mean, gamma_0, scaling):
+            total += weight
+        remaining = uniform_noise(mean.shape, generator, mean.device, mean.dtype) * total
+        chosen = scaling.nearest(mean)
+        for level, _, weight in _levels_in_reach(mean, gamma_0, scaling):
+            chosen = torch.where((remaining >= 0) & (weight > 0), level, chosen)
+            remaining = remaining - weight
+        return chosen
+
+
+class DDPMDecoder(Decoder):
+    """A Gaussian around the network's estimate of the data, integrated over each level's bin (DDPM eq. 13).
+
+    The outermost bins reach to infinity. The variance is the posterior's at the second latent, as in the code of DDPM
+    and its successors, whose own variance at the first latent would be zero.
+    """
+
+    def negative_log_likelihood(
+        self, levels: Tensor, z_0: Tensor, gamma_0: Tensor, variance: Tensor, x_hat: Predict, scaling: DataScaling
+    ) -> Tensor:
+        deviation = broadcast(variance, z_0).sqrt()
+        centred = scaling.encode(levels, z_0.dtype) - x_hat()
+        upper = (centred + scaling.spacing / 2) / deviation
+        lower = (centred - scaling.spacing / 2) / deviation
+        upper = torch.where(levels == scaling.num_levels - 1, torch.inf, upper)
+        lower = torch.where(levels == 0, -torch.inf, lower)
+        return -sum_dimensions(_log_normal_mass(lower, upper))
+
+    def sample(
+        self, z_0: Tensor, gamma_0: Tensor, x_hat: Predict, scaling: DataScaling, generator: Any = None
+    ) -> Tensor:
+        # As DDPM and diffusers do: the last step takes the mean, without noise.
+        return scaling.nearest(x_hat())
+
+
+def _log_normal_mass(lower: Tensor, upper: Tensor) -> Tensor:
+    """``log(Phi(upper) - Phi(lower))``, taken in the tail where both are smallest, so that neither rounds to one."""
+    flip = lower + upper > 0
+    low, high = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+    # Differences below float precision mean a bin of no width: the density times the width, never -inf.
+    return log_high + torch.log(-torch.expm1((log_low - log_high).clamp(max=-torch.finfo(low.dtype).tiny)))
+
+
+def _reach(gamma_0: Tensor, scaling: DataScaling, dtype: torch.dtype) -> int:
+    """Levels to either side of the nearest one whose weight is not below the rounding of the sum."""
+    deviations = math.sqrt(-2 * math.log(torch.finfo(dtype).eps)) + 1
+    deviation = math.exp(float(gamma_0.detach().max()) / 2)
+    return min(math.ceil(deviations * deviation / scaling.spacing + 0.5), scaling.num_levels - 1)
+
+
+def _levels_in_reach(mean: Tensor, gamma_0: Tensor, scaling: DataScaling) -> Iterator[tuple[Tensor, float, Tensor]]:
+    """Each level in reach, rising, its distance from the nearest level and its weight relative to that one's."""
+    nearest = scaling.nearest(mean)
+    distance = mean - scaling.encode(nearest, mean.dtype)
+    precision = torch.exp(-gamma_0)
+    reach = _reach(gamma_0, scaling, mean.dtype)
+    for offset in range(-reach, reach + 1):
+        level = nearest + offset
+        step = offset * scaling.spacing
+        weight = torch.exp(precision * step * (distance - 0.5 * step))
+        yield level, step, torch.where((level >= 0) & (level < scaling.num_levels), weight, 0.0)
+
+
+class _FactorisedLogLikelihood(torch.autograd.Function):
+    """log p per dimension; the moments that its gradient needs are summed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, levels: Tensor, mean: Tensor, gamma_0: Tensor, scaling: DataScaling) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        nearest = scaling.nearest(mean)
+        distance = mean - scaling.encode(nearest, mean.dtype)
+        total, first, second = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
+        for _, step, weight in _levels_in_reach(mean, gamma_0, scaling):
+            total += weight
+            if needs_gradient:
+                first += weight * step
+                second += weight * step**2
+        chosen = (levels.long() - nearest).to(mean.dtype) * scaling.spacing
+        precision = torch.exp(-gamma_0)
+        log_p = precision * chosen * (distance - 0.5 * chosen) - total.log()
+        if needs_gradient:
+            by_mean = precision * (chosen - first / total)
+            # d/dgamma of -(e^-gamma / 2)(mean - x)^2, less its expectation over the levels.
+            by_gamma = 0.5 * precision * (chosen**2 - second / total - 2 * distance * (chosen - first / total))
+            ctx.save_for_backward(by_mean, by_gamma)
+            ctx.gamma_shape = gamma_0.shape
+        return log_p
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        by_mean, by_gamma = ctx.saved_tensors
+        return None, gradient * by_mean, (gradient * by_gamma).sum_to_size(ctx.gamma_shape), None

@@ -1,0 +1,119 @@
+"""What corrupts the data: the interface between a process and everything built on it.
+
+A `ForwardProcess` is bound to data (or to none, when sampling) and to its base noise; the `BoundProcess` then answers
+for one batch. Gaussian diffusion is one implementation; a process without gamma or parameterization is another.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdm_hub.diffusion.draws import Generator
+from vdm_hub.errors import ConfigurationError
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""``(sample (B, C, H, W), timestep (B,)) -> output``: the bare network, its other arguments closed over."""
+
+Noise = Mapping[str, Tensor]
+"""Base noise by name, as `ForwardProcess.draw_noise` gives it."""
+
+
+class BoundProcess(ABC):
+    """A forward process bound to one batch. KLs and likelihoods are per datum, (B,), in nats; times are (B,)."""
+
+    @abstractmethod
+    def sample(self, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
+        """``z_t`` from ``q(z_t|x)``."""
+
+    @abstractmethod
+    def predict(self, network: Network, z_t: Tensor, t: Tensor) -> Tensor:
+        """Prepare the network's inputs, call it, and return its prediction in the terms of this process."""
+
+    @abstractmethod
+    def transition_kl(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+        """A one-draw estimate of ``E KL(q(z_s|z_t, x) || p(z_s|z_t))``."""
+
+    def kl_rate(self, x: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+        """A one-draw estimate of the transition KL per unit of time, in the limit of infinitely many transitions."""
+        raise ConfigurationError(
+            f"{type(self).__name__} has no continuous-time limit: give a finite number of transitions."
+        )
+
+    @abstractmethod
+    def prior_kl(self, x: Tensor) -> Tensor:
+        """``KL(q(z_1|x) || p(z_1))``."""
+
+    @abstractmethod
+    def reconstruction(self, levels: Tensor, x: Tensor, noise: Noise, network: Network) -> Tensor:
+        """A one-draw estimate of ``E[-log p(x|z_0)]``."""
+
+    @abstractmethod
+    def prior_sample(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> Tensor:
+        """``z_1`` from ``p(z_1)``."""
+
+    @abstractmethod
+    def reverse_step(
+        self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """``z_s`` from ``p(z_s|z_t)`` and the estimate of the data behind it.
+
+        ``output`` is the prediction at ``z_t``; s and t are (), float64.
+        """
+
+    @abstractmethod
+    def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
+        """Levels from ``p(x|z_0)``, int64."""
+
+
+class ForwardProcess(nn.Module, ABC):
+    """A forward process: it may hold parameters (a learned schedule), and is rebuilt from a scheduler's config."""
+
+    num_levels: int
+    num_train_timesteps: int
+
+    @classmethod
+    @abstractmethod
+    def from_fields(cls, fields: Mapping[str, Any], schedule: nn.Module | None = None) -> ForwardProcess:
+        """Build from a `VDMScheduler`'s config fields.
+
+        Args:
+            fields: The config; each process reads the fields it needs, its own arguments from
+                ``fields["forward_process"]["config"]``.
+            schedule: A noise schedule that has weights, already built, where the pipeline carries one.
+        """
+
+    @abstractmethod
+    def fields(self) -> dict[str, Any]:
+        """The scheduler's config fields that rebuild this process as it is now, learned values baked in."""
+
+    @abstractmethod
+    def encode(self, levels: Tensor) -> Tensor:
+        """Levels 0..K-1 -> the data x that the process corrupts."""
+
+    @abstractmethod
+    def quantise(self, x: Tensor) -> Tensor:
+        """The nearest levels of data that a sampler left in the space of x, int64."""
+
+    @abstractmethod
+    def draw_noise(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
+        """All base noise that one evaluation of the bound on data of this shape needs, by name."""
+
+    @abstractmethod
+    def bind(self, x: Tensor | None, noise: Noise) -> tuple[dict[str, Tensor], BoundProcess]:
+        """Named extra bound terms ((B,), nats; none for most) and the process bound to this batch.
+
+        ``x`` is ``None`` when sampling: what q would draw from x is then drawn from p.
+        """
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """The timestep that stands for time t in a sampler's grid, strictly increasing, (N,) -> (N,), float64."""
+        return t.double() * (self.num_train_timesteps - 1)
+
+    def time(self, timestep: Tensor) -> Tensor:
+        """The inverse of `timestep`."""
+        return timestep.double() / (self.num_train_timesteps - 1)

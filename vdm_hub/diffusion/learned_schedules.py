@@ -1,0 +1,118 @@
+"""Noise schedules with parameters, trained with the network and published as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdm_hub.diffusion.noise_schedules import Gamma, NoiseSchedule, check_endpoints, gamma_and_derivative
+
+
+class LearnedLinearSchedule(NoiseSchedule):
+    """``gamma(t) = (1-t) gamma_min + t gamma_max`` with both endpoints trained by the bound (VDM section 4.1).
+
+    >>> schedule = LearnedLinearSchedule(-8.0, 5.0)
+    >>> sorted(name for name, _ in schedule.named_parameters()), schedule.bake().to_config()
+    (['gamma_max', 'gamma_min'], {'gammas': [-8.0, 5.0]})
+    """
+
+    baked_knots = 2
+
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0) -> None:
+        super().__init__()
+        check_endpoints("learned_linear", gamma_min, gamma_max)
+        self._initial = {"gamma_min": float(gamma_min), "gamma_max": float(gamma_max)}
+        self.gamma_min = nn.Parameter(torch.tensor(float(gamma_min)))
+        self.gamma_max = nn.Parameter(torch.tensor(float(gamma_max)))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return (1 - t) * self.gamma_min + t * self.gamma_max
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self._initial)
+
+
+class LearnedMonotoneSchedule(NoiseSchedule):
+    r"""``gamma = gamma_min + (gamma_max - gamma_min) s(t)``, s a monotone network from 0 to 1 (VDM App. H).
+
+    ``s`` is ``l_1(t) + l_3(sigmoid(l_2(l_1(t))))`` with positive weights, normalised so that s(0) = 0 and s(1) = 1:
+    whatever the shape learns, the endpoints stay where the bound put them. The endpoints are trained by the bound, the
+    shape by the variance of its estimator (VDM App. I.2).
+    """
+
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, hidden_features: int = 1024) -> None:
+        super().__init__()
+        check_endpoints("learned_monotone", gamma_min, gamma_max)
+        self._initial = {
+            "gamma_min": float(gamma_min),
+            "gamma_max": float(gamma_max),
+            "hidden_features": hidden_features,
+        }
+        self.gamma_min = nn.Parameter(torch.tensor(float(gamma_min)))
+        self.gamma_max = nn.Parameter(torch.tensor(float(gamma_max)))
+        # Positive through softplus; it starts almost linear, with the kinks of the hidden units spread over [0, 1].
+        self.slope = nn.Parameter(torch.tensor(0.5413))  # softplus(0.5413) = 1
+        self.hidden_weight = nn.Parameter(torch.full((hidden_features,), 5.0))
+        self.hidden_bias = nn.Parameter(-5.0 * torch.linspace(0, 1, hidden_features))
+        self.output_weight = nn.Parameter(torch.full((hidden_features,), -4.0))
+
+    def variance_parameters(self) -> set[str]:
+        return {"slope", "hidden_weight", "hidden_bias", "output_weight"}
+
+    def _unnormalised(self, t: Tensor) -> Tensor:
+        first = F.softplus(self.slope) * t.unsqueeze(-1)
+        hidden = torch.sigmoid(F.softplus(self.hidden_weight) * first + self.hidden_bias)
+        return first.squeeze(-1) + (hidden * F.softplus(self.output_weight)).mean(-1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        ends = self._unnormalised(torch.tensor([0.0, 1.0], dtype=t.dtype, device=t.device))
+        shape = (self._unnormalised(t) - ends[0]) / (ends[1] - ends[0])
+        return self.gamma_min + (self.gamma_max - self.gamma_min) * shape
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self._initial)
+
+
+class VarianceGradient:
+    r"""gamma and gamma' whose shape parameters get the gradient of the estimator's variance (VDM App. I.2).
+
+    The bound's expectation does not depend on the shape, so its variance ``E[L_i^2]`` is lowered instead:
+    ``d L_i^2 = 2 L_i dL_i`` needs one backward through the network when the gradient of each sample's
+    ``(gamma_i, gamma'_i)`` towards the shape is scaled by ``2 L_i``. gamma is evaluated once with the shape held
+    constant and once with the endpoints held constant; only the second is scaled, by a hook that runs in the backward
+    pass, when the losses are known.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, gamma: Gamma) -> None:
+        self._losses: Tensor | None = None
+        self._schedule, self._gamma = schedule, gamma
+        trained = {name for name, parameter in schedule.named_parameters() if parameter.requires_grad}
+        self._names = schedule.variance_parameters() & trained if torch.is_grad_enabled() else set()
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(gamma(t), gamma'(t))``, each (B,)."""
+        if not self._names:
+            return gamma_and_derivative(self._gamma, t)
+        by_bound = self._evaluate(t, constant=self._names)
+        others = {name for name, _ in self._schedule.named_parameters()} - self._names
+        by_variance = self._evaluate(t, constant=others)
+        for value in by_variance:
+            value.register_hook(self._scale)
+        gamma, derivative = (b + (v - v.detach()) for b, v in zip(by_bound, by_variance, strict=True))
+        return gamma, derivative
+
+    def losses(self, losses: Tensor) -> None:
+        """Tell the per-sample losses ``L_i``, (B,), before the backward pass."""
+        self._losses = losses.detach()
+
+    def _evaluate(self, t: Tensor, constant: set[str]) -> tuple[Tensor, Tensor]:
+        parameters = {n: p.detach() if n in constant else p for n, p in self._schedule.named_parameters()}
+        return gamma_and_derivative(lambda times: torch.func.functional_call(self._schedule, parameters, (times,)), t)
+
+    def _scale(self, gradient: Tensor) -> Tensor:
+        if self._losses is None:
+            raise RuntimeError("the per-sample losses were not told before the backward pass")
+        return gradient * (2 * self._losses.reshape(-1, *(1,) * (gradient.ndim - 1))).to(gradient.dtype)

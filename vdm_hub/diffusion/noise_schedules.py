@@ -1,0 +1,254 @@
+r"""Noise schedules: how much noise at time t, as ``gamma(t) = -log SNR(t)``, increasing on t in [0, 1].
+
+A new schedule is one class: its ``forward`` and its ``to_config``. The derivative, the inverse and the published form
+are derived once, here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor, nn
+
+from vdm_hub.errors import ConfigurationError
+
+Gamma = Callable[[Tensor], Tensor]
+
+# diffusers' own floor for the last alpha-bar of a zero-terminal-SNR table (its Euler schedulers use it too).
+_ZERO_TERMINAL_ALPHA_BAR = 2.0**-24
+
+
+def gamma_and_derivative(gamma: Gamma, t: Tensor) -> tuple[Tensor, Tensor]:
+    """``(gamma(t), gamma'(t))`` by forward-mode differentiation; both carry gradients to the schedule's parameters.
+
+    Args:
+        gamma: Any function of t, such as a `NoiseSchedule`, bound or not.
+        t: Times in [0, 1], shape (B,).
+
+    >>> [round(float(v), 4) for v in gamma_and_derivative(LinearSchedule(-5.0, 5.0), torch.tensor(0.25))]
+    [-2.5, 10.0]
+    """
+    pair: tuple[Tensor, Tensor] = torch.func.jvp(gamma, (t,), (torch.ones_like(t),))  # type: ignore[assignment]
+    return pair
+
+
+class NoiseSchedule(nn.Module, ABC):
+    """``gamma(t)``, strictly increasing, finite and differentiable on [0, 1].
+
+    Subclasses implement `forward` and `to_config`. Those that depend on the datum also say so by `scalar = False`,
+    and may override `draw_noise` and `bind`.
+    """
+
+    scalar: bool = True
+    """Whether gamma is one number per time, the same for every datum and dimension."""
+
+    baked_knots: int = 513
+    """How many knots a learned schedule is published with."""
+
+    @abstractmethod
+    def forward(self, t: Tensor) -> Tensor:
+        """``gamma`` at times ``t`` of shape (B,): of shape (B,), or broadcastable to (B, *data)."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON values, that rebuild this schedule (weights apart)."""
+
+    def variance_parameters(self) -> set[str]:
+        """Names of the parameters that lower the variance of the bound's estimator; the bound trains the rest."""
+        return set()
+
+    def draw_noise(self, batch_size: int, generator: Any, device: torch.device) -> dict[str, Tensor]:
+        """The base noise that `bind` needs, by name."""
+        return {}
+
+    def bind(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Gamma]:
+        """Extra bound terms (named, (B,), nats) and gamma as a function of t alone.
+
+        Args:
+            x: Data of shape (B, *data) when bounding, ``None`` when sampling.
+            noise: What `draw_noise` gave.
+        """
+        return {}, self
+
+    def endpoints(self) -> tuple[float, float]:
+        """``(gamma(0), gamma(1))`` of a scalar schedule."""
+        with torch.no_grad():
+            first, last = self(torch.tensor([0.0, 1.0], dtype=torch.float64, device=_device(self))).tolist()
+        return first, last
+
+    def inverse(self, gamma: Tensor) -> Tensor:
+        """The time at which a scalar schedule reaches ``gamma``, by bisection, in float64; clamped to [0, 1]."""
+        target = gamma.double()
+        low, high = torch.zeros_like(target), torch.ones_like(target)
+        with torch.no_grad():
+            for _ in range(60):
+                middle = 0.5 * (low + high)
+                above = self(middle.flatten()).reshape(middle.shape) > target
+                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+            first, last = self(torch.tensor([0.0, 1.0], dtype=torch.float64, device=target.device))
+        inside = torch.where(target <= first, torch.zeros_like(low), 0.5 * (low + high))
+        return torch.where(target >= last, torch.ones_like(high), inside)
+
+    def bake(self) -> NoiseSchedule:
+        """The schedule to publish: itself, or a `TabulatedSchedule` of the same gamma where weights were learned."""
+        if not self.scalar or not any(True for _ in self.parameters()):
+            return self
+        times = torch.linspace(0, 1, self.baked_knots, dtype=torch.float64)
+        with torch.no_grad():
+            return TabulatedSchedule(self(times.to(_device(self))).double().cpu().tolist())
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def check_endpoints(name: str, gamma_min: float, gamma_max: float) -> None:
+    """Refuse endpoints that are not finite and increasing."""
+    if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
+        raise ConfigurationError(
+            f"the noise schedule {name!r} got gamma_min={gamma_min} and gamma_max={gamma_max}: give finite values, "
+            f"gamma_min < gamma_max, such as -13.3 and 5 for 256 levels."
+        )
+
+
+class LinearSchedule(NoiseSchedule):
+    """``gamma(t) = (1-t) gamma_min + t gamma_max``: linear log-SNR (VDM section 4 and fig. 4b).
+
+    >>> LinearSchedule(-13.3, 5.0)(torch.tensor([0.0, 0.5, 1.0]))
+    tensor([-13.3000,  -4.1500,   5.0000])
+    """
+
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0) -> None:
+        super().__init__()
+        check_endpoints("linear", gamma_min, gamma_max)
+        self.gamma_min, self.gamma_max = float(gamma_min), float(gamma_max)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return (1 - t) * self.gamma_min + t * self.gamma_max
+
+    def to_config(self) -> dict[str, Any]:
+        return {"gamma_min": self.gamma_min, "gamma_max": self.gamma_max}
+
+
+class CosineSchedule(NoiseSchedule):
+    """``gamma = 2 log tan(pi u / 2)``, ``u = u_0 + t (u_1 - u_0)``: alpha = cos(pi u / 2), cut to finite endpoints.
+
+    The cosine schedule of Nichol and Dhariwal (arXiv 2102.09672, eq. 17, without its offset) has infinite log-SNR at
+    both ends; ``u_0`` and ``u_1`` are the times where it passes ``gamma_min`` and ``gamma_max``.
+
+    >>> [round(v, 6) for v in CosineSchedule(-13.3, 5.0).endpoints()]
+    [-13.3, 5.0]
+    """
+
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0) -> None:
+        super().__init__()
+        check_endpoints("cosine", gamma_min, gamma_max)
+        self.gamma_min, self.gamma_max = float(gamma_min), float(gamma_max)
+        # Angles from the nearer end, so that neither cancels: pi/2 - angle = atan(exp(-gamma/2)).
+        self._first = math.atan(math.exp(gamma_min / 2))
+        self._last = math.atan(math.exp(-gamma_max / 2))
+        self._span = math.pi / 2 - self._first - self._last
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle, complement = self._first + t * self._span, self._last + (1 - t) * self._span
+        return 2 * (torch.log(torch.sin(angle)) - torch.log(torch.sin(complement)))
+
+    def to_config(self) -> dict[str, Any]:
+        return {"gamma_min": self.gamma_min, "gamma_max": self.gamma_max}
+
+
+class TabulatedSchedule(NoiseSchedule):
+    """A monotone cubic (Fritsch and Carlson, SIAM J. Numer. Anal. 17, 1980) through equally spaced ``gammas``.
+
+    It is how a learned schedule is published: knots in the JSON config, float64, exact at the knots.
+
+    >>> TabulatedSchedule([-5.0, 0.0, 5.0])(torch.tensor([0.0, 0.25, 0.5, 1.0]))
+    tensor([-5.0000, -2.5000,  0.0000,  5.0000])
+    """
+
+    knots: Tensor
+    slopes: Tensor
+
+    def __init__(self, gammas: Sequence[float]) -> None:
+        super().__init__()
+        knots = torch.tensor([float(g) for g in gammas], dtype=torch.float64)
+        if knots.numel() < 2 or not bool(torch.isfinite(knots).all()):
+            raise ConfigurationError(
+                f"a table of gamma needs at least two finite values; this one is {list(gammas)[:5]}."
+            )
+        falls = (knots.diff() <= 0).nonzero()
+        if falls.numel():
+            i = int(falls[0])
+            raise ConfigurationError(
+                f"a table of gamma must strictly increase, but knot {i + 1} is {knots[i + 1].item():g} after "
+                f"{knots[i].item():g}. Sort it, or give -log SNR rather than log SNR."
+            )
+        spacing = 1 / (knots.numel() - 1)
+        times = torch.linspace(0, 1, knots.numel(), dtype=torch.float64)
+        slopes = torch.as_tensor(PchipInterpolator(times.numpy(), knots.numpy()).derivative()(times.numpy())) * spacing
+        # Plain attributes: float64 knots must not follow module.to(float16), and nothing here is a weight.
+        self._tables = {knots.device: (knots, slopes)}
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._tables:
+            knots, slopes = next(iter(self._tables.values()))
+            self._tables[device] = (knots.to(device), slopes.to(device))
+        return self._tables[device]
+
+    @property
+    def gammas(self) -> Tensor:
+        """The knots, float64, on the CPU."""
+        return self._table(torch.device("cpu"))[0]
+
+    def forward(self, t: Tensor) -> Tensor:
+        knots, slopes = self._table(t.device)
+        position = t.double() * (knots.numel() - 1)
+        index = position.detach().floor().long().clamp(0, knots.numel() - 2)
+        u = position - index
+        left, right, slope_left, slope_right = knots[index], knots[index + 1], slopes[index], slopes[index + 1]
+        step = right - left
+        cubic = slope_left + slope_right - 2 * step
+        quadratic = 3 * step - 2 * slope_left - slope_right
+        value = left + u * (slope_left + u * (quadratic + u * cubic))
+        return torch.where(u == 1, right + (u - 1) * slope_right, value).to(t.dtype)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"gammas": self.gammas.tolist()}
+
+
+class DiscreteBetasSchedule(NoiseSchedule):
+    """Exactly a diffusers beta table: ``gamma(i/(T-1)) = log((1 - abar_i) / abar_i)``, i = 0..T-1.
+
+    ``abar`` is diffusers' own float32 cumulative product, so gamma is that of the noise its schedulers really add.
+    Between the T latents a monotone cubic interpolates. A table whose last alpha-bar is zero (zero terminal SNR) is
+    given 2^-24 there, as diffusers' Euler schedulers do.
+
+    >>> schedule = DiscreteBetasSchedule(torch.linspace(1e-4, 0.02, 1000).tolist())
+    >>> [round(v, 3) for v in schedule.endpoints()]
+    [-9.21, 10.118]
+    """
+
+    def __init__(self, betas: Sequence[float]) -> None:
+        super().__init__()
+        self._betas = [float(b) for b in betas]
+        table = torch.tensor(self._betas, dtype=torch.float32)
+        if table.numel() < 2 or not bool(((table > 0) & (table <= 1)).all()):
+            raise ConfigurationError("a beta table needs at least two values, each above 0 and at most 1.")
+        alpha_bar = torch.cumprod(1.0 - table, dim=0).double().clamp(min=_ZERO_TERMINAL_ALPHA_BAR)
+        self._interpolation = TabulatedSchedule((torch.log1p(-alpha_bar) - torch.log(alpha_bar)).tolist())
+
+    @property
+    def gammas(self) -> Tensor:
+        """``gamma`` of each latent, float64."""
+        return self._interpolation.gammas
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self._interpolation(t)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"betas": self._betas}

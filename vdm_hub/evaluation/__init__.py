@@ -1,0 +1,1 @@
+"""The bound of a model over a whole dataset."""

@@ -1,0 +1,133 @@
+r"""The variational bound in named terms, and the objective that trains on it.
+
+``-log p(x) <= KL(q(z_1|x) || p(z_1)) + E[-log p(x|z_0)] + L_diffusion`` (VDM eq. 11; Luo eq. 58, the
+denoising-matching form). With T transitions ``L_diffusion`` is T times the mean transition KL (VDM eq. 13); with
+infinitely many, the integral of its rate (VDM eq. 17).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdm_hub.diffusion.draws import Generator
+from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
+from vdm_hub.diffusion.times import discretise
+from vdm_hub.errors import ConfigurationError
+
+Batch = Mapping[str, Tensor]
+"""``levels``: integers 0..K-1, (B, C, H, W). All else (``class_labels``, ...) is passed to the network by name."""
+
+
+@dataclass
+class Bound:
+    """An upper bound on ``-log p(x)`` as named terms, each per datum, (B,), in nats.
+
+    >>> Bound({"prior": torch.tensor([1.0]), "diffusion": torch.tensor([2.0])}, dimensions=3).total
+    tensor([3.])
+    """
+
+    terms: dict[str, Tensor]
+    dimensions: int
+
+    @property
+    def total(self) -> Tensor:
+        """The bound per datum in nats, (B,)."""
+        return torch.stack(list(self.terms.values())).sum(0)
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean bound over the batch in bits per dimension, what training minimises."""
+        return self.total.mean() / (self.dimensions * math.log(2))
+
+    def bits_per_dim(self) -> dict[str, Tensor]:
+        """Each term per datum in bits per dimension."""
+        return {name: term / (self.dimensions * math.log(2)) for name, term in self.terms.items()}
+
+
+class Objective(nn.Module, ABC):
+    """Network, process and encoders in one module, so that accelerate prepares one; every draw comes in explicitly."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
+        """The bound of one batch at one time per datum.
+
+        Args:
+            batch: See `Batch`.
+            times: In [0, 1), (B,).
+            noise: Base noise, as `draw_noise` gives it.
+        """
+
+    @abstractmethod
+    def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """The base noise that one `forward` on this batch needs."""
+
+
+class VDMObjective(Objective):
+    """The bound of a variational diffusion model.
+
+    Everything but the body of the network runs in float32, outside autocast: at gamma = -13.3 the noise would vanish
+    in bfloat16.
+
+    Args:
+        network: Any module called as ``network(sample, timestep, return_dict=False, **conditioning)[0]``.
+        process: The forward process, with its schedule's parameters.
+        transitions: T, or ``None`` for continuous time.
+    """
+
+    def __init__(self, network: nn.Module, process: ForwardProcess, transitions: int | None = None) -> None:
+        super().__init__()
+        if transitions is not None and transitions < 1:
+            raise ConfigurationError(f"transitions is {transitions}: give at least 1, or none for continuous time.")
+        self.network, self.process, self.transitions = network, process, transitions
+
+    def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
+        """The terms ``reconstruction``, ``prior`` and ``diffusion``, and those that the process adds."""
+        levels = batch["levels"]
+        network = _OutsideIslands(self.network, levels.device.type, _network_arguments(batch))
+        with torch.autocast(levels.device.type, enabled=False):
+            x = self.process.encode(levels)
+            extras, bound = self.process.bind(x, noise)
+            terms = {
+                "reconstruction": bound.reconstruction(levels, x, noise, network),
+                "prior": bound.prior_kl(x),
+                "diffusion": self._diffusion(bound, x, times, noise, network),
+            }
+        return Bound(terms | extras, dimensions=levels[0].numel())
+
+    def _diffusion(self, bound: Any, x: Tensor, times: Tensor, noise: Noise, network: Any) -> Tensor:
+        if self.transitions is None:
+            rate: Tensor = bound.kl_rate(x, times, noise, network)
+            return rate
+        s, t = discretise(times, self.transitions)
+        kl: Tensor = bound.transition_kl(x, s, t, noise, network)
+        return self.transitions * kl
+
+    def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """See `ForwardProcess.draw_noise`."""
+        levels = batch["levels"]
+        return self.process.draw_noise(tuple(levels.shape), generator, levels.device)
+
+
+def _network_arguments(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in ("levels", "indices")}
+
+
+class _OutsideIslands:
+    """Calls the network under the autocast that was in force outside the float32 islands."""
+
+    def __init__(self, network: nn.Module, device_type: str, arguments: dict[str, Tensor]) -> None:
+        self._network, self._device_type, self._arguments = network, device_type, arguments
+        self._enabled = torch.is_autocast_enabled(device_type)
+        self._dtype = torch.get_autocast_dtype(device_type)
+
+    def __call__(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        with torch.autocast(self._device_type, dtype=self._dtype, enabled=self._enabled):
+            output: Tensor = self._network(sample, timestep, return_dict=False, **self._arguments)[0]
+        return output

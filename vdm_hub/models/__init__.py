@@ -1,0 +1,1 @@
+"""Networks, and schedules that have weights at inference."""

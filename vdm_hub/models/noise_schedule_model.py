@@ -1,0 +1,53 @@
+"""The pipeline component for noise schedules that have weights at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from vdm_hub import registry
+from vdm_hub.diffusion.noise_schedules import NoiseSchedule
+from vdm_hub.registry import Serialised
+
+
+class NoiseScheduleModel(ModelMixin, ConfigMixin):
+    """Carries a schedule's weights through ``save_pretrained``, always in float32.
+
+    Its only argument is the schedule's serialised form, so that model_index.json names no library but diffusers and
+    vdm_hub, whichever plugin the schedule comes from. Casting the pipeline to half precision leaves the schedule
+    alone: gamma in bfloat16 has two digits.
+
+    >>> model = NoiseScheduleModel({"name": "learned_linear", "config": {"gamma_min": -8.0}})
+    >>> model.to(torch.bfloat16).dtype, model.schedule.gamma_min.dtype
+    (torch.bfloat16, torch.float32)
+    """
+
+    _dtype_follower: Tensor
+
+    @register_to_config
+    def __init__(self, noise_schedule: Serialised = "learned_linear") -> None:
+        super().__init__()
+        self.schedule: NoiseSchedule = registry.build("noise_schedules", noise_schedule)
+        # Follows every cast, so that `.dtype` answers what the user asked for.
+        self.register_buffer("_dtype_follower", torch.zeros(1))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Gamma at times t."""
+        gamma: Tensor = self.schedule(t)
+        return gamma
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Weights move between devices but keep their dtype; only the follower is cast.
+        self._dtype_follower = fn(self._dtype_follower)
+        self.schedule._apply(  # type: ignore[no-untyped-call]
+            lambda tensor: fn(tensor).to(tensor.dtype) if tensor.is_floating_point() else fn(tensor)
+        )
+        return self
+
+
+NoiseScheduleModel.__module__ = "vdm_hub"

@@ -1,0 +1,342 @@
+r"""The network of *Variational Diffusion Models* (Kingma et al., arXiv 2107.00630, App. B), and smaller relatives.
+
+Likelihood is decided at noise levels that hardly touch the image, so the network keeps full resolution and sees the
+input's last bits through Fourier features. It reads the noise level as a timestep ``tau(gamma)``, never as time. The
+defaults are the paper's CIFAR-10 model; several entries in ``block_out_channels`` give a multi-resolution one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from vdm_hub.errors import ConfigurationError, unknown_name
+
+TIME_SCALE_SHIFTS = ("default", "scale_shift")
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass
+class UNetVDMOutput(BaseOutput):
+    """What `UNetVDMModel` returns.
+
+    Attributes:
+        sample: The prediction, (B, out_channels, H, W), in the input's dtype.
+    """
+
+    sample: Tensor
+
+
+class UNetVDMModel(ModelMixin, ConfigMixin):
+    r"""The VDM paper's U-Net: residual blocks with skips, and no downsampling unless asked for.
+
+    A convolution of the input and its Fourier features; ``layers_per_block`` residual blocks per resolution on the way
+    down; block, attention, block in the middle; ``layers_per_block + 1`` blocks per resolution on the way up, each on
+    its input and one skip; a convolution that starts at zero, plus the input.
+
+    Args:
+        sample_size: Side of the images that it is trained on, or (height, width); other sizes work too.
+        in_channels: Channels of the input.
+        out_channels: Channels of the prediction.
+        block_out_channels: Width of each resolution, the finest first; with one entry it never downsamples.
+        layers_per_block: Residual blocks of each resolution on the way down; there is one more on the way up.
+        fourier_features: Exponents n for which ``sin(2^n pi z)`` and ``cos(2^n pi z)`` of the input are appended; the
+            paper's are 7 and 8, for 256 levels in [-1, 1].
+        norm_num_groups: Groups of each normalisation.
+        norm_eps: Its epsilon.
+        dropout: Probability of dropout in each residual block.
+        attention_levels: Resolutions (indices into ``block_out_channels``) with attention after each block.
+        mid_block_attention: Whether there is attention in the middle.
+        attention_head_dim: Width of an attention head; ``None`` is a single head.
+        resnet_time_scale_shift: ``default`` adds the noise level's embedding to the features, ``scale_shift`` scales
+            and shifts them by it.
+        add_input: Whether the input is added to the output, so that an ``epsilon`` network starts at
+            ``eps_hat = z``, which is right at high noise.
+        num_class_embeds: Number of classes for ``class_labels``; ``None`` is unconditional.
+        num_train_timesteps: Timesteps lie in [0, num_train_timesteps - 1].
+
+    Raises:
+        ConfigurationError: If the arguments contradict each other.
+
+    Example:
+        >>> unet = UNetVDMModel(in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1)
+        >>> z_t, timestep = torch.randn(2, 1, 8, 8), torch.tensor([0.0, 999.0])
+        >>> torch.equal(unet(z_t, timestep).sample, z_t)  # before training it is the identity
+        True
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock"]
+    _repeated_blocks = ["ResnetBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "conv_in", "conv_out"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: Sequence[int] = (128,),
+        layers_per_block: int = 32,
+        fourier_features: Sequence[int] = (7, 8),
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.1,
+        attention_levels: Sequence[int] = (),
+        mid_block_attention: bool = True,
+        attention_head_dim: int | None = None,
+        resnet_time_scale_shift: str = "default",
+        add_input: bool = True,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        _check(block_out_channels, norm_num_groups, attention_levels, attention_head_dim)
+        if resnet_time_scale_shift not in TIME_SCALE_SHIFTS:
+            raise unknown_name("resnet_time_scale_shift", resnet_time_scale_shift, TIME_SCALE_SHIFTS)
+        if add_input and in_channels != out_channels:
+            raise ConfigurationError(
+                f"in_channels={in_channels} and out_channels={out_channels} differ: the input can't be added to the "
+                f"output: set add_input to false."
+            )
+        self.gradient_checkpointing = False
+        widths, embedding = list(block_out_channels), 4 * block_out_channels[0]
+        self.time_embedding = TimeEmbedding(widths[0], embedding, num_train_timesteps, num_class_embeds)
+        self.input_features = FourierFeatures(fourier_features)
+        self.conv_in = nn.Conv2d(in_channels * (1 + 2 * len(fourier_features)), widths[0], 3, padding=1)
+        attend = partial(AttentionBlock, groups=norm_num_groups, eps=norm_eps, head_dim=attention_head_dim)
+
+        def block(channels: int, out: int, attention: bool) -> ResnetBlock:
+            scale_shift = resnet_time_scale_shift == "scale_shift"
+            after = attend(out) if attention else None
+            return ResnetBlock(channels, out, embedding, norm_num_groups, norm_eps, dropout, scale_shift, after)
+
+        channels, skips = widths[0], [widths[0]]
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            if level > 0:
+                self.down_blocks.append(Downsample(channels))
+                skips.append(channels)
+            for _ in range(layers_per_block):
+                self.down_blocks.append(block(channels, width, level in attention_levels))
+                channels = width
+                skips.append(channels)
+        self.mid_blocks = nn.ModuleList(block(channels, channels, mid_block_attention and i == 0) for i in range(2))
+        self.up_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(layers_per_block + 1):
+                self.up_blocks.append(block(channels + skips.pop(), width, level in attention_levels))
+                channels = width
+            if level > 0:
+                self.up_blocks.append(Upsample(channels))
+        self.norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
+        self.conv_out = _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> UNetVDMOutput | tuple[Tensor]:
+        """Predict from a noisy latent.
+
+        Args:
+            sample: ``z_t``, (B, in_channels, H, W); best in float32 even where the weights are not, as the Fourier
+                features read bits that half precision does not have.
+            timestep: ``tau(gamma)`` in [0, num_train_timesteps - 1], fractions included, () or (B,).
+            class_labels: Integers below num_class_embeds, (B,), for class-conditional models.
+            return_dict: Whether to return a `UNetVDMOutput` or a tuple.
+
+        Raises:
+            ConfigurationError: If the resolutions do not divide the image, or labels are missing or uncalled for.
+        """
+        self._check_size(sample)
+        embedding = self.time_embedding(torch.as_tensor(timestep, device=sample.device).reshape(-1), class_labels)
+        hidden = self.conv_in(self.input_features(sample).to(self.conv_in.weight.dtype))
+        skips = [hidden]
+        for block in self.down_blocks:
+            hidden = self._run(block, hidden, embedding)
+            skips.append(hidden)
+        for block in self.mid_blocks:
+            hidden = self._run(block, hidden, embedding)
+        for block in self.up_blocks:
+            if isinstance(block, ResnetBlock):
+                hidden = torch.cat([hidden, skips.pop()], dim=1)
+            hidden = self._run(block, hidden, embedding)
+        output: Tensor = self.conv_out(F.silu(self.norm_out(hidden))).to(sample.dtype)
+        if self.config.add_input:
+            output = output + sample
+        return UNetVDMOutput(sample=output) if return_dict else (output,)
+
+    def _run(self, block: nn.Module, hidden: Tensor, embedding: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, hidden, embedding)
+        return block(hidden, embedding)
+
+    def _check_size(self, sample: Tensor) -> None:
+        halvings = len(self.config.block_out_channels) - 1
+        height, width = sample.shape[-2:]
+        if height % 2**halvings or width % 2**halvings:
+            raise ConfigurationError(
+                f"images of {height}x{width} can't be halved {halvings} times, as this network's {halvings + 1} "
+                f"resolutions require: give images whose sides are multiples of {2**halvings}, or "
+                f"block_out_channels fewer entries."
+            )
+
+
+class FourierFeatures(nn.Module):
+    r"""The input with its features ``sin(2^n pi z)`` and ``cos(2^n pi z)``, in float32 (VDM App. C).
+
+    >>> FourierFeatures([7, 8])(torch.zeros(1, 3, 4, 4)).shape
+    torch.Size([1, 15, 4, 4])
+    """
+
+    def __init__(self, exponents: Sequence[int]) -> None:
+        super().__init__()
+        self.exponents = tuple(exponents)
+
+    def forward(self, z: Tensor) -> Tensor:
+        # Autocast lowers matrix products and convolutions only: what is float32 here stays float32.
+        z = z.float()
+        angles = [z * (2.0**n * math.pi) for n in self.exponents]
+        return torch.cat([z, *(angle.sin() for angle in angles), *(angle.cos() for angle in angles)], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the timestep, then two linear layers with SiLU; a class adds its embedding before the second."""
+
+    def __init__(self, channels: int, out: int, num_train_timesteps: int, num_classes: int | None) -> None:
+        super().__init__()
+        if num_train_timesteps < 2:
+            raise ConfigurationError(f"num_train_timesteps is {num_train_timesteps}: give at least 2.")
+        self.channels, self.scale = channels, 1000 / (num_train_timesteps - 1)
+        self.linear_1, self.linear_2 = nn.Linear(channels, out), nn.Linear(out, out)
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, out)
+
+    def forward(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
+        if (class_labels is None) != (self.class_embedding is None):
+            raise ConfigurationError(
+                "class_labels and num_class_embeds go together: this network "
+                + ("knows no classes." if self.class_embedding is None else "needs the class of each image.")
+            )
+        embedding = self.linear_2(F.silu(self.linear_1(self.sinusoids(timestep).to(self.linear_1.weight.dtype))))
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(class_labels)
+        return F.silu(embedding)
+
+    def sinusoids(self, timestep: Tensor) -> Tensor:
+        """``sin`` and ``cos`` of 1000 t, t in [0, 1], at frequencies from 1 down to 1e-4; (B, channels), float32."""
+        half = self.channels // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timestep.device) / max(half - 1, 1)
+        angles = self.scale * timestep.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.channels % 2))
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, convolution, noise level, norm, SiLU, dropout, convolution from zero; then attention where given."""
+
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        embedding: int,
+        groups: int,
+        eps: float,
+        dropout: float,
+        scale_shift: bool,
+        attention: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, channels, eps)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.time_emb_proj = _zero(nn.Linear(embedding, out * (1 + scale_shift), bias=False))
+        self.norm2 = nn.GroupNorm(groups, out, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(out, out, 3, padding=1))
+        self.conv_shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+        self.attention = nn.Identity() if attention is None else attention
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        inner = self.conv1(F.silu(self.norm1(hidden)))
+        level = self.time_emb_proj(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = level.chunk(2, dim=1)
+            inner = self.norm2(inner) * (1 + scale) + shift
+        else:
+            inner = self.norm2(inner + level)
+        inner = self.conv2(self.dropout(F.silu(inner)))
+        return self.attention(self.conv_shortcut(hidden) + inner)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels, added to its input; its output projection starts at zero."""
+
+    def __init__(self, channels: int, groups: int, eps: float, head_dim: int | None) -> None:
+        super().__init__()
+        self.head_dim = head_dim or channels
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = _zero(nn.Linear(channels, channels))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        sequence = self.norm(hidden).flatten(2).transpose(1, 2)  # (B, H W, C): no copy under channels_last
+        query, key, value = self.to_qkv(sequence).unflatten(2, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return hidden + self.to_out(attended).transpose(1, 2).view_as(hidden)
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(hidden)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+def _zero(module: Module) -> Module:
+    """The module with its parameters at zero: a branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def _check(widths: Sequence[int], groups: int, attention_levels: Sequence[int], head_dim: int | None) -> None:
+    if not widths:
+        raise ConfigurationError("block_out_channels is empty: give the width of at least one resolution.")
+    for name, divisor in (("norm_num_groups", groups), ("attention_head_dim", head_dim)):
+        if divisor is not None and (divisor < 1 or any(width % divisor for width in widths)):
+            raise ConfigurationError(
+                f"{name} is {divisor}, which does not divide every entry of block_out_channels {list(widths)}: choose "
+                f"one that does."
+            )
+    if any(not 0 <= level < len(widths) for level in attention_levels):
+        raise ConfigurationError(
+            f"attention_levels is {list(attention_levels)}: give indices into block_out_channels, 0 to "
+            f"{len(widths) - 1}."
+        )
+
+
+UNetVDMModel.__module__ = "vdm_hub"

@@ -1,0 +1,228 @@
+"""`VDMPipeline`: samples from a variational diffusion model, and its likelihood."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from vdm_hub.diffusion.forward_process import ForwardProcess, Network
+from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.images import images_from_levels, levels_from_images
+from vdm_hub.likelihood.estimator import estimate_bound
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
+from vdm_hub.models.unet_vdm import UNetVDMModel
+from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
+
+StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+class VDMPipeline(DiffusionPipeline):
+    """A variational diffusion model: call it for samples, ask it for a likelihood.
+
+    The scheduler given is kept as it is, so a stock sampler may be swapped in
+    (``pipe.scheduler = pipe.scheduler.to_diffusers(UniPCMultistepScheduler)``). Likelihoods are always those of the
+    VDM that the scheduler's config describes.
+
+    Args:
+        unet: The network: `UNetVDMModel`, diffusers' `UNet2DModel`, or any model called alike.
+        scheduler: `VDMScheduler`, or a stock scheduler made from its config.
+        noise_schedule: For schedules that have weights at inference.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _optional_components = ["noise_schedule"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self, unet: ModelMixin, scheduler: SchedulerMixin, noise_schedule: NoiseScheduleModel | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load from a folder or a Hub id; weights are read from safetensors only, so nothing is unpickled."""
+        if kwargs.get("use_safetensors") is False:
+            raise ConfigurationError("use_safetensors=False would unpickle weights: convert them to safetensors.")
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def process(self) -> ForwardProcess:
+        """The forward process of the scheduler's config, on the pipeline's device."""
+        scheduler = self.scheduler
+        if not isinstance(scheduler, VDMScheduler):
+            scheduler = VDMScheduler.from_config(scheduler.config)
+        if self.noise_schedule is None:
+            return scheduler.process.to(self._execution_device)
+        return scheduler.build_process(self.noise_schedule.schedule)
+
+    # ---- samples ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 1000,
+        latents: Tensor | None = None,
+        class_labels: Tensor | Sequence[int] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **network_arguments: Any,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images: z_1 from the prior, ``num_inference_steps`` reverse steps, then ``p(x|z_0)``.
+
+        Args:
+            batch_size: How many images.
+            generator: One, or a list with one per image; images then do not depend on the batch they are in.
+            num_inference_steps: Evaluations of the network.
+            latents: z_1, (B, C, H, W), instead of a draw.
+            class_labels: Class of each image, (B,), for class-conditional networks.
+            output_type: ``pil``, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W), the last two in [0, 1].
+            return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end: Called as ``callback(pipe, step, timestep, {"latents": ...})``; it may return changed
+                latents.
+            callback_on_step_end_tensor_inputs: Which tensors the callback gets; there is only ``latents``.
+            network_arguments: Passed to the network by name.
+
+        Example:
+            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> unet = UNetVDMModel(
+            ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+            ...     norm_num_groups=4,
+            ... )
+            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> pipe(batch_size=2, num_inference_steps=4, output_type="pt").images.shape
+            torch.Size([2, 1, 8, 8])
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise unknown_name("output_type", output_type, ("pil", "np", "pt"))
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ConfigurationError(f"the callback asks for {sorted(unknown)}; only 'latents' can be given.")
+        process, device = self.process, self._execution_device
+        shape = self._shape(batch_size, latents, generator)
+        _, bound = process.bind(None, process.draw_noise(shape, generator, device) if self.noise_schedule else {})
+        network = self._network(network_arguments | self._labels(class_labels, shape[0]))
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if latents is None:
+            latents = bound.prior_sample(shape, generator, device)
+        latents = latents.to(device) * self.scheduler.init_noise_sigma
+        is_vdm = isinstance(self.scheduler, VDMScheduler)
+        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if is_vdm:
+                output = bound.predict(network, latents, time_tensor(self.scheduler.times[i], latents))
+                latents = self.scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
+            else:
+                output = network(self.scheduler.scale_model_input(latents, timestep), timestep)
+                extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
+                latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
+            if callback_on_step_end is not None:
+                latents = (callback_on_step_end(self, i, timestep, {"latents": latents}) or {}).get("latents", latents)
+        if is_vdm and not self.scheduler.ends_at_data:
+            levels = bound.decode(latents, network, generator)
+        else:
+            levels = process.quantise(latents)
+        images = images_from_levels(levels, process.num_levels, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ConfigurationError("the network's config has no sample_size: give the size of the images there.")
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = int(self.unet.config.in_channels)
+        shape: tuple[int, ...] = (batch_size, channels, height, width)
+        if latents is not None:
+            shape = tuple(latents.shape)
+            if shape[1:] != (channels, height, width):
+                raise ConfigurationError(
+                    f"latents have shape {shape}; the network needs (B, {channels}, {height}, {width})."
+                )
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ConfigurationError(f"{len(generator)} generators for {shape[0]} images: give one each, or just one.")
+        return shape
+
+    def _labels(self, class_labels: Tensor | Sequence[int] | None, batch_size: int) -> dict[str, Tensor]:
+        if class_labels is None:
+            return {}
+        labels = torch.as_tensor(class_labels, device=self._execution_device)
+        if labels.shape != (batch_size,):
+            raise ConfigurationError(f"{tuple(labels.shape)} class labels for {batch_size} images: give one each.")
+        return {"class_labels": labels}
+
+    def _network(self, arguments: dict[str, Any]) -> Network:
+        """The network in its own precision; latents stay in float32."""
+
+        def call(sample: Tensor, timestep: Tensor) -> Tensor:
+            # UNetVDMModel takes float32 at any precision: its Fourier features read bits that float16 does not have.
+            given = sample if isinstance(self.unet, UNetVDMModel) else sample.to(self.unet.dtype)
+            output: Tensor = self.unet(given, timestep, return_dict=False, **arguments)[0]
+            return output.to(sample.dtype)
+
+        return call
+
+    # ---- likelihood -------------------------------------------------------------------------------------------------
+
+    def objective(self, transitions: int | None = None) -> VDMObjective:
+        """The bound of this pipeline as a module."""
+        return VDMObjective(self.unet, self.process, transitions)
+
+    def log_likelihood(
+        self,
+        images: Any,
+        method: str = "bound",
+        transitions: int | None = None,
+        replicates: int = 8,
+        seed: int = 0,
+        class_labels: Tensor | Sequence[int] | None = None,
+    ) -> LikelihoodReport:
+        """The log-likelihood of a batch, per image and on average; the report says whether it is a bound.
+
+        Args:
+            images: PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) as the pipeline returns them (in [0, 1], on
+                the K levels), or integer tensors of levels.
+            method: ``bound``, the variational lower bound.
+            transitions: T, or ``None`` for continuous time.
+            replicates: Independent estimates per image, behind the standard error.
+            seed: Of all draws.
+            class_labels: Class of each image, (B,).
+
+        Raises:
+            DataError: A pixel is none of the K levels, or the images' shape is not the network's.
+        """
+        if method != "bound":
+            raise unknown_name("likelihood method", method, ("bound",))
+        process = self.process
+        levels = levels_from_images(images, process.num_levels)
+        self._shape(levels.shape[0], levels, None)
+        device = self._execution_device
+        batch = {"levels": levels.to(device), "indices": torch.arange(levels.shape[0])}
+        batch |= self._labels(class_labels, levels.shape[0])
+        objective = VDMObjective(self.unet, process.to(device), transitions)
+        return estimate_bound(objective, lambda: [batch], levels.shape[0], replicates, seed)
+
+    def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
+        """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
+        return self.log_likelihood(images, **kwargs)
+
+
+def _takes_generator(scheduler: Any) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
+VDMPipeline.__module__ = "vdm_hub"

@@ -1,0 +1,438 @@
+"""`VDMScheduler`: the VDM posterior as a diffusers scheduler. Its config is the whole truth of the process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from vdm_hub import registry
+from vdm_hub.diffusion.draws import Generator
+from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.parameterizations import Velocity
+from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.registry import Serialised
+
+# What a stock scheduler of the DDPM family understands as a target.
+_STOCK_TARGETS = ("epsilon", "sample", "v_prediction")
+# Keys that no stock scheduler reads: only these may be listed as defaults, or `from_config` would drop the process.
+_OWN_KEYS = ("forward_process", "conditioning", "num_levels", "data_scaling", "decoder")
+_DDPM_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "variance_type",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "timestep_spacing",
+    "steps_offset",
+    "rescale_betas_zero_snr",
+)
+
+
+@dataclass
+class VDMSchedulerOutput(BaseOutput):
+    """One reverse step.
+
+    Attributes:
+        prev_sample: ``z_s``, (B, *data).
+        pred_original_sample: The estimate of the data behind it, for previews.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class VDMScheduler(SchedulerMixin, ConfigMixin):
+    r"""Ancestral sampling from ``p(z_s|z_t) = q(z_s|z_t, x_hat)`` (VDM eq. 10; Luo eq. 84), for diffusers.
+
+    ``timesteps`` are float tensors ``tau(gamma(t_j))`` in [0, num_train_timesteps - 1]; time stays continuous, so any
+    number of steps is exact for its own grid. ``num_inference_steps = n`` is n network evaluations: n transitions end
+    at ``z_0``, from which ``p(x|z_0)`` is decoded. A DDPM-family config keeps DDPM's grid, arithmetic and last step.
+
+    Args:
+        num_train_timesteps: T, the scale of the timesteps and the length of the table for stock samplers.
+        noise_schedule: Name or serialised form; ``None`` is ``linear``, or ``discrete_betas`` with `trained_betas`.
+        prediction_type: The network's target: ``epsilon``, ``sample``, ``score``, ``v_prediction`` or a plugin's.
+        conditioning: What the network reads of the noise level; ``None`` is derived from the schedule and recorded.
+        num_levels: K, the number of levels of the data.
+        data_scaling: ``bin_centers`` or ``full``; ``None`` is ``full`` for a beta table, else ``bin_centers``.
+        decoder: ``factorised`` or ``ddpm``; ``None`` is ``ddpm`` for a beta table, else ``factorised``.
+        forward_process: ``gaussian`` or a plugin's.
+        final_sigmas_type: ``sigma_min`` ends at z_0, ``zero`` at the data as DDPM does; ``None`` as `data_scaling`.
+        trained_betas: The table behind ``discrete_betas``; otherwise derived, so that stock samplers read the process.
+        beta_start, beta_end, beta_schedule, rescale_betas_zero_snr: DDPM's, for ``discrete_betas``.
+        variance_type, clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value,
+        timestep_spacing, steps_offset: DDPM's; they act on ``discrete_betas`` and are carried for stock samplers.
+
+    Example:
+        >>> scheduler = VDMScheduler()
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps
+        tensor([999.0000, 749.2500, 499.5000, 249.7500])
+        >>> z = torch.randn(2, 3, 8, 8)
+        >>> scheduler.step(torch.zeros_like(z), scheduler.timesteps[0], z).prev_sample.shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    order = 1
+    _compatibles = [
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "UniPCMultistepScheduler",
+        "HeunDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DEISMultistepScheduler",
+        "PNDMScheduler",
+    ]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        noise_schedule: Serialised | None = None,
+        prediction_type: Serialised = "epsilon",
+        conditioning: Serialised | None = None,
+        num_levels: int = 256,
+        data_scaling: str | None = None,
+        decoder: Serialised | None = None,
+        forward_process: Serialised = "gaussian",
+        final_sigmas_type: str | None = None,
+        trained_betas: Sequence[float] | np.ndarray | None = None,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        variance_type: str = "fixed_small",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str | None = None,
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        given_betas = None if trained_betas is None else [float(b) for b in trained_betas]
+        if noise_schedule is None:
+            noise_schedule = "linear" if given_betas is None else "discrete_betas"
+        is_table = registry.parse("noise_schedules", noise_schedule)[0] == "discrete_betas"
+        self.register_to_config(
+            noise_schedule=copy.deepcopy(noise_schedule),
+            trained_betas=given_betas,
+            data_scaling=data_scaling or ("full" if is_table else "bin_centers"),
+            decoder=copy.deepcopy(decoder) or ("ddpm" if is_table else "factorised"),
+            final_sigmas_type=final_sigmas_type or ("zero" if is_table else "sigma_min"),
+            timestep_spacing=timestep_spacing or ("leading" if is_table else "trailing"),
+            conditioning=copy.deepcopy(conditioning) or ("table" if is_table else "affine"),
+        )
+        self._check_choices()
+        self._ddpm = self._stock_ddpm() if is_table else None
+        self.process = self._build_process(conditioning)
+        self._bound: BoundProcess = self.process.bind(None, {})[1]
+        self._record_derived(given_betas, conditioning is None, is_table)
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.set_timesteps(self.config.num_train_timesteps)
+        self.num_inference_steps = None
+
+    # ---- construction -----------------------------------------------------------------------------------------------
+
+    def _check_choices(self) -> None:
+        if self.config.final_sigmas_type not in ("sigma_min", "zero"):
+            raise unknown_name("final_sigmas_type", self.config.final_sigmas_type, ("sigma_min", "zero"))
+        for key, least in (("num_train_timesteps", 2), ("num_levels", 2)):
+            value = self.config[key]
+            if not isinstance(value, int) or value < least:
+                raise ConfigurationError(f"{key} is {value!r}: give a whole number of at least {least}.")
+
+    def _stock_ddpm(self) -> DDPMScheduler:
+        """The stock DDPM of this table: its betas are ours, and its steps too, where the chain ends at the data."""
+        arguments = {key: self.config[key] for key in _DDPM_KEYS}
+        betas = self.config.trained_betas
+        schedule_arguments = registry.parse("noise_schedules", self.config.noise_schedule)[1]
+        if betas is None and "betas" in schedule_arguments:
+            betas = schedule_arguments["betas"]
+        if betas is not None:
+            arguments |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
+            self.register_to_config(num_train_timesteps=len(betas))
+        return DDPMScheduler(**arguments)
+
+    def _build_process(self, conditioning: Serialised | None, schedule: nn.Module | None = None) -> ForwardProcess:
+        fields = dict(self.config)
+        fields["trained_betas"] = None if self._ddpm is None else self._ddpm.betas.tolist()
+        fields["conditioning"] = conditioning or fields["conditioning"]
+        cls, _ = registry.resolve_class("forward_processes", fields["forward_process"])
+        if not issubclass(cls, ForwardProcess):
+            raise ConfigurationError(f"{cls.__name__} is not a ForwardProcess: derive it from that class.")
+        return cls.from_fields(fields, schedule)
+
+    def build_process(self, schedule: nn.Module | None = None) -> ForwardProcess:
+        """This config's process, new, with its own parameters; ``schedule`` stands for weights carried elsewhere."""
+        return self._build_process(self.config.conditioning, schedule)
+
+    def _record_derived(self, given_betas: list[float] | None, derive_conditioning: bool, is_table: bool) -> None:
+        """Write what was derived into the config, and tell stock samplers to believe all of it."""
+        if self._ddpm is not None:
+            self.betas, self.alphas_cumprod = self._ddpm.betas, self._ddpm.alphas_cumprod
+        else:
+            derived = _derived_betas(self.process)
+            _check_betas(given_betas, derived)
+            self.betas = torch.tensor(derived or [], dtype=torch.float32)
+            self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
+            self.register_to_config(trained_betas=derived)
+        if derive_conditioning and not is_table and isinstance(self.process, GaussianProcess):
+            serialised = registry.serialise("conditionings", self.process.conditioning)
+            self.register_to_config(conditioning=_without_steps(serialised))
+        if "_use_default_values" in self.config:
+            own = [key for key in _OWN_KEYS if key in self.config["_use_default_values"]]
+            self.register_to_config(_use_default_values=own)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A VDM scheduler for another scheduler's config, or for its own.
+
+        A config with ``noise_schedule`` is a VDM's. One without it but with betas is of the DDPM family and gives
+        bitwise the same process. Anything else is refused.
+
+        Raises:
+            ConfigurationError: The config describes a process that is neither (flow matching, EDM, ...).
+        """
+        if isinstance(config, Mapping):
+            config = _as_vdm_config(copy.deepcopy(dict(config)), kwargs, cls.__name__)
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def to_diffusers(self, scheduler_class: type, **kwargs: Any) -> Any:
+        """A stock sampler of the same process, such as ``to_diffusers(DPMSolverMultistepScheduler)``.
+
+        Raises:
+            ConfigurationError: No stock sampler can run it: the score target, gamma per pixel, another process.
+        """
+        target = self.config.prediction_type
+        if target not in _STOCK_TARGETS:
+            raise ConfigurationError(
+                f"diffusers' samplers know no target {target!r}, only {', '.join(_STOCK_TARGETS)}: sample with "
+                f"VDMScheduler, or train with one of those."
+            )
+        if not self.config.trained_betas and self._ddpm is None:
+            raise ConfigurationError(
+                "diffusers' samplers need one noise level per time; this process has a gamma per pixel or per datum, "
+                "or none at all. Sample it with VDMScheduler."
+            )
+        return scheduler_class.from_config(self.config, **kwargs)  # type: ignore[attr-defined]
+
+    # ---- the grid ---------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the grid: n equal steps in t, or descending ``timesteps``, or descending ``sigmas`` = sigma/alpha."""
+        if sum(grid is not None for grid in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ConfigurationError("give exactly one of num_inference_steps, timesteps and sigmas.")
+        if self._ends_as_ddpm and sigmas is None:
+            self._follow_ddpm(num_inference_steps, device, timesteps)
+            return
+        if num_inference_steps is not None:
+            if num_inference_steps < 1:
+                raise ConfigurationError(f"num_inference_steps is {num_inference_steps}: give at least 1.")
+            times = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
+        elif timesteps is not None:
+            times = self.process.time(torch.as_tensor(timesteps, dtype=torch.float64))
+        else:
+            times = self._times_of_sigmas(sigmas)
+        if bool((times.diff() >= 0).any()):
+            raise ConfigurationError("timesteps and sigmas must be in strictly descending order.")
+        self._set_grid(times, self.process.timestep(times).float() if timesteps is None else timesteps, device)
+
+    def _follow_ddpm(self, steps: int | None, device: Any, timesteps: Sequence[float] | None) -> None:
+        assert self._ddpm is not None
+        self._ddpm.set_timesteps(steps, timesteps=None if timesteps is None else [int(t) for t in timesteps])
+        times = self._ddpm.timesteps.double() / (self.config.num_train_timesteps - 1)
+        self._set_grid(times, self._ddpm.timesteps, device)
+
+    def _set_grid(self, times: Tensor, timesteps: Any, device: Any) -> None:
+        values = torch.as_tensor(timesteps)
+        values = values.float() if values.is_floating_point() or not self._ends_as_ddpm else values
+        self.timesteps: Tensor = values.to(device)
+        self.times: list[float] = [*times.tolist(), 0.0]
+        self._index = {value: i for i, value in enumerate(values.tolist())}
+        self.num_inference_steps = len(times)
+
+    def _times_of_sigmas(self, sigmas: Any) -> Tensor:
+        if not isinstance(self.process, GaussianProcess) or not self.process.schedule.scalar:
+            raise ConfigurationError("sigmas need a process with one noise level per time: give timesteps instead.")
+        positive = torch.tensor([float(s) for s in sigmas if float(s) > 0], dtype=torch.float64)
+        return self.process.schedule.inverse(2 * torch.log(positive))
+
+    @property
+    def _ends_as_ddpm(self) -> bool:
+        return self._ddpm is not None and self.config.final_sigmas_type == "zero"
+
+    @property
+    def ends_at_data(self) -> bool:
+        """Whether the last step leaves data (DDPM's), rather than the latent z_0, which is still to be decoded."""
+        return self._ends_as_ddpm
+
+    def _interval(self, timestep: float | Tensor) -> tuple[float, float]:
+        """``(s, t)`` of the step that starts at a timestep, on the grid or between its points."""
+        value = float(timestep)
+        if value in self._index:
+            index = self._index[value]
+            return self.times[index + 1], self.times[index]
+        t = float(self.process.time(torch.tensor(value, dtype=torch.float64)))
+        return max((time for time in self.times if time < t), default=t), t
+
+    # ---- diffusers' contract ----------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The sample itself: the VDM's latents have variance near one at every time."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generator = None,
+        return_dict: bool = True,
+        process: BoundProcess | None = None,
+    ) -> VDMSchedulerOutput | tuple[Tensor, Tensor | None]:
+        """Draw ``z_s`` from ``q(z_s|z_t, x_hat)``: from one grid point to the next.
+
+        Args:
+            model_output: The network's prediction in the terms of `prediction_type`, (B, *data).
+            timestep: One of `timesteps`, or any value between.
+            sample: ``z_t``, (B, *data).
+            generator: One, or a list with one per datum.
+            return_dict: Whether to return a `VDMSchedulerOutput` or a tuple in its order.
+            process: The process bound to this chain, where it carries a context (as `VDMPipeline` does).
+        """
+        if self._ends_as_ddpm:
+            output = self._ddpm_step(model_output, timestep, sample, generator)
+        else:
+            s, t = (time_tensor(time, sample) for time in self._interval(timestep))
+            output = (process or self._bound).reverse_step(model_output, sample, s, t, generator)
+        return VDMSchedulerOutput(*output) if return_dict else output
+
+    def _ddpm_step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
+        """Diffusers' own step on its own table: bitwise DDPM."""
+        assert self._ddpm is not None and isinstance(self.process, GaussianProcess)
+        index = int(timestep)
+        if self.config.prediction_type not in _STOCK_TARGETS:
+            gamma = self.process.schedule.gammas[index]  # type: ignore[index]
+            model_output = self.process.parameterization.eps_hat(model_output, sample, gamma).to(sample.dtype)
+        stepped: tuple[Tensor, Tensor] = self._ddpm.step(model_output, index, sample, generator, return_dict=False)
+        return stepped
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """``z_t = alpha_t x + sigma_t eps`` at each datum's timestep, (B,)."""
+        if self._ddpm is not None and not timesteps.is_floating_point():
+            noised: Tensor = self._ddpm.add_noise(original_samples, noise, timesteps)
+            return noised
+        t = self.process.time(timesteps.cpu()).to(_double_device(original_samples))
+        return self._bound.sample(original_samples, t, {"marginal": noise}).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """``v = alpha_t eps - sigma_t x`` at each datum's timestep, (B,)."""
+        if not isinstance(self.process, GaussianProcess):
+            raise ConfigurationError("only a Gaussian process has a velocity.")
+        if self._ddpm is not None and not timesteps.is_floating_point():
+            velocity: Tensor = self._ddpm.get_velocity(sample, noise, timesteps)
+            return velocity
+        gamma = self.process.schedule(self.process.time(timesteps.cpu())).to(_double_device(sample))
+        return Velocity().target(sample, noise, gamma).to(sample.dtype)
+
+    def __len__(self) -> int:
+        return int(self.config.num_train_timesteps)
+
+
+def time_tensor(time: float, sample: Tensor) -> Tensor:
+    """A time, (), in float64 where it can be."""
+    return torch.tensor(time, dtype=torch.float64, device=_double_device(sample))
+
+
+def _double_device(sample: Tensor) -> torch.device:
+    # Apple's GPUs have no float64; scalars on the CPU combine with tensors anywhere.
+    return torch.device("cpu") if sample.device.type == "mps" else sample.device
+
+
+def _derived_betas(process: ForwardProcess) -> list[float] | None:
+    """The table that lets stock samplers run a continuous process: entry i is the noise level whose timestep is i.
+
+    Rounding errors of the float32 betas are fed back into the next one, so that diffusers' cumulative product stays
+    within float32's rounding of the true alpha-bar.
+    """
+    if not isinstance(process, GaussianProcess) or not process.schedule.scalar:
+        return None
+    steps = torch.arange(process.num_train_timesteps, dtype=torch.float64)
+    alpha_bar = torch.sigmoid(-process.conditioning.inverse(steps)).numpy()
+    betas, product = [], 1.0
+    for target in alpha_bar:
+        beta = np.float32(1 - target / product)
+        product *= float(np.float32(1) - beta)
+        betas.append(float(beta))
+    return betas
+
+
+def _check_betas(given: list[float] | None, derived: list[float] | None) -> None:
+    if given is None:
+        return
+    if derived is None or len(given) != len(derived) or not np.allclose(given, derived, rtol=1e-4, atol=1e-7):
+        raise ConfigurationError(
+            "trained_betas disagrees with the noise_schedule of the same config. Leave trained_betas out (it is "
+            "derived), or set noise_schedule to 'discrete_betas' if the table is meant."
+        )
+
+
+def _without_steps(serialised: Serialised) -> Serialised:
+    """The conditioning's form without the number of timesteps, which the scheduler's config holds already."""
+    if isinstance(serialised, str):
+        return serialised
+    config = {k: v for k, v in serialised.get("config", {}).items() if k != "num_train_timesteps"}
+    return serialised | {"config": config} if config or "package" in serialised else serialised["name"]
+
+
+def _as_vdm_config(config: dict[str, Any], overrides: dict[str, Any], name: str) -> dict[str, Any]:
+    """Diffusers' configs in, VDM configs out; see `VDMScheduler.from_config`."""
+    if config.get("noise_schedule") is not None:
+        # A derived table must not outlive what it was derived from.
+        if registry.parse("noise_schedules", config["noise_schedule"])[0] != "discrete_betas" and overrides:
+            config.pop("trained_betas", None)
+            # What the network was told of the noise does not change with the schedule that is now asked for.
+            defaults = config.get("_use_default_values", [])
+            config["_use_default_values"] = [key for key in defaults if key != "conditioning"]
+        return config
+    if "beta_schedule" in config:
+        config.pop("_use_default_values", None)  # a code-built stock scheduler lists every key, which would drop all
+        return config | {"noise_schedule": "discrete_betas", "final_sigmas_type": "zero"}
+    if config.get("_class_name", name) != name:
+        raise ConfigurationError(
+            f"a {config['_class_name']} config has neither a noise_schedule nor betas, so it describes no process "
+            f"that VDMScheduler knows. Build one with a noise_schedule and prediction_type that match the network."
+        )
+    return config
+
+
+VDMScheduler.__module__ = "vdm_hub"
+VDMSchedulerOutput.__module__ = "vdm_hub"

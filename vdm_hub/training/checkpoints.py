@@ -1,0 +1,142 @@
+"""Checkpoints: safetensors and JSON, written beside and renamed, with a manifest that finds every damage.
+
+Nothing is pickled. A checkpoint is a folder ``step-00001000`` with ``<group>.safetensors`` for each group of tensors,
+``state.json`` and ``manifest.json`` (size and SHA-256 of each file).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vdm_hub.errors import CheckpointError
+from vdm_hub.files import written_beside
+
+_FORMAT = "vdm_hub checkpoint 1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: groups of named tensors, and JSON."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    keep: int | None = None,
+) -> Path:
+    """Write ``folder/step-<step>``; afterwards only the latest ``keep`` checkpoints remain."""
+    path = folder / f"step-{step:08d}"
+    with written_beside(path) as beside:
+        beside.mkdir()
+        for group, named in tensors.items():
+            save_file({name: _plain(tensor) for name, tensor in named.items()}, beside / f"{group}.safetensors")
+        (beside / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
+        files = {
+            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(beside.iterdir())
+        }
+        (beside / "manifest.json").write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
+    for old in checkpoints(folder)[: -keep if keep else 0]:
+        shutil.rmtree(old)
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint whose every file is whole.
+
+    Raises:
+        CheckpointError: It is not a checkpoint of this library, or a file is missing, truncated or altered.
+    """
+    manifest = _manifest(path)
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
+            others = [str(p) for p in checkpoints(path.parent) if p != path][-1:]
+            hint = f"resume from {others[0]} instead" if others else "start the run again in a new output_dir"
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged: {name} is missing, truncated or altered; {hint}."
+            )
+    groups = [Path(name) for name in manifest["files"] if name.endswith(".safetensors")]
+    tensors = {group.stem: load_file(path / group) for group in groups}
+    return Checkpoint(tensors, json.loads((path / "state.json").read_text()))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; one that was being written when its process died is none."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def find_checkpoint(folder: Path, wanted: str) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means; ``None`` where ``latest`` finds none.
+
+    Raises:
+        CheckpointError: A path was given that is no folder.
+    """
+    if wanted == "latest":
+        found = checkpoints(folder)
+        return found[-1] if found else None
+    path = Path(wanted)
+    if not path.is_dir():
+        known = ", ".join(str(p) for p in checkpoints(folder)) or "none"
+        raise CheckpointError(f"there is no checkpoint at {path}. Checkpoints of this run: {known}.")
+    return path
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] == _FORMAT and all(Path(name).name == name for name in manifest["files"]):
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise CheckpointError(
+        f"{path} is not a checkpoint of vdm_hub (no valid manifest.json): give a folder such as "
+        f"runs/digits/checkpoints/step-00001000, or 'latest'."
+    )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    # safetensors refuses tensors that share memory, such as views of one buffer.
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def pack_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimiser's state as named tensors and JSON.
+
+    >>> parameter = torch.nn.Parameter(torch.zeros(2))
+    >>> optimizer = torch.optim.SGD([parameter], lr=0.1)
+    >>> pack_optimizer(optimizer.state_dict())[1][0]["lr"]
+    0.1
+    """
+    tensors = {
+        f"{index}.{name}": value for index, values in state_dict["state"].items() for name, value in values.items()
+    }
+    return tensors, state_dict["param_groups"]
+
+
+def unpack_optimizer(tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The inverse of `pack_optimizer`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}

@@ -1,0 +1,185 @@
+"""What a training run can be told: dataclasses whose fields are the keys of a recipe and the command line.
+
+Every field has a ``help`` text, which ``--help`` prints. Values are checked on construction; types are checked by
+`vdm_hub.training.arguments`, which reads recipes and command lines.
+"""
+
+# ruff: noqa: RUF009 - `option` is dataclasses.field with a help text
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, NewType
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from diffusers.optimization import SchedulerType
+
+from vdm_hub import registry
+from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.fields import at_least, option, positive, require
+
+Serialised = NewType("Serialised", str)
+"""Text that is a name or a JSON object; in a recipe it may be written as a YAML mapping."""
+
+UNET_CLASSES = ("UNetVDMModel", "UNet2DModel")
+TRACKERS = ("none", *sorted(LOGGER_TYPE_TO_CLASS))
+# Of diffusers' schedulers, piecewise_constant alone needs an argument (step_rules) that no field gives.
+LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT)
+
+
+@dataclass(frozen=True)
+class DiffusionArguments:
+    """The process and its bound: what goes into the scheduler's config."""
+
+    _argument_group_name = "diffusion"
+
+    noise_schedule: Serialised = option(
+        Serialised("linear"),
+        'gamma(t): a name, or {"name": ..., "config": {...}, "package": ...} (a mapping in YAML, JSON here).',
+    )
+    prediction_type: Serialised = option(
+        Serialised("epsilon"), "What the network predicts: epsilon, sample, score, v_prediction, or a plugin's name."
+    )
+    conditioning: Serialised | None = option(
+        None, "tau(gamma), the network's timestep input: affine, table, or a plugin's; derived where not given."
+    )
+    data_scaling: Literal["bin_centers", "full"] = option(
+        "bin_centers", "How levels become real numbers: centres of K bins of [-1, 1], or diffusers' 2 i/(K-1) - 1."
+    )
+    decoder: Serialised = option(Serialised("factorised"), "p(x|z_0): factorised (VDM), or ddpm.")
+    forward_process: Serialised = option(Serialised("gaussian"), "What corrupts the data: gaussian, or a plugin's.")
+    transitions: int | None = option(None, "T, the number of transitions of the bound; not given: T -> infinity.")
+    num_train_timesteps: int = option(1000, "The range of the scheduler's timesteps, [0, num_train_timesteps - 1].")
+
+    def __post_init__(self) -> None:
+        kinds = {
+            "noise_schedule": "noise_schedules",
+            "prediction_type": "parameterizations",
+            "conditioning": "conditionings",
+            "decoder": "decoders",
+            "forward_process": "forward_processes",
+        }
+        for name, kind in kinds.items():
+            if (serialised := getattr(self, name)) is not None:
+                registered, _, package = registry.parse(kind, serialised)
+                registry.lookup(kind, registered, package)
+        if self.data_scaling not in ("bin_centers", "full"):
+            raise unknown_name("data_scaling", self.data_scaling, ("bin_centers", "full"))
+        at_least(1, self, "transitions")
+        at_least(2, self, "num_train_timesteps")
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """The network."""
+
+    _argument_group_name = "model"
+
+    unet: Serialised = option(
+        Serialised("{}"),
+        "The network, as a mapping in YAML or JSON here: '_class_name' (UNetVDMModel, the default, or diffusers' "
+        "UNet2DModel) and the arguments of that class.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.unet_class not in UNET_CLASSES:
+            raise unknown_name("_class_name of unet", self.unet_class, UNET_CLASSES)
+
+    @property
+    def unet_class(self) -> str:
+        """The name of the network's class."""
+        return str(self._mapping().get("_class_name", UNET_CLASSES[0]))
+
+    @property
+    def unet_config(self) -> dict[str, Any]:
+        """The arguments of the network's class.
+
+        >>> ModelArguments(Serialised('{"_class_name": "UNet2DModel", "sample_size": 8}')).unet_config
+        {'sample_size': 8}
+        """
+        return {key: value for key, value in self._mapping().items() if key != "_class_name"}
+
+    def _mapping(self) -> dict[str, Any]:
+        remedy = 'write a mapping in YAML, or JSON such as {"block_out_channels": [64, 96]}'
+        try:
+            mapping = json.loads(self.unet)
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"unet is {self.unet!r}, not JSON ({error}): {remedy}.") from error
+        require(isinstance(mapping, dict), "unet", self.unet, remedy)
+        return dict(mapping)
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """The optimisation, and what is written while it runs."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = option(None, "Where the run is written; not given: runs/<name of the recipe>.")
+    seed: int = option(0, "Fixes everything random: weights, order of the data, times, noise, samples.")
+    max_train_steps: int | None = option(None, "Optimiser steps to take. Give this or num_train_epochs.")
+    num_train_epochs: int | None = option(None, "Passes over the training data. Give this or max_train_steps.")
+    train_batch_size: int = option(128, "Images in a batch of one process.")
+    eval_batch_size: int = option(256, "Images in an evaluation batch of one process.")
+    gradient_accumulation_steps: int = option(1, "Batches whose gradients make one optimiser step.")
+    learning_rate: float = option(2e-4, "The learning rate of AdamW, after the warm-up.")
+    lr_scheduler: str = option("constant_with_warmup", f"The learning rate's course: {', '.join(LR_SCHEDULERS)}.")
+    lr_warmup_steps: int = option(100, "Optimiser steps over which the learning rate rises from 0.")
+    scale_lr: bool = option(False, "Multiply the learning rate by processes x accumulation x batch size.")
+    adam_beta1: float = option(0.9, "beta_1 of AdamW.")
+    adam_beta2: float = option(0.99, "beta_2 of AdamW.")
+    adam_weight_decay: float = option(0.01, "Weight decay of AdamW; the noise schedule's parameters have none.")
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW.")
+    max_grad_norm: float = option(1.0, "Clip the gradient to this norm.")
+    use_ema: bool = option(True, "Keep an exponential moving average of the weights, and publish that.")
+    ema_max_decay: float = option(0.9999, "The largest decay of the moving average.")
+    ema_inv_gamma: float = option(1.0, "The warm-up of the decay is 1 - (1 + step/ema_inv_gamma)^-ema_power.")
+    ema_power: float = option(0.75, "See ema_inv_gamma.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "The precision of the network's body; not given: what `accelerate config` or `launch` says."
+    )
+    allow_tf32: bool = option(False, "Allow TF32 in matrix products on Ampere GPUs and later.")
+    checkpointing_steps: int = option(1000, "Write a checkpoint every so many optimiser steps; 0: only at the end.")
+    checkpoints_total_limit: int | None = option(None, "Keep this many checkpoints, the latest; not given: all.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint to go on from: its path, or 'latest'.")
+    report_to: str = option(
+        "tensorboard", f"Trackers of accelerate, separated by commas, or 'none'. Known: {', '.join(TRACKERS)}."
+    )
+    logging_steps: int = option(50, "Log the bound every so many optimiser steps.")
+    validation_steps: int = option(0, "Measure held-out bits/dim every so many optimiser steps; 0: never.")
+    validation_images: int | None = option(None, "Images in each of those measurements; not given: all held out.")
+    sample_steps: int = option(0, "Draw a grid of samples every so many optimiser steps; 0: only at the end.")
+    num_sample_images: int = option(64, "Images in the grid of samples; 0 draws none.")
+    num_inference_steps: int = option(250, "Network evaluations of a sample.")
+    evaluation_replicates: int = option(
+        4, "Independent passes over the test split at the end, which give the standard error; 0: no evaluation."
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            (self.max_train_steps is None) != (self.num_train_epochs is None),
+            "max_train_steps",
+            self.max_train_steps,
+            f"give either max_train_steps or num_train_epochs (which is {self.num_train_epochs!r})",
+        )
+        at_least(1, self, "max_train_steps", "num_train_epochs", "train_batch_size", "eval_batch_size")
+        at_least(1, self, "gradient_accumulation_steps", "checkpoints_total_limit", "logging_steps")
+        at_least(1, self, "validation_images", "num_inference_steps")
+        at_least(0, self, "seed", "lr_warmup_steps", "checkpointing_steps", "validation_steps", "sample_steps")
+        at_least(0, self, "num_sample_images", "evaluation_replicates", "adam_weight_decay")
+        positive(self, "learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+            value = getattr(self, name)
+            require(0 <= value < 1, name, value, "give a number from 0 to below 1")
+        if self.lr_scheduler not in LR_SCHEDULERS:
+            raise unknown_name("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
+            raise unknown_name("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
+        for tracker in self.trackers or ("none",):
+            if tracker not in TRACKERS:
+                raise unknown_name("tracker in report_to", tracker, TRACKERS)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in ``report_to``; empty for 'none'."""
+        return () if self.report_to == "none" else tuple(name.strip() for name in self.report_to.split(","))

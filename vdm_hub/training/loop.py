@@ -1,0 +1,359 @@
+"""The training loop. Read `train` from top to bottom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vdm_hub.data.batches import training_batches
+from vdm_hub.data.loading import Data, load_data
+from vdm_hub.diffusion.times import stratified_times
+from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError
+from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.files import written_beside
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.likelihood.variational_bound import Bound
+from vdm_hub.plots import save_grid
+from vdm_hub.training.arguments import Configuration
+from vdm_hub.training.checkpoints import (
+    find_checkpoint,
+    load_checkpoint,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from vdm_hub.training.outputs import OutputFolder, averaged_weights, publish_locally, sample_images
+from vdm_hub.training.setup import build_objective, build_optimizer, build_pipeline
+
+
+def train(configuration: Configuration) -> LikelihoodReport | None:
+    """Train, save, sample and measure a VDM as the configuration says.
+
+    Returns:
+        The bound on the test split, on the main process, where there is a test split.
+
+    Raises:
+        VDMHubError: Something is the user's to mend; nothing that was there before is lost.
+    """
+    folder = OutputFolder(configuration)
+    accelerator = build_accelerator(configuration, folder)
+    data = load_data(configuration.data)
+    if accelerator.is_main_process:
+        folder.claim(configuration)
+    accelerator.wait_for_everyone()
+    run = Run(configuration, accelerator, data, folder)
+    run.resume()
+    with tqdm(
+        total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not accelerator.is_main_process
+    ) as progress:
+        for batches in run.batches():
+            bound = run.optimise(batches)
+            progress.update()
+            run.record(bound, progress)
+            if run.is_due("validation_steps"):
+                run.validate()
+            if run.is_due("sample_steps"):
+                run.sample()
+            if run.is_due("checkpointing_steps") or run.step == run.total_steps:
+                run.save()
+    report = run.finish()
+    accelerator.end_training()
+    return report
+
+
+def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises:
+        ConfigurationError: The launcher started more processes than accelerate knows of.
+    """
+    training = configuration.training
+    accelerator = Accelerator(
+        mixed_precision=training.mixed_precision,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        log_with=list(training.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigurationError(
+            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes} each on its own: "
+            f"they would train {launched} models into one folder. On CPUs set ACCELERATE_USE_CPU=true; else run "
+            f"`accelerate config`."
+        )
+    if training.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+class Run:
+    """The state of one training run: what a checkpoint holds, and the steps that change it."""
+
+    def __init__(
+        self, configuration: Configuration, accelerator: Accelerator, data: Data, folder: OutputFolder
+    ) -> None:
+        training = self.training = configuration.training
+        self.configuration, self.accelerator, self.data, self.folder = configuration, accelerator, data, folder
+        self.step = 0
+        self.source = training_batches(
+            data.train,
+            training.train_batch_size,
+            seed=training.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            random_flip=configuration.data.random_flip,
+        )
+        self.total_steps = self._total_steps()
+        self.model = build_objective(configuration, data.image_shape)
+        optimizer = build_optimizer(self.model, training, self._learning_rate())
+        self.ema = _build_ema(configuration, self.model, accelerator.device)
+        self.objective, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.lr_scheduler = get_scheduler(
+            training.lr_scheduler,
+            optimizer,
+            num_warmup_steps=training.lr_warmup_steps,
+            num_training_steps=self.total_steps,
+        )
+        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+        if training.trackers:
+            accelerator.init_trackers("vdm_hub", config=_flat(configuration.to_dict()))
+
+    # ---- one optimiser step -----------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[list[dict[str, Tensor]]]:
+        """The micro-batches of each optimiser step that is still to be taken."""
+        accumulation = self.training.gradient_accumulation_steps
+        source = self.source.batches(start_step=self.step * accumulation)
+        while self.step < self.total_steps:
+            yield [next(source) for _ in range(accumulation)]
+
+    def optimise(self, batches: list[dict[str, Tensor]]) -> Bound:
+        """One optimiser step; every draw is a function of (seed, step, accumulation step, rank)."""
+        self.objective.train()
+        for part, batch in enumerate(batches):
+            batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+            with self.accelerator.accumulate(self.objective):
+                bound: Bound = self.objective(batch, self._times(part, len(batches)), self._noise(batch, part))
+                self.accelerator.backward(bound.loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.objective.parameters(), self.training.max_grad_norm)
+                self._pending.append((self.step + 1, {k: v.detach().mean() for k, v in bound.bits_per_dim().items()}))
+                self._check_losses()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self.model.parameters())
+        self.step += 1
+        return bound
+
+    def _times(self, part: int, parts: int) -> Tensor:
+        """This process's share of the times, stratified over the global batch, all accumulation steps included."""
+        size, world = self.training.train_batch_size, self.accelerator.num_processes
+        offset = np.random.default_rng([self.training.seed, self.step]).random()
+        start = (part * world + self.accelerator.process_index) * size
+        return stratified_times(size, offset, start, size * world * parts, self.accelerator.device)
+
+    def _noise(self, batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
+        """Noise of this micro-batch; dropout draws from the global generator, which is seeded alike."""
+        key = [self.training.seed, self.step, part, self.accelerator.process_index]
+        noise_seed, dropout_seed = np.random.SeedSequence(key).generate_state(2, np.uint64) >> np.uint64(1)
+        torch.manual_seed(int(dropout_seed))
+        generator = torch.Generator(self.accelerator.device).manual_seed(int(noise_seed))
+        return self.model.draw_noise(batch, generator)
+
+    def _check_losses(self) -> None:
+        """Stop at a loss that is not finite; on a GPU only where the host waits anyway.
+
+        Raises:
+            NonFiniteLossError: With the step and its terms. No checkpoint holds weights that come after it.
+        """
+        if self.accelerator.device.type != "cpu" and len(self._pending) < self.training.logging_steps:
+            return
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        values = torch.stack([torch.stack(list(terms.values())) for _, terms in pending]).cpu()
+        for (step, terms), row in zip(pending, values, strict=True):
+            if not bool(torch.isfinite(row).all()):
+                named = ", ".join(f"{name} {value:.6g}" for name, value in zip(terms, row.tolist(), strict=True))
+                raise NonFiniteLossError(
+                    f"the loss of step {step} is not finite ({named} bits/dim). Training stopped; the last good "
+                    f"checkpoint is {find_checkpoint(self.folder.checkpoints, 'latest') or 'none yet'}. Lower the "
+                    f"learning rate ({self.training.learning_rate:g}) or max_grad_norm, or use bf16 instead of fp16."
+                )
+
+    # ---- what is seen while it runs ---------------------------------------------------------------------------------
+
+    def is_due(self, field: str) -> bool:
+        """Whether something that happens every so many steps happens now."""
+        every = getattr(self.training, field)
+        return every > 0 and self.step % every == 0
+
+    def record(self, bound: Bound, progress: Any) -> None:
+        """Log the bound of this step, averaged over the processes."""
+        if not self.is_due("logging_steps"):
+            return
+        terms = {name: value.mean() for name, value in bound.bits_per_dim().items()}
+        stacked = self.accelerator.reduce(torch.stack(list(terms.values())).detach(), reduction="mean")
+        values = dict(zip(terms, stacked.tolist(), strict=True))
+        total = sum(values.values())
+        progress.set_postfix({"bits/dim": f"{total:.3f}"} | {name: f"{value:.3f}" for name, value in values.items()})
+        logged = {f"train/{name}": value for name, value in values.items()}
+        self._log(logged | {"train/bits_per_dim": total, "learning_rate": self.lr_scheduler.get_last_lr()[0]})
+
+    def validate(self) -> None:
+        """Held-out bits/dim of the averaged weights, each image at one time, stratified."""
+        images = self.data.validation
+        if images is None or not self.accelerator.is_main_process:
+            return
+        with averaged_weights(self.model, self.ema):
+            report = evaluate(
+                build_pipeline(self.model),
+                images,
+                transitions=self.configuration.diffusion.transitions,
+                replicates=2,
+                batch_size=self.training.eval_batch_size,
+                max_images=self.training.validation_images,
+                progress=False,
+            )
+        tqdm.write(f"step {self.step}: held-out {report.bits_per_dim:.4f} bits/dim (se {report.standard_error:.4f})")
+        terms = {f"validation/{name}": value for name, value in report.terms.items()}
+        self._log({"validation/bits_per_dim": report.bits_per_dim} | terms)
+
+    def sample(self) -> None:
+        """A grid of samples of the averaged weights, to the trackers and into the run's folder."""
+        if not self.accelerator.is_main_process or self.training.num_sample_images == 0:
+            return
+        with averaged_weights(self.model, self.ema):
+            images = sample_images(
+                build_pipeline(self.model.eval()), self.configuration, self.training.num_sample_images
+            )
+        with written_beside(self.folder.path / "samples" / f"step-{self.step:08d}.png") as beside:
+            save_grid(images, beside)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images(
+                    {"samples": images.permute(0, 2, 3, 1).cpu().numpy()}, step=self.step, dataformats="NHWC"
+                )
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.training.trackers:
+            self.accelerator.log(values, step=self.step)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the next step depends on."""
+        self._check_losses()
+        if not self.accelerator.is_main_process:
+            return
+        optimizer_tensors, optimizer_groups = pack_optimizer(self.optimizer.state_dict())
+        tensors = {"objective": self.model.state_dict(), "optimizer": optimizer_tensors}
+        state: dict[str, Any] = {
+            "step": self.step,
+            "optimizer_groups": optimizer_groups,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "recipe": self.configuration.to_dict(),
+        }
+        if self.ema is not None:
+            names = [name for name, _ in self.model.named_parameters()]
+            tensors["ema"] = dict(zip(names, self.ema.shadow_params, strict=True))
+            state["ema_step"] = self.ema.optimization_step
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        save_checkpoint(self.folder.checkpoints, self.step, tensors, state, self.training.checkpoints_total_limit)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint that the configuration names, if any.
+
+        Raises:
+            CheckpointError: It is damaged, not a checkpoint, or another model's.
+        """
+        wanted = self.training.resume_from_checkpoint
+        path = find_checkpoint(self.folder.checkpoints, wanted) if wanted else None
+        if path is None:
+            return
+        checkpoint = load_checkpoint(path)
+        tensors, state = checkpoint.tensors, checkpoint.state
+        try:
+            self.model.load_state_dict(tensors["objective"])
+            self.optimizer.load_state_dict(unpack_optimizer(tensors["optimizer"], state["optimizer_groups"]))
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.ema is not None:
+                for (name, _), shadow in zip(self.model.named_parameters(), self.ema.shadow_params, strict=True):
+                    shadow.copy_(tensors["ema"][name])
+                self.ema.optimization_step = state["ema_step"]
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.step = int(state["step"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint {path} is of another model or recipe ({_first_line(error)}). Resume with the recipe "
+                f"it was made by ({Path(path).parent.parent / 'recipe.yaml'}), or start anew in another output_dir."
+            ) from error
+        if self.accelerator.is_main_process:
+            tqdm.write(f"resumed from {path}")
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> LikelihoodReport | None:
+        """Save the pipeline of the averaged weights, its pictures and its bound on the test split."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return None
+        with averaged_weights(self.model, self.ema):
+            report = publish_locally(self.model, self.configuration, self.folder, self.data.test)
+        if report is not None:
+            self._log({"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error})
+        return report
+
+    def _total_steps(self) -> int:
+        if self.training.max_train_steps is not None:
+            return self.training.max_train_steps
+        if self.source.steps_per_epoch is None:
+            raise ConfigurationError("a streamed dataset does not know its length: give max_train_steps, not epochs.")
+        epochs, accumulation = self.training.num_train_epochs or 0, self.training.gradient_accumulation_steps
+        return max(1, epochs * self.source.steps_per_epoch // accumulation)
+
+    def _learning_rate(self) -> float:
+        rate, training = self.training.learning_rate, self.training
+        if training.scale_lr:
+            rate *= training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+        return rate
+
+
+def _build_ema(configuration: Configuration, model: torch.nn.Module, device: torch.device) -> EMAModel | None:
+    training = configuration.training
+    if not training.use_ema:
+        return None
+    ema = EMAModel(
+        model.parameters(),
+        decay=training.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=training.ema_inv_gamma,
+        power=training.ema_power,
+        foreach=True,
+    )
+    ema.to(device)
+    return ema
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Only what every tracker can hold."""
+    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in values.items()}
