@@ -152,12 +152,14 @@ def alphabet_points(population: Mixture, nodes: int = 241) -> Points:
     return x, eps.repeat(len(population.means))[:, None], weights
 
 
-def unit_interval(panels: int, nodes: int = 4) -> tuple[Tensor, Tensor]:
-    """Composite Gauss-Legendre on [0, 1]."""
-    abscissae, weights = np.polynomial.legendre.leggauss(nodes)
-    left = torch.arange(panels, dtype=torch.float64)[:, None]
-    times = (left + torch.from_numpy(0.5 * (abscissae + 1))) / panels
-    return times.flatten(), torch.from_numpy(0.5 * weights / panels).repeat(panels)
+def unit_interval(panels: int, nodes: int = 4, halvings: int = 8) -> tuple[Tensor, Tensor]:
+    """Composite Gauss-Legendre on [0, 1]; the outermost panels are halved towards the ends, for layers there."""
+    inner = torch.arange(1, panels, dtype=torch.float64) / panels
+    near = 0.5 ** torch.arange(halvings, 0, -1, dtype=torch.float64) / panels
+    edges = torch.cat([torch.zeros(1), near, inner, 1 - near.flip(0), torch.ones(1)]).double()
+    abscissae, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(nodes))
+    times = edges[:-1, None] + edges.diff()[:, None] * 0.5 * (abscissae + 1)
+    return times.flatten(), (0.5 * weights * edges.diff()[:, None]).flatten()
 
 
 def expected(points: Points, times: Tensor, evaluate: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]) -> Tensor:

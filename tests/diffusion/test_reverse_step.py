@@ -43,8 +43,8 @@ def test_law_3_mean_and_variance(
         z_t = bar_t.sqrt() * x_hat + (1 / (1 + (-gamma_t).exp())).sqrt() * eps_hat
         output = process.parameterization.target(x_hat, eps_hat, gamma_t)
         bound = process.bind(None, {})[1]
-        z_s = bound.reverse_step(output.to(dtype), z_t.to(dtype), s, t, torch.Generator().manual_seed(9))
-    assert z_s.dtype == dtype and z_s.shape == z_t.shape
+        z_s, estimate = bound.reverse_step(output.to(dtype), z_t.to(dtype), s, t, torch.Generator().manual_seed(9))
+    assert z_s.dtype == estimate.dtype == dtype and z_s.shape == z_t.shape
     mean, variance = luo_posterior(z_t, x_hat, gamma_s, gamma_t)
     # The same generator gives the same standard normal: the draw must be mean + sqrt(variance) eps, elementwise.
     eps = normal_noise(z_t.shape, torch.Generator().manual_seed(9), z_t.device, dtype).double()
@@ -65,7 +65,7 @@ def test_law_3_the_whole_chain_with_the_exact_denoiser_gives_the_data(schedule: 
     probe = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     for i in range(len(times) - 1, 0, -1):
         denoised = bar[i].sqrt() * data_variance / (bar[i] * data_variance + one_minus_bar[i]) * probe
-        zero, one = bound.reverse_step(denoised, probe, times[i - 1], times[i], torch.Generator().manual_seed(i))
+        (zero, one), _ = bound.reverse_step(denoised, probe, times[i - 1], times[i], torch.Generator().manual_seed(i))
         eps = normal_noise((2, 1), torch.Generator().manual_seed(i), probe.device, torch.float64)
         deviation = float(zero / eps[0])
         gain = float(one - deviation * eps[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
     accelerator.wait_for_everyone()
     run = Run(configuration, accelerator, data, folder)
     run.resume()
+    started, first_step = time.perf_counter(), run.step
     with tqdm(
         total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not accelerator.is_main_process
     ) as progress:
@@ -67,6 +69,8 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
                 run.sample()
             if run.is_due("checkpointing_steps") or run.step == run.total_steps:
                 run.save()
+    if accelerator.is_main_process:
+        print(f"trained {run.step - first_step} steps in {time.perf_counter() - started:.1f} s")
     report = run.finish()
     accelerator.end_training()
     return report

@@ -1,0 +1,64 @@
+"""Every code block of the README runs, in a folder that looks like a user's after ``make quickstart``."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+# What a test adds to a training command, so that it takes seconds: fewer and smaller, nothing else.
+SHORT = (
+    "--max_train_steps 2 --train_batch_size 4 --num_inference_steps 2 --num_sample_images 1 --report_to none "
+    '--unet \'{"block_out_channels": [32], "layers_per_block": 1}\''
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``runs/digits/pipeline``, ``my_images`` and ``my_recipe.yaml``."""
+    home = tmp_path_factory.mktemp("readme")
+    (home / "my_images").mkdir()
+    source = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(source.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(home / "my_images" / f"{i}.png")
+    (recipe,) = (text for language, text in BLOCKS if language == "yaml")
+    (home / "my_recipe.yaml").write_text(recipe)
+    run(home, f"accelerate launch --num_processes 1 {ROOT}/scripts/train.py digits {SHORT}")
+    assert (home / "runs/digits/pipeline/model_index.json").is_file()
+    return home
+
+
+def run(home: Path, command: str) -> str:
+    """Run one line of a shell block as a user would, with this environment's programs first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, shell=True, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_there_are_blocks_of_every_kind() -> None:
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
+
+
+@pytest.mark.parametrize("code", [text for language, text in BLOCKS if language == "python"])
+def test_python_block(home: Path, code: str) -> None:
+    (home / "block.py").write_text(code)
+    run(home, f"{sys.executable} block.py")
+
+
+@pytest.mark.parametrize("line", [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()])
+def test_shell_line(home: Path, line: str) -> None:
+    """Commands run as they stand; training is cut short, and ``make`` is asked for its plan (CI runs the targets)."""
+    if line.startswith("make"):
+        assert run(ROOT, f"{line} --dry-run PYTHON={sys.executable}")
+    else:
+        run(home, f"{line} {SHORT}" if "vdm_hub.train" in line else line)
