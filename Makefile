@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 install: $(VENV)/.installed  ## Create .venv and install vdm_hub with its test and quality tools.
 
 quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, and load it again (about 3 minutes).
-	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/train.py digits --output_dir $(OUTPUT) $(RECIPE_ARGS)
+	$(RUN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/train.py digits --output_dir $(OUTPUT) --resume_from_checkpoint latest $(RECIPE_ARGS)
 	$(RUN)/python scripts/quickstart.py $(OUTPUT)
 
 test: install  ## Run the tests (under 10 minutes on 2 cores).

@@ -14,6 +14,11 @@ from pathlib import Path
 def written_beside(path: Path) -> Iterator[Path]:
     """A path to write a file or a folder to; on success it takes the place of ``path``, else it vanishes.
 
+    A file takes the place of a file only, a folder that of a folder only.
+
+    Raises:
+        OSError: A file was written where a folder is, or the other way round; what was there stays.
+
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "a.txt"
     >>> with written_beside(target) as beside:
@@ -32,7 +37,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():  # a folder can't be renamed over one that is not empty
+    if source.is_dir() and target.is_dir():  # a folder can't be renamed over one that is not empty
         old = source.with_name(source.name + ".old")
         target.rename(old)
         source.rename(target)

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from vdm_hub.errors import DataError
-from vdm_hub.pixels import levels_from_image
+from vdm_hub.pixels import image_from_levels, levels_from_image
 
 
 def images_from_levels(levels: Tensor, num_levels: int, output_type: str = "pt") -> Any:
@@ -25,11 +24,10 @@ def images_from_levels(levels: Tensor, num_levels: int, output_type: str = "pt")
     >>> images_from_levels(torch.tensor([[[[0, 16]]]]), num_levels=17)
     tensor([[[[0., 1.]]]])
     """
+    if output_type == "pil":
+        return [image_from_levels(image, num_levels) for image in levels]
     images = levels.float() / (num_levels - 1)
-    if output_type == "pt":
-        return images
-    array = images.cpu().permute(0, 2, 3, 1).numpy()
-    return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
+    return images if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
 
 
 def levels_from_images(images: Any, num_levels: int) -> Tensor:

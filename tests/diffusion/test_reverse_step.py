@@ -52,22 +52,28 @@ def test_law_3_mean_and_variance(
 
 
 @every_schedule
-def test_law_3_the_whole_chain_with_the_exact_denoiser_gives_the_data(schedule: str) -> None:
-    """Data N(0, s^2): each step's variance, carried in closed form, arrives at that of q(z_0) as the steps shrink."""
+def test_law_3_the_whole_chain_with_the_exact_denoiser_converges_to_the_data(schedule: str) -> None:
+    """Data N(0, s^2): the chain's variance, carried in closed form, tends to that of q(z_0) as the steps shrink."""
+    few, many = chain_error(schedule, 200), chain_error(schedule, 800)
+    assert many < 0.02
+    assert many < 0.4 * few
+
+
+def chain_error(schedule: str, steps: int, data_variance: float = 0.25) -> float:
     built = registered.scalar_schedule(schedule)
-    times = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     with torch.no_grad():
         gammas = built(times)
-    bar, data_variance = 1 / (1 + gammas.exp()), 0.25
-    one_minus_bar = 1 / (1 + (-gammas).exp())
+    bar, one_minus_bar = 1 / (1 + gammas.exp()), 1 / (1 + (-gammas).exp())
     bound = registered.process(built, "sample").bind(None, {})[1]
     variance = 1.0
     probe = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    for i in range(len(times) - 1, 0, -1):
+    for i in range(steps, 0, -1):
         denoised = bar[i].sqrt() * data_variance / (bar[i] * data_variance + one_minus_bar[i]) * probe
         (zero, one), _ = bound.reverse_step(denoised, probe, times[i - 1], times[i], torch.Generator().manual_seed(i))
         eps = normal_noise((2, 1), torch.Generator().manual_seed(i), probe.device, torch.float64)
         deviation = float(zero / eps[0])
         gain = float(one - deviation * eps[1])
         variance = gain**2 * variance + deviation**2
-    assert variance == pytest.approx(float(bar[0] * data_variance + one_minus_bar[0]), rel=5e-3)
+    exact = float(bar[0] * data_variance + one_minus_bar[0])
+    return abs(variance / exact - 1)

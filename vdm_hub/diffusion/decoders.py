@@ -116,9 +116,25 @@ def _log_normal_mass(lower: Tensor, upper: Tensor) -> Tensor:
     """``log(Phi(upper) - Phi(lower))``, taken in the tail where both are smallest, so that neither rounds to one."""
     flip = lower + upper > 0
     low, high = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
-    log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+    log_high: Tensor = _LogNormalDistribution.apply(high)  # type: ignore[no-untyped-call]
+    log_low: Tensor = _LogNormalDistribution.apply(low)  # type: ignore[no-untyped-call]
     # Differences below float precision mean a bin of no width: the density times the width, never -inf.
     return log_high + torch.log(-torch.expm1((log_low - log_high).clamp(max=-torch.finfo(low.dtype).tiny)))
+
+
+class _LogNormalDistribution(torch.autograd.Function):
+    """``log Phi`` whose gradient does not cancel: in float32 torch's own is 5 % off at -1,000, and NaN at -100,000."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.special.log_ndtr(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (math.sqrt(2 / math.pi) / torch.special.erfcx(-x / math.sqrt(2)))
 
 
 def _reach(gamma_0: Tensor, scaling: DataScaling, dtype: torch.dtype) -> int:

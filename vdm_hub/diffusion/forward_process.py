@@ -24,7 +24,10 @@ Noise = Mapping[str, Tensor]
 
 
 class BoundProcess(ABC):
-    """A forward process bound to one batch. KLs and likelihoods are per datum, (B,), in nats; times are (B,)."""
+    """A forward process bound to one batch. KLs and likelihoods are per datum, (B,), in nats.
+
+    Times are (B,) in a bound, and (), float64, while sampling, where all data are at one time.
+    """
 
     @abstractmethod
     def sample(self, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
@@ -62,7 +65,7 @@ class BoundProcess(ABC):
     ) -> tuple[Tensor, Tensor]:
         """``z_s`` from ``p(z_s|z_t)`` and the estimate of the data behind it.
 
-        ``output`` is the prediction at ``z_t``; s and t are (), float64.
+        ``output`` is the prediction at ``z_t``.
         """
 
     @abstractmethod
@@ -91,6 +94,10 @@ class ForwardProcess(nn.Module, ABC):
     def fields(self) -> dict[str, Any]:
         """The scheduler's config fields that rebuild this process as it is now, learned values baked in."""
 
+    def carried_schedule(self) -> nn.Module | None:
+        """The noise schedule whose weights no config can hold; the pipeline carries it as a component."""
+        return None
+
     @abstractmethod
     def encode(self, levels: Tensor) -> Tensor:
         """Levels 0..K-1 -> the data x that the process corrupts."""
@@ -102,6 +109,10 @@ class ForwardProcess(nn.Module, ABC):
     @abstractmethod
     def draw_noise(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
         """All base noise that one evaluation of the bound on data of this shape needs, by name."""
+
+    def draw_context(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
+        """The part of `draw_noise` that `bind` needs, which sampling needs too; none for most."""
+        return {}
 
     @abstractmethod
     def bind(self, x: Tensor | None, noise: Noise) -> tuple[dict[str, Tensor], BoundProcess]:

@@ -74,6 +74,10 @@ class GaussianProcess(ForwardProcess):
             "num_train_timesteps": self.num_train_timesteps,
         }
 
+    def carried_schedule(self) -> NoiseSchedule | None:
+        published = self.schedule.bake()
+        return published if published.state_dict() else None
+
     def encode(self, levels: Tensor) -> Tensor:
         return self.scaling.encode(levels)
 
@@ -82,7 +86,10 @@ class GaussianProcess(ForwardProcess):
 
     def draw_noise(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
         draws = {name: normal_noise(shape, generator, device) for name in ("marginal", "reconstruction")}
-        return draws | self.schedule.draw_noise(shape[0], generator, device)
+        return draws | self.draw_context(shape, generator, device)
+
+    def draw_context(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
+        return self.schedule.draw_noise(shape[0], generator, device)
 
     def bind(self, x: Tensor | None, noise: Noise) -> tuple[dict[str, Tensor], BoundGaussian]:
         extras, gamma = self.schedule.bind(x, noise)
@@ -120,7 +127,7 @@ class BoundGaussian(BoundProcess):
         return gaussian.marginal_sample(x, self.gamma(t), noise["marginal"])
 
     def predict(self, network: Network, z_t: Tensor, t: Tensor) -> Tensor:
-        return self._predict(network, z_t, self.gamma(t))
+        return self._predict(network, z_t, self._gamma(t, z_t))
 
     def _predict(self, network: Network, z: Tensor, gamma: Tensor) -> Tensor:
         parameterization = self.process.parameterization
@@ -168,7 +175,7 @@ class BoundGaussian(BoundProcess):
     def reverse_step(
         self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
-        gamma_s, gamma_t = self.gamma(s), self.gamma(t)
+        gamma_s, gamma_t = self._gamma(s, z_t), self._gamma(t, z_t)
         x_hat = self.process.parameterization.x_hat(output, z_t, gamma_t)
         eps = normal_noise(z_t.shape, generator, z_t.device, z_t.dtype)
         return gaussian.posterior_step(z_t, x_hat, gamma_s, gamma_t, eps).to(z_t.dtype), x_hat.to(z_t.dtype)
@@ -180,6 +187,10 @@ class BoundGaussian(BoundProcess):
 
     def _x_hat(self, network: Network, z: Tensor, gamma: Tensor) -> Any:
         return lambda: self.process.parameterization.x_hat(self._predict(network, z, gamma), z, gamma)
+
+    def _gamma(self, t: Tensor, like: Tensor) -> Tensor:
+        """``gamma(t)`` for t of shape (B,) or (); schedules that are not scalar only ever see (B,)."""
+        return self.gamma(t if self.process.schedule.scalar else t.expand(like.shape[0]))
 
     def _at(self, time: float, like: Tensor) -> Tensor:
         """``gamma`` at one end, for every datum of the batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class NoiseScheduleModel(ModelMixin, ConfigMixin):
     """
 
     _dtype_follower: Tensor
+    _keep_in_fp32_modules = ["schedule"]
 
     @register_to_config
     def __init__(self, noise_schedule: Serialised = "learned_linear") -> None:
@@ -35,6 +37,15 @@ class NoiseScheduleModel(ModelMixin, ConfigMixin):
         self.schedule: NoiseSchedule = registry.build("noise_schedules", noise_schedule)
         # Follows every cast, so that `.dtype` answers what the user asked for.
         self.register_buffer("_dtype_follower", torch.zeros(1))
+
+    @classmethod
+    def from_schedule(cls, schedule: NoiseSchedule) -> NoiseScheduleModel:
+        """A model with a copy of a registered schedule's weights, on their device."""
+        model = cls(registry.serialise("noise_schedules", schedule))
+        weights = schedule.state_dict()
+        model.schedule.load_state_dict(weights)
+        model.to(next((weight.device for weight in weights.values()), torch.device("cpu")))
+        return model
 
     def forward(self, t: Tensor) -> Tensor:
         """Gamma at times t."""
@@ -44,10 +55,14 @@ class NoiseScheduleModel(ModelMixin, ConfigMixin):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Weights move between devices but keep their dtype; only the follower is cast.
         self._dtype_follower = fn(self._dtype_follower)
-        self.schedule._apply(  # type: ignore[no-untyped-call]
-            lambda tensor: fn(tensor).to(tensor.dtype) if tensor.is_floating_point() else fn(tensor)
-        )
+        self.schedule._apply(partial(_moved, fn))  # type: ignore[no-untyped-call]
         return self
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What ``fn`` gives, but for a cast, which would round: then the tensor itself, on the same device."""
+    result = fn(tensor)
+    return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
 
 NoiseScheduleModel.__module__ = "vdm_hub"

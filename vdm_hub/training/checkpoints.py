@@ -39,8 +39,13 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int | None = None,
 ) -> Path:
-    """Write ``folder/step-<step>``; afterwards only the latest ``keep`` checkpoints remain."""
+    """Write ``folder/step-<step>``; afterwards only the latest ``keep`` checkpoints remain, this one among them.
+
+    What a process that was killed left half-written is cleared away.
+    """
     path = folder / f"step-{step:08d}"
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
     with written_beside(path) as beside:
         beside.mkdir()
         for group, named in tensors.items():
@@ -50,7 +55,8 @@ def save_checkpoint(
             file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(beside.iterdir())
         }
         (beside / "manifest.json").write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
-    for old in checkpoints(folder)[: -keep if keep else 0]:
+    others = [checkpoint for checkpoint in checkpoints(folder) if checkpoint != path]
+    for old in others[: len(others) - keep + 1] if keep and len(others) >= keep else []:
         shutil.rmtree(old)
     return path
 

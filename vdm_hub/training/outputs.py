@@ -18,8 +18,16 @@ from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.plots import plot_schedule, save_grid
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.training.arguments import Configuration, parse
 from vdm_hub.training.setup import build_pipeline
+
+# Fields that a resumed run may have otherwise: they change no step that was taken, nor the data of those to come.
+_MAY_CHANGE = {
+    *("recipe", "output_dir", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "num_workers"),
+    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_steps"),
+    *("eval_batch_size", "validation_steps", "validation_images", "validation_split", "test_split"),
+    *("evaluation_replicates", "sample_steps", "num_sample_images", "num_inference_steps"),
+}
 
 
 class OutputFolder:
@@ -41,14 +49,28 @@ class OutputFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"output_dir {self.path} is a file: choose a folder.")
-        if self.path.exists() and any(self.path.iterdir()) and not configuration.training.resume_from_checkpoint:
+        resuming = configuration.training.resume_from_checkpoint is not None
+        if self.path.exists() and any(self.path.iterdir()) and not resuming:
             what = "already holds a run" if self.recipe.exists() else "is not empty"
             raise CheckpointError(
                 f"output_dir {self.path} {what}. Choose another --output_dir, go on with that run by "
                 f"--resume_from_checkpoint latest, or remove the folder yourself: nothing is overwritten."
             )
+        if resuming and self.recipe.exists():
+            self._check_same_run(configuration)
         with written_beside(self.recipe) as beside:
             beside.write_text(configuration.to_yaml())
+
+    def _check_same_run(self, configuration: Configuration) -> None:
+        """Refuse to go on with another recipe than the folder's; what only shows or stores may change."""
+        before, now = parse([str(self.recipe)]).to_dict(), configuration.to_dict()
+        changed = [key for key in now if key not in _MAY_CHANGE and before.get(key) != now[key]]
+        if changed:
+            differences = "; ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
+            raise CheckpointError(
+                f"{self.path} holds a run of another recipe: {differences}. Resume with the recipe it was made by "
+                f"({self.recipe}), or choose another --output_dir."
+            )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.likelihood.variational_bound import Objective, VDMObjective
+from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.scheduling_vdm import VDMScheduler
@@ -71,8 +72,16 @@ def build_objective(configuration: Configuration, shape: tuple[int, int, int]) -
 
 
 def build_pipeline(objective: VDMObjective) -> VDMPipeline:
-    """The pipeline of an objective as it is now: learned schedules are baked into the scheduler's config."""
-    return VDMPipeline(unet=objective.network, scheduler=VDMScheduler(**objective.process.fields()))
+    """The pipeline of an objective as it is now.
+
+    A learned schedule is baked into the scheduler's config, or carried with its weights where no config can hold it.
+    """
+    carried = objective.process.carried_schedule()
+    return VDMPipeline(
+        unet=objective.network,
+        scheduler=VDMScheduler(**objective.process.fields()),
+        noise_schedule=None if carried is None else NoiseScheduleModel.from_schedule(carried),
+    )
 
 
 def build_optimizer(objective: Objective, arguments: TrainingArguments, learning_rate: float) -> torch.optim.AdamW:

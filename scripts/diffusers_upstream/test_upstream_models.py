@@ -1,0 +1,95 @@
+"""diffusers' model mixins on `UNetVDMModel` and `NoiseScheduleModel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tests.models.testing_utils import (
+    BaseModelTesterConfig,
+    MemoryTesterMixin,
+    ModelTesterMixin,
+    TorchCompileTesterMixin,
+    TrainingTesterMixin,
+)
+from tests.testing_utils import enable_full_determinism, torch_device
+
+from vdm_hub import NoiseScheduleModel, UNetVDMModel
+
+enable_full_determinism()
+
+
+class _UNetVDM(BaseModelTesterConfig):
+    main_input_name = "sample"
+    model_class = UNetVDMModel
+    output_shape = (3, 16, 16)
+
+    def get_init_dict(self) -> dict[str, Any]:
+        return {
+            "sample_size": 16,
+            "block_out_channels": (8, 16),
+            "layers_per_block": 2,
+            "norm_num_groups": 4,
+            "attention_levels": (1,),
+            "dropout": 0.0,
+        }
+
+    def get_dummy_inputs(self) -> dict[str, Any]:
+        sample = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        return {"sample": sample.to(torch_device), "timestep": torch.tensor([10.5], device=torch_device)}
+
+
+class _UNetVDMWithClasses(_UNetVDM):
+    def get_init_dict(self) -> dict[str, Any]:
+        return super().get_init_dict() | {
+            "num_class_embeds": 5,
+            "resnet_time_scale_shift": "scale_shift",
+            "attention_head_dim": 4,
+            "add_input": False,
+        }
+
+    def get_dummy_inputs(self) -> dict[str, Any]:
+        return super().get_dummy_inputs() | {"class_labels": torch.tensor([0, 4, 2, 2], device=torch_device)}
+
+
+class TestUNetVDM(_UNetVDM, ModelTesterMixin):
+    """The plain network."""
+
+
+class TestUNetVDMWithClasses(_UNetVDMWithClasses, ModelTesterMixin):
+    """Class labels, scale and shift, several heads."""
+
+
+class TestUNetVDMTraining(_UNetVDM, TrainingTesterMixin):
+    """Needs an accelerator, as upstream says by its own skips."""
+
+    def test_gradient_checkpointing_is_applied(self) -> None:
+        super().test_gradient_checkpointing_is_applied(expected_set={"UNetVDMModel"})
+
+
+class TestUNetVDMMemory(_UNetVDM, MemoryTesterMixin):
+    """Offloading and layerwise casting; needs an accelerator."""
+
+
+class TestUNetVDMCompile(_UNetVDM, TorchCompileTesterMixin):
+    """Needs an accelerator."""
+
+
+class _Schedule(BaseModelTesterConfig):
+    main_input_name = "t"
+    model_class = NoiseScheduleModel
+    output_shape = (4,)
+
+    def get_init_dict(self) -> dict[str, Any]:
+        return {"noise_schedule": {"name": "learned_monotone", "config": {"gamma_min": -8.0}}}
+
+    def get_dummy_inputs(self) -> dict[str, Any]:
+        return {"t": torch.linspace(0, 1, 4, device=torch_device)}
+
+
+class TestNoiseScheduleModel(_Schedule, ModelTesterMixin):
+    """The component that carries a schedule's weights."""
+
+
+class TestNoiseScheduleModelMemory(_Schedule, MemoryTesterMixin):
+    """Needs an accelerator."""
