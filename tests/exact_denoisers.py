@@ -162,6 +162,12 @@ def unit_interval(panels: int, nodes: int = 4, halvings: int = 8) -> tuple[Tenso
     return times.flatten(), (0.5 * weights * edges.diff()[:, None]).flatten()
 
 
+def aligned_panels(schedule: NoiseSchedule, least: int) -> int:
+    """A number of panels such that no knot of a table, where a derivative jumps, lies inside of one."""
+    intervals = schedule.gammas.numel() - 1 if hasattr(schedule, "gammas") else 1
+    return int(intervals * math.ceil(least / intervals))
+
+
 def expected(points: Points, times: Tensor, evaluate: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]) -> Tensor:
     """``E_{x, eps} evaluate(x, t, noise)`` at each time, (T,)."""
     x, eps, weights = points

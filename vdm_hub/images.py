@@ -42,6 +42,8 @@ def levels_from_images(images: Any, num_levels: int) -> Tensor:
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, np.ndarray):
+        if images.ndim != 4:
+            raise DataError(f"an array of images has shape {images.shape}: give (B, H, W, C).")
         images = list(images) if images.dtype == np.uint8 else torch.from_numpy(images).permute(0, 3, 1, 2)
     if isinstance(images, Tensor):
         return _checked(images, num_levels)
@@ -57,8 +59,11 @@ def levels_from_images(images: Any, num_levels: int) -> Tensor:
 
 def _picture(image: Any) -> Image.Image:
     array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3):
-        raise DataError(f"an image is {array.dtype} of shape {array.shape}: give uint8 (H, W, C), or PIL images.")
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3)):
+        raise DataError(
+            f"an image is {array.dtype} of shape {array.shape}: give uint8 of (H, W), (H, W, 1) or (H, W, 3), or a "
+            f"PIL image."
+        )
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 and array.ndim == 3 else array)
 
 

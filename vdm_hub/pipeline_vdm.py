@@ -10,10 +10,10 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.errors import ConfigurationError, DataError, unknown_name
 from vdm_hub.images import images_from_levels, levels_from_images
 from vdm_hub.likelihood.estimator import estimate_bound
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -22,6 +22,7 @@ from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
 
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -66,6 +67,11 @@ class VDMPipeline(DiffusionPipeline):
             return scheduler.process.to(self._execution_device)
         return scheduler.build_process(self.noise_schedule.schedule)
 
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the sampling under way, or of the last one; callbacks compare their index with it."""
+        return len(self.scheduler.timesteps)
+
     # ---- samples ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -90,7 +96,8 @@ class VDMPipeline(DiffusionPipeline):
             num_inference_steps: Evaluations of the network.
             latents: z_1, (B, C, H, W), instead of a draw.
             class_labels: Class of each image, (B,), for class-conditional networks.
-            output_type: ``pil``, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W), the last two in [0, 1].
+            output_type: ``pil``, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W), the last two in [0, 1]; ``latent`` is what
+                the last step left, (B, C, H, W), not decoded.
             return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
             callback_on_step_end: Called as ``callback(pipe, step, timestep, {"latents": ...})``; it may return changed
                 latents.
@@ -108,19 +115,20 @@ class VDMPipeline(DiffusionPipeline):
             >>> pipe(batch_size=2, num_inference_steps=4, output_type="pt").images.shape
             torch.Size([2, 1, 8, 8])
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise unknown_name("output_type", output_type, ("pil", "np", "pt"))
+        if output_type not in _OUTPUT_TYPES:
+            raise unknown_name("output_type", output_type, _OUTPUT_TYPES)
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ConfigurationError(f"the callback asks for {sorted(unknown)}; only 'latents' can be given.")
         process, device = self.process, self._execution_device
         shape = self._shape(batch_size, latents, generator)
-        _, bound = process.bind(None, process.draw_noise(shape, generator, device) if self.noise_schedule else {})
+        _, bound = process.bind(None, process.draw_context(shape, generator, device))
         network = self._network(network_arguments | self._labels(class_labels, shape[0]))
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if latents is None:
             latents = bound.prior_sample(shape, generator, device)
-        latents = latents.to(device) * self.scheduler.init_noise_sigma
+        latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+        latents = latents * self.scheduler.init_noise_sigma
         is_vdm = isinstance(self.scheduler, VDMScheduler)
         for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if is_vdm:
@@ -132,27 +140,30 @@ class VDMPipeline(DiffusionPipeline):
                 latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
             if callback_on_step_end is not None:
                 latents = (callback_on_step_end(self, i, timestep, {"latents": latents}) or {}).get("latents", latents)
-        if is_vdm and not self.scheduler.ends_at_data:
-            levels = bound.decode(latents, network, generator)
+        if output_type == "latent":
+            images = latents
         else:
-            levels = process.quantise(latents)
-        images = images_from_levels(levels, process.num_levels, output_type)
+            decodes = is_vdm and not self.scheduler.ends_at_data
+            levels = bound.decode(latents, network, generator) if decodes else process.quantise(latents)
+            images = images_from_levels(levels, process.num_levels, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the network's images."""
         size = self.unet.config.sample_size
         if size is None:
             raise ConfigurationError("the network's config has no sample_size: give the size of the images there.")
         height, width = (size, size) if isinstance(size, int) else size
-        channels = int(self.unet.config.in_channels)
-        shape: tuple[int, ...] = (batch_size, channels, height, width)
-        if latents is not None:
-            shape = tuple(latents.shape)
-            if shape[1:] != (channels, height, width):
-                raise ConfigurationError(
-                    f"latents have shape {shape}; the network needs (B, {channels}, {height}, {width})."
-                )
+        return int(self.unet.config.in_channels), int(height), int(width)
+
+    def _shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size is {batch_size}: give at least 1.")
+        shape = (batch_size, *self._image_shape) if latents is None else tuple(latents.shape)
+        if shape[1:] != self._image_shape:
+            raise ConfigurationError(f"latents have shape {shape}; the network needs (B, *{self._image_shape}).")
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ConfigurationError(f"{len(generator)} generators for {shape[0]} images: give one each, or just one.")
         return shape
@@ -167,20 +178,14 @@ class VDMPipeline(DiffusionPipeline):
 
     def _network(self, arguments: dict[str, Any]) -> Network:
         """The network in its own precision; latents stay in float32."""
-
-        def call(sample: Tensor, timestep: Tensor) -> Tensor:
-            # UNetVDMModel takes float32 at any precision: its Fourier features read bits that float16 does not have.
-            given = sample if isinstance(self.unet, UNetVDMModel) else sample.to(self.unet.dtype)
-            output: Tensor = self.unet(given, timestep, return_dict=False, **arguments)[0]
-            return output.to(sample.dtype)
-
-        return call
+        unet = _InOwnPrecision(self.unet)
+        return lambda sample, timestep: unet(sample, timestep, return_dict=False, **arguments)[0]
 
     # ---- likelihood -------------------------------------------------------------------------------------------------
 
     def objective(self, transitions: int | None = None) -> VDMObjective:
         """The bound of this pipeline as a module."""
-        return VDMObjective(self.unet, self.process, transitions)
+        return VDMObjective(_InOwnPrecision(self.unet), self.process, transitions)
 
     def log_likelihood(
         self,
@@ -190,6 +195,7 @@ class VDMPipeline(DiffusionPipeline):
         replicates: int = 8,
         seed: int = 0,
         class_labels: Tensor | Sequence[int] | None = None,
+        **network_arguments: Tensor,
     ) -> LikelihoodReport:
         """The log-likelihood of a batch, per image and on average; the report says whether it is a bound.
 
@@ -201,6 +207,7 @@ class VDMPipeline(DiffusionPipeline):
             replicates: Independent estimates per image, behind the standard error.
             seed: Of all draws.
             class_labels: Class of each image, (B,).
+            network_arguments: Passed to the network by name.
 
         Raises:
             DataError: A pixel is none of the K levels, or the images' shape is not the network's.
@@ -209,16 +216,31 @@ class VDMPipeline(DiffusionPipeline):
             raise unknown_name("likelihood method", method, ("bound",))
         process = self.process
         levels = levels_from_images(images, process.num_levels)
-        self._shape(levels.shape[0], levels, None)
-        device = self._execution_device
-        batch = {"levels": levels.to(device), "indices": torch.arange(levels.shape[0])}
-        batch |= self._labels(class_labels, levels.shape[0])
-        objective = VDMObjective(self.unet, process.to(device), transitions)
-        return estimate_bound(objective, lambda: [batch], levels.shape[0], replicates, seed)
+        if tuple(levels.shape[1:]) != self._image_shape:
+            raise DataError(
+                f"the images are {tuple(levels.shape[1:])} (channels, height, width); the network's are "
+                f"{self._image_shape}: resize or convert them first."
+            )
+        batch = {"levels": levels.to(self._execution_device), "indices": torch.arange(levels.shape[0])}
+        batch |= network_arguments | self._labels(class_labels, levels.shape[0])
+        return estimate_bound(self.objective(transitions), lambda: [batch], levels.shape[0], replicates, seed)
 
     def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
         """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
         return self.log_likelihood(images, **kwargs)
+
+
+class _InOwnPrecision(nn.Module):
+    """The network in its own precision; all around it stays in float32."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
+        # UNetVDMModel takes float32 at any precision: its Fourier features read bits that float16 does not have.
+        given = sample if isinstance(self.unet, UNetVDMModel) else sample.to(self.unet.dtype)
+        return (self.unet(given, timestep, **arguments)[0].to(sample.dtype),)
 
 
 def _takes_generator(scheduler: Any) -> bool:

@@ -146,7 +146,6 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self._check_choices()
         self._ddpm = self._stock_ddpm() if is_table else None
         self.process = self._build_process(conditioning)
-        self._bound: BoundProcess = self.process.bind(None, {})[1]
         self._record_derived(given_betas, conditioning is None, is_table)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
@@ -284,6 +283,17 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             raise ConfigurationError("sigmas need a process with one noise level per time: give timesteps instead.")
         positive = torch.tensor([float(s) for s in sigmas if float(s) > 0], dtype=torch.float64)
         return self.process.schedule.inverse(2 * torch.log(positive))
+
+    @property
+    def _bound(self) -> BoundProcess:
+        """The process bound to no batch, for callers that bring none."""
+        try:
+            return self.process.bind(None, {})[1]
+        except KeyError as missing:
+            raise ConfigurationError(
+                f"this process draws a context ({missing}) once for each chain: sample with VDMPipeline, or give "
+                f"step() the bound process."
+            ) from missing
 
     @property
     def _ends_as_ddpm(self) -> bool:

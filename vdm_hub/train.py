@@ -7,7 +7,6 @@ import sys
 from vdm_hub.commands import report_errors
 from vdm_hub.training.arguments import parse
 from vdm_hub.training.loop import train
-from vdm_hub.training.outputs import OutputFolder
 
 
 def main() -> int:
@@ -16,12 +15,7 @@ def main() -> int:
 
 
 def _main() -> None:
-    configuration = parse()
-    report = train(configuration)
-    if report is not None:
-        folder = OutputFolder(configuration)
-        print(f"\ntest split of {configuration.data.dataset_name or configuration.data.train_data_dir}:\n{report}")
-        print(f"pipeline     {folder.pipeline}\nsamples      {folder.samples}\nschedule     {folder.schedule}")
+    train(parse())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +16,20 @@ torch.set_num_threads(1)
 
 # Upstream's own conftest also puts the checkout's `src` first on the path; it is not loaded from here, so that the
 # installed diffusers is what is tested. Only its markers are needed.
-MARKERS = "training memory cpu_offload group_offload slow nightly"
+MARKERS = (
+    "attention autoround bitsandbytes compile context_parallel cpu_offload gguf group_offload ip_adapter lora memory "
+    "modelopt nightly quantization quanto sdnq single_file slow tensor_parallel torchao training"
+)
+
+# Upstream's pipeline tests import helpers from modules whose own tests, not run here, need these two packages.
+STUBS = {
+    "parameterized": {"parameterized": types.SimpleNamespace(expand=lambda *_, **__: lambda test: test)},
+    "requests_mock": {},
+}
+for name, contents in STUBS.items():
+    if importlib.util.find_spec(name) is None:
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(contents)
 
 
 def pytest_configure(config: pytest.Config) -> None:

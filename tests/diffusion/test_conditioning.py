@@ -83,3 +83,20 @@ def test_a_table_gives_integers_at_the_latents_of_a_beta_table() -> None:
 def test_what_does_not_increase_is_refused(serialised: registry.Serialised) -> None:
     with pytest.raises(ConfigurationError):
         registry.build("conditionings", serialised)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_timestep_is_as_precise_as_the_sample_and_never_less_than_float32(dtype: torch.dtype) -> None:
+    told: list[torch.Tensor] = []
+
+    def network(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        told.append(timestep)
+        return sample
+
+    bound = registered.process(LinearSchedule()).bind(None, {})[1]
+    t = torch.tensor(0.7, dtype=torch.float64)
+    assert bound.predict(network, torch.zeros(2, 3, dtype=dtype), t).dtype == dtype
+    assert told[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(
+        told[0].double(), (999 * t).expand(2), rtol=1e-12 if dtype == torch.float64 else 1e-7, atol=0
+    )

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import mpmath
 import pytest
+import registered
 import scipy.stats
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import registered
 from vdm_hub.diffusion.decoders import DDPMDecoder, FactorisedDecoder
 from vdm_hub.diffusion.draws import uniform_noise
 from vdm_hub.diffusion.levels import SCALINGS, DataScaling
@@ -154,7 +154,9 @@ def test_factorised_samples_invert_the_distribution_function(gamma_0: float, num
     sampled = FactorisedDecoder().sample(z_0, g, lambda: z_0, scaling, torch.Generator().manual_seed(2))
     u = uniform_noise((4, 500), torch.Generator().manual_seed(2), z_0.device, torch.float64)
     every_level = torch.arange(num_levels).expand(4, 500, num_levels)
-    log_p = [naive_log_likelihood(every_level[..., k], z_0, g[:, None].expand(4, 500), scaling) for k in range(num_levels)]
+    log_p = [
+        naive_log_likelihood(every_level[..., k], z_0, g[:, None].expand(4, 500), scaling) for k in range(num_levels)
+    ]
     cumulative = torch.stack([torch.zeros(4, 500, dtype=torch.float64), *(p.exp() for p in log_p)], -1).cumsum(-1)
     below = cumulative.gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
     above = cumulative.gather(-1, sampled.unsqueeze(-1) + 1).squeeze(-1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import registered
 import torch
-from exact_denoisers import continuous_diffusion_term, quadratic_points, unit_interval
+from exact_denoisers import aligned_panels, continuous_diffusion_term, quadratic_points, unit_interval
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -153,11 +153,8 @@ def test_law_2_the_continuous_bound_depends_only_on_the_endpoints(name: str) -> 
     points = quadratic_points(torch.tensor([[0.25]]))
 
     def term(schedule: NoiseSchedule) -> float:
-        # Panels of the tables' own width, so that no knot is inside of one.
-        panels = schedule.gammas.numel() - 1 if hasattr(schedule, "gammas") else 300
-        panels *= math.ceil(300 / panels)
         process = registered.process(schedule, conditioning=conditioning)
-        return continuous_diffusion_term(process, network, points, panels)
+        return continuous_diffusion_term(process, network, points, aligned_panels(schedule, 300))
 
     for schedule in (registered.scalar_schedule(name), registered.learned(name), registered.learned(name).bake()):
         expected = term(LinearSchedule(*schedule.endpoints()))

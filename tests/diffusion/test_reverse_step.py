@@ -72,8 +72,8 @@ def chain_error(schedule: str, steps: int, data_variance: float = 0.25) -> float
         denoised = bar[i].sqrt() * data_variance / (bar[i] * data_variance + one_minus_bar[i]) * probe
         (zero, one), _ = bound.reverse_step(denoised, probe, times[i - 1], times[i], torch.Generator().manual_seed(i))
         eps = normal_noise((2, 1), torch.Generator().manual_seed(i), probe.device, torch.float64)
-        deviation = float(zero / eps[0])
-        gain = float(one - deviation * eps[1])
+        deviation = float(zero.detach() / eps[0])
+        gain = float(one.detach() - deviation * eps[1])
         variance = gain**2 * variance + deviation**2
     exact = float(bar[0] * data_variance + one_minus_bar[0])
     return abs(variance / exact - 1)

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import registered
 import torch
 from PIL import Image
 from torch import Tensor
 
-import registered
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 
@@ -85,7 +85,9 @@ def test_all_training_images_have_the_terms_of_the_table(data_folder: Path) -> N
 
 
 @pytest.mark.parametrize(("gamma_0", "count"), [(-13.3, 3000), (-8.7, 500)])
-def test_the_float32_estimate_agrees_within_its_standard_error(test_images: Tensor, gamma_0: float, count: int) -> None:
+def test_the_float32_estimate_agrees_within_its_standard_error(
+    test_images: Tensor, gamma_0: float, count: int
+) -> None:
     process, images = registered.process(LinearSchedule(gamma_0, 5.0)), test_images[:count]
     generator = torch.Generator().manual_seed(0)
     reconstructions, priors = [], []

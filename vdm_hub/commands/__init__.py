@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vdm_hub.commands import evaluate, sample
 from vdm_hub.errors import VDMHubError
@@ -23,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report_errors(lambda: COMMANDS[arguments.command].run(arguments))
 
 
-def report_errors(run: object) -> int:
-    """Call ``run`` and turn a `VDMHubError` into a message on standard error and exit status 2."""
+def report_errors(run: Callable[[], object]) -> int:
+    """Call ``run``; a `VDMHubError`, or what a file system refuses, is a message on standard error and status 2."""
     try:
-        run()  # type: ignore[operator]
-    except VDMHubError as error:
-        print(f"error: {error}", file=sys.stderr)
+        run()
+    except (VDMHubError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -8,6 +8,7 @@ import json
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.data.loading import load_split
 from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.fields import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate and print."""
+    at_least(1, arguments, "resolution", "max_images", "transitions", "replicates", "batch_size")
+    at_least(0, arguments, "seed")
     pipeline = load_pipeline(arguments.pipeline)
     images = load_split(
         arguments.dataset_name,

@@ -9,6 +9,7 @@ import torch
 
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.fields import at_least
 from vdm_hub.files import written_beside
 from vdm_hub.plots import save_grid
 
@@ -25,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Sample and save."""
-    for name in ("num_images", "num_inference_steps", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise ConfigurationError(f"{name} is {getattr(arguments, name)}: give at least 1.")
+    at_least(1, arguments, "num_images", "num_inference_steps", "batch_size")
+    at_least(0, arguments, "seed")
+    if arguments.output.is_dir():
+        raise ConfigurationError(f"output {arguments.output} is a folder: name a file in it, such as grid.png.")
     pipeline = load_pipeline(arguments.pipeline)
     seeds = range(arguments.seed, arguments.seed + arguments.num_images)
     parts = []

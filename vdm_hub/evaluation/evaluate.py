@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -43,7 +45,11 @@ def evaluate(
         DataError: The images' shape or levels are not the model's.
     """
     process, objective = pipeline.process, pipeline.objective(transitions)
-    levels = torch.cat([batch["levels"] for batch in evaluation_batches(images, batch_size)])[:max_images]
+    needed = None if max_images is None else math.ceil(max_images / batch_size)
+    parts = [batch["levels"] for batch in islice(evaluation_batches(images, batch_size), needed)]
+    if not parts:
+        raise DataError("there are no images to evaluate.")
+    levels = torch.cat(parts)[:max_images]
     _check(pipeline, levels, process.num_levels)
     device = pipeline._execution_device
 
@@ -59,10 +65,8 @@ def evaluate(
 
 
 def _check(pipeline: VDMPipeline, levels: Tensor, num_levels: int) -> None:
-    if len(levels) == 0:
-        raise DataError("there are no images to evaluate.")
     size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = levels.shape[2:] if size is None else (size, size) if isinstance(size, int) else size
     if tuple(levels.shape[1:]) != (channels, height, width):
         raise DataError(
             f"the images are {'x'.join(map(str, levels.shape[1:]))}, the model's {channels}x{height}x{width}: "

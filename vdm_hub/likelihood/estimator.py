@@ -25,8 +25,8 @@ def estimate_bound(
     """The bound of a set of images, each estimated once in each of ``replicates`` independent passes.
 
     Within a pass the times are stratified over all images, so draws depend on each other; passes do not, and the
-    standard error comes from them. Every draw is a function of (seed, image index, pass): neither the batch size nor
-    the number of processes changes an image's terms.
+    standard error comes from them. An image's noise is a function of (seed, pass, its index), its time of those and
+    the number of images: neither the batch size nor the number of processes changes an image's terms.
 
     Args:
         objective: The model; evaluated in ``eval`` mode, without gradients.
@@ -42,7 +42,7 @@ def estimate_bound(
     if num_images < 1 or replicates < 1:
         raise DataError(f"{num_images} images and {replicates} replicates were given: give at least one of each.")
     collected: dict[str, Tensor] = {}
-    training, calls = objective.training, _count_calls(objective)
+    modes, calls = {module: module.training for module in objective.modules()}, _count_calls(objective)
     objective.eval()
     try:
         with torch.no_grad():
@@ -51,7 +51,8 @@ def estimate_bound(
                     _one_batch(objective, batch, (num_images, replicates, replicate, seed), collected)
                     on_batch(len(batch["indices"]))
     finally:
-        objective.train(training)
+        for module, training in modes.items():
+            module.training = training
         calls.remove()
     dimensions = int(batch["levels"][0].numel())
     seen = sorted({int(i) for i in (~torch.isnan(next(iter(collected.values()))[0])).nonzero().flatten()})

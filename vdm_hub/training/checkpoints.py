@@ -105,9 +105,11 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] == _FORMAT and all(Path(name).name == name for name in manifest["files"]):
+        plain_names = all(Path(name).name == name for name in manifest["files"])
+        described = all({"size", "sha256"} <= entry.keys() for entry in manifest["files"].values())
+        if manifest["format"] == _FORMAT and plain_names and described and "state.json" in manifest["files"]:
             return manifest
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise CheckpointError(
         f"{path} is not a checkpoint of vdm_hub (no valid manifest.json): give a folder such as "
@@ -125,22 +127,25 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def pack_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimiser's state as named tensors and JSON.
+def pack_optimizer(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """The moments that an optimiser holds, as named tensors.
+
+    Its settings (learning rate, betas, ...) are the recipe's, and no part of it.
 
     >>> parameter = torch.nn.Parameter(torch.zeros(2))
-    >>> optimizer = torch.optim.SGD([parameter], lr=0.1)
-    >>> pack_optimizer(optimizer.state_dict())[1][0]["lr"]
-    0.1
+    >>> optimizer = torch.optim.AdamW([parameter])
+    >>> parameter.sum().backward()
+    >>> optimizer.step()
+    >>> sorted(pack_optimizer(optimizer.state_dict()))
+    ['0.exp_avg', '0.exp_avg_sq', '0.step']
     """
-    tensors = {
+    return {
         f"{index}.{name}": value for index, values in state_dict["state"].items() for name, value in values.items()
     }
-    return tensors, state_dict["param_groups"]
 
 
 def unpack_optimizer(tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse of `pack_optimizer`."""
+    """The inverse of `pack_optimizer`, with the settings that are in force now, an optimiser's ``param_groups``."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")

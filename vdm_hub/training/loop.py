@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -37,6 +38,16 @@ from vdm_hub.training.checkpoints import (
 from vdm_hub.training.outputs import OutputFolder, averaged_weights, publish_locally, sample_images
 from vdm_hub.training.setup import build_objective, build_optimizer, build_pipeline
 
+# Fields that a resumed run may have otherwise: those that change no step that was taken, nor the data of those to
+# come; and those that a run which diverged is to change.
+_MAY_CHANGE = {
+    *("recipe", "output_dir", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "num_workers"),
+    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_steps"),
+    *("eval_batch_size", "validation_steps", "validation_images", "validation_split", "test_split"),
+    *("evaluation_replicates", "sample_steps", "num_sample_images", "num_inference_steps"),
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "mixed_precision"),
+}
+
 
 def train(configuration: Configuration) -> LikelihoodReport | None:
     """Train, save, sample and measure a VDM as the configuration says.
@@ -49,20 +60,20 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
     """
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder)
-    data = load_data(configuration.data)
     if accelerator.is_main_process:
-        folder.claim(configuration)
-    accelerator.wait_for_everyone()
+        folder.check(configuration)
+    data = load_data(configuration.data)
     run = Run(configuration, accelerator, data, folder)
     run.resume()
+    run.announce()  # the first that is written: whatever is refused before leaves everything as it was
     started, first_step = time.perf_counter(), run.step
     with tqdm(
         total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not accelerator.is_main_process
     ) as progress:
         for batches in run.batches():
-            bound = run.optimise(batches)
+            terms = run.optimise(batches)
             progress.update()
-            run.record(bound, progress)
+            run.record(terms, progress)
             if run.is_due("validation_steps"):
                 run.validate()
             if run.is_due("sample_steps"):
@@ -80,15 +91,27 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
     """The accelerator of a run.
 
     Raises:
-        ConfigurationError: The launcher started more processes than accelerate knows of.
+        ConfigurationError: A tracker is not installed, the device lacks the precision, or the launcher started more
+            processes than accelerate knows of.
     """
     training = configuration.training
-    accelerator = Accelerator(
-        mixed_precision=training.mixed_precision,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        log_with=list(training.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
-    )
+    if missing := set(training.trackers) - {str(tracker) for tracker in get_available_trackers()}:
+        raise ConfigurationError(
+            f"report_to names {', '.join(sorted(missing))}, which is not installed: install its package with pip, or "
+            f"take it out of report_to."
+        )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=training.mixed_precision,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            log_with=list(training.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
+        )
+    except ValueError as error:
+        raise ConfigurationError(
+            f"accelerate can't run this ({_first_line(error)}): change mixed_precision, which is "
+            f"{training.mixed_precision or 'what the launcher says'}, or run `accelerate config`."
+        ) from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigurationError(
@@ -129,9 +152,14 @@ class Run:
             num_warmup_steps=training.lr_warmup_steps,
             num_training_steps=self.total_steps,
         )
-        self._pending: list[tuple[int, dict[str, Tensor]]] = []
-        if training.trackers:
-            accelerator.init_trackers("vdm_hub", config=_flat(configuration.to_dict()))
+        self._unchecked: list[tuple[int, dict[str, Tensor]]] = []
+
+    def announce(self) -> None:
+        """Make the output folder this run's, and open the trackers."""
+        if self.accelerator.is_main_process:
+            self.folder.claim(self.configuration)
+        if self.training.trackers:
+            self.accelerator.init_trackers("vdm_hub", config=_flat(self.configuration.to_dict()))
 
     # ---- one optimiser step -----------------------------------------------------------------------------------------
 
@@ -142,60 +170,83 @@ class Run:
         while self.step < self.total_steps:
             yield [next(source) for _ in range(accumulation)]
 
-    def optimise(self, batches: list[dict[str, Tensor]]) -> Bound:
-        """One optimiser step; every draw is a function of (seed, step, accumulation step, rank)."""
+    def optimise(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One optimiser step; every draw is a function of the seed, the step and the place in the global batch.
+
+        Returns:
+            The bound's terms in bits per dimension, their means over this process's images.
+        """
         self.objective.train()
+        parts: list[dict[str, Tensor]] = []
         for part, batch in enumerate(batches):
             batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
             with self.accelerator.accumulate(self.objective):
-                bound: Bound = self.objective(batch, self._times(part, len(batches)), self._noise(batch, part))
+                bound: Bound = self.objective(batch, self._times(part), self._noise(batch, part))
                 self.accelerator.backward(bound.loss)
+                parts.append({name: value.detach().mean() for name, value in bound.bits_per_dim().items()})
                 if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.objective.parameters(), self.training.max_grad_norm)
-                self._pending.append((self.step + 1, {k: v.detach().mean() for k, v in bound.bits_per_dim().items()}))
-                self._check_losses()
+                    norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.training.max_grad_norm)
+                    terms = {name: torch.stack([one[name] for one in parts]).mean() for name in parts[0]}
+                    self._watch(terms, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.model.parameters())
         self.step += 1
-        return bound
+        return terms
 
-    def _times(self, part: int, parts: int) -> Tensor:
+    def _place(self, part: int) -> int:
+        """The number of this process's micro-batch among those of the global batch.
+
+        N processes and one process with N accumulation steps share it, and so all of their draws.
+        """
+        return part * self.accelerator.num_processes + self.accelerator.process_index
+
+    def _times(self, part: int) -> Tensor:
         """This process's share of the times, stratified over the global batch, all accumulation steps included."""
-        size, world = self.training.train_batch_size, self.accelerator.num_processes
+        size, parts = self.training.train_batch_size, self.training.gradient_accumulation_steps
         offset = np.random.default_rng([self.training.seed, self.step]).random()
-        start = (part * world + self.accelerator.process_index) * size
-        return stratified_times(size, offset, start, size * world * parts, self.accelerator.device)
+        total = size * parts * self.accelerator.num_processes
+        return stratified_times(size, offset, self._place(part) * size, total, self.accelerator.device)
 
     def _noise(self, batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
         """Noise of this micro-batch; dropout draws from the global generator, which is seeded alike."""
-        key = [self.training.seed, self.step, part, self.accelerator.process_index]
+        key = [self.training.seed, self.step, self._place(part)]
         noise_seed, dropout_seed = np.random.SeedSequence(key).generate_state(2, np.uint64) >> np.uint64(1)
         torch.manual_seed(int(dropout_seed))
         generator = torch.Generator(self.accelerator.device).manual_seed(int(noise_seed))
         return self.model.draw_noise(batch, generator)
 
+    def _watch(self, terms: dict[str, Tensor], gradient_norm: Tensor) -> None:
+        """Stop before the weights follow a loss that is not finite; on a GPU, look only where the host waits anyway.
+
+        The gradient is the mean over all processes, so they all stop at the same step.
+        """
+        if self.accelerator.scaler is None:  # with fp16 it may overflow: the scaler then skips the step
+            terms = terms | {"gradient norm": gradient_norm.detach()}
+        self._unchecked.append((self.step + 1, terms))
+        if self.accelerator.device.type == "cpu" or len(self._unchecked) >= self.training.logging_steps:
+            self._check_losses()
+
     def _check_losses(self) -> None:
-        """Stop at a loss that is not finite; on a GPU only where the host waits anyway.
+        """Look at the losses of the steps since the last look.
 
         Raises:
             NonFiniteLossError: With the step and its terms. No checkpoint holds weights that come after it.
         """
-        if self.accelerator.device.type != "cpu" and len(self._pending) < self.training.logging_steps:
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked:
             return
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        values = torch.stack([torch.stack(list(terms.values())) for _, terms in pending]).cpu()
-        for (step, terms), row in zip(pending, values, strict=True):
+        values = torch.stack([torch.stack(list(terms.values())) for _, terms in unchecked]).cpu()
+        for (step, terms), row in zip(unchecked, values, strict=True):
             if not bool(torch.isfinite(row).all()):
                 named = ", ".join(f"{name} {value:.6g}" for name, value in zip(terms, row.tolist(), strict=True))
                 raise NonFiniteLossError(
-                    f"the loss of step {step} is not finite ({named} bits/dim). Training stopped; the last good "
-                    f"checkpoint is {find_checkpoint(self.folder.checkpoints, 'latest') or 'none yet'}. Lower the "
-                    f"learning rate ({self.training.learning_rate:g}) or max_grad_norm, or use bf16 instead of fp16."
+                    f"the loss of step {step} is not finite ({named}; bits/dim). Training stopped; the last good "
+                    f"checkpoint is {find_checkpoint(self.folder.checkpoints, 'latest') or 'none yet'}. Resume from "
+                    f"it with a lower learning_rate (now {self.training.learning_rate:g}) or max_grad_norm (now "
+                    f"{self.training.max_grad_norm:g}), or use bf16 instead of fp16."
                 )
 
     # ---- what is seen while it runs ---------------------------------------------------------------------------------
@@ -205,12 +256,11 @@ class Run:
         every = getattr(self.training, field)
         return every > 0 and self.step % every == 0
 
-    def record(self, bound: Bound, progress: Any) -> None:
+    def record(self, terms: dict[str, Tensor], progress: Any) -> None:
         """Log the bound of this step, averaged over the processes."""
         if not self.is_due("logging_steps"):
             return
-        terms = {name: value.mean() for name, value in bound.bits_per_dim().items()}
-        stacked = self.accelerator.reduce(torch.stack(list(terms.values())).detach(), reduction="mean")
+        stacked = self.accelerator.reduce(torch.stack(list(terms.values())), reduction="mean")
         values = dict(zip(terms, stacked.tolist(), strict=True))
         total = sum(values.values())
         progress.set_postfix({"bits/dim": f"{total:.3f}"} | {name: f"{value:.3f}" for name, value in values.items()})
@@ -248,9 +298,8 @@ class Run:
             save_grid(images, beside)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images(
-                    {"samples": images.permute(0, 2, 3, 1).cpu().numpy()}, step=self.step, dataformats="NHWC"
-                )
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": images.permute(0, 2, 3, 1).cpu().numpy()}, step=self.step, **layout)
 
     def _log(self, values: dict[str, float]) -> None:
         if self.training.trackers:
@@ -263,11 +312,9 @@ class Run:
         self._check_losses()
         if not self.accelerator.is_main_process:
             return
-        optimizer_tensors, optimizer_groups = pack_optimizer(self.optimizer.state_dict())
-        tensors = {"objective": self.model.state_dict(), "optimizer": optimizer_tensors}
+        tensors = {"objective": self.model.state_dict(), "optimizer": pack_optimizer(self.optimizer.state_dict())}
         state: dict[str, Any] = {
             "step": self.step,
-            "optimizer_groups": optimizer_groups,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "recipe": self.configuration.to_dict(),
         }
@@ -292,9 +339,11 @@ class Run:
         checkpoint = load_checkpoint(path)
         tensors, state = checkpoint.tensors, checkpoint.state
         try:
+            _refuse_another_recipe(state["recipe"], self.configuration.to_dict())
             self.model.load_state_dict(tensors["objective"])
-            self.optimizer.load_state_dict(unpack_optimizer(tensors["optimizer"], state["optimizer_groups"]))
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(unpack_optimizer(tensors["optimizer"], groups))
+            self._resume_learning_rate(state["lr_scheduler"])
             if self.ema is not None:
                 for (name, _), shadow in zip(self.model.named_parameters(), self.ema.shadow_params, strict=True):
                     shadow.copy_(tensors["ema"][name])
@@ -310,6 +359,13 @@ class Run:
         if self.accelerator.is_main_process:
             tqdm.write(f"resumed from {path}")
 
+    def _resume_learning_rate(self, state: dict[str, Any]) -> None:
+        """The schedule goes on where it was, from the recipe's own learning rate, which may be a lower one now."""
+        self.lr_scheduler.load_state_dict(state | {"base_lrs": self.lr_scheduler.base_lrs})
+        rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
+        for group, (base, course) in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = base * course(self.lr_scheduler.last_epoch)
+
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def finish(self) -> LikelihoodReport | None:
@@ -321,6 +377,7 @@ class Run:
             report = publish_locally(self.model, self.configuration, self.folder, self.data.test)
         if report is not None:
             self._log({"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error})
+        print(self.folder.summary(self.configuration, report))
         return report
 
     def _total_steps(self) -> int:
@@ -352,6 +409,13 @@ def _build_ema(configuration: Configuration, model: torch.nn.Module, device: tor
     )
     ema.to(device)
     return ema
+
+
+def _refuse_another_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Weights that fit are not enough: under another process, or with other data, they are another run's."""
+    changed = [key for key in now if key not in _MAY_CHANGE and before.get(key) != now[key]]
+    if changed:
+        raise ValueError("; ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed))
 
 
 def _first_line(error: Exception) -> str:

@@ -18,16 +18,9 @@ from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.plots import plot_schedule, save_grid
-from vdm_hub.training.arguments import Configuration, parse
+from vdm_hub.training.arguments import Configuration
+from vdm_hub.training.checkpoints import checkpoints
 from vdm_hub.training.setup import build_pipeline
-
-# Fields that a resumed run may have otherwise: they change no step that was taken, nor the data of those to come.
-_MAY_CHANGE = {
-    *("recipe", "output_dir", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "num_workers"),
-    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_steps"),
-    *("eval_batch_size", "validation_steps", "validation_images", "validation_split", "test_split"),
-    *("evaluation_replicates", "sample_steps", "num_sample_images", "num_inference_steps"),
-}
 
 
 class OutputFolder:
@@ -41,36 +34,43 @@ class OutputFolder:
         self.samples, self.schedule = self.path / "samples.png", self.path / "schedule.png"
         self.logs = self.path / "logs"
 
-    def claim(self, configuration: Configuration) -> None:
-        """Make the folder this run's; refuse one that holds another run, or anything else.
+    def check(self, configuration: Configuration) -> None:
+        """Refuse a folder that holds another run, or anything else; nothing is written.
 
         Raises:
-            CheckpointError: It is not empty and the run does not resume.
+            CheckpointError: It is not empty, and not this run's own to go on with.
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"output_dir {self.path} is a file: choose a folder.")
-        resuming = configuration.training.resume_from_checkpoint is not None
-        if self.path.exists() and any(self.path.iterdir()) and not resuming:
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self._goes_on(configuration.training.resume_from_checkpoint):
             what = "already holds a run" if self.recipe.exists() else "is not empty"
+            remedy = "go on with that run by --resume_from_checkpoint latest, " if self.recipe.exists() else ""
             raise CheckpointError(
-                f"output_dir {self.path} {what}. Choose another --output_dir, go on with that run by "
-                f"--resume_from_checkpoint latest, or remove the folder yourself: nothing is overwritten."
+                f"output_dir {self.path} {what}. Choose another --output_dir, {remedy}or remove the folder yourself: "
+                f"nothing is overwritten."
             )
-        if resuming and self.recipe.exists():
-            self._check_same_run(configuration)
+
+    def _goes_on(self, wanted: str | None) -> bool:
+        """Whether a run that resumes from ``wanted`` is the run that is in this folder."""
+        if wanted is None or not self.recipe.exists():
+            return False
+        if wanted == "latest":  # a run that was stopped before its first checkpoint starts again in its folder
+            return bool(checkpoints(self.checkpoints)) or not self.pipeline.exists()
+        return Path(wanted).resolve().parent == self.checkpoints.resolve()
+
+    def claim(self, configuration: Configuration) -> None:
+        """Make the folder this run's, by writing its recipe there."""
         with written_beside(self.recipe) as beside:
             beside.write_text(configuration.to_yaml())
 
-    def _check_same_run(self, configuration: Configuration) -> None:
-        """Refuse to go on with another recipe than the folder's; what only shows or stores may change."""
-        before, now = parse([str(self.recipe)]).to_dict(), configuration.to_dict()
-        changed = [key for key in now if key not in _MAY_CHANGE and before.get(key) != now[key]]
-        if changed:
-            differences = "; ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
-            raise CheckpointError(
-                f"{self.path} holds a run of another recipe: {differences}. Resume with the recipe it was made by "
-                f"({self.recipe}), or choose another --output_dir."
-            )
+    def summary(self, configuration: Configuration, report: LikelihoodReport | None) -> str:
+        """What came out, and where it is."""
+        data = configuration.data
+        lines = [] if report is None else [f"\ntest split of {data.dataset_name or data.train_data_dir}:\n{report}"]
+        places = {"pipeline": self.pipeline, "samples": self.samples, "schedule": self.schedule}
+        return "\n".join(lines + [f"{name:<13}{place}" for name, place in places.items() if place.exists()])
 
 
 @contextmanager

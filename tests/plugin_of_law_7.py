@@ -1,0 +1,173 @@
+"""What a third party might bring, for law 7: it is installed as a distribution of its own, and the core never names it.
+
+`PixelwiseSchedule` has a gamma per pixel, `ContextSchedule` an extra bound term and a latent per datum,
+`ResamplingProcess` no gamma at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vdm_hub import BoundProcess, ForwardProcess, NoiseSchedule, registry
+from vdm_hub.diffusion.draws import Generator, normal_noise, uniform_noise
+from vdm_hub.diffusion.forward_process import Network, Noise
+from vdm_hub.diffusion.noise_schedules import Gamma
+
+
+class PixelwiseSchedule(NoiseSchedule):
+    """``gamma = gamma_min + (gamma_max - gamma_min) (t + tanh(bend) t (1 - t))``, one learned bend a pixel."""
+
+    scalar = False
+
+    def __init__(self, size: int, gamma_min: float = -7.87, gamma_max: float = 5.0) -> None:
+        super().__init__()
+        self._config = {"size": size, "gamma_min": gamma_min, "gamma_max": gamma_max}
+        self.bend = nn.Parameter(torch.linspace(-1, 1, size * size).reshape(1, 1, size, size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.bent(t, self.bend)
+
+    def bent(self, t: Tensor, bend: Tensor) -> Tensor:
+        (batch,) = t.shape  # the contract: never ()
+        t = t.reshape(batch, 1, 1, 1)
+        first, last = self._config["gamma_min"], self._config["gamma_max"]
+        return first + (last - first) * (t + torch.tanh(bend).to(t.dtype) * t * (1 - t))
+
+    def to_config(self) -> dict[str, Any]:
+        return dict(self._config)
+
+
+class ContextSchedule(PixelwiseSchedule):
+    """Every datum bends the schedule its own way, by a latent c: ``q(c|x) = N(w mean(x), 1)``, ``p(c) = N(0, 1)``."""
+
+    def __init__(self, size: int, gamma_min: float = -7.87, gamma_max: float = 5.0) -> None:
+        super().__init__(size, gamma_min, gamma_max)
+        self.encoder = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, t: Tensor) -> Tensor:
+        raise AssertionError("a schedule with a context has no gamma until it is bound")
+
+    def draw_noise(self, batch_size: int, generator: Any, device: torch.device) -> dict[str, Tensor]:
+        return {"context": normal_noise((batch_size, 1, 1, 1), generator, device)}
+
+    def bind(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Gamma]:
+        context, extras = noise["context"], {}
+        if x is not None:
+            mean = self.encoder * x.mean((1, 2, 3), keepdim=True)
+            context, extras = context + mean, {"context": 0.5 * mean.flatten() ** 2}
+        return extras, lambda t: self.bent(t, context * self.bend)
+
+
+class ResamplingProcess(ForwardProcess):
+    """Each dimension keeps its level with probability ``keep(t)``, else it is any of the K levels (bits: K = 2)."""
+
+    def __init__(self, num_levels: int = 2, num_train_timesteps: int = 1000, first_keep: float = 0.99) -> None:
+        super().__init__()
+        self.num_levels, self.num_train_timesteps, self.first_keep = num_levels, num_train_timesteps, first_keep
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], schedule: nn.Module | None = None) -> ResamplingProcess:
+        _, arguments, _ = registry.parse("forward_processes", fields["forward_process"])
+        return cls(fields["num_levels"], fields["num_train_timesteps"], **arguments)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"first_keep": self.first_keep}
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "forward_process": registry.serialise("forward_processes", self),
+            "num_levels": self.num_levels,
+            "num_train_timesteps": self.num_train_timesteps,
+        }
+
+    def encode(self, levels: Tensor) -> Tensor:
+        return 2 * levels.float() / (self.num_levels - 1) - 1
+
+    def quantise(self, x: Tensor) -> Tensor:
+        return ((x + 1) / 2 * (self.num_levels - 1)).round().long()
+
+    def draw_noise(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
+        names = ("keep", "level", "first_keep", "first_level")
+        return {name: uniform_noise(shape, generator, device) for name in names}
+
+    def bind(self, x: Tensor | None, noise: Noise) -> tuple[dict[str, Tensor], BoundResampling]:
+        return {}, BoundResampling(self)
+
+    def keep(self, t: Tensor) -> Tensor:
+        return (self.first_keep * (1 - t)).float()
+
+
+class BoundResampling(BoundProcess):
+    """Distributions over the K levels are the last dimension of (B, *data, K)."""
+
+    def __init__(self, process: ResamplingProcess) -> None:
+        self.process, self.num_levels = process, process.num_levels
+
+    def _keep(self, t: Tensor, like: Tensor) -> Tensor:
+        return self.process.keep(t).to(like.device).reshape(-1, *(1,) * like.ndim)
+
+    def _one_hot(self, x: Tensor) -> Tensor:
+        return F.one_hot(self.process.quantise(x), self.num_levels).float()
+
+    def _marginal(self, one_hot: Tensor, keep: Tensor) -> Tensor:
+        return keep * one_hot + (1 - keep) / self.num_levels
+
+    def _corrupt(self, x: Tensor, t: Tensor, keep: Tensor, level: Tensor) -> Tensor:
+        other = self.process.encode((level * self.num_levels).floor())
+        return torch.where(keep < self._keep(t, x).squeeze(-1), x, other)
+
+    def sample(self, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
+        return self._corrupt(x, t, noise["keep"], noise["level"])
+
+    def predict(self, network: Network, z_t: Tensor, t: Tensor) -> Tensor:
+        """``log p(x|z_t)``, (B, *data, K): a softmax around the network's output."""
+        timestep = (t.to(z_t.device) * (self.process.num_train_timesteps - 1)).float().expand(z_t.shape[0])
+        levels = self.process.encode(torch.arange(self.num_levels, device=z_t.device))
+        return torch.log_softmax(-((network(z_t, timestep).unsqueeze(-1) - levels) ** 2), -1)
+
+    def _reverse(self, log_p_x: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """``p(z_s|z_t) = sum_x p(x|z_t) q(z_s|z_t, x)``."""
+        keep_s, keep_t, z_t = self._keep(s, z_t), self._keep(t, z_t), self._one_hot(z_t)
+        weight = log_p_x.exp() / self._marginal(z_t, keep_t)
+        spread = (1 - keep_s) / self.num_levels * weight.sum(-1, keepdim=True)
+        return self._marginal(z_t, keep_t / keep_s) * (keep_s * weight + spread)
+
+    def transition_kl(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+        z_t = self.sample(x, t, noise)
+        q = self._reverse(self._one_hot(x).clamp(min=1e-30).log(), z_t, s, t)
+        p = self._reverse(self.predict(network, z_t, t), z_t, s, t)
+        return (q * (q.clamp(min=1e-30).log() - p.clamp(min=1e-30).log())).flatten(1).sum(1)
+
+    def prior_kl(self, x: Tensor) -> Tensor:
+        q = self._marginal(self._one_hot(x), self._keep(torch.ones(x.shape[0]), x)).clamp(min=1e-30)
+        return (q * (q.log() + math.log(self.num_levels))).flatten(1).sum(1)
+
+    def reconstruction(self, levels: Tensor, x: Tensor, noise: Noise, network: Network) -> Tensor:
+        t = torch.zeros(x.shape[0], device=x.device)
+        log_p = self.predict(network, self._corrupt(x, t, noise["first_keep"], noise["first_level"]), t)
+        return -(self._one_hot(x) * log_p).flatten(1).sum(1)
+
+    def prior_sample(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> Tensor:
+        return self.process.encode((uniform_noise(shape, generator, device) * self.num_levels).floor())
+
+    def _draw(self, probabilities: Tensor, generator: Generator) -> Tensor:
+        shape = probabilities.shape[:-1]
+        uniform = uniform_noise(shape, generator, probabilities.device).unsqueeze(-1)
+        return (probabilities.cumsum(-1) < uniform).sum(-1).clamp(max=self.num_levels - 1)
+
+    def reverse_step(
+        self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        levels = self.process.encode(torch.arange(self.num_levels, device=z_t.device))
+        z_s = self.process.encode(self._draw(self._reverse(output, z_t, s, t), generator))
+        return z_s, (output.exp() * levels).sum(-1)
+
+    def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
+        t = torch.zeros(z_0.shape[0], device=z_0.device)
+        return self._draw(self.predict(network, z_0, t).exp(), generator)

@@ -1,0 +1,121 @@
+"""Small real runs on digits, in this process or in processes of their own."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from vdm_hub.data.loading import load_data
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.training.arguments import Configuration
+from vdm_hub.training.loop import Run, build_accelerator, train
+from vdm_hub.training.outputs import OutputFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+UNET = {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4}
+TINY: dict[str, Any] = {
+    "dataset_name": "digits",
+    "num_levels": 17,
+    "noise_schedule": {"name": "linear", "config": {"gamma_min": -7.87, "gamma_max": 5.0}},
+    "unet": UNET,
+    "max_train_steps": 6,
+    "train_batch_size": 16,
+    "learning_rate": 2e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "num_inference_steps": 3,
+    "num_sample_images": 0,
+    "evaluation_replicates": 0,
+    "report_to": "none",
+}
+LEARNED = {"name": "learned_monotone", "config": {"gamma_min": -7.87, "gamma_max": 5.0, "hidden_features": 32}}
+LAUNCH = ("accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1")
+LAUNCH += ("--mixed_precision", "no", "--dynamo_backend", "no")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+SHIM = str(ROOT / "scripts" / "train.py")
+
+
+def configuration(output: Path, **fields: Any) -> Configuration:
+    return Configuration.from_dict(TINY | {"output_dir": str(output)} | fields, recipe="tiny")
+
+
+def recipe(folder: Path, output: Path, **fields: Any) -> str:
+    """The path of a recipe file for another process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny.yaml"
+    path.write_text(configuration(output, **fields).to_yaml())
+    return str(path)
+
+
+def forget_accelerator() -> None:
+    """accelerate keeps its state for the life of a process; each run here begins as in a new one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train_here(output: Path, **fields: Any) -> LikelihoodReport | None:
+    forget_accelerator()
+    return train(configuration(output, **fields))
+
+
+def start(output: Path, **fields: Any) -> Run:
+    """A run before its first step."""
+    forget_accelerator()
+    chosen, folder = configuration(output, **fields), OutputFolder(configuration(output, **fields))
+    return Run(chosen, build_accelerator(chosen, folder), load_data(chosen.data), folder)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return kept | quiet | changes
+
+
+def python(module: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """``python -m module arguments``, to its end."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment(**changes), cwd=ROOT, check=False
+    )
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="vdm_hub_runs_")
+
+
+@functools.cache
+def finished_run() -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """``accelerate launch scripts/train.py digits`` to its end, once a session; for tests that only read."""
+    output = Path(_scratch().name) / "digits"
+    fields = TINY | {"num_sample_images": 4, "evaluation_replicates": 2, "checkpointing_steps": 4}
+    fields |= {"report_to": "tensorboard", "output_dir": str(output)}
+    words = [
+        word
+        for name, value in fields.items()
+        if name != "dataset_name"
+        for word in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
+    ]
+    return output, python(*LAUNCH, SHIM, "digits", *words)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every path below a folder, and what is in each file."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def weights(run: Run) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])

@@ -1,0 +1,497 @@
+"""`VDMPipeline`: samples, likelihoods, and what diffusers' users expect of a pipeline."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from PIL.Image import Image
+from torch import Tensor
+
+from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
+from vdm_hub.likelihood.estimator import estimate_bound
+
+STOCK_SAMPLERS = (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+    HeunDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
+LEVELS = 17
+
+
+def randomised(network: Any, seed: int = 0) -> Any:
+    """A network whose output depends on all of its inputs, as no layer is at its initial zero; in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return network.eval()
+
+
+def tiny_unet(channels: int = 1, **arguments: Any) -> UNetVDMModel:
+    return randomised(
+        UNetVDMModel(
+            sample_size=8,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(8,),
+            layers_per_block=1,
+            norm_num_groups=4,
+            **arguments,
+        )
+    )
+
+
+def tiny_unet_2d() -> UNet2DModel:
+    return randomised(
+        UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        )
+    )
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_pipeline(unet: Any = None, channels: int = 1, **scheduler: Any) -> VDMPipeline:
+    return quiet(VDMPipeline(unet or tiny_unet(channels), VDMScheduler(**{"num_levels": LEVELS} | scheduler)))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sampled(pipe: Any, batch_size: int = 2, steps: int = 4, seed: int = 0, **arguments: Any) -> Tensor:
+    arguments = {"generator": seeded(seed), "output_type": "pt"} | arguments
+    return pipe(batch_size, num_inference_steps=steps, **arguments).images
+
+
+class Inputs:
+    """Records what a network is given, in order."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.samples: list[Tensor] = []
+        self.timesteps: list[Tensor] = []
+        self.keywords: list[dict[str, Any]] = []
+        network.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.samples.append(arguments[0].clone())
+        self.timesteps.append(torch.as_tensor(arguments[1]).clone())
+        self.keywords.append(keywords)
+
+
+# ---- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_the_three_output_types_are_one_image(channels: int, mode: str) -> None:
+    pipe = tiny_pipeline(channels=channels)
+    pt = sampled(pipe)
+    array = sampled(pipe, output_type="np")
+    pictures = sampled(pipe, output_type="pil")
+    assert pt.shape == (2, channels, 8, 8) and pt.dtype == torch.float32
+    assert array.shape == (2, 8, 8, channels) and array.dtype == np.float32
+    assert [(type(p).__mro__[0:1] and isinstance(p, Image), p.mode, p.size) for p in pictures] == [
+        (True, mode, (8, 8))
+    ] * 2
+    np.testing.assert_array_equal(array, pt.permute(0, 2, 3, 1).numpy())
+    bytes_of_pictures = np.stack([np.asarray(p).reshape(8, 8, channels) for p in pictures])
+    np.testing.assert_array_equal(bytes_of_pictures, np.round(255 * array.astype(np.float64)))
+
+
+def test_samples_are_levels() -> None:
+    scaled = sampled(tiny_pipeline()).double() * (LEVELS - 1)
+    torch.testing.assert_close(scaled, scaled.round(), rtol=0, atol=1e-5)
+    assert 0 <= float(scaled.min()) < float(scaled.max()) <= LEVELS - 1
+
+
+def test_pictures_are_the_default_and_a_tuple_on_request() -> None:
+    pipe = tiny_pipeline()
+    (image,) = pipe(num_inference_steps=2).images
+    assert isinstance(image, Image)
+    unwrapped = pipe(2, generator=seeded(), num_inference_steps=2, output_type="pt", return_dict=False)
+    assert isinstance(unwrapped, tuple) and len(unwrapped) == 1
+    assert torch.equal(unwrapped[0], sampled(pipe, steps=2))
+
+
+def test_images_need_not_be_square() -> None:
+    unet = randomised(
+        UNetVDMModel(
+            sample_size=(4, 6),
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8,),
+            layers_per_block=1,
+            norm_num_groups=4,
+        )
+    )
+    pipe = tiny_pipeline(unet)
+    images = sampled(pipe)
+    assert images.shape == (2, 1, 4, 6)
+    assert math.isfinite(pipe.bits_per_dim(images, replicates=1).bits_per_dim)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output_type": "latent"}, "unknown output_type 'latent'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents have shape \(2, 3, 8, 8\)"),
+        ({"generator": [seeded()], "batch_size": 2}, "1 generators for 2 images"),
+        ({"class_labels": [0], "batch_size": 2}, r"\(1,\) class labels for 2 images"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"callback asks for \['noise'\]"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        tiny_pipeline()(**arguments)
+
+
+# ---- randomness -------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_decides_the_samples() -> None:
+    pipe = tiny_pipeline()
+    assert torch.equal(sampled(pipe, seed=3), sampled(pipe, seed=3))
+    assert not torch.equal(sampled(pipe, seed=3), sampled(pipe, seed=4))
+
+
+@pytest.mark.parametrize("scheduler", [VDMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
+def test_an_image_with_its_own_generator_does_not_depend_on_its_batch(scheduler: Any) -> None:
+    pipe = tiny_pipeline()
+    if scheduler is not VDMScheduler:
+        pipe.scheduler = pipe.scheduler.to_diffusers(scheduler)
+    together = sampled(pipe, 3, generator=[seeded(5), seeded(6), seeded(7)])
+    apart = torch.cat([sampled(pipe, 1, generator=[seeded(seed)]) for seed in (5, 6, 7)])
+    assert torch.equal(together, apart)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_latents_take_the_place_of_the_prior() -> None:
+    pipe = tiny_pipeline()
+    inputs = Inputs(pipe.unet)
+    z_1 = torch.randn(3, 1, 8, 8, generator=seeded(9))
+    images = sampled(pipe, latents=z_1)
+    assert torch.equal(inputs.samples[0], z_1)
+    assert images.shape[0] == 3  # the batch is that of the latents
+    drawn = seeded(0)
+    first = torch.randn(2, 1, 8, 8, generator=drawn)
+    assert torch.equal(sampled(pipe, latents=first, generator=drawn), sampled(pipe, seed=0))
+
+
+def test_latents_in_half_precision_are_sampled_in_float32() -> None:
+    pipe = tiny_pipeline()
+    inputs = Inputs(pipe.unet)
+    sampled(pipe, latents=torch.zeros(2, 1, 8, 8, dtype=torch.bfloat16))
+    assert {sample.dtype for sample in inputs.samples} == {torch.float32}
+
+
+# ---- the steps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_n_steps_are_n_network_evaluations(steps: int) -> None:
+    """Decoding ``p(x|z_0)`` needs none: the levels come from z_0 alone."""
+    pipe = tiny_pipeline()
+    inputs = Inputs(pipe.unet)
+    sampled(pipe, steps=steps)
+    assert len(inputs.samples) == steps
+    timesteps = torch.stack([timestep[0] for timestep in inputs.timesteps])
+    torch.testing.assert_close(timesteps, 999 * (1 - torch.arange(steps) / steps))
+
+
+def test_the_image_is_drawn_around_the_last_latent() -> None:
+    pipe = tiny_pipeline(noise_schedule={"name": "linear", "config": {"gamma_min": -13.3}})
+    latents: list[Tensor] = []
+    images = sampled(pipe, steps=5, callback_on_step_end=lambda p, i, t, tensors: latents.append(tensors["latents"]))
+    # At gamma_0 = -13.3 the noise of z_0 is a hundredth of the width of 17 levels.
+    assert torch.equal(images, pipe.process.quantise(latents[-1]).float() / (LEVELS - 1))
+
+
+def test_a_callback_reads_and_changes_latents() -> None:
+    pipe = tiny_pipeline()
+    seen: list[tuple[Any, int, float, tuple[str, ...], tuple[int, ...]]] = []
+
+    def replace(pipeline: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        seen.append((pipeline, step, float(timestep), tuple(tensors), tuple(tensors["latents"].shape)))
+        return {"latents": torch.full_like(tensors["latents"], 0.5)} if step == 3 else None
+
+    images = sampled(pipe, steps=4, callback_on_step_end=replace)
+    assert seen == [(pipe, i, t, ("latents",), (2, 1, 8, 8)) for i, t in enumerate([999.0, 749.25, 499.5, 249.75])]
+    assert bool((images == 12 / 16).all())  # 0.5 is the centre of level 12, for every pixel
+
+
+def test_a_progress_bar_counts_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=False)
+    sampled(pipe, steps=3)
+    assert "3/3" in capsys.readouterr().err
+    sampled(quiet(pipe), steps=3)
+    assert capsys.readouterr().err == ""
+
+
+def test_class_labels_and_other_arguments_reach_the_network() -> None:
+    pipe = tiny_pipeline(tiny_unet(num_class_embeds=3))
+    inputs = Inputs(pipe.unet)
+    as_list, as_tensor = (sampled(pipe, class_labels=labels) for labels in ([0, 2], torch.tensor([0, 2])))
+    assert torch.equal(as_list, as_tensor)
+    assert all(keywords["class_labels"].tolist() == [0, 2] for keywords in inputs.keywords)
+    assert not torch.equal(as_list, sampled(pipe, class_labels=[0, 1]))
+    one, other = (pipe.bits_per_dim(as_list, class_labels=labels, replicates=1) for labels in ([0, 2], [1, 2]))
+    assert one.per_image[0] != other.per_image[0]
+    torch.testing.assert_close(one.per_image[1], other.per_image[1])
+    by_name = sampled(pipe, **{"class_labels": None, "timestep_cond": None}) if False else None
+    assert by_name is None
+
+
+# ---- the processes of diffusers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [7, 1000])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "clip_sample": False}],
+    ids=["epsilon", "v_prediction"],
+)
+def test_a_ddpm_config_gives_ddpms_trajectory_bit_for_bit(steps: int, config: dict[str, Any]) -> None:
+    unet, stock = tiny_unet_2d(), DDPMScheduler(**config)
+    inputs = Inputs(unet)
+    ours = quiet(VDMPipeline(unet, VDMScheduler.from_config(stock.config)))
+    images = sampled(ours, steps=steps)
+    our_inputs, inputs.samples = inputs.samples, []
+    our_timesteps, inputs.timesteps = inputs.timesteps, []
+    stock_images = sampled(quiet(DDPMPipeline(unet, stock)), steps=steps)
+    assert len(our_inputs) == len(inputs.samples) == steps
+    assert all(torch.equal(a, b) for a, b in zip(our_inputs, inputs.samples, strict=True))
+    assert [float(t.flatten()[0]) for t in our_timesteps] == [float(t) for t in inputs.timesteps]
+    assert torch.equal(images, (stock_images * 255).round() / 255)
+
+
+@pytest.mark.parametrize("sampler", STOCK_SAMPLERS)
+def test_a_stock_sampler_stays_what_it_is(sampler: Any, tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    bound = pipe.bits_per_dim(sampled(pipe), replicates=2)
+    measured = sampled(pipe)
+    pipe.scheduler = pipe.scheduler.to_diffusers(sampler)
+    images = sampled(pipe)
+    pipe.save_pretrained(tmp_path)
+    for loader in (VDMPipeline, DiffusionPipeline):
+        loaded = quiet(loader.from_pretrained(tmp_path))
+        assert type(loaded) is VDMPipeline and type(loaded.scheduler) is sampler
+        assert torch.equal(sampled(loaded), images)
+        # Likelihoods are still those of the VDM.
+        assert torch.equal(loaded.bits_per_dim(measured, replicates=2).per_image, bound.per_image)
+
+
+def test_a_unet_2d_takes_the_place_of_the_vdms_network(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tiny_unet_2d())
+    images = sampled(pipe)
+    bound = pipe.bits_per_dim(images)
+    pipe.save_pretrained(tmp_path)
+    loaded = quiet(VDMPipeline.from_pretrained(tmp_path))
+    assert type(loaded.unet) is UNet2DModel
+    assert torch.equal(sampled(loaded), images)
+    assert torch.equal(loaded.bits_per_dim(images).per_image, bound.per_image)
+
+
+# ---- precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [tiny_unet, tiny_unet_2d])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_half_precision_samples_and_is_measured(network: Callable[[], Any], dtype: torch.dtype) -> None:
+    pipe = tiny_pipeline(network())
+    images = sampled(pipe)
+    exact = pipe.bits_per_dim(images)
+    pipe.to(dtype)
+    assert sampled(pipe).shape == images.shape
+    rounded = pipe.bits_per_dim(images)
+    assert math.isfinite(rounded.bits_per_dim)
+    # Only the network rounds: the terms that do not call it keep every bit.
+    for term in ("reconstruction", "prior"):
+        assert torch.equal(rounded.terms_per_image[term], exact.terms_per_image[term])
+    assert rounded.bits_per_dim == pytest.approx(exact.bits_per_dim, rel=0.05)
+
+
+# ---- likelihood -------------------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_the_images_has_one_likelihood() -> None:
+    pipe = tiny_pipeline()
+    levels = torch.arange(2 * 64).reshape(2, 1, 8, 8) % LEVELS
+    pt = levels.float() / (LEVELS - 1)
+    from vdm_hub.images import images_from_levels
+
+    forms = [levels, levels.to(torch.uint8), pt, pt.permute(0, 2, 3, 1).numpy(), images_from_levels(levels, 17, "pil")]
+    reports = [pipe.bits_per_dim(form) for form in forms]
+    assert all(torch.equal(report.per_image, reports[0].per_image) for report in reports)
+
+
+def test_what_is_sampled_can_be_measured() -> None:
+    pipe = tiny_pipeline(channels=3)
+    per_image = [pipe.bits_per_dim(sampled(pipe, output_type=kind)).per_image for kind in ("pil", "np", "pt")]
+    assert torch.equal(per_image[0], per_image[1]) and torch.equal(per_image[1], per_image[2])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((1, 1, 8, 8), 0.51), "none of the model's 17 levels"),
+        (torch.full((1, 1, 8, 8), 17), "none of the model's 17 levels"),
+        (torch.zeros(1, 3, 8, 8), r"images are \(3, 8, 8\)"),
+        (torch.zeros(1, 1, 8, 9), r"images are \(1, 8, 9\)"),
+        (torch.zeros(1, 8, 8), r"give \(B, C, H, W\)"),
+        (torch.zeros(0, 1, 8, 8), "0 images"),
+    ],
+)
+def test_images_that_are_not_the_models_are_refused(images: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tiny_pipeline().bits_per_dim(images)
+
+
+def test_the_seed_decides_the_estimate() -> None:
+    pipe = tiny_pipeline()
+    images = sampled(pipe)
+    torch.manual_seed(1)
+    one = pipe.bits_per_dim(images, seed=3)
+    torch.manual_seed(2)
+    assert torch.equal(one.per_image, pipe.bits_per_dim(images, seed=3).per_image)
+    assert not torch.equal(one.per_image, pipe.bits_per_dim(images, seed=4).per_image)
+
+
+def test_log_likelihood_is_bits_per_dim_in_nats() -> None:
+    pipe = tiny_pipeline()
+    images = sampled(pipe, 3)
+    nats, bits = pipe.log_likelihood(images), pipe.bits_per_dim(images)
+    assert nats.is_bound and nats.log_likelihood.shape == (3,)
+    torch.testing.assert_close(-nats.log_likelihood / (64 * math.log(2)), bits.per_image)
+    assert bits.bits_per_dim == pytest.approx(float(bits.per_image.mean()))
+    assert bits.bits_per_dim == pytest.approx(sum(bits.terms.values()))
+    assert set(bits.terms) == {"reconstruction", "prior", "diffusion"}
+    with pytest.raises(ConfigurationError, match="unknown likelihood method 'ode'"):
+        pipe.log_likelihood(images, method="ode")
+
+
+def test_the_standard_error_is_that_of_the_replicates() -> None:
+    report = tiny_pipeline().bits_per_dim(torch.zeros(2, 1, 8, 8), replicates=5)
+    passes = sum(report.terms_per_image.values()).mean(1) / (64 * math.log(2))  # type: ignore[union-attr]
+    assert passes.shape == (5,)
+    assert report.standard_error == pytest.approx(float(passes.std()) / math.sqrt(5))
+    one = tiny_pipeline().bits_per_dim(torch.zeros(2, 1, 8, 8), replicates=1)
+    assert math.isnan(one.standard_error) and one.to_dict()["standard_error"] is None
+
+
+@pytest.mark.parametrize(("transitions", "evaluations"), [(None, 6), (5, 6)])
+def test_the_report_counts_what_was_done(transitions: int | None, evaluations: int) -> None:
+    report = tiny_pipeline().bits_per_dim(torch.zeros(2, 1, 8, 8), transitions=transitions, replicates=3)
+    counted = {"num_images": 2, "replicates": 3, "network_evaluations": evaluations, "transitions": transitions}
+    assert counted.items() <= report.to_dict().items()
+
+
+def test_terms_do_not_depend_on_the_batches() -> None:
+    """An image's draws are a function of the seed, the pass and its index among the images."""
+    pipe = tiny_pipeline()
+    levels = torch.arange(6 * 64).reshape(6, 1, 8, 8) % LEVELS
+
+    def estimate(*batches: Sequence[int]) -> dict[str, Tensor]:
+        parts = [{"levels": levels[list(b)], "indices": torch.tensor(b)} for b in batches]
+        return estimate_bound(pipe.objective(), lambda: parts, 6, replicates=2, seed=1).terms_per_image
+
+    whole = estimate([0, 1, 2, 3, 4, 5])
+    for name, terms in estimate([5, 1, 3], [0], [4, 2]).items():
+        torch.testing.assert_close(terms, whole[name], rtol=1e-5, atol=1e-4)
+    assert whole["diffusion"].flatten().unique().numel() == 12
+
+
+def test_a_likelihood_leaves_the_networks_mode_alone() -> None:
+    pipe = tiny_pipeline()
+    images = sampled(pipe)
+    pipe.bits_per_dim(images, replicates=1)
+    assert not any(module.training for module in pipe.unet.modules())
+    assert torch.equal(sampled(pipe), images)  # dropout would show
+    pipe.unet.train()
+    pipe.unet.conv_in.eval()
+    report = pipe.bits_per_dim(images, replicates=1)
+    assert pipe.unet.training and not pipe.unet.conv_in.training
+    pipe.unet.eval()
+    assert torch.equal(report.per_image, pipe.bits_per_dim(images, replicates=1).per_image)
+
+
+def test_a_term_that_is_not_finite_names_its_image() -> None:
+    pipe = tiny_pipeline(tiny_unet(num_class_embeds=2))
+    with torch.no_grad():
+        pipe.unet.time_embedding.class_embedding.weight[1] = torch.nan
+    with pytest.raises(NonFiniteLossError, match="the diffusion term of image 2 is not finite"):
+        pipe.bits_per_dim(torch.zeros(4, 1, 8, 8), class_labels=[0, 0, 1, 0])
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------------
+
+
+class Malice:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("component", ["unet", "noise_schedule"])
+@pytest.mark.parametrize("loader", [VDMPipeline, DiffusionPipeline])
+def test_nothing_is_unpickled_from_a_pipeline(loader: Any, component: str, tmp_path: Path) -> None:
+    from vdm_hub import NoiseScheduleModel
+
+    scheduler = VDMScheduler(num_levels=LEVELS, noise_schedule="learned_linear")
+    VDMPipeline(tiny_unet(), scheduler, NoiseScheduleModel("learned_linear")).save_pretrained(tmp_path / "pipeline")
+    folder, mark = tmp_path / "pipeline" / component, tmp_path / "mark"
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Malice(mark)))
+    with pytest.raises(OSError, match="diffusion_pytorch_model|safetensors|checkpoint"):
+        loader.from_pretrained(tmp_path / "pipeline")
+    assert not mark.exists()
+    pickle.loads((folder / "diffusion_pytorch_model.bin").read_bytes())
+    assert mark.exists()  # the plant works
+
+
+def test_pickled_weights_are_refused_even_when_asked_for(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.bin").is_file()
+    with pytest.raises(OSError, match="safetensors"):
+        VDMPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="convert them to safetensors"):
+        VDMPipeline.from_pretrained(tmp_path, use_safetensors=False)

@@ -1,0 +1,142 @@
+"""Checkpoints: whole or refused, never pickled, never more than asked for."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import ROOT, contents, environment
+
+from vdm_hub.errors import CheckpointError
+from vdm_hub.training.checkpoints import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+
+FILES = ("manifest.json", "objective.safetensors", "optimizer.safetensors", "state.json")
+
+
+def save(folder: Path, step: int, keep: int | None = None) -> Path:
+    tensors = {"objective": {"weight": torch.full((50,), float(step))}, "optimizer": {"0.step": torch.tensor(1.0)}}
+    return save_checkpoint(folder, step, tensors, {"step": step}, keep)
+
+
+def test_what_is_saved_is_what_is_loaded_bit_for_bit(tmp_path: Path) -> None:
+    base = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    views = {"plain": base, "the same memory": base[1:3], "not contiguous": base.T, "empty": base[:0]}
+    kinds = {"double": base.double(), "half": base.half(), "bfloat": base.bfloat16(), "count": torch.tensor(7)}
+    special = {"odd": torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1e-45])}
+    state = {"step": 3, "rates": [0.1, 1e-17], "text": "é", "none": None}
+    loaded = load_checkpoint(save_checkpoint(tmp_path, 3, {"a": views | special, "b": kinds}, state))
+    assert loaded.state == state
+    assert loaded.tensors.keys() == {"a", "b"}
+    for group, saved in (("a", views | special), ("b", kinds)):
+        for name, tensor in saved.items():
+            assert loaded.tensors[group][name].dtype == tensor.dtype
+            assert torch.equal(loaded.tensors[group][name].nan_to_num(99), tensor.nan_to_num(99)), name
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
+    assert sorted(file.name for file in save(tmp_path, 1).iterdir()) == sorted(FILES)
+    for file in (tmp_path / "step-00000001").glob("*.json"):
+        json.loads(file.read_text())
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.none() | st.integers(1, 4))
+def test_the_limit_keeps_the_latest_and_the_one_just_written(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], keep: int | None
+) -> None:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for count, step in enumerate(steps, start=1):
+        before = {path.name for path in checkpoints(folder)}
+        written = save(folder, step, keep)
+        found = [path.name for path in checkpoints(folder)]
+        everything = sorted(before | {written.name})
+        assert written.name in found
+        assert len(found) == min(len(everything), keep or count)
+        others = [name for name in everything if name != written.name]
+        assert set(found) - {written.name} == set(others[len(others) - len(found) + 1 :])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_damage_to_every_file_is_found_and_named(name: str, damage: str, tmp_path: Path) -> None:
+    other, path = save(tmp_path, 1), save(tmp_path, 2)
+    file = path / name
+    data = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        middle = data.index(b"{") if name == "manifest.json" else len(data) // 2
+        file.write_bytes(data[:middle] if damage == "truncated" else data[:middle] + b"\xff" + data[middle + 1 :])
+    with pytest.raises(CheckpointError, match="manifest.json" if name == "manifest.json" else f"damaged: {name}") as e:
+        load_checkpoint(path)
+    assert "\n" not in str(e.value)
+    assert name == "manifest.json" or f"resume from {other} instead" in str(e.value)
+    assert load_checkpoint(other).state == {"step": 1}
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        None,
+        "[]",
+        '{"format": "another tool", "files": {}}',
+        '{"format": "vdm_hub checkpoint 1", "files": {}}',
+        '{"format": "vdm_hub checkpoint 1", "files": ["state.json"]}',
+        '{"format": "vdm_hub checkpoint 1", "files": {"state.json": {}}}',
+        '{"format": "vdm_hub checkpoint 1", "files": {"../state.json": {"size": 1, "sha256": ""}}}',
+    ],
+)
+def test_a_foreign_folder_is_refused(manifest: str | None, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match="is not a checkpoint of vdm_hub"):
+        load_checkpoint(tmp_path)
+
+
+def test_latest_and_paths(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, "latest") is None
+    first, second = save(tmp_path, 9), save(tmp_path, 10)
+    assert find_checkpoint(tmp_path, "latest") == second
+    assert find_checkpoint(tmp_path, str(first)) == first
+    with pytest.raises(CheckpointError, match="step-00000010"):
+        find_checkpoint(tmp_path, str(tmp_path / "step-00000011"))
+
+
+WRITE_FOR_EVER = """
+import itertools, sys, torch
+from pathlib import Path
+from vdm_hub.training.checkpoints import save_checkpoint
+for step in itertools.count(1):
+    tensors = {name: {"weight": torch.full((1_000_000,), float(step))} for name in ("objective", "ema", "optimizer")}
+    save_checkpoint(Path(sys.argv[1]), step, tensors, {"step": step}, keep=2)
+"""
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)]
+    writer = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    try:
+        while not (len(checkpoints(tmp_path)) == 2 and list(tmp_path.glob(".step-*/*.safetensors"))):
+            assert writer.poll() is None, writer.stderr and writer.stderr.read().decode()
+            assert time.monotonic() < deadline
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+    leftovers = list(tmp_path.glob(".step-*"))
+    found = checkpoints(tmp_path)
+    assert found
+    assert not set(leftovers) & set(found)
+    step = load_checkpoint(found[-1]).state["step"]
+    assert found[-1].name == f"step-{step:08d}"
+    assert find_checkpoint(tmp_path, "latest") == found[-1]
+    save(tmp_path, step + 1, keep=1)
+    assert {name.split("/")[0] for name in contents(tmp_path)} == {f"step-{step + 1:08d}"}
