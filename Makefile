@@ -35,7 +35,7 @@ test-slow: install  ## Run the longer checks too.
 
 test-diffusers: install  ## Run diffusers' own scheduler, model and pipeline tests: DIFFUSERS_UPSTREAM=<a checkout>.
 	@test -d "$(DIFFUSERS_UPSTREAM)/tests/schedulers" || { echo "set DIFFUSERS_UPSTREAM to a checkout of huggingface/diffusers"; exit 2; }
-	$(RUN)/python -m pytest scripts/diffusers_upstream -n 2 -p no:cacheprovider -o pythonpath="$(DIFFUSERS_UPSTREAM)" -o addopts="--import-mode=importlib -ra"
+	$(RUN)/python -m pytest scripts/diffusers_upstream -n 2 -p no:cacheprovider -o pythonpath="$(abspath $(DIFFUSERS_UPSTREAM))" -o addopts="--import-mode=importlib -ra" -W ignore
 
 quality: install  ## Check style, types and the floors.
 	$(RUN)/ruff check .

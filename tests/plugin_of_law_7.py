@@ -1,4 +1,4 @@
-"""What a third party might bring, for law 7: it is installed as a distribution of its own, and the core never names it.
+"""What a third party might bring, for law 7: a distribution of its own, which the core never names.
 
 `PixelwiseSchedule` has a gamma per pixel, `ContextSchedule` an extra bound term and a latent per datum,
 `ResamplingProcess` no gamma at all.

@@ -208,6 +208,8 @@ def test_the_name_of_a_built_in_cannot_be_taken(install: Install, kind: str) -> 
         install(f"taker-{i}", name, kind=kind)
         for package in (None, "vdm-hub", "vdm_hub"):
             assert registry.lookup(kind, name, package) == before
+        with pytest.raises(ConfigurationError, match="built-in"):
+            registry.lookup(kind, name, f"taker-{i}")
 
 
 def test_a_plugin_that_fails_at_import_is_named_with_its_error(install: Install) -> None:

@@ -54,7 +54,7 @@ def levels_from_images(images: Any, num_levels: int) -> Tensor:
     if len(shapes) > 1:
         raise DataError(f"images of mixed mode or size: {sorted(shapes)[:4]}. Convert or resize them alike.")
     levels = [levels_from_image(picture, num_levels, index=i) for i, picture in enumerate(pictures)]
-    return torch.from_numpy(np.stack(levels)).long()
+    return torch.from_numpy(np.stack(levels)).long().contiguous()
 
 
 def _picture(image: Any) -> Image.Image:
@@ -82,4 +82,5 @@ def _checked(images: Tensor, num_levels: int) -> Tensor:
             f"of the model's {num_levels} levels: give intensities i/{num_levels - 1} in [0, 1], or integers 0 to "
             f"{num_levels - 1}."
         )
-    return levels.long()
+    # Contiguous: another layout in memory is another order of sums in the network.
+    return levels.long().contiguous()

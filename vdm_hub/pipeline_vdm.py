@@ -19,6 +19,7 @@ from vdm_hub.likelihood.estimator import estimate_bound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
+from vdm_hub.models.safetensors_only import SafetensorsOnly
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
 
@@ -26,7 +27,7 @@ _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-class VDMPipeline(DiffusionPipeline):
+class VDMPipeline(SafetensorsOnly, DiffusionPipeline):
     """A variational diffusion model: call it for samples, ask it for a likelihood.
 
     The scheduler given is kept as it is, so a stock sampler may be swapped in
@@ -48,14 +49,6 @@ class VDMPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load from a folder or a Hub id; weights are read from safetensors only, so nothing is unpickled."""
-        if kwargs.get("use_safetensors") is False:
-            raise ConfigurationError("use_safetensors=False would unpickle weights: convert them to safetensors.")
-        kwargs["use_safetensors"] = True
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def process(self) -> ForwardProcess:
@@ -96,8 +89,8 @@ class VDMPipeline(DiffusionPipeline):
             num_inference_steps: Evaluations of the network.
             latents: z_1, (B, C, H, W), instead of a draw.
             class_labels: Class of each image, (B,), for class-conditional networks.
-            output_type: ``pil``, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W), the last two in [0, 1]; ``latent`` is what
-                the last step left, (B, C, H, W), not decoded.
+            output_type: ``pil``, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W), the last two in [0, 1]; ``latent`` is
+                what the last step left, (B, C, H, W), not decoded.
             return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
             callback_on_step_end: Called as ``callback(pipe, step, timestep, {"latents": ...})``; it may return changed
                 latents.
@@ -233,7 +226,9 @@ class VDMPipeline(DiffusionPipeline):
 class _InOwnPrecision(nn.Module):
     """The network in its own precision; all around it stays in float32."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    unet: ModelMixin
+
+    def __init__(self, unet: ModelMixin) -> None:
         super().__init__()
         self.unet = unet
 

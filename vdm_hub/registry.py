@@ -110,7 +110,12 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
         ConfigurationError: The name is unknown, or two packages bring it and ``package`` does not decide.
     """
     known = registrations(kind)
-    if name in BUILT_INS[kind] and (package is None or _normal(package) == BUILT_IN_PACKAGE):
+    if name in BUILT_INS[kind]:
+        if package is not None and _normal(package) != BUILT_IN_PACKAGE:
+            raise ConfigurationError(
+                f"{name!r} is a built-in {_KIND_WORDS[kind]}, whose name the package {package!r} can't take: leave the "
+                f"package out, or rename the plugin's entry point."
+            )
         return next(r for r in known if r.name == name)
     matching = [r for r in known if r.name == name and r.package != BUILT_IN_PACKAGE]
     if package is not None:
@@ -194,8 +199,10 @@ def build(kind: str, serialised: Serialised, **defaults: Any) -> Any:
         ) from error
 
 
-def serialise(kind: str, instance: Any) -> Serialised:
+def serialise(kind: str, instance: Any, complete: bool = False) -> Serialised:
     """The serialised form of an instance whose ``to_config()`` gives its arguments.
+
+    ``complete`` writes those that equal their defaults too, where a name alone would mean something else.
 
     >>> from vdm_hub.diffusion.noise_schedules import LinearSchedule
     >>> serialise("noise_schedules", LinearSchedule()), serialise("noise_schedules", LinearSchedule(-8.0))
@@ -215,7 +222,7 @@ def serialise(kind: str, instance: Any) -> Serialised:
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"to_config() of the {_KIND_WORDS[kind]} {registration.name!r}: {error}.") from error
     parameters = inspect.signature(type(instance)).parameters
-    arguments = {k: v for k, v in config.items() if k not in parameters or parameters[k].default != v}
+    arguments = {k: v for k, v in config.items() if complete or k not in parameters or parameters[k].default != v}
     if registration.package != BUILT_IN_PACKAGE:
         return {
             "name": registration.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,27 +23,20 @@ from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.parameterizations import Velocity
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.registry import Serialised
-
-# What a stock scheduler of the DDPM family understands as a target.
-_STOCK_TARGETS = ("epsilon", "sample", "v_prediction")
-# Keys that no stock scheduler reads: only these may be listed as defaults, or `from_config` would drop the process.
-_OWN_KEYS = ("forward_process", "conditioning", "num_levels", "data_scaling", "decoder")
-_DDPM_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "variance_type",
-    "clip_sample",
-    "clip_sample_range",
-    "thresholding",
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "timestep_spacing",
-    "steps_offset",
-    "rescale_betas_zero_snr",
+from vdm_hub.scheduler_configs import (
+    DDPM_KEYS,
+    STOCK_TARGETS,
+    as_vdm_config,
+    changes_process,
+    check_betas,
+    derived_betas,
+    is_beta_table,
+    without_steps,
 )
+
+# Keys that no stock scheduler reads: only these may be listed as defaults, or `from_config` would drop the process.
+_OWN_KEYS = ("forward_process", "num_levels", "data_scaling", "decoder")
+_SPACINGS = ("leading", "linspace", "trailing")
 
 
 @dataclass
@@ -130,23 +124,26 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
+        prediction_type, forward_process = copy.deepcopy((prediction_type, forward_process))
         given_betas = None if trained_betas is None else [float(b) for b in trained_betas]
         if noise_schedule is None:
             noise_schedule = "linear" if given_betas is None else "discrete_betas"
-        is_table = registry.parse("noise_schedules", noise_schedule)[0] == "discrete_betas"
+        is_table = is_beta_table(noise_schedule)
         self.register_to_config(
             noise_schedule=copy.deepcopy(noise_schedule),
+            prediction_type=prediction_type,
+            forward_process=forward_process,
             trained_betas=given_betas,
             data_scaling=data_scaling or ("full" if is_table else "bin_centers"),
             decoder=copy.deepcopy(decoder) or ("ddpm" if is_table else "factorised"),
             final_sigmas_type=final_sigmas_type or ("zero" if is_table else "sigma_min"),
             timestep_spacing=timestep_spacing or ("leading" if is_table else "trailing"),
-            conditioning=copy.deepcopy(conditioning) or ("table" if is_table else "affine"),
+            conditioning=without_steps(copy.deepcopy(conditioning)) or ("table" if is_table else "affine"),
         )
         self._check_choices()
         self._ddpm = self._stock_ddpm() if is_table else None
-        self.process = self._build_process(conditioning)
-        self._record_derived(given_betas, conditioning is None, is_table)
+        self.process = self.build_process()
+        self._record_derived(given_betas)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.set_timesteps(self.config.num_train_timesteps)
@@ -157,6 +154,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
     def _check_choices(self) -> None:
         if self.config.final_sigmas_type not in ("sigma_min", "zero"):
             raise unknown_name("final_sigmas_type", self.config.final_sigmas_type, ("sigma_min", "zero"))
+        if self.config.timestep_spacing not in _SPACINGS:
+            raise unknown_name("timestep_spacing", self.config.timestep_spacing, _SPACINGS)
         for key, least in (("num_train_timesteps", 2), ("num_levels", 2)):
             value = self.config[key]
             if not isinstance(value, int) or value < least:
@@ -164,42 +163,42 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
 
     def _stock_ddpm(self) -> DDPMScheduler:
         """The stock DDPM of this table: its betas are ours, and its steps too, where the chain ends at the data."""
-        arguments = {key: self.config[key] for key in _DDPM_KEYS}
-        betas = self.config.trained_betas
-        schedule_arguments = registry.parse("noise_schedules", self.config.noise_schedule)[1]
-        if betas is None and "betas" in schedule_arguments:
-            betas = schedule_arguments["betas"]
+        betas = registry.parse("noise_schedules", self.config.noise_schedule)[1].get("betas")
         if betas is not None:
-            arguments |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
-            self.register_to_config(num_train_timesteps=len(betas))
+            check_betas(self.config.trained_betas, betas)
+            self.register_to_config(trained_betas=list(betas))  # where stock samplers look for it
+        if self.config.trained_betas is not None:
+            self.register_to_config(num_train_timesteps=len(self.config.trained_betas))
+        arguments = {key: self.config[key] for key in DDPM_KEYS}
+        if arguments["prediction_type"] not in STOCK_TARGETS:
+            arguments["prediction_type"] = "epsilon"  # `_ddpm_step` converts to it
         return DDPMScheduler(**arguments)
 
-    def _build_process(self, conditioning: Serialised | None, schedule: nn.Module | None = None) -> ForwardProcess:
+    def build_process(self, schedule: nn.Module | None = None) -> ForwardProcess:
+        """This config's process, new, with its own parameters; ``schedule`` stands for weights carried elsewhere."""
         fields = dict(self.config)
         fields["trained_betas"] = None if self._ddpm is None else self._ddpm.betas.tolist()
-        fields["conditioning"] = conditioning or fields["conditioning"]
         cls, _ = registry.resolve_class("forward_processes", fields["forward_process"])
         if not issubclass(cls, ForwardProcess):
             raise ConfigurationError(f"{cls.__name__} is not a ForwardProcess: derive it from that class.")
         return cls.from_fields(fields, schedule)
 
-    def build_process(self, schedule: nn.Module | None = None) -> ForwardProcess:
-        """This config's process, new, with its own parameters; ``schedule`` stands for weights carried elsewhere."""
-        return self._build_process(self.config.conditioning, schedule)
-
-    def _record_derived(self, given_betas: list[float] | None, derive_conditioning: bool, is_table: bool) -> None:
+    def _record_derived(self, given_betas: list[float] | None) -> None:
         """Write what was derived into the config, and tell stock samplers to believe all of it."""
         if self._ddpm is not None:
             self.betas, self.alphas_cumprod = self._ddpm.betas, self._ddpm.alphas_cumprod
         else:
-            derived = _derived_betas(self.process)
-            _check_betas(given_betas, derived)
+            derived = derived_betas(self.process)
+            check_betas(given_betas, derived)
             self.betas = torch.tensor(derived or [], dtype=torch.float32)
             self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
             self.register_to_config(trained_betas=derived)
-        if derive_conditioning and not is_table and isinstance(self.process, GaussianProcess):
-            serialised = registry.serialise("conditionings", self.process.conditioning)
-            self.register_to_config(conditioning=_without_steps(serialised))
+        own_table = self._ddpm is not None and self.config.conditioning == "table"  # a table through its own betas
+        if isinstance(self.process, GaussianProcess) and not own_table:
+            constants = registry.serialise("conditionings", self.process.conditioning, complete=True)
+            self.register_to_config(conditioning=without_steps(constants))
+        # From this name a stock scheduler's `from_config` knows which keys are ours, and does not warn of them.
+        self.register_to_config(_class_name=type(self).__name__)
         if "_use_default_values" in self.config:
             own = [key for key in _OWN_KEYS if key in self.config["_use_default_values"]]
             self.register_to_config(_use_default_values=own)
@@ -215,7 +214,11 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             ConfigurationError: The config describes a process that is neither (flow matching, EDM, ...).
         """
         if isinstance(config, Mapping):
-            config = _as_vdm_config(copy.deepcopy(dict(config)), kwargs, cls.__name__)
+            config = as_vdm_config(copy.deepcopy(dict(config)), kwargs, cls)
+            if changes_process(config, kwargs):
+                replaced = super().from_config(dict(config)).process
+                config |= {"conditioning": registry.serialise("conditionings", replaced.conditioning)}
+                config |= {key: None for key in ("trained_betas", "final_sigmas_type") if "noise_schedule" in kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_diffusers(self, scheduler_class: type, **kwargs: Any) -> Any:
@@ -225,15 +228,20 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             ConfigurationError: No stock sampler can run it: the score target, gamma per pixel, another process.
         """
         target = self.config.prediction_type
-        if target not in _STOCK_TARGETS:
+        if target not in STOCK_TARGETS:
             raise ConfigurationError(
-                f"diffusers' samplers know no target {target!r}, only {', '.join(_STOCK_TARGETS)}: sample with "
+                f"diffusers' samplers know no target {target!r}, only {', '.join(STOCK_TARGETS)}: sample with "
                 f"VDMScheduler, or train with one of those."
             )
         if not self.config.trained_betas and self._ddpm is None:
             raise ConfigurationError(
                 "diffusers' samplers need one noise level per time; this process has a gamma per pixel or per datum, "
                 "or none at all. Sample it with VDMScheduler."
+            )
+        if "trained_betas" not in inspect.signature(scheduler_class).parameters:
+            raise ConfigurationError(
+                f"{scheduler_class.__name__} takes no betas, so it would run another process: choose a sampler of the "
+                f"DDPM family, such as DDIMScheduler or UniPCMultistepScheduler."
             )
         return scheduler_class.from_config(self.config, **kwargs)  # type: ignore[attr-defined]
 
@@ -257,11 +265,11 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
                 raise ConfigurationError(f"num_inference_steps is {num_inference_steps}: give at least 1.")
             times = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
         elif timesteps is not None:
-            times = self.process.time(torch.as_tensor(timesteps, dtype=torch.float64))
+            times = self._times_of_timesteps(torch.as_tensor(timesteps, dtype=torch.float64))
         else:
             times = self._times_of_sigmas(sigmas)
-        if bool((times.diff() >= 0).any()):
-            raise ConfigurationError("timesteps and sigmas must be in strictly descending order.")
+        if times.numel() == 0 or bool((times.diff() >= 0).any()):
+            raise ConfigurationError("timesteps and sigmas must be at least one value, in strictly descending order.")
         self._set_grid(times, self.process.timestep(times).float() if timesteps is None else timesteps, device)
 
     def _follow_ddpm(self, steps: int | None, device: Any, timesteps: Sequence[float] | None) -> None:
@@ -277,6 +285,12 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self.times: list[float] = [*times.tolist(), 0.0]
         self._index = {value: i for i, value in enumerate(values.tolist())}
         self.num_inference_steps = len(times)
+
+    def _times_of_timesteps(self, timesteps: Tensor) -> Tensor:
+        first, last = self.process.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+        if bool(((timesteps < first - 1e-3) | (timesteps > last + 1e-3)).any()):
+            raise ConfigurationError(f"timesteps {timesteps.tolist()[:5]} leave this process's {first:g} to {last:g}.")
+        return self.process.time(timesteps)
 
     def _times_of_sigmas(self, sigmas: Any) -> Tensor:
         if not isinstance(self.process, GaussianProcess) or not self.process.schedule.scalar:
@@ -349,7 +363,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         """Diffusers' own step on its own table: bitwise DDPM."""
         assert self._ddpm is not None and isinstance(self.process, GaussianProcess)
         index = int(timestep)
-        if self.config.prediction_type not in _STOCK_TARGETS:
+        if self.config.prediction_type not in STOCK_TARGETS:
             gamma = self.process.schedule.gammas[index]  # type: ignore[index]
             model_output = self.process.parameterization.eps_hat(model_output, sample, gamma).to(sample.dtype)
         stepped: tuple[Tensor, Tensor] = self._ddpm.step(model_output, index, sample, generator, return_dict=False)
@@ -385,63 +399,6 @@ def time_tensor(time: float, sample: Tensor) -> Tensor:
 def _double_device(sample: Tensor) -> torch.device:
     # Apple's GPUs have no float64; scalars on the CPU combine with tensors anywhere.
     return torch.device("cpu") if sample.device.type == "mps" else sample.device
-
-
-def _derived_betas(process: ForwardProcess) -> list[float] | None:
-    """The table that lets stock samplers run a continuous process: entry i is the noise level whose timestep is i.
-
-    Rounding errors of the float32 betas are fed back into the next one, so that diffusers' cumulative product stays
-    within float32's rounding of the true alpha-bar.
-    """
-    if not isinstance(process, GaussianProcess) or not process.schedule.scalar:
-        return None
-    steps = torch.arange(process.num_train_timesteps, dtype=torch.float64)
-    alpha_bar = torch.sigmoid(-process.conditioning.inverse(steps)).numpy()
-    betas, product = [], 1.0
-    for target in alpha_bar:
-        beta = np.float32(1 - target / product)
-        product *= float(np.float32(1) - beta)
-        betas.append(float(beta))
-    return betas
-
-
-def _check_betas(given: list[float] | None, derived: list[float] | None) -> None:
-    if given is None:
-        return
-    if derived is None or len(given) != len(derived) or not np.allclose(given, derived, rtol=1e-4, atol=1e-7):
-        raise ConfigurationError(
-            "trained_betas disagrees with the noise_schedule of the same config. Leave trained_betas out (it is "
-            "derived), or set noise_schedule to 'discrete_betas' if the table is meant."
-        )
-
-
-def _without_steps(serialised: Serialised) -> Serialised:
-    """The conditioning's form without the number of timesteps, which the scheduler's config holds already."""
-    if isinstance(serialised, str):
-        return serialised
-    config = {k: v for k, v in serialised.get("config", {}).items() if k != "num_train_timesteps"}
-    return serialised | {"config": config} if config or "package" in serialised else serialised["name"]
-
-
-def _as_vdm_config(config: dict[str, Any], overrides: dict[str, Any], name: str) -> dict[str, Any]:
-    """Diffusers' configs in, VDM configs out; see `VDMScheduler.from_config`."""
-    if config.get("noise_schedule") is not None:
-        # A derived table must not outlive what it was derived from.
-        if registry.parse("noise_schedules", config["noise_schedule"])[0] != "discrete_betas" and overrides:
-            config.pop("trained_betas", None)
-            # What the network was told of the noise does not change with the schedule that is now asked for.
-            defaults = config.get("_use_default_values", [])
-            config["_use_default_values"] = [key for key in defaults if key != "conditioning"]
-        return config
-    if "beta_schedule" in config:
-        config.pop("_use_default_values", None)  # a code-built stock scheduler lists every key, which would drop all
-        return config | {"noise_schedule": "discrete_betas", "final_sigmas_type": "zero"}
-    if config.get("_class_name", name) != name:
-        raise ConfigurationError(
-            f"a {config['_class_name']} config has neither a noise_schedule nor betas, so it describes no process "
-            f"that VDMScheduler knows. Build one with a noise_schedule and prediction_type that match the network."
-        )
-    return config
 
 
 VDMScheduler.__module__ = "vdm_hub"

@@ -30,8 +30,9 @@ class VDMPipelineTest(PipelineTesterMixin, unittest.TestCase):
 
     def get_dummy_components(self) -> dict[str, Any]:
         torch.manual_seed(0)
+        # At random weights the features for 256 levels amplify the rounding that differs with the size of the batch.
         unet = UNetVDMModel(
-            sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, dropout=0.0
+            sample_size=8, block_out_channels=(8,), layers_per_block=1, fourier_features=(0,), norm_num_groups=4
         )
         return {"unet": unet.eval(), "scheduler": VDMScheduler(), "noise_schedule": None}
 

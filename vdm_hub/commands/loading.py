@@ -27,7 +27,7 @@ def load_pipeline(name: str) -> VDMPipeline:
     except VDMHubError:
         raise
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
-        cause = " ".join(str(error).split())[:400]
+        cause = " ".join(str(error).split())[:400].rstrip(".")
         raise ConfigurationError(
             f"the pipeline {name!r} can't be loaded: {cause}. Check the folder or the Hub id, and the network."
         ) from error

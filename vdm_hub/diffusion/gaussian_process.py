@@ -67,7 +67,8 @@ class GaussianProcess(ForwardProcess):
             "forward_process": "gaussian",
             "noise_schedule": registry.serialise("noise_schedules", self.schedule.bake()),
             "prediction_type": registry.serialise("parameterizations", self.parameterization),
-            "conditioning": registry.serialise("conditionings", self.conditioning),
+            # Complete: its name alone would mean constants from the schedule, which has moved since.
+            "conditioning": registry.serialise("conditionings", self.conditioning, complete=True),
             "decoder": registry.serialise("decoders", self.decoder),
             "data_scaling": self.scaling.name,
             "num_levels": self.num_levels,

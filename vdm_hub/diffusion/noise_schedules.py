@@ -226,7 +226,7 @@ class DiscreteBetasSchedule(NoiseSchedule):
 
     ``abar`` is diffusers' own float32 cumulative product, so gamma is that of the noise its schedulers really add.
     Between the T latents a monotone cubic interpolates. A table whose last alpha-bar is zero (zero terminal SNR) is
-    given 2^-24 there, as diffusers' Euler schedulers do.
+    given 2^-24 there, as diffusers' Euler schedulers do, or half of the one before where that is less.
 
     >>> schedule = DiscreteBetasSchedule(torch.linspace(1e-4, 0.02, 1000).tolist())
     >>> [round(v, 3) for v in schedule.endpoints()]
@@ -239,7 +239,9 @@ class DiscreteBetasSchedule(NoiseSchedule):
         table = torch.tensor(self._betas, dtype=torch.float32)
         if table.numel() < 2 or not bool(((table > 0) & (table <= 1)).all()):
             raise ConfigurationError("a beta table needs at least two values, each above 0 and at most 1.")
-        alpha_bar = torch.cumprod(1.0 - table, dim=0).double().clamp(min=_ZERO_TERMINAL_ALPHA_BAR)
+        alpha_bar = torch.cumprod(1.0 - table, dim=0).double()
+        if alpha_bar[-1] == 0:
+            alpha_bar = alpha_bar.clamp(min=min(_ZERO_TERMINAL_ALPHA_BAR, float(alpha_bar[alpha_bar > 0].min()) / 2))
         self._interpolation = TabulatedSchedule((torch.log1p(-alpha_bar) - torch.log(alpha_bar)).tolist())
 
     @property

@@ -21,6 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.models.safetensors_only import SafetensorsOnly
 
 _ALIGNMENT = 64  # bytes: where torch's own allocator puts a CPU tensor
 TIME_SCALE_SHIFTS = ("default", "scale_shift")
@@ -39,7 +40,7 @@ class UNetVDMOutput(BaseOutput):
     sample: Tensor
 
 
-class UNetVDMModel(ModelMixin, ConfigMixin):
+class UNetVDMModel(SafetensorsOnly, ModelMixin, ConfigMixin):
     r"""The VDM paper's U-Net: residual blocks with skips, and no downsampling unless asked for.
 
     A convolution of the input and its Fourier features; ``layers_per_block`` residual blocks per resolution on the way
@@ -90,7 +91,7 @@ class UNetVDMModel(ModelMixin, ConfigMixin):
         out_channels: int = 3,
         block_out_channels: Sequence[int] = (128,),
         layers_per_block: int = 32,
-        fourier_features: Sequence[int] = (7, 8),
+        fourier_features: Sequence[float] = (7, 8),
         norm_num_groups: int = 32,
         norm_eps: float = 1e-6,
         dropout: float = 0.1,
@@ -211,7 +212,7 @@ class FourierFeatures(nn.Module):
     torch.Size([1, 15, 4, 4])
     """
 
-    def __init__(self, exponents: Sequence[int]) -> None:
+    def __init__(self, exponents: Sequence[float]) -> None:
         super().__init__()
         self.exponents = tuple(exponents)
 

@@ -112,6 +112,8 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
             f"accelerate can't run this ({_first_line(error)}): change mixed_precision, which is "
             f"{training.mixed_precision or 'what the launcher says'}, or run `accelerate config`."
         ) from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigurationError("mixed_precision is fp16, which accelerate ignores on a CPU: use bf16, or no.")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigurationError(

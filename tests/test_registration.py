@@ -1,0 +1,131 @@
+"""Importing the package makes diffusers know its classes, and changes nothing that was there before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import diffusers
+import diffusers.pipelines
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+import vdm_hub
+from vdm_hub.registration import register
+
+PUBLIC = ("NoiseScheduleModel", "UNetVDMModel", "VDMPipeline", "VDMScheduler")
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def in_a_fresh_process(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_class_is_found_where_diffusers_looks(name: str) -> None:
+    cls = getattr(vdm_hub, name)
+    assert getattr(diffusers, name) is cls
+    assert diffusers.pipelines.vdm_hub is vdm_hub
+    # Wire format: the name of the library in model_index.json.
+    assert cls.__module__ == "vdm_hub" and name in vdm_hub.__all__
+
+
+def test_diffusers_finds_its_load_methods_in_the_package() -> None:
+    assert vdm_hub.ModelMixin is ModelMixin and vdm_hub.SchedulerMixin is SchedulerMixin
+
+
+def test_registering_again_is_silent_and_changes_nothing() -> None:
+    before = {name: getattr(diffusers, name) for name in PUBLIC}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register(vdm_hub, [getattr(vdm_hub, name) for name in PUBLIC])
+    assert before == {name: getattr(diffusers, name) for name in PUBLIC}
+
+
+def test_a_name_that_diffusers_has_is_not_overwritten() -> None:
+    with pytest.warns(UserWarning, match=r"diffusers\.DDPMPipeline exists already .*vdm_hub\.DDPMPipeline"):
+        register(vdm_hub, [type("DDPMPipeline", (), {})])
+    assert diffusers.DDPMPipeline is DDPMPipeline
+
+
+PLANTED = """
+import json, sys, tempfile, warnings
+import diffusers
+class VDMPipeline(diffusers.DDPMPipeline):
+    pass
+diffusers.VDMPipeline = VDMPipeline
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import vdm_hub
+unet = vdm_hub.UNetVDMModel(
+    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4
+)
+with tempfile.TemporaryDirectory() as folder:
+    vdm_hub.VDMPipeline(unet, vdm_hub.VDMScheduler(num_levels=17)).save_pretrained(folder)
+    ours = vdm_hub.VDMPipeline.from_pretrained(folder)
+print(json.dumps({
+    "kept": diffusers.VDMPipeline is VDMPipeline,
+    "others": diffusers.VDMScheduler is vdm_hub.VDMScheduler,
+    "loaded": type(ours) is vdm_hub.VDMPipeline,
+    "warnings": [str(warning.message) for warning in caught if "vdm_hub" in str(warning.message)],
+}))
+"""
+
+
+def test_a_name_planted_before_the_import_is_left_alone_with_a_warning() -> None:
+    seen = json.loads(in_a_fresh_process(PLANTED).splitlines()[-1])
+    assert seen["kept"] and seen["others"] and seen["loaded"]
+    (warning,) = seen["warnings"]
+    assert "diffusers.VDMPipeline exists already" in warning and "vdm_hub.VDMPipeline" in warning
+
+
+ADDITIVE = """
+import json
+import diffusers, diffusers.pipelines, diffusers.models, diffusers.schedulers, transformers
+places = (diffusers, diffusers.pipelines, diffusers.models, diffusers.schedulers, transformers)
+before = [dict(vars(place)) for place in places]
+import vdm_hub
+added, changed = {}, []
+for place, old in zip(places, before):
+    new = vars(place)
+    changed += [f"{place.__name__}.{name}" for name in old if new.get(name) is not old[name]]
+    added |= {
+        f"{place.__name__}.{name}": value
+        for name, value in new.items()
+        if name not in old and getattr(value, "__module__", getattr(value, "__name__", "")).startswith("vdm_hub")
+    }
+print(json.dumps([sorted(added), changed]))
+"""
+
+
+def test_the_import_adds_its_own_names_and_changes_no_other() -> None:
+    added, changed = json.loads(in_a_fresh_process(ADDITIVE).splitlines()[-1])
+    assert added == sorted(["diffusers.pipelines.vdm_hub", *(f"diffusers.{name}" for name in PUBLIC)])
+    assert changed == []
+
+
+def test_a_stock_pipeline_loads_as_before(tmp_path: Path) -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    for loader in (DDPMPipeline, DiffusionPipeline):
+        pipe = loader.from_pretrained(tmp_path)
+        assert type(pipe) is DDPMPipeline
+        assert type(pipe.unet) is UNet2DModel and type(pipe.scheduler) is DDPMScheduler

@@ -1,0 +1,139 @@
+"""How the configs of diffusers' schedulers and of `VDMScheduler` become each other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+
+from vdm_hub import registry
+from vdm_hub.diffusion.forward_process import ForwardProcess
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.registry import Serialised
+
+STOCK_TARGETS = ("epsilon", "sample", "v_prediction")
+"""What a stock scheduler of the DDPM family understands as a target."""
+
+DDPM_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "variance_type",
+    "clip_sample",
+    "clip_sample_range",
+    "prediction_type",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "timestep_spacing",
+    "steps_offset",
+    "rescale_betas_zero_snr",
+)
+"""What a `VDMScheduler` and diffusers' `DDPMScheduler` both read."""
+
+# Overrides that give another process, whose schedule the recorded conditioning must not follow.
+_PROCESS_KEYS = {
+    "noise_schedule",
+    "trained_betas",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "rescale_betas_zero_snr",
+}
+
+
+def is_beta_table(noise_schedule: Serialised) -> bool:
+    """Whether a serialised schedule is a table of betas, as the DDPM family's is."""
+    return registry.parse("noise_schedules", noise_schedule)[0] == "discrete_betas"
+
+
+def as_vdm_config(config: dict[str, Any], overrides: Mapping[str, Any], vdm: type) -> dict[str, Any]:
+    """Any scheduler's config in, that of the class ``vdm`` out; see `VDMScheduler.from_config`, which has copied it."""
+    if config.get("noise_schedule") is not None:
+        if overrides and not is_beta_table(config["noise_schedule"]):
+            config.pop("trained_betas", None)  # a derived table must not outlive what it was derived from
+    elif "beta_schedule" in config:
+        config = _from_ddpm_family(config)
+    else:
+        _refuse_foreign(config, vdm)
+    return config
+
+
+def _refuse_foreign(config: Mapping[str, Any], vdm: type) -> None:
+    # A scheduler built in code does not say its class in its config; its keys tell that it is not ours.
+    foreign = {key for key in config if not key.startswith("_")} - set(inspect.signature(vdm).parameters)
+    name = config.get("_class_name", vdm.__name__)
+    if foreign or name != vdm.__name__:
+        whose = f"a {name} config" if name != vdm.__name__ else f"a config with {', '.join(sorted(foreign)[:4])}"
+        raise ConfigurationError(
+            f"{whose} has neither a noise_schedule nor betas, so it describes no process that VDMScheduler knows. "
+            f"Build one with a noise_schedule and prediction_type that match the network."
+        )
+
+
+def _from_ddpm_family(config: dict[str, Any]) -> dict[str, Any]:
+    # A code-built stock scheduler lists every key there, which would drop them all.
+    config.pop("_use_default_values", None)
+    stock = getattr(diffusers, str(config.get("_class_name")), DDPMScheduler)
+    # Old files leave out keys that were added later: their class's default holds, not ours.
+    parameters = inspect.signature(stock).parameters
+    defaults = {key: parameters[key].default for key in DDPM_KEYS if key in parameters}
+    config = defaults | config | {"noise_schedule": "discrete_betas", "final_sigmas_type": "zero"}
+    if config.get("variance_type") is None:  # DPM-Solver's way to say that the network predicts no variance
+        config["variance_type"] = "fixed_small"
+    return config
+
+
+def changes_process(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> bool:
+    """Whether overrides replace a beta table while the network still reads its noise levels through that table."""
+    is_table = config.get("noise_schedule") is not None and is_beta_table(config["noise_schedule"])
+    read_through = (overrides.get("conditioning") or config.get("conditioning") or "table") == "table"
+    return is_table and read_through and not _PROCESS_KEYS.isdisjoint(overrides)
+
+
+def derived_betas(process: ForwardProcess) -> list[float] | None:
+    """The table that lets stock samplers run a continuous process: entry i is the noise level whose timestep is i.
+
+    Rounding errors of the float32 betas are fed back into the next one, so that diffusers' cumulative product stays
+    within float32's rounding of the true alpha-bar. ``None`` where there is no single noise level per time.
+    """
+    if not isinstance(process, GaussianProcess) or not process.schedule.scalar:
+        return None
+    steps = torch.arange(process.num_train_timesteps, dtype=torch.float64)
+    alpha_bar = torch.sigmoid(-process.conditioning.inverse(steps)).numpy()
+    betas, product = [], 1.0
+    for target in alpha_bar:
+        beta = np.float32(1 - target / product)
+        product *= float(np.float32(1) - beta)
+        betas.append(float(beta))
+    return betas
+
+
+def check_betas(given: list[float] | None, derived: list[float] | None) -> None:
+    """Refuse a table that contradicts the noise schedule beside it."""
+    if given is None:
+        return
+    if derived is None or len(given) != len(derived) or not np.allclose(given, derived, rtol=1e-4, atol=1e-7):
+        raise ConfigurationError(
+            "trained_betas disagrees with the noise_schedule of the same config. Leave trained_betas out (it is "
+            "derived), or set noise_schedule to 'discrete_betas' if the table is meant."
+        )
+
+
+def without_steps(conditioning: Serialised | None) -> Serialised | None:
+    """The conditioning's form without the number of timesteps, which the scheduler's config holds already."""
+    if conditioning is None:
+        return None
+    name, arguments, package = registry.parse("conditionings", conditioning)
+    arguments.pop("num_train_timesteps", None)
+    if package is not None and isinstance(conditioning, Mapping):
+        return {**conditioning, "config": arguments}
+    return {"name": name, "config": arguments} if arguments else name
