@@ -23,7 +23,9 @@ def main() -> None:
     images = load_split("digits", "test[:8]", num_levels=pipeline.process.num_levels)
     eight = pipeline.bits_per_dim(images.levels, replicates=64)
     drawn = pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=10).images[0]
-    print(f"\nloaded again in a new process: 8 test images {eight.bits_per_dim:.3f} bits/dim, a sample of {drawn.size}")
+    print(
+        f"\nloaded again in a new process: 8 test images {eight.bits_per_dim:.3f} bits/dim, a sample of {drawn.size}"
+    )
     report = json.loads((folder / "evaluation.json").read_text())
     print(
         f"\ntest bound  {report['bits_per_dim']:.4f} bits/dim, standard error {report['standard_error']:.4f}, "

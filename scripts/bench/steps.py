@@ -35,7 +35,12 @@ SIZES = {
         "shape": (3, 32, 32),
         "num_levels": 256,
         "train_batch_size": 16,
-        "unet": {"block_out_channels": [32], "layers_per_block": 4, "norm_num_groups": 8, "mid_block_attention": False},
+        "unet": {
+            "block_out_channels": [32],
+            "layers_per_block": 4,
+            "norm_num_groups": 8,
+            "mid_block_attention": False,
+        },
     },
     "32x32 RGB, 64 channels, two resolutions": {
         "shape": (3, 32, 32),
