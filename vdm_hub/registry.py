@@ -113,8 +113,8 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
     if name in BUILT_INS[kind]:
         if package is not None and _normal(package) != BUILT_IN_PACKAGE:
             raise ConfigurationError(
-                f"{name!r} is a built-in {_KIND_WORDS[kind]}, whose name the package {package!r} can't take: leave the "
-                f"package out, or rename the plugin's entry point."
+                f"{name!r} is a built-in {_KIND_WORDS[kind]}, whose name the package {package!r} can't take: leave "
+                f"the package out, or rename the plugin's entry point."
             )
         return next(r for r in known if r.name == name)
     matching = [r for r in known if r.name == name and r.package != BUILT_IN_PACKAGE]

@@ -56,7 +56,7 @@ def is_beta_table(noise_schedule: Serialised) -> bool:
 
 
 def as_vdm_config(config: dict[str, Any], overrides: Mapping[str, Any], vdm: type) -> dict[str, Any]:
-    """Any scheduler's config in, that of the class ``vdm`` out; see `VDMScheduler.from_config`, which has copied it."""
+    """Any scheduler's config in (a copy: it changes), that of class ``vdm`` out; see `VDMScheduler.from_config`."""
     if config.get("noise_schedule") is not None:
         if overrides and not is_beta_table(config["noise_schedule"]):
             config.pop("trained_betas", None)  # a derived table must not outlive what it was derived from

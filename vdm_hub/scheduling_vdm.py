@@ -75,6 +75,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing, steps_offset: DDPM's; they act on ``discrete_betas`` and are carried for stock samplers.
 
     Example:
+        >>> import torch
         >>> scheduler = VDMScheduler()
         >>> scheduler.set_timesteps(4)
         >>> scheduler.timesteps

@@ -1,7 +1,7 @@
 """Train the digits recipe with three seeds, one after the other, and print each test bound and their mean.
 
-``python scripts/bench/digits_seeds.py`` runs what a user runs, ``accelerate launch scripts/train.py digits``, and reads
-each run's ``evaluation.json``. On two cores it takes about seven minutes.
+``python scripts/bench/digits_seeds.py`` runs what a user runs, ``accelerate launch scripts/train.py digits``, and
+reads each run's ``evaluation.json``. On two cores it takes about seven minutes.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ class NoiseScheduleModel(SafetensorsOnly, ModelMixin, ConfigMixin):
     vdm_hub, whichever plugin the schedule comes from. Casting the pipeline to half precision leaves the schedule
     alone: gamma in bfloat16 has two digits.
 
+    >>> import torch
     >>> model = NoiseScheduleModel({"name": "learned_linear", "config": {"gamma_min": -8.0}})
     >>> model.to(torch.bfloat16).dtype, model.schedule.gamma_min.dtype
     (torch.bfloat16, torch.float32)

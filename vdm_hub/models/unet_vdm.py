@@ -72,6 +72,7 @@ class UNetVDMModel(SafetensorsOnly, ModelMixin, ConfigMixin):
         ConfigurationError: If the arguments contradict each other.
 
     Example:
+        >>> import torch
         >>> unet = UNetVDMModel(in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1)
         >>> z_t, timestep = torch.randn(2, 1, 8, 8), torch.tensor([0.0, 999.0])
         >>> torch.equal(unet(z_t, timestep).sample, z_t)  # before training it is the identity
