@@ -6,6 +6,8 @@ PIP_ARGS ?=
 VENV ?= .venv
 RUN := $(VENV)/bin
 OUTPUT ?= runs/digits
+# accelerate gives a process one CPU thread unless told otherwise.
+THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 RECIPE_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -24,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 install: $(VENV)/.installed  ## Create .venv and install vdm_hub with its test and quality tools.
 
 quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, and load it again (about 3 minutes).
-	$(RUN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/train.py digits --output_dir $(OUTPUT) --resume_from_checkpoint latest $(RECIPE_ARGS)
+	$(RUN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS) scripts/train.py digits --output_dir $(OUTPUT) --resume_from_checkpoint latest $(RECIPE_ARGS)
 	$(RUN)/python scripts/quickstart.py $(OUTPUT)
 
 test: install  ## Run the tests (under 10 minutes on 2 cores).
