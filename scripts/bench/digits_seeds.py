@@ -44,7 +44,7 @@ def _train(recipe: str, seed: int, overrides: list[str]) -> tuple[dict, float]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-            launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--num_cpu_threads_per_process", str(os.cpu_count())]
         command = [*launcher, str(ROOT / "scripts" / "train.py"), recipe, "--seed", str(seed)]
         command += ["--output_dir", str(output), "--num_sample_images", "0", "--report_to", "none", *overrides]

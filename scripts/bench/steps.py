@@ -1,7 +1,7 @@
 """Time of a training step over the bare network's, and of a sampling step over a bare forward, in one run.
 
 ``python scripts/bench/steps.py`` prints a row per network. The bare network does forward, backward (of a sum of
-squares), clipping-free optimiser step; the training step is the library's own `Run.optimise`, with data, times, noise,
+squares) and the optimiser step; the training step is the library's own `Run.optimise`, with data, times, noise,
 decoder, clipping, EMA and learning rate. The bare step and the library's alternate, and the ratio of each pair is
 taken, so that a machine whose speed drifts gives the same answer.
 """
@@ -42,7 +42,7 @@ SIZES = {
             "mid_block_attention": False,
         },
     },
-    "32x32 RGB, 64 channels, two resolutions": {
+    "32x32 RGB, 32 and 64 channels, 2+3 blocks each": {
         "shape": (3, 32, 32),
         "num_levels": 256,
         "train_batch_size": 16,
