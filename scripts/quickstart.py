@@ -34,7 +34,7 @@ def main() -> None:
     for name, value in report["terms"].items():
         print(f"  {name:<16}{value:8.4f}")
     for name in ("samples.png", "schedule.png", "pipeline"):
-        print(f"{name:<12}{folder / name}")
+        print(f"{name:<13}{folder / name}")
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_it_can_be_pickled_and_its_example_holds():
     assert UNetVDMModel.__module__ == "vdm_hub"
     (example,) = doctest.DocTestFinder(recurse=False).find(UNetVDMModel, module=False, globs=globals().copy())
     assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
-    assert len(example.examples) == 3
+    assert example.examples
 
 
 def test_every_argument_is_in_the_config():
