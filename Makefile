@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed  ## Create .venv and install vdm_hub with its test and quality tools.
 
-quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, and load it again (about 3 minutes).
+quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, and load it again (about 2 minutes).
 	$(RUN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS) scripts/train.py digits --output_dir $(OUTPUT) --resume_from_checkpoint latest $(RECIPE_ARGS)
 	$(RUN)/python scripts/quickstart.py $(OUTPUT)
 

@@ -45,6 +45,10 @@ def run(home: Path, command: str) -> str:
     return done.stdout
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "<!--" not in (ROOT / "README.md").read_text()
+
+
 def test_there_are_blocks_of_every_kind() -> None:
     assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
 

@@ -41,15 +41,18 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path, format="PNG")
 
 
-def plot_schedule(process: ForwardProcess, report: LikelihoodReport, path: Path) -> None:
-    """Gamma and SNR over t, where there is a scalar gamma, and where over t the diffusion term spends its bits."""
+def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
+    """Gamma and SNR over t, where there is a scalar gamma, and where over t the bits are spent, where measured."""
     scalar = isinstance(process, GaussianProcess) and process.schedule.scalar
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure = Figure(figsize=(10, 3) if scalar else (5, 3), layout="constrained")
         axes = figure.subplots(1, 3 if scalar else 1, squeeze=False)[0]
         if isinstance(process, GaussianProcess) and scalar:
             _plot_gamma(process, axes)
-        _plot_bits(report, axes[-1])
+        if report is None:
+            axes[-1].set(xlabel="t", title="diffusion term: not measured", xticks=[], yticks=[])
+        else:
+            _plot_bits(report, axes[-1])
         figure.savefig(path, dpi=150, format="png")
 
 

@@ -84,7 +84,8 @@ def _from_ddpm_family(config: dict[str, Any]) -> dict[str, Any]:
     config.pop("_use_default_values", None)
     stock = getattr(diffusers, str(config.get("_class_name")), DDPMScheduler)
     # Old files leave out keys that were added later: their class's default holds, not ours.
-    parameters = inspect.signature(stock).parameters
+    # A config from code says no class, but holds all of its keys.
+    parameters = inspect.signature(stock).parameters if "_class_name" in config else {}
     defaults = {key: parameters[key].default for key in DDPM_KEYS if key in parameters}
     config = defaults | config | {"noise_schedule": "discrete_betas", "final_sigmas_type": "zero"}
     if config.get("variance_type") is None:  # DPM-Solver's way to say that the network predicts no variance

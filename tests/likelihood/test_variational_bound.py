@@ -16,7 +16,7 @@ from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.times import stratified_times
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.likelihood.variational_bound import Bound, VDMObjective
 
 SHAPE = (3, 4, 4)
@@ -195,3 +195,13 @@ def test_law_7_a_flat_gamma_per_pixel_is_the_scalar_schedule() -> None:
         bounds.append(evaluate(VDMObjective(ExactDenoiser(DATA, process), process)))
     for name in ("reconstruction", "prior", "diffusion"):
         torch.testing.assert_close(bounds[0].terms[name], bounds[1].terms[name], rtol=1e-5, atol=1e-5)
+
+
+def test_levels_beyond_the_process_and_times_beyond_the_chain_are_refused() -> None:
+    objective = VDMObjective(torch.nn.Identity(), registered.process(LinearSchedule()))
+    levels = torch.full((2, 1, 2, 2), objective.process.num_levels, dtype=torch.int64)
+    noise = objective.draw_noise({"levels": levels}, torch.Generator().manual_seed(0))
+    with pytest.raises(DataError, match="levels"):
+        objective({"levels": levels}, torch.rand(2), noise)
+    with pytest.raises(DataError, match="times"):
+        objective({"levels": levels * 0}, torch.tensor([0.5, 1.5]), noise)

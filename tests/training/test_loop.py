@@ -146,8 +146,8 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
 def test_a_run_resumes_with_a_lower_learning_rate_which_then_holds(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"max_train_steps": 4, "lr_scheduler": "constant_with_warmup", "checkpointing_steps": 2}
     train_here(tmp_path / "run", **fields)
-    path = str(tmp_path / "run" / "checkpoints" / "step-00000002")
-    run = start(tmp_path / "run", **fields | {"learning_rate": 1e-5}, resume_from_checkpoint=path)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    run = start(tmp_path / "run", **fields | {"learning_rate": 1e-5}, resume_from_checkpoint="latest")
     run.resume()
     assert run.step == 2
     assert [group["lr"] for group in run.optimizer.param_groups] == [1e-5]
@@ -411,3 +411,29 @@ def test_epochs_count_the_global_batch(tmp_path: Path) -> None:
     assert start(tmp_path / "b", **fields, gradient_accumulation_steps=2).total_steps == 3 * (70 // 16) // 2
     with pytest.raises(ConfigurationError, match="max_train_steps"):
         start(tmp_path / "c", **fields, streaming=True)
+
+
+def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path: Path) -> None:
+    diverging = {"learning_rate": 1e38, "lr_scheduler": "constant", "max_grad_norm": 1e30, "checkpointing_steps": 1}
+    with pytest.raises(NonFiniteLossError, match="weights"):
+        train_here(tmp_path / "run", max_train_steps=1, **diverging)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+    assert not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_a_later_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train_here(output, max_train_steps=4, checkpointing_steps=2)
+    before = contents(output)
+    with pytest.raises(CheckpointError, match="Move the later ones"):
+        train_here(output, max_train_steps=4, resume_from_checkpoint=str(output / "checkpoints" / "step-00000002"))
+    assert contents(output) == before
+
+
+def test_latest_does_not_take_over_a_folder_with_another_recipe(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "recipe.yaml").write_text("my notes")
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):
+        train_here(output, max_train_steps=1, resume_from_checkpoint="latest")
+    assert (output / "recipe.yaml").read_text() == "my notes"

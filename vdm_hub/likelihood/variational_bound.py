@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.times import discretise
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, DataError
 
 Batch = Mapping[str, Tensor]
 """``levels``: integers 0..K-1, (B, C, H, W). All else (``class_labels``, ...) is passed to the network by name."""
@@ -90,6 +90,7 @@ class VDMObjective(Objective):
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
         """The terms ``reconstruction``, ``prior`` and ``diffusion``, and those that the process adds."""
         levels = batch["levels"]
+        _check_draws(levels, times, self.process.num_levels)
         network = _OutsideIslands(self.network, levels.device.type, _network_arguments(batch))
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
@@ -113,6 +114,20 @@ class VDMObjective(Objective):
         """See `ForwardProcess.draw_noise`."""
         levels = batch["levels"]
         return self.process.draw_noise(tuple(levels.shape), generator, levels.device)
+
+
+def _check_draws(levels: Tensor, times: Tensor, num_levels: int) -> None:
+    """Refuse what no bound exists for; on a CPU only, where looking costs no synchronisation."""
+    if levels.device.type != "cpu":
+        return
+    low, high = int(levels.min()), int(levels.max())
+    if low < 0 or high >= num_levels:
+        raise DataError(
+            f"the batch holds levels {low} to {high}, and the process knows 0 to {num_levels - 1}: give its "
+            f"num_levels to VDMScheduler, or map the pixels to levels with vdm_hub.images.levels_from_images."
+        )
+    if not bool(((times >= 0) & (times <= 1)).all()):
+        raise DataError(f"times run from {float(times.min()):g} to {float(times.max()):g}: give values in [0, 1].")
 
 
 def _network_arguments(batch: Batch) -> dict[str, Tensor]:

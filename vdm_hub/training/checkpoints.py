@@ -72,7 +72,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         file = path / name
         if not file.is_file() or file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
             others = [str(p) for p in checkpoints(path.parent) if p != path][-1:]
-            hint = f"resume from {others[0]} instead" if others else "start the run again in a new output_dir"
+            hint = (
+                f"move it away and resume from {others[0]} instead"
+                if others
+                else "start the run again in a new output_dir"
+            )
             raise CheckpointError(
                 f"the checkpoint {path} is damaged: {name} is missing, truncated or altered; {hint}."
             )

@@ -29,6 +29,7 @@ from vdm_hub.likelihood.variational_bound import Bound
 from vdm_hub.plots import save_grid
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import (
+    checkpoints,
     find_checkpoint,
     load_checkpoint,
     pack_optimizer,
@@ -312,6 +313,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         self._check_losses()
+        self._check_weights()
         if not self.accelerator.is_main_process:
             return
         tensors = {"objective": self.model.state_dict(), "optimizer": pack_optimizer(self.optimizer.state_dict())}
@@ -328,6 +330,20 @@ class Run:
             state["scaler"] = self.accelerator.scaler.state_dict()
         save_checkpoint(self.folder.checkpoints, self.step, tensors, state, self.training.checkpoints_total_limit)
 
+    def _check_weights(self) -> None:
+        """No checkpoint holds weights that are not finite: a finite loss can still be followed by a bad update.
+
+        Raises:
+            NonFiniteLossError: Naming the parameter and the last good checkpoint.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise NonFiniteLossError(
+                    f"the weights {name} are not finite after step {self.step}. Training stopped, nothing was saved; "
+                    f"the last good checkpoint is {find_checkpoint(self.folder.checkpoints, 'latest') or 'none yet'}. "
+                    f"Lower the learning rate ({self.training.learning_rate:g}) or max_grad_norm."
+                )
+
     def resume(self) -> None:
         """Go on from the checkpoint that the configuration names, if any.
 
@@ -338,6 +354,12 @@ class Run:
         path = find_checkpoint(self.folder.checkpoints, wanted) if wanted else None
         if path is None:
             return
+        later = [p for p in checkpoints(self.folder.checkpoints) if p.name > path.name]
+        if later:
+            raise CheckpointError(
+                f"{path} is not the last checkpoint of its run: going on from it would overwrite {later[0].name} and "
+                f"what follows. Move the later ones away, or resume from 'latest'."
+            )
         checkpoint = load_checkpoint(path)
         tensors, state = checkpoint.tensors, checkpoint.state
         try:
@@ -353,6 +375,8 @@ class Run:
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step = int(state["step"])
+            if self.step > self.total_steps:
+                raise ValueError(f"it has taken {self.step} steps, and max_train_steps is {self.total_steps}")
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint {path} is of another model or recipe ({_first_line(error)}). Resume with the recipe "
@@ -421,7 +445,7 @@ def _refuse_another_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:1000]
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from vdm_hub.errors import CheckpointError
+from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.plots import plot_schedule, save_grid
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.training.arguments import Configuration, parse
 from vdm_hub.training.checkpoints import checkpoints
 from vdm_hub.training.setup import build_pipeline
 
@@ -44,7 +44,7 @@ class OutputFolder:
             raise CheckpointError(f"output_dir {self.path} is a file: choose a folder.")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not self._goes_on(configuration.training.resume_from_checkpoint):
+        if not self._goes_on(configuration):
             what = "already holds a run" if self.recipe.exists() else "is not empty"
             remedy = "go on with that run by --resume_from_checkpoint latest, " if self.recipe.exists() else ""
             raise CheckpointError(
@@ -52,13 +52,25 @@ class OutputFolder:
                 f"nothing is overwritten."
             )
 
-    def _goes_on(self, wanted: str | None) -> bool:
-        """Whether a run that resumes from ``wanted`` is the run that is in this folder."""
+    def _goes_on(self, configuration: Configuration) -> bool:
+        """Whether this run is the one in the folder, and goes on with it."""
+        wanted = configuration.training.resume_from_checkpoint
         if wanted is None or not self.recipe.exists():
             return False
-        if wanted == "latest":  # a run that was stopped before its first checkpoint starts again in its folder
-            return bool(checkpoints(self.checkpoints)) or not self.pipeline.exists()
+        if wanted == "latest":
+            return bool(checkpoints(self.checkpoints)) or self._stopped_early(configuration)
         return Path(wanted).resolve().parent == self.checkpoints.resolve()
+
+    def _stopped_early(self, configuration: Configuration) -> bool:
+        """Whether the folder holds this very recipe and no result: a run that ended before its first checkpoint."""
+        if {path.name for path in self.path.iterdir()} - {self.recipe.name, self.checkpoints.name, self.logs.name}:
+            return False
+        try:
+            before = parse([str(self.recipe)]).to_dict()
+        except ConfigurationError:
+            return False
+        now = configuration.to_dict()
+        return all(before[key] == now[key] for key in now if key not in ("recipe", "output_dir"))
 
     def claim(self, configuration: Configuration) -> None:
         """Make the folder this run's, by writing its recipe there."""
@@ -115,8 +127,8 @@ def publish_locally(
         )
         with written_beside(folder.evaluation) as beside:
             beside.write_text(json.dumps(report.to_dict(), indent=1))
-        with written_beside(folder.schedule) as beside:
-            plot_schedule(pipeline.process, report, beside)
+    with written_beside(folder.schedule) as beside:
+        plot_schedule(pipeline.process, report, beside)
     if training.num_sample_images > 0:
         images = sample_images(pipeline, configuration, training.num_sample_images)
         with written_beside(folder.samples) as beside:
