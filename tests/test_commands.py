@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import ROOT, TINY, contents, environment, finished_run, forget_accelerator, recipe
 
+from runs import ROOT, TINY, contents, environment, finished_run, forget_accelerator, recipe
 from vdm_hub import train
 from vdm_hub.commands import main
 

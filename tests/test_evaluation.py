@@ -8,8 +8,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from runs import finished_run
 
+from runs import finished_run
 from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
 from vdm_hub.data.images import Decoder, ImageLevels, ImageStream
 from vdm_hub.data.loading import load_split

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import registered
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
+import registered
 from vdm_hub import NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler, registry
 from vdm_hub.diffusion.learned_schedules import LearnedMonotoneSchedule
 

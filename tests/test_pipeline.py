@@ -23,9 +23,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL.Image import Image
-from tiny import LEVELS, Inputs, quiet, randomised, sampled, seeded, tiny_pipeline, tiny_unet, tiny_unet_2d
 from torch import Tensor
 
+from tiny import LEVELS, Inputs, quiet, randomised, sampled, seeded, tiny_pipeline, tiny_unet, tiny_unet_2d
 from vdm_hub import NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler
 from vdm_hub.errors import ConfigurationError
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LEVELS, sampled, tiny_pipeline, tiny_unet, tiny_unet_2d
 from torch import Tensor
 
+from tiny import LEVELS, sampled, tiny_pipeline, tiny_unet, tiny_unet_2d
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.estimator import estimate_bound

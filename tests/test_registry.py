@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import registered
 import torch
 
+import registered
 from vdm_hub import registry
 from vdm_hub.errors import ConfigurationError, MissingPluginError, VDMHubError
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import registered
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import Tensor
 
+import registered
 from vdm_hub import VDMScheduler
 from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.errors import ConfigurationError

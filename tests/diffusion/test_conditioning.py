@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-import registered
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import registered
 from vdm_hub import registry
 from vdm_hub.diffusion.conditioning import AffineConditioning, TableConditioning
 from vdm_hub.diffusion.noise_schedules import DiscreteBetasSchedule, LinearSchedule

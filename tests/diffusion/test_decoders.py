@@ -9,12 +9,12 @@ from pathlib import Path
 
 import mpmath
 import pytest
-import registered
 import scipy.stats
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import registered
 from vdm_hub.diffusion.decoders import DDPMDecoder, FactorisedDecoder
 from vdm_hub.diffusion.draws import uniform_noise
 from vdm_hub.diffusion.levels import SCALINGS, DataScaling

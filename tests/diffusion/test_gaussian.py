@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import registered
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import registered
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.noise_schedules import gamma_and_derivative
 

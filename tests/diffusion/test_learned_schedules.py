@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import registered
 import torch
 from torch import Tensor, nn
 
+import registered
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule, gamma_and_derivative
 

@@ -7,13 +7,13 @@ import math
 from typing import Any
 
 import pytest
-import registered
 import torch
-from exact_denoisers import aligned_panels, continuous_diffusion_term, quadratic_points, unit_interval
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import registered
+from exact_denoisers import aligned_panels, continuous_diffusion_term, quadratic_points, unit_interval
 from vdm_hub import registry
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import (

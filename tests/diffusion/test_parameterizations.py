@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import registered
 import torch
-from exact_denoisers import ExactDenoiser, Mixture
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import registered
+from exact_denoisers import ExactDenoiser, Mixture
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import registered
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import registered
 from vdm_hub.diffusion.draws import normal_noise
 
 every_schedule = pytest.mark.parametrize("schedule", registered.names("noise_schedules"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import registered
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import registered
 from vdm_hub.diffusion.draws import normal_noise, uniform_noise
 from vdm_hub.diffusion.times import discretise, stratified_times
 

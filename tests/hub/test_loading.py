@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import registered
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hub.server import LoopbackHub
 
+import registered
+from hub.server import LoopbackHub
 from vdm_hub import NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler
 from vdm_hub.diffusion.learned_schedules import LearnedMonotoneSchedule
 

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
 from hub.server import LoopbackHub, Response
 
 REGULAR_FILES = {

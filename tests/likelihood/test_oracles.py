@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import registered
 import torch
+from torch import Tensor
+
+import registered
 from exact_denoisers import (
     CorrelatedGaussianDenoiser,
     ExactDenoiser,
@@ -22,8 +24,6 @@ from exact_denoisers import (
     finite_diffusion_term,
     quadratic_points,
 )
-from torch import Tensor
-
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule, TabulatedSchedule

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import pytest
-import registered
 import torch
 import torch.nn.functional as F
-from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule
 from torch import Tensor, nn
 
+import registered
+from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule

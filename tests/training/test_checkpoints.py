@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import ROOT, contents, environment
 
+from runs import ROOT, contents, environment
 from vdm_hub.errors import CheckpointError
 from vdm_hub.training.checkpoints import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import LEARNED, contents, start, train_here, weights
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from runs import LEARNED, contents, start, train_here, weights
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, VDMHubError
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint

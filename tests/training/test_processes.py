@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import LAUNCH, LEARNED, ROOT, TORCHRUN, contents, environment, finished_run, python, recipe, train_here
 from safetensors.torch import load_file
 
+from runs import LAUNCH, LEARNED, ROOT, TORCHRUN, contents, environment, finished_run, python, recipe, train_here
 from vdm_hub import VDMPipeline
 from vdm_hub.training.arguments import parse
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
