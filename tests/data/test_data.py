@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,8 +25,6 @@ from vdm_hub.data.loading import load_data, load_split
 from vdm_hub.errors import DataError
 from vdm_hub.pixels import image_from_levels, levels_from_image, pixel_values
 
-REAL_DATA = Path(os.environ.get("VDM_HUB_TEST_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -36,13 +33,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         # `datasets` sleeps for 5 s at the end of each epoch of a Parquet stream.
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         yield
-
-
-@pytest.fixture
-def real_data() -> Path:
-    if not (REAL_DATA / "cifar10").is_dir():
-        pytest.skip(f"NO REAL DATA at {REAL_DATA}: set VDM_HUB_TEST_DATA to a folder with cifar10 and mnist")
-    return REAL_DATA
 
 
 def refused(function: object, *args: object, **kwargs: object) -> str:
@@ -150,20 +140,20 @@ def test_digits_are_scikit_learns_levels_in_its_split() -> None:
     assert part.labels is not None and part.labels.tolist() == digits()["train"]["label"][100:200]
 
 
-def test_cifar10_keeps_its_exact_bytes(real_data: Path) -> None:
-    images = load_split(str(real_data / "cifar10"), "test[:500]", label_column="label")
-    file = real_data / "cifar10" / "test-00000-of-00001.parquet"
+def test_cifar10_keeps_its_exact_bytes(data_folder: Path) -> None:
+    images = load_split(str(data_folder / "cifar10"), "test[:500]", label_column="label")
+    file = data_folder / "cifar10" / "test-00000-of-00001.parquet"
     rows = datasets.Dataset.from_parquet(str(file)).cast_column("image", datasets.Image(decode=False))[:500]
     expected = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in rows["image"]])
     assert np.array_equal(images.levels, expected.transpose(0, 3, 1, 2))
     assert images.labels is not None and images.labels.tolist() == rows["label"]
 
 
-def test_mnist_prefix_is_grey_and_256_levels(real_data: Path) -> None:
-    images = load_split(str(real_data / "mnist"), "train[:1000]")
+def test_mnist_prefix_is_grey_and_256_levels(data_folder: Path) -> None:
+    images = load_split(str(data_folder / "mnist"), "train[:1000]")
     assert images.image_shape == (1, 28, 28) and isinstance(images.levels, torch.Tensor)
     assert float(images.levels.float().mean()) / 255 == pytest.approx(0.1307, abs=0.01)
-    assert "pixel value" in refused(load_split, str(real_data / "mnist"), "train[:10]", num_levels=2)
+    assert "pixel value" in refused(load_split, str(data_folder / "mnist"), "train[:10]", num_levels=2)
 
 
 def test_held_out_images_are_disjoint_and_always_the_same(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,7 +36,7 @@ from vdm_hub.training.checkpoints import (
     unpack_optimizer,
 )
 from vdm_hub.training.outputs import OutputFolder, averaged_weights, publish_locally, sample_images
-from vdm_hub.training.setup import build_objective, build_optimizer, build_pipeline
+from vdm_hub.training.setup import build_ema, build_objective, build_optimizer, build_pipeline
 
 # Fields that a resumed run may have otherwise: those that change no step that was taken, nor the data of those to
 # come; and those that a run which diverged is to change.
@@ -147,7 +146,7 @@ class Run:
         self.total_steps = self._total_steps()
         self.model = build_objective(configuration, data.image_shape)
         optimizer = build_optimizer(self.model, training, self._learning_rate())
-        self.ema = _build_ema(configuration, self.model, accelerator.device)
+        self.ema = build_ema(configuration, self.model, accelerator.device)
         self.objective, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.lr_scheduler = get_scheduler(
             training.lr_scheduler,
@@ -419,22 +418,6 @@ class Run:
         if training.scale_lr:
             rate *= training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
         return rate
-
-
-def _build_ema(configuration: Configuration, model: torch.nn.Module, device: torch.device) -> EMAModel | None:
-    training = configuration.training
-    if not training.use_ema:
-        return None
-    ema = EMAModel(
-        model.parameters(),
-        decay=training.ema_max_decay,
-        use_ema_warmup=True,
-        inv_gamma=training.ema_inv_gamma,
-        power=training.ema_power,
-        foreach=True,
-    )
-    ema.to(device)
-    return ema
 
 
 def _refuse_another_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:

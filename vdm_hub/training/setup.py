@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
@@ -99,6 +100,23 @@ def build_optimizer(objective: Objective, arguments: TrainingArguments, learning
         eps=arguments.adam_epsilon,
         fused=True,
     )
+
+
+def build_ema(configuration: Configuration, model: torch.nn.Module, device: torch.device) -> EMAModel | None:
+    """The moving average of the weights, with diffusers' warm-up; ``None`` where the recipe wants none."""
+    training = configuration.training
+    if not training.use_ema:
+        return None
+    ema = EMAModel(
+        model.parameters(),
+        decay=training.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=training.ema_inv_gamma,
+        power=training.ema_power,
+        foreach=True,
+    )
+    ema.to(device)
+    return ema
 
 
 def _process_parameters(objective: Objective) -> list[nn.Parameter]:
