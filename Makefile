@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV ?= .venv
+VENV_LATEST ?= .venv-latest
+HUGGING_FACE := diffusers transformers accelerate datasets huggingface-hub safetensors
 RUN := $(VENV)/bin
 OUTPUT ?= runs/digits
 # accelerate gives a process one CPU thread unless told otherwise.
@@ -11,7 +13,7 @@ THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 RECIPE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-short test test-slow test-diffusers quality style bench clean
+.PHONY: help install quickstart quickstart-short test test-slow test-diffusers test-latest quality style bench clean
 
 help:  ## Show this list.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s%s\n", $$1, $$2}' Makefile
@@ -39,6 +41,21 @@ test-diffusers: install  ## Run diffusers' own scheduler, model and pipeline tes
 	@test -d "$(DIFFUSERS_UPSTREAM)/tests/schedulers" || { echo "set DIFFUSERS_UPSTREAM to a checkout of huggingface/diffusers"; exit 2; }
 	$(RUN)/python -m pytest scripts/diffusers_upstream -n 2 -p no:cacheprovider -o pythonpath="$(abspath $(DIFFUSERS_UPSTREAM))" -o addopts="--import-mode=importlib -ra" -W ignore
 
+# pip upgrades past what vdm_hub asks for, and warns of it: that is the point.
+test-latest:  ## Run the Hub tests with the newest Hugging Face libraries, in an environment of its own.
+	$(PYTHON) -m venv $(VENV_LATEST)
+	grep '^torch==' constraints.txt > $(VENV_LATEST)/torch.txt
+	$(VENV_LATEST)/bin/pip install --quiet --disable-pip-version-check -c $(VENV_LATEST)/torch.txt $(PIP_ARGS) -e '.[test]'
+	$(VENV_LATEST)/bin/pip install --quiet --disable-pip-version-check -c $(VENV_LATEST)/torch.txt $(PIP_ARGS) --upgrade $(HUGGING_FACE)
+	$(VENV_LATEST)/bin/pip list --disable-pip-version-check | grep -E '^(diffusers|transformers|accelerate|datasets|huggingface[-_]hub|safetensors|torch) '
+	$(VENV_LATEST)/bin/python -m pytest tests/hub -n 2
+
+model-card: quickstart  ## Train the digits and write their model card into model_cards/, as `vdm-hub publish` makes it.
+	rm -rf build/card model_cards/vdm-digits
+	$(RUN)/vdm-hub publish $(OUTPUT) me/vdm-digits --license apache-2.0 --remote_code --dry_run --output_dir build/card
+	mkdir -p model_cards/vdm-digits
+	cd build/card/main && cp -R README.md images evaluation.json history.json recipe.yaml run.json $(CURDIR)/model_cards/vdm-digits
+
 quality: install  ## Check style, types and the floors.
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -54,4 +71,4 @@ bench: install  ## Time training and sampling steps over the bare network, and p
 	$(RUN)/python scripts/bench/digits_seeds.py
 
 clean:  ## Remove what the commands above made, except runs/.
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_LATEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

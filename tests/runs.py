@@ -76,7 +76,8 @@ def start(output: Path, **fields: Any) -> Run:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    left_out = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return kept | quiet | changes
 

@@ -91,6 +91,18 @@ def test_one_replicate_has_no_standard_error(pipeline: Path, capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out)["standard_error"] is None
 
 
+def test_the_number_of_levels_is_the_models_unless_it_is_given(
+    pipeline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(pipeline), "--dataset_name", "digits", "--max_images", "3", "--replicates", "2", "--json"]
+    printed = []
+    for more in ([], ["--num_levels", "17"], ["--num_levels", "256"]):
+        assert main([*words, *more]) == 0
+        printed.append(json.loads(capsys.readouterr().out)["terms"])
+    assert printed[0] == printed[1]
+    assert printed[2]["reconstruction"] > 1 + printed[0]["reconstruction"]
+
+
 # ---- sample ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +126,7 @@ def test_sample_writes_a_grid_and_the_seed_decides(pipeline: Path, tmp_path: Pat
     ("option", "value"),
     [
         *(("--batch_size", "0"), ("--replicates", "0"), ("--transitions", "0"), ("--max_images", "-1")),
-        *(("--seed", "-1"), ("--resolution", "0")),
+        *(("--seed", "-1"), ("--resolution", "0"), ("--num_levels", "1")),
     ],
 )
 def test_evaluate_refuses_numbers_out_of_range(option: str, value: str, pipeline: Path, refused: Words) -> None:
@@ -133,6 +145,16 @@ def test_sample_refuses_bad_numbers_and_places(pipeline: Path, tmp_path: Path, r
     below_a_file = tmp_path / "thesis" / "chapter.tex" / "grid.png"
     assert "chapter.tex" in refused("sample", pipeline, *few, "--output", below_a_file)
     assert contents(tmp_path) == before
+
+
+def test_sample_replaces_a_file_only_where_it_is_told_to(pipeline: Path, tmp_path: Path, refused: Words) -> None:
+    picture = tmp_path / "grid.png"
+    picture.write_text("years of work")
+    words = ("sample", pipeline, "--num_images", 1, "--num_inference_steps", 1, "--output", picture)
+    assert f"{picture} exists: name another --output, or replace it with --overwrite" in refused(*words)
+    assert picture.read_text() == "years of work"
+    assert main([str(word) for word in (*words, "--overwrite")]) == 0
+    assert Image.open(picture).mode == "L"
 
 
 def test_a_pipeline_that_is_not_there(tmp_path: Path, refused: Words) -> None:
@@ -199,7 +221,9 @@ def test_images_that_do_not_fit_the_pipeline(pipeline: Path, tmp_path: Path, ref
         Image.new("L", (8, 8)), Image.new("L", (9, 8)), name="mixed sizes"
     )
     assert "RGB" in said(Image.new("L", (8, 8)), Image.new("RGB", (8, 8)), name="mixed modes")
-    assert "none of the 17 levels" in said(Image.new("L", (8, 8), 7), name="between levels")
+    between = said(Image.new("L", (8, 8), 7), name="between levels")
+    assert "none of the 17 levels" in between
+    assert "set num_levels (--num_levels) to the number of levels" in between
     assert "mode 1" in said(Image.new("1", (8, 8)), name="bitmap")
     digits = ("evaluate", pipeline, "--dataset_name", "digits")
     assert "no column 'picture': it has image" in refused(*digits, "--image_column", "picture")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from importlib import metadata
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from runs import finished_run
 from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
@@ -15,6 +19,7 @@ from vdm_hub.data.images import Decoder, ImageLevels, ImageStream
 from vdm_hub.data.loading import load_split
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
 from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.evaluation.provenance import describe_images
 from vdm_hub.pixels import image_from_levels
 
 
@@ -121,3 +126,64 @@ def test_measuring_leaves_the_model_as_it_was(pipeline: VDMPipeline, images: Ima
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
     assert not pipeline.unet._forward_pre_hooks
     pipeline.unet.eval()
+
+
+# ---- what was measured, and with what -------------------------------------------------------------------------------
+
+
+def test_a_report_names_the_images_and_the_libraries(pipeline: VDMPipeline, images: ImageLevels) -> None:
+    told = describe_images(images, "digits", "test[:50]")
+    figures = evaluate(pipeline, images, replicates=1, seed=7, progress=False, dataset=told).to_dict()
+    assert figures["dataset"] == told
+    assert (told["images"], told["shape"], told["levels"], told["split"]) == (50, [1, 8, 8], 17, "test[:50]")
+    assert figures["versions"]["torch"] == metadata.version("torch")
+    assert figures["seed"] == 7
+    assert figures["seconds"] > 0
+    assert "dataset" not in evaluate(pipeline, images, replicates=1, progress=False).to_dict()
+
+
+def test_of_fewer_images_than_there_are_those_are_named_that_were_measured(
+    pipeline: VDMPipeline, images: ImageLevels
+) -> None:
+    told = describe_images(images, "digits", "test")
+    report = evaluate(pipeline, images, replicates=1, max_images=20, progress=False, dataset=told)
+    assert isinstance(images.levels, torch.Tensor)
+    digest = hashlib.sha256(b"(20, 1, 8, 8)" + images.levels[:20].numpy().tobytes()).hexdigest()
+    assert report.details["dataset"] == told | {"images": 20, "fingerprint": f"sha256:{digest}"}
+    assert told["images"] == 50, "what was given stays as it was"
+
+
+def test_the_fingerprint_tells_images_from_others(images: ImageLevels) -> None:
+    levels = images.levels
+    assert isinstance(levels, torch.Tensor)
+    changed = levels.clone()
+    changed[3, 0, 2, 2] += 1
+    variants = [levels, changed, levels.flip(0), levels[:49], levels.view(50, 1, 4, 16), levels.view(25, 2, 8, 8)]
+    told = [
+        describe_images(ImageLevels(variant, tuple(variant.shape[1:]), 17), "a", None)["fingerprint"]
+        for variant in variants
+    ]
+    assert len(set(told)) == len(told)
+    assert describe_images(ImageLevels(levels.clone(), (1, 8, 8), 17), "b", "c")["fingerprint"] == told[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "resolution", "resized"),
+    [
+        ([(8, 8), (8, 8)], None, False),
+        ([(8, 8), (8, 8)], 8, False),
+        ([(8, 8), (9, 8)], 8, True),
+        ([(16, 16), (8, 8)], 8, True),
+        ([(8, 8), (16, 16)], 8, True),
+    ],
+)
+def test_images_are_resized_where_one_of_them_is(
+    sizes: list[tuple[int, int]], resolution: int | None, resized: bool, tmp_path: Path
+) -> None:
+    """Not where a resolution was asked for that they have already."""
+    (tmp_path / "test").mkdir()
+    for index, size in enumerate(sizes):
+        Image.new("L", size, 255 * index).save(tmp_path / "test" / f"{index}.png")
+    images = load_split(str(tmp_path), "test", resolution=resolution)
+    told = describe_images(images, str(tmp_path), "test", resolution=resolution)
+    assert (told["resized"], told["resolution"], told["name"]) == (resized, resolution, tmp_path.name)

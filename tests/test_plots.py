@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.plots import _plot_bits, plot_schedule, save_grid
+from vdm_hub.plots import _plot_bits, _plot_course, _plot_late_course, plot_schedule, plot_training_curve, save_grid
 
 
 @pytest.mark.parametrize(("count", "channels", "columns"), [(1, 1, None), (4, 1, None), (5, 3, None), (6, 3, 6)])
@@ -65,3 +66,60 @@ def test_a_schedule_is_drawn(schedule: str, tmp_path: Path) -> None:
     picture = np.asarray(Image.open(tmp_path / "schedule.png").convert("L"))
     thirds = np.array_split(picture, 3, axis=1)
     assert all((part < 128).mean() > 1e-3 for part in thirds), "three panels, each with ink"
+
+
+def course(steps: int, every: int, measured: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Of a run that begins near 100 bits/dim and ends near 1.7."""
+    noise = np.random.default_rng(3)
+    step = np.arange(every, steps + 1, every)
+    diffusion = 1.68 + 100 / (1 + step / 5) ** 1.3 + noise.normal(0, 0.03, len(step))
+    train = {"step": step, "bits_per_dim": diffusion + 0.0213, "reconstruction": 0.02 + 0 * step}
+    train |= {"prior": 0.0013 + 0 * step, "diffusion": diffusion, "learning_rate": 1e-3 + 0 * step}
+    held_out = [1.72 + 100 / (1 + step / 5) ** 1.3 for step in measured]
+    validation = {"step": list(measured), "bits_per_dim": held_out}
+    validation |= {"standard_error": [0.01] * len(measured)} if measured else {}
+    return {"train": {name: values.tolist() for name, values in train.items()}, "validation": validation}
+
+
+def drawn(axis: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """The lines of an axis by their labels."""
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    lines |= {bars.get_label(): bars.lines[0] for bars in axis.containers}
+    return {label: (list(line.get_xdata()), list(line.get_ydata())) for label, line in lines.items()}
+
+
+def test_the_whole_course_is_drawn_with_every_term() -> None:
+    history, axis = course(1700, 50, (600, 1200)), Figure().subplots()
+    _plot_course(history, axis)
+    lines, train = drawn(axis), history["train"]
+    for name in ("reconstruction", "prior", "diffusion"):
+        assert lines[name] == (train["step"], train[name])
+    assert lines["training, total"] == (train["step"], train["bits_per_dim"])
+    assert lines["held-out"] == (history["validation"]["step"], history["validation"]["bits_per_dim"])
+    assert "learning_rate" not in lines
+    low, high = axis.get_ylim()
+    assert low < 0.0013 and high > max(train["bits_per_dim"]), "all of it is seen"
+    assert {text.get_text() for text in axis.get_legend().get_texts()} == set(lines)
+
+
+def test_the_last_tenths_of_a_bit_are_seen_though_it_began_at_a_hundred() -> None:
+    history, axis = course(1700, 5, (10, 600, 1200, 1700)), Figure().subplots()
+    _plot_late_course(history, axis)
+    lines = drawn(axis)
+    steps, smooth = lines["training, mean of nearby batches"]
+    assert min(steps) >= 1700 / 3 and max(steps) == 1700
+    assert lines["held-out, 2 standard errors"][0] == [600, 1200, 1700]
+    low, high = axis.get_ylim()
+    assert low < 1.7 < high and high - low < 1
+    late = np.array(history["train"]["bits_per_dim"])[-len(steps) :]
+    assert abs(np.mean(smooth) - late.mean()) < 0.01, "the mean is no lower than the batches are"
+    assert np.diff(smooth).std() < 0.3 * np.diff(late).std()
+
+
+@pytest.mark.parametrize(
+    "history", [course(1700, 50), course(3, 3), course(6, 1, (6,)), course(0, 1), course(0, 1, (2,))]
+)
+def test_a_course_is_drawn_however_little_was_logged(history: dict[str, Any], tmp_path: Path) -> None:
+    plot_training_curve(history, tmp_path / "training_curve.png")
+    picture = np.asarray(Image.open(tmp_path / "training_curve.png").convert("L"))
+    assert all((part < 160).mean() > 1e-3 for part in np.array_split(picture, 2, axis=1)), "two panels, each with ink"

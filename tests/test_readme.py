@@ -6,14 +6,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
+
+from hub.publications import tiny_network
+from hub.server import LoopbackHub
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 # What a test adds to a training command, so that it takes seconds: fewer and smaller, nothing else.
 SHORT = (
     "--max_train_steps 2 --train_batch_size 4 --num_inference_steps 2 --num_sample_images 1 --report_to none "
@@ -33,13 +39,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "my_recipe.yaml").write_text(recipe)
     run(home, f"accelerate launch --num_processes 1 {ROOT}/scripts/train.py digits {SHORT}")
     assert (home / "runs/digits/pipeline/model_index.json").is_file()
+    stock = DDPMPipeline(tiny_network(stock=True), DDPMScheduler())  # type: ignore[arg-type]
+    stock.save_pretrained(home / "my-ddpm")
     return home
 
 
-def run(home: Path, command: str) -> str:
+def run(home: Path, command: str, environment: Mapping[str, str] = OFFLINE) -> str:
     """Run one line of a shell block as a user would, with this environment's programs first on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = dict(environment) | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, shell=True, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -62,7 +70,11 @@ def test_python_block(home: Path, code: str) -> None:
 @pytest.mark.parametrize("line", [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()])
 def test_shell_line(home: Path, line: str) -> None:
     """Commands run as they stand; training is cut short, and ``make`` is asked for its plan (CI runs the targets)."""
-    if line.startswith("make"):
+    if line.startswith("vdm-hub publish"):
+        with LoopbackHub() as hub:
+            run(home, line, hub.environment(home / "cache"))
+            assert ("me/vdm-digits" in hub.repositories) == ("--dry_run" not in line)
+    elif line.startswith("make"):
         assert run(ROOT, f"{line} --dry-run PYTHON={sys.executable}")
     else:
         run(home, f"{line} {SHORT}" if "vdm_hub.train" in line else line)

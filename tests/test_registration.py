@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import vdm_hub
-from vdm_hub.registration import register
+from vdm_hub.registration import INSTALL_HINT, register
 
 PUBLIC = ("NoiseScheduleModel", "UNetVDMModel", "VDMPipeline", "VDMScheduler")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ def in_a_fresh_process(script: str) -> str:
 def test_a_public_class_is_found_where_diffusers_looks(name: str) -> None:
     cls = getattr(vdm_hub, name)
     assert getattr(diffusers, name) is cls
-    assert diffusers.pipelines.vdm_hub is vdm_hub
+    assert diffusers.pipelines.vdm_hub is getattr(diffusers.pipelines, INSTALL_HINT) is vdm_hub
     # Wire format: the name of the library in model_index.json.
     assert cls.__module__ == "vdm_hub" and name in vdm_hub.__all__
 
@@ -58,11 +58,12 @@ def test_a_name_that_diffusers_has_is_not_overwritten() -> None:
 
 
 PLANTED = """
-import json, sys, tempfile, warnings
-import diffusers
+import json, sys, tempfile, types, warnings
+import diffusers, diffusers.pipelines
 class VDMPipeline(diffusers.DDPMPipeline):
     pass
-diffusers.VDMPipeline = VDMPipeline
+planted = types.ModuleType("diffusers.pipelines.vdm_hub")
+diffusers.VDMPipeline, diffusers.pipelines.vdm_hub = VDMPipeline, planted
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import vdm_hub
@@ -71,21 +72,25 @@ unet = vdm_hub.UNetVDMModel(
 )
 with tempfile.TemporaryDirectory() as folder:
     vdm_hub.VDMPipeline(unet, vdm_hub.VDMScheduler(num_levels=17)).save_pretrained(folder)
-    ours = vdm_hub.VDMPipeline.from_pretrained(folder)
+    parts = {"unet": vdm_hub.UNetVDMModel, "scheduler": vdm_hub.VDMScheduler}
+    ours = vdm_hub.VDMPipeline(**{k: cls.from_pretrained(folder, subfolder=k) for k, cls in parts.items()})
 print(json.dumps({
-    "kept": diffusers.VDMPipeline is VDMPipeline,
+    "kept": [diffusers.VDMPipeline is VDMPipeline, diffusers.pipelines.vdm_hub is planted, vars(planted).keys()
+             == vars(types.ModuleType("x")).keys()],
     "others": diffusers.VDMScheduler is vdm_hub.VDMScheduler,
-    "loaded": type(ours) is vdm_hub.VDMPipeline,
+    "loaded": type(ours) is vdm_hub.VDMPipeline and type(ours.unet) is vdm_hub.UNetVDMModel,
     "warnings": [str(warning.message) for warning in caught if "vdm_hub" in str(warning.message)],
 }))
 """
 
 
-def test_a_name_planted_before_the_import_is_left_alone_with_a_warning() -> None:
+def test_names_planted_before_the_import_are_left_alone_with_a_warning() -> None:
+    """In both places that diffusers looks into: the pipelines' libraries, and the classes."""
     seen = json.loads(in_a_fresh_process(PLANTED).splitlines()[-1])
-    assert seen["kept"] and seen["others"] and seen["loaded"]
-    (warning,) = seen["warnings"]
-    assert "diffusers.VDMPipeline exists already" in warning and "vdm_hub.VDMPipeline" in warning
+    assert all(seen["kept"]) and seen["others"] and seen["loaded"]
+    library, cls = seen["warnings"]
+    assert "diffusers.pipelines.vdm_hub exists already" in library and "the classes of vdm_hub" in library
+    assert "diffusers.VDMPipeline exists already" in cls and "vdm_hub.VDMPipeline" in cls
 
 
 ADDITIVE = """
@@ -109,7 +114,8 @@ print(json.dumps([sorted(added), changed]))
 
 def test_the_import_adds_its_own_names_and_changes_no_other() -> None:
     added, changed = json.loads(in_a_fresh_process(ADDITIVE).splitlines()[-1])
-    assert added == sorted(["diffusers.pipelines.vdm_hub", *(f"diffusers.{name}" for name in PUBLIC)])
+    libraries = [f"diffusers.pipelines.{name}" for name in ("vdm_hub", INSTALL_HINT)]
+    assert added == sorted([*libraries, *(f"diffusers.{name}" for name in PUBLIC)])
     assert changed == []
 
 

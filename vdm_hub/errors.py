@@ -26,6 +26,10 @@ class NonFiniteLossError(VDMHubError, ArithmeticError):
     """The loss became NaN or infinite: training stopped before the weights were touched."""
 
 
+class PublishError(VDMHubError):
+    """A publication to the Hub did not happen; what was published before is as it was."""
+
+
 class MissingPluginError(VDMHubError, ImportError):
     """A config names a plugin that is not installed."""
 

@@ -12,6 +12,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from vdm_hub.diffusers_checkpoints import (
+    Source,
+    notes_on_bound,
+    scheduler_of_pipeline,
+    scheduler_of_repository,
+)
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
 from vdm_hub.errors import ConfigurationError, DataError, unknown_name
 from vdm_hub.images import images_from_levels, levels_from_images
@@ -19,15 +25,18 @@ from vdm_hub.likelihood.estimator import estimate_bound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
-from vdm_hub.models.safetensors_only import SafetensorsOnly
+from vdm_hub.models.safetensors_only import SafetensorsOnly, WholeWeights, check_stock_weights
 from vdm_hub.models.unet_vdm import UNetVDMModel
+from vdm_hub.published_card import KeepsPublishedCard
+from vdm_hub.registry import Serialised
+from vdm_hub.repositories import HUB_ARGUMENTS, check_pipeline, open_pipeline
 from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-class VDMPipeline(SafetensorsOnly, DiffusionPipeline):
+class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
     """A variational diffusion model: call it for samples, ask it for a likelihood.
 
     The scheduler given is kept as it is, so a stock sampler may be swapped in
@@ -49,6 +58,79 @@ class VDMPipeline(SafetensorsOnly, DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load from a folder or a Hub id, with all arguments of `DiffusionPipeline.from_pretrained`.
+
+        Files and configs are checked before any weight is downloaded, and weights before they are used: only
+        safetensors are read, and everything is of one commit.
+
+        Raises:
+            MissingPluginError: The pipeline needs a plugin that is not installed; the message says which.
+            ConfigurationError: A config names what nobody knows, or the name is neither a folder nor a Hub id.
+            CheckpointError: A file is damaged, belongs to another network, or should not be where it is.
+            OSError: There is no such pipeline, or it can't be reached.
+        """
+        place = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        files = open_pipeline(pretrained_model_name_or_path, **place)
+        check_pipeline(files, kwargs, bool(kwargs.get("trust_remote_code")))
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs | dict(files.pinned))
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and not isinstance(part, WholeWeights) and name not in kwargs:
+                check_stock_weights(part)
+        return pipeline
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        source: Source,
+        num_levels: int = 256,
+        *,
+        data_scaling: str | None = None,
+        decoder: Serialised | None = None,
+        prediction_type: Serialised | None = None,
+        **arguments: Any,
+    ) -> VDMPipeline:
+        """A diffusers checkpoint of the DDPM family as a VDM: its samples bit for bit, and now its likelihood.
+
+        Network, process (its very table of betas), data scaling (``full``: levels from -1 to 1) and decoder (``ddpm``,
+        DDPM eq. 13) are taken over. Samples are DDPM's own steps with all that the config asks of them; the bound is
+        that of the unclipped model with the posterior's variance, and its report notes where they differ.
+        ``transitions=num_train_timesteps - 1`` measures the very chain of Ho et al. (DDPM eq. 5).
+
+        Args:
+            source: A folder, a Hub id, or a pipeline in memory: a `DDPMPipeline`, a `DDIMPipeline` or another one of
+                an unconditional ``unet`` and a ``scheduler`` with betas.
+            num_levels: K, how many levels the images have that it was trained on.
+            data_scaling: Where those levels lie, if not from -1 to 1.
+            decoder: How levels follow from the first latent, if not as in DDPM.
+            prediction_type: What the network predicts, if its config is wrong about it.
+            arguments: ``revision``, ``variant``, ``dtype``, ``token``, ``cache_dir``, ``local_files_only``, ...
+
+        Raises:
+            ConfigurationError: It is a model of another kind: latent, conditioned on text, with a learned variance, of
+                flow matching, EDM or VE; or its weights are not in safetensors.
+            CheckpointError: A file is damaged, belongs to another network, or should not be where it is.
+            OSError: There is no such repository, or it can't be reached.
+
+        Example:
+            >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+            >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+            >>> size = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,)}
+            >>> unet = UNet2DModel(**size, **blocks, layers_per_block=1, norm_num_groups=4)
+            >>> pipe = VDMPipeline.from_diffusers(DDPMPipeline(unet, DDPMScheduler()), num_levels=17)
+            >>> pipe.scheduler.config.decoder, pipe.process.num_levels
+            ('ddpm', 17)
+        """
+        fields = {"num_levels": num_levels, "data_scaling": data_scaling, "decoder": decoder}
+        fields["prediction_type"] = prediction_type
+        if isinstance(source, DiffusionPipeline):
+            return cls(source.unet, scheduler_of_pipeline(source, fields, arguments))
+        scheduler, pinned = scheduler_of_repository(source, fields, arguments)
+        pipeline: VDMPipeline = cls.from_pretrained(source, **pinned)
+        pipeline.scheduler = scheduler
+        return pipeline
 
     @property
     def process(self) -> ForwardProcess:
@@ -216,7 +298,8 @@ class VDMPipeline(SafetensorsOnly, DiffusionPipeline):
             )
         batch = {"levels": levels.to(self._execution_device), "indices": torch.arange(levels.shape[0])}
         batch |= network_arguments | self._labels(class_labels, levels.shape[0])
-        return estimate_bound(self.objective(transitions), lambda: [batch], levels.shape[0], replicates, seed)
+        report = estimate_bound(self.objective(transitions), lambda: [batch], levels.shape[0], replicates, seed)
+        return report.with_notes(notes_on_bound(self.scheduler.config))
 
     def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
         """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""

@@ -1,14 +1,17 @@
-"""Pictures: a grid of samples, and where a schedule spends its bits."""
+"""Pictures: a grid of samples, where a schedule spends its bits, and the course of a training run."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +20,7 @@ from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.likelihood.report import LikelihoodReport
 
 _BINS = 40
+_STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int | None = None) -> None:
@@ -44,7 +48,7 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
 def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
     """Gamma and SNR over t, where there is a scalar gamma, and where over t the bits are spent, where measured."""
     scalar = isinstance(process, GaussianProcess) and process.schedule.scalar
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+    with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 3) if scalar else (5, 3), layout="constrained")
         axes = figure.subplots(1, 3 if scalar else 1, squeeze=False)[0]
         if isinstance(process, GaussianProcess) and scalar:
@@ -54,6 +58,94 @@ def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path
         else:
             _plot_bits(report, axes[-1])
         figure.savefig(path, dpi=150, format="png")
+
+
+def plot_training_curve(history: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
+    """The bound over the steps of a run: all of it with its terms, and the later part enlarged.
+
+    Args:
+        history: What is in a run's ``history.json``.
+        path: Where to write the PNG.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        whole, late = figure.subplots(1, 2)
+        if history["train"]["step"] or history["validation"]["step"]:
+            _plot_course(history, whole)
+            _plot_late_course(history, late)
+        else:
+            for axis in (whole, late):
+                axis.set(xlabel="step", title="bits/dim: nothing was logged", xticks=[], yticks=[])
+        figure.savefig(path, dpi=150, format="png")
+
+
+def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None:
+    """Logarithmic both ways: it begins near 100 bits/dim, falls fast, and its terms differ by orders of magnitude."""
+    train, validation = history["train"], history["validation"]
+    marker = "." if len(train["step"]) == 1 else None  # one point makes no line
+    terms = [name for name in train if name not in ("step", "bits_per_dim", "learning_rate")]
+    # The total is wide and pale, so that the one term which is nearly all of it is seen too.
+    axis.plot(train["step"], train["bits_per_dim"], color="0.7", linewidth=4, marker=marker, label="training, total")
+    for name in terms:
+        axis.plot(train["step"], train[name], linewidth=1, marker=marker, label=name)
+    axis.plot(validation["step"], validation["bits_per_dim"], "o", color="tab:red", markersize=3, label="held-out")
+    totals = [value for part in (train, validation) for value in part["bits_per_dim"] if value > 0]
+    shown = [value for name in terms for value in train[name] if value > min(totals, default=1) * 1e-4]
+    axis.set(xscale="log", yscale="log", xlabel="step", ylabel="bits/dim", title="the whole course")
+    axis.set_ylim(min([*totals, *shown], default=0.1) / 1.5, max(totals, default=10) * 1.5)
+    for one, subdivisions in ((axis.xaxis, (1, 3)), (axis.yaxis, (1, 2, 5))):
+        one.set_major_locator(LogLocator(subs=subdivisions))
+        one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        one.set_minor_formatter(NullFormatter())
+    _legend(axis)
+
+
+def _plot_late_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None:
+    """Where the last tenths of a bit are won; each logged value is that of one batch, so their mean is drawn too."""
+    last = max(step for part in history.values() for step in part["step"])
+    train, validation = (_from_step(last / 3, history[part]) for part in ("train", "validation"))
+    axis.plot(train["step"], train["bits_per_dim"], ".", color="black", markersize=3, alpha=0.25)
+    axis.plot(train["step"], _smooth(train["bits_per_dim"]), color="black", label="training, mean of nearby batches")
+    errors = validation.get("standard_error", np.zeros(0))
+    axis.errorbar(
+        validation["step"],
+        validation["bits_per_dim"],
+        yerr=2 * errors if len(errors) else None,
+        fmt="o-",
+        color="tab:red",
+        markersize=3,
+        linewidth=1,
+        label="held-out, 2 standard errors",
+    )
+    every = np.concatenate([train["bits_per_dim"], validation["bits_per_dim"]])
+    low, high = np.quantile(every, [0.01, 0.95])
+    room = max(0.1 * (high - low), 0.02 * abs(high))
+    axis.set(xlabel="step", ylabel="bits/dim", title="after the first third, enlarged", ylim=(low - room, high + room))
+    _legend(axis)
+
+
+def _from_step(first: float, columns: Mapping[str, list[float]]) -> dict[str, np.ndarray]:
+    kept = np.asarray(columns["step"], dtype=float) >= first
+    return {name: np.asarray(values, dtype=float)[kept] for name, values in columns.items()}
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A running mean over about a sixth of the values, over fewer at the ends."""
+    if len(values) == 0:
+        return values
+    window = np.ones(1 + 2 * (len(values) // 12))
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def _legend(axis: matplotlib.axes.Axes) -> None:
+    """Of those lines that have any points."""
+    handles, labels = axis.get_legend_handles_labels()
+    drawn = [(handle, label) for handle, label in zip(handles, labels, strict=True) if _points(handle)]
+    axis.legend(*zip(*drawn, strict=True), frameon=False, fontsize=8)
+
+
+def _points(handle: Any) -> int:
+    return len((handle if hasattr(handle, "get_xdata") else handle.lines[0]).get_xdata())
 
 
 def _plot_gamma(process: GaussianProcess, axes: np.ndarray) -> None:

@@ -25,7 +25,11 @@ Serialised = str | dict[str, Any]
 
 BUILT_IN_PACKAGE = "vdm-hub"
 
-_DIFFUSION = "vdm_hub.diffusion"
+# A copy of this package under another name, as a repository may carry it, finds its own classes. It takes no plugins:
+# theirs are derived from the classes of the package proper.
+_PACKAGE = __name__.rpartition(".")[0]
+_TAKES_PLUGINS = _PACKAGE == "vdm_hub"
+_DIFFUSION = f"{_PACKAGE}.diffusion"
 BUILT_INS: dict[str, dict[str, str]] = {
     "noise_schedules": {
         "linear": f"{_DIFFUSION}.noise_schedules:LinearSchedule",
@@ -53,6 +57,15 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "gaussian": f"{_DIFFUSION}.gaussian_process:GaussianProcess",
     },
 }
+
+SERIALISED_FIELDS = {
+    "noise_schedule": "noise_schedules",
+    "prediction_type": "parameterizations",
+    "conditioning": "conditionings",
+    "decoder": "decoders",
+    "forward_process": "forward_processes",
+}
+"""Fields of a config that hold a serialised form, and the kind of it."""
 
 _KIND_WORDS = {kind: (kind[:-2] if kind.endswith("sses") else kind[:-1]).replace("_", " ") for kind in BUILT_INS}
 _DISTRIBUTION_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -91,7 +104,7 @@ def registrations(kind: str) -> list[Registration]:
         raise unknown_name("kind of plugin", kind, BUILT_INS)
     built_in = [Registration(kind, name, target) for name, target in BUILT_INS[kind].items()]
     found: dict[tuple[str, str], Registration] = {}
-    for point in metadata.entry_points(group=f"vdm_hub.{kind}"):
+    for point in metadata.entry_points(group=f"vdm_hub.{kind}") if _TAKES_PLUGINS else ():
         package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", None)
         found.setdefault((point.name, _normal(package)), Registration(kind, point.name, point.value, package, version))
     return built_in + list(found.values())
@@ -157,6 +170,33 @@ def parse(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str |
     if package is not None and (not isinstance(package, str) or not _DISTRIBUTION_NAME.fullmatch(package)):
         raise ConfigurationError(f"the {word} {serialised['name']!r} names the package {package!r}: no valid name.")
     return serialised["name"], dict(arguments), package
+
+
+def with_package(kind: str, serialised: Serialised) -> Serialised:
+    """The form as a published config holds it: that of a plugin says which package brings it, and the version here.
+
+    >>> with_package("noise_schedules", "linear")
+    'linear'
+    """
+    name, arguments, package = parse(kind, serialised)
+    found = lookup(kind, name, package)
+    if found.package == BUILT_IN_PACKAGE:
+        return serialised
+    return {"name": name, "config": arguments, "package": found.package, "version": found.version}
+
+
+def packages(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The plugin packages that the serialised forms of a config name, with their versions.
+
+    >>> packages({"noise_schedule": {"name": "steep", "package": "vdm-hub-steep", "version": "1.2"}})
+    {'vdm-hub-steep': '1.2'}
+    """
+    forms = [fields.get(field) for field in SERIALISED_FIELDS]
+    return {
+        str(form["package"]): str(form.get("version") or "0")
+        for form in forms
+        if isinstance(form, Mapping) and form.get("package")
+    }
 
 
 def resolve_class(kind: str, serialised: Serialised) -> tuple[type, dict[str, Any]]:
@@ -238,6 +278,12 @@ def _normal(package: str) -> str:
 
 
 def _missing(kind: str, name: str, package: str, known: list[Registration]) -> MissingPluginError:
+    if not _TAKES_PLUGINS:
+        return MissingPluginError(
+            f"the {_KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
+            f"and code that a repository carries takes no plugins. If you trust it: pip install {BUILT_IN_PACKAGE} "
+            f"{package}, and load with vdm_hub, without trust_remote_code."
+        )
     plugins = sorted({r.package for r in known if r.package != BUILT_IN_PACKAGE}) or ["none"]
     return MissingPluginError(
         f"the {_KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "

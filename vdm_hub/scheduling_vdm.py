@@ -141,6 +141,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             timestep_spacing=timestep_spacing or ("leading" if is_table else "trailing"),
             conditioning=without_steps(copy.deepcopy(conditioning)) or ("table" if is_table else "affine"),
         )
+        self._name_packages()
         self._check_choices()
         self._ddpm = self._stock_ddpm() if is_table else None
         self.process = self.build_process()
@@ -151,6 +152,11 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = None
 
     # ---- construction -----------------------------------------------------------------------------------------------
+
+    def _name_packages(self) -> None:
+        """Say in the config which package brings each plugin, where it was given by its name alone."""
+        for field, kind in registry.SERIALISED_FIELDS.items():
+            self.register_to_config(**{field: registry.with_package(kind, self.config[field])})
 
     def _check_choices(self) -> None:
         if self.config.final_sigmas_type not in ("sigma_min", "zero"):

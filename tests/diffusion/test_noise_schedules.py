@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
 import registered
@@ -189,6 +190,14 @@ def test_a_table_is_exact_at_its_knots_and_monotone_between(
     left = (t * (len(knots) - 1)).floor().long().clamp(max=len(knots) - 2)
     gamma = values(schedule, t)
     assert bool(((gamma >= knots[left] - 1e-9) & (gamma <= knots[left + 1] + 1e-9)).all())
+
+
+@given(st.lists(st.floats(0.01, 5), min_size=1, max_size=40))
+def test_a_table_is_interpolated_as_scipy_does(steps: list[float]) -> None:
+    knots = torch.tensor([-13.3, *steps], dtype=torch.float64).cumsum(0)
+    t = grid(501, torch.float64)
+    expected = PchipInterpolator(grid(len(knots), torch.float64).numpy(), knots.numpy())(t.numpy())
+    torch.testing.assert_close(values(TabulatedSchedule(knots.tolist()), t), torch.from_numpy(expected))
 
 
 def test_a_beta_table_gives_each_latent_the_alpha_bar_of_the_float32_product() -> None:

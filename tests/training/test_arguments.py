@@ -201,3 +201,59 @@ def test_trackers() -> None:
 def test_loading_a_recipe_tells_where_it_comes_from(tmp_path: Path) -> None:
     name, values, where = load_recipe(write(tmp_path, "recipe: other\nseed: 1\n"))
     assert (name, values) == ("other", {"seed": 1}) and "mine.yaml" in where
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+TOKEN = "hf_" + "aBcD1234" * 4 + "xy"
+
+
+@pytest.mark.parametrize("value", [TOKEN, "hf_short"])
+@pytest.mark.parametrize("name", ["hub_token", "hub-token", "token", "hf_token", "use_auth_token"])
+def test_a_token_is_refused_with_the_places_that_it_may_come_from(name: str, value: str, tmp_path: Path) -> None:
+    recipe_with_token = write(
+        tmp_path, f"dataset_name: digits\nmax_train_steps: 1\n{name.replace('-', '_')}: {value}\n"
+    )
+    lines = [["digits", f"--{name}", value], [f"--{name}={value}", "digits"], ["digits", f"--{name}"]]
+    for argv in [*lines, [recipe_with_token]]:
+        message = refused(argv)
+        assert "hf auth login" in message and "HF_TOKEN" in message, message
+        assert value not in message
+
+
+@pytest.mark.parametrize("value", [TOKEN, "hf_short"])
+def test_no_message_repeats_what_may_be_a_token(value: str, tmp_path: Path) -> None:
+    """Wherever it was put by mistake: as an unknown field's value, in a field of another type, or as the recipe."""
+    mistakes = [
+        ["digits", "--hub_tokn", value],
+        ["digits", f"--hub_tokn={value}"],
+        ["digits", value],
+        [value],
+        ["digits", "--seed", value],
+        ["digits", "--use_ema", value],
+        ["digits", f"--no_use_ema={value}"],
+        ["digits", "--color", value],
+        ["digits", "--noise_schedule", value],
+        ["digits", "--noise_schedule", json.dumps({"name": value, "package": value})],
+        ["digits", "--unet", json.dumps({"_class_name": value})],
+        ["digits", "--report_to", value],
+        ["digits", "--hub_model_id", value],
+        [write(tmp_path, f"dataset_name: digits\nmax_train_steps: {value}\n")],
+    ]
+    for argv in mistakes:
+        assert value not in refused(argv), argv
+
+
+def test_a_token_is_no_value_of_any_field() -> None:
+    for field in ("output_dir", "hub_model_id", "dataset_name", "image_column"):
+        words = ["--push_to_hub"] if field == "hub_model_id" else []
+        message = refused(["digits", f"--{field}", TOKEN, *words])
+        assert field in message and "HF_TOKEN" in message and TOKEN not in message
+    assert parse(["digits", "--output_dir", "hf_runs/one"]).training.output_dir == "hf_runs/one"
+
+
+def test_publishing_is_asked_for_in_the_words_of_diffusers() -> None:
+    training = parse(["digits", "--push_to_hub", "--hub_model_id", "me/vdm-digits", "--hub_private_repo"]).training
+    assert (training.push_to_hub, training.hub_repository, training.hub_private_repo) == (True, "me/vdm-digits", True)
+    assert parse(["digits", "--push_to_hub"]).training.hub_repository == "digits"
+    assert parse(["digits"]).training.push_to_hub is False

@@ -41,7 +41,8 @@ def test_a_launched_run_leaves_everything_that_was_promised() -> None:
     assert "Traceback" not in done.stderr
     written = {path.name for path in run.iterdir()}
     assert written == {
-        *("checkpoints", "evaluation.json", "logs", "pipeline", "recipe.yaml", "samples.png", "schedule.png")
+        *("checkpoints", "evaluation.json", "history.json", "logs", "pipeline", "recipe.yaml", "run.json"),
+        *("samples.png", "schedule.png", "training_curve.png"),
     }
     report = json.loads((run / "evaluation.json").read_text())
     for value in (report["bits_per_dim"], report["standard_error"], *report["terms"].values()):
@@ -51,7 +52,7 @@ def test_a_launched_run_leaves_everything_that_was_promised() -> None:
     for name in ("pipeline", "samples.png", "schedule.png"):
         assert str(run / name) in done.stdout
     assert report["num_images"] == 360
-    for name in ("samples.png", "schedule.png"):
+    for name in ("samples.png", "schedule.png", "training_curve.png"):
         Image.open(run / name).verify()
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-00000004", "step-00000006"]
     assert list((run / "logs").rglob("events.out.tfevents.*"))
@@ -109,6 +110,7 @@ def kill_after(checkpoint: str, run: Path, *arguments: str) -> None:
 @pytest.mark.parametrize("variant", ["plain", "accumulated, learned"])
 def test_a_killed_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(variant: str, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"max_train_steps": 120, "checkpointing_steps": 3, "random_flip": True}
+    fields |= {"logging_steps": 2, "validation_size": 20, "validation_steps": 30}
     if variant != "plain":
         fields |= {"noise_schedule": LEARNED, "gradient_accumulation_steps": 2, "train_batch_size": 8}
     train_here(tmp_path / "calm", **fields)
@@ -124,6 +126,10 @@ def test_a_killed_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(variant
     else:
         train_here(run, **fields, resume_from_checkpoint="latest")
     assert bytes_of(last_checkpoint(tmp_path / "calm")) == bytes_of(last_checkpoint(run))
+    history = (run / "history.json").read_text()
+    assert history == (tmp_path / "calm" / "history.json").read_text(), "no logged step is lost or there twice"
+    assert json.loads(history)["train"]["step"] == list(range(2, 121, 2))
+    assert json.loads(history)["validation"]["step"] == [30, 60, 90, 120]
     assert contents(tmp_path / "calm" / "pipeline") == contents(run / "pipeline")
 
 
@@ -168,6 +174,7 @@ def test_two_processes_train_what_one_trains_on_the_same_global_draws(tmp_path: 
         "train_batch_size": 8,
         "noise_schedule": LEARNED,
         "checkpointing_steps": 5,
+        "logging_steps": 2,
     }
     fields |= {"adam_epsilon": 1e-3}  # Adam's first steps are signs of gradients, which rounding may turn at zero
     (tmp_path / "two.py").write_text(TWO)
@@ -195,6 +202,15 @@ def test_two_processes_train_what_one_trains_on_the_same_global_draws(tmp_path: 
     one, two = (load_file(last_checkpoint(tmp_path / name) / "objective.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+    # Both record one course of the global batch, and how they divided it.
+    courses = [json.loads((tmp_path / name / "history.json").read_text())["train"] for name in ("one", "two")]
+    assert courses[0]["step"] == courses[1]["step"] == [2, 4, 6, 8]
+    for column, values in courses[0].items():
+        assert courses[1][column] == pytest.approx(values, rel=1e-4), column
+    told = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    assert [(run["processes"], run["gradient_accumulation_steps"]) for run in told] == [(1, 2), (2, 1)]
+    assert [run["global_batch_size"] for run in told] == [16, 16]
+    assert told[1]["command"].startswith("accelerate launch --num_processes 2 ")
 
 
 def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path: Path) -> None:

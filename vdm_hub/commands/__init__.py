@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from vdm_hub.commands import evaluate, sample
+from vdm_hub.commands import evaluate, publish, sample
 from vdm_hub.errors import VDMHubError
 
-COMMANDS = {"evaluate": evaluate, "sample": sample}
+COMMANDS = {"evaluate": evaluate, "publish": publish, "sample": sample}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

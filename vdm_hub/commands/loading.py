@@ -6,12 +6,20 @@ from pathlib import Path
 
 import torch
 
+from vdm_hub.diffusers_checkpoints import OWN_PIPELINE, pipeline_class
 from vdm_hub.errors import ConfigurationError, VDMHubError
 from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.repositories import HTTP_ERROR
+from vdm_hub.scheduling_vdm import VDMScheduler
 
 
-def load_pipeline(name: str) -> VDMPipeline:
-    """Load a pipeline onto the GPU, where there is one.
+def load_pipeline(name: str, num_levels: int | None = None, revision: str | None = None) -> VDMPipeline:
+    """Load a pipeline, ours or one of diffusers' DDPM family, onto the GPU, where there is one.
+
+    Args:
+        name: A folder or a Hub id.
+        num_levels: K, instead of the model's; 256 for a pipeline of diffusers if it isn't given.
+        revision: A branch or commit on the Hub; main where not given.
 
     Raises:
         ConfigurationError: There is none at that place, or it can't be loaded.
@@ -23,12 +31,21 @@ def load_pipeline(name: str) -> VDMPipeline:
             f"{name} holds no pipeline (no model_index.json): give a folder such as runs/digits/pipeline, or a Hub id."
         )
     try:
-        pipeline: VDMPipeline = VDMPipeline.from_pretrained(str(folder) if looks_local else name)
+        pipeline = _load(str(folder) if looks_local else name, num_levels, revision)
     except VDMHubError:
         raise
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError, HTTP_ERROR) as error:
         cause = " ".join(str(error).split())[:400].rstrip(".")
         raise ConfigurationError(
             f"the pipeline {name!r} can't be loaded: {cause}. Check the folder or the Hub id, and the network."
         ) from error
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(place: str, num_levels: int | None, revision: str | None) -> VDMPipeline:
+    if pipeline_class(place, revision=revision) != OWN_PIPELINE:
+        return VDMPipeline.from_diffusers(place, 256 if num_levels is None else num_levels, revision=revision)
+    pipeline: VDMPipeline = VDMPipeline.from_pretrained(place, revision=revision)
+    if num_levels is not None:
+        pipeline.scheduler = VDMScheduler.from_config(pipeline.scheduler.config, num_levels=num_levels)
+    return pipeline

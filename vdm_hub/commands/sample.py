@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +17,11 @@ from vdm_hub.plots import save_grid
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vdm-hub sample``."""
-    parser.add_argument("pipeline", help="a folder, or a Hub id")
+    parser.add_argument("pipeline", help="a folder, or a Hub id; of a VDM, or of diffusers' DDPM family")
+    parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the PNG to write (default: grid.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output, where there is one")
     parser.add_argument("--num_inference_steps", type=int, default=250, help="network evaluations (default: 250)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at once (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: 0)")
@@ -30,7 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
     at_least(0, arguments, "seed")
     if arguments.output.is_dir():
         raise ConfigurationError(f"output {arguments.output} is a folder: name a file in it, such as grid.png.")
-    pipeline = load_pipeline(arguments.pipeline)
+    if arguments.output.exists() and not arguments.overwrite:
+        raise ConfigurationError(f"{arguments.output} exists: name another --output, or replace it with --overwrite.")
+    pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
+    _check_steps(arguments.num_inference_steps, pipeline.scheduler)
     seeds = range(arguments.seed, arguments.seed + arguments.num_images)
     parts = []
     for start in range(0, arguments.num_images, arguments.batch_size):
@@ -42,3 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
     with written_beside(arguments.output) as beside:
         save_grid(torch.cat(parts), beside)
     print(f"{arguments.num_images} samples: {arguments.output}")
+
+
+def _check_steps(steps: int, scheduler: Any) -> None:
+    """DDPM's own chain has no more steps than betas; all others have as many as are asked for."""
+    if getattr(scheduler, "ends_at_data", False) and steps > len(scheduler):
+        raise ConfigurationError(
+            f"num_inference_steps is {steps}, and the model has {len(scheduler)} betas: give --num_inference_steps "
+            f"{len(scheduler)}, or fewer."
+        )

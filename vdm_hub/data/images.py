@@ -44,6 +44,10 @@ class Decoder:
         Raises:
             DataError: The image can't be decoded, or `levels_from_image` refuses it.
         """
+        return self.fit(encoded, index)[0]
+
+    def fit(self, encoded: Any, index: int | None = None) -> tuple[Levels, bool]:
+        """`decode`, and whether the image is resized, or cropped now or at each use."""
         try:
             image = datasets.Image().decode_example(encoded)
         except (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError) as error:
@@ -53,21 +57,21 @@ class Decoder:
             ) from error
         levels = levels_from_image(image, self.num_levels, color=self.color, index=index)
         if self.resolution is None or levels.shape[1:] == (self.resolution, self.resolution):
-            return levels
+            return levels, False
         if min(levels.shape[1:]) != self.resolution:
             resized = _resize(convert_color(image, self.color), self.resolution)
             levels = nearest_levels(resized, self.num_levels)
-        return crop(levels, self.resolution, 0.5, 0.5) if self.center_crop else levels
+        return crop(levels, self.resolution, 0.5, 0.5) if self.center_crop else levels, True
 
-    def decode_many(self, encoded: Sequence[Any], first_index: int | None = None) -> list[Levels]:
-        """`decode` for each, in order, on ``num_workers`` threads."""
+    def fit_many(self, encoded: Sequence[Any], first_index: int | None = None) -> list[tuple[Levels, bool]]:
+        """`fit` for each, in order, on ``num_workers`` threads."""
         indices: Iterable[int | None] = (
             [None] * len(encoded) if first_index is None else range(first_index, first_index + len(encoded))
         )
         if self.num_workers == 0:
-            return [self.decode(one, index) for one, index in zip(encoded, indices, strict=True)]
+            return [self.fit(one, index) for one, index in zip(encoded, indices, strict=True)]
         with ThreadPoolExecutor(self.num_workers) as pool:
-            return list(pool.map(self.decode, encoded, indices))
+            return list(pool.map(self.fit, encoded, indices))
 
     def output_shape(self, levels: Levels) -> tuple[int, int, int]:
         """The (C, H, W) that decoded levels have when they are used."""
@@ -85,12 +89,14 @@ class ImageLevels:
         image_shape: (C, H, W).
         num_levels: K.
         labels: int64 of shape (N,), where a label column was asked for.
+        resized: Whether any image was resized or cropped, or is to be cropped at each use.
     """
 
     levels: Tensor | tuple[Tensor, ...]
     image_shape: tuple[int, int, int]
     num_levels: int
     labels: Tensor | None = None
+    resized: bool = False
 
     def __len__(self) -> int:
         """N."""
@@ -130,6 +136,7 @@ class ImageStream:
         shuffle_buffer_size: Images in the shuffle buffer of training.
         splittable: Whether the file shards may be dealt out to processes. Not where images were skipped or taken,
             which `datasets` counts per shard.
+        resized: Whether the first image is resized or cropped.
     """
 
     dataset: datasets.IterableDataset
@@ -139,10 +146,11 @@ class ImageStream:
     decoder: Decoder
     shuffle_buffer_size: int = 1
     splittable: bool = True
+    resized: bool = False
 
     def decode(self, rows: Sequence[dict[str, Any]], offsets: Tensor | None = None) -> Tensor:
         """The levels of some rows, uint8 of shape (B, C, H, W); ``offsets`` as in `ImageLevels.take`."""
-        decoded = self.decoder.decode_many([row[self.image_column] for row in rows])
+        decoded = [levels for levels, _ in self.decoder.fit_many([row[self.image_column] for row in rows])]
         for levels in decoded:
             if self.decoder.output_shape(levels) != self.image_shape:
                 raise _mixed("the first image", self.image_shape, "another", self.decoder.output_shape(levels))
@@ -169,8 +177,10 @@ def decode_all(
     _check_memory(len(dataset), shape)
     random_crop = decoder.resolution is not None and not decoder.center_crop
     images: list[Tensor] = []
+    resized = False
     levels = np.empty((0 if random_crop else len(dataset), *shape), dtype=np.uint8)
-    for index, one in enumerate(_decoded(encoded, image_column, decoder)):
+    for index, (one, changed) in enumerate(_decoded(encoded, image_column, decoder)):
+        resized |= changed
         if decoder.output_shape(one) != shape:
             raise _mixed("image 0", shape, f"image {index}", decoder.output_shape(one))
         if random_crop:
@@ -179,9 +189,10 @@ def decode_all(
             levels[index] = one
     labels = None if label_column is None else torch.as_tensor(dataset[label_column][:], dtype=torch.int64)
     if not random_crop:
-        return ImageLevels(torch.from_numpy(levels), shape, decoder.num_levels, labels)
+        return ImageLevels(torch.from_numpy(levels), shape, decoder.num_levels, labels, resized)
     nothing_to_crop = all(image.shape == shape for image in images)
-    return ImageLevels(torch.stack(images) if nothing_to_crop else tuple(images), shape, decoder.num_levels, labels)
+    held = torch.stack(images) if nothing_to_crop else tuple(images)
+    return ImageLevels(held, shape, decoder.num_levels, labels, resized)
 
 
 def warn_if_resized(encoded: Any, decoder: Decoder) -> None:
@@ -201,9 +212,9 @@ def crop(levels: Any, size: int, down: float, right: float) -> Any:
     return levels[:, top : top + size, left : left + size]
 
 
-def _decoded(encoded: datasets.Dataset, image_column: str, decoder: Decoder) -> Iterator[Levels]:
+def _decoded(encoded: datasets.Dataset, image_column: str, decoder: Decoder) -> Iterator[tuple[Levels, bool]]:
     for start in range(0, len(encoded), _CHUNK):
-        yield from decoder.decode_many(encoded[start : start + _CHUNK][image_column], start)
+        yield from decoder.fit_many(encoded[start : start + _CHUNK][image_column], start)
 
 
 def _resize(image: Image, resolution: int) -> Image:

@@ -254,9 +254,10 @@ def _stream(
     first = next(iter(encoded), None)
     if first is None:
         raise DataError(f"the split {split!r} has no images: name another one.")
-    shape = decoder.output_shape(decoder.decode(first[column], 0))
+    levels, resized = decoder.fit(first[column], 0)
+    shape, buffer = decoder.output_shape(levels), arguments.shuffle_buffer_size
     warn_if_resized(first[column], decoder)
-    return ImageStream(encoded, column, shape, decoder.num_levels, decoder, arguments.shuffle_buffer_size, splittable)
+    return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, splittable, resized)
 
 
 def _undecoded(dataset: Any, column: str, split: str) -> Any:

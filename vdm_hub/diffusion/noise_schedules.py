@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
 from vdm_hub.errors import ConfigurationError
@@ -163,7 +162,7 @@ class CosineSchedule(NoiseSchedule):
 
 
 class TabulatedSchedule(NoiseSchedule):
-    """A monotone cubic (Fritsch and Carlson, SIAM J. Numer. Anal. 17, 1980) through equally spaced ``gammas``.
+    """A monotone cubic (Fritsch and Butland, SIAM J. Sci. Stat. Comput. 5, 1984) through equally spaced ``gammas``.
 
     It is how a learned schedule is published: knots in the JSON config, float64, exact at the knots.
 
@@ -188,9 +187,7 @@ class TabulatedSchedule(NoiseSchedule):
                 f"a table of gamma must strictly increase, but knot {i + 1} is {knots[i + 1].item():g} after "
                 f"{knots[i].item():g}. Sort it, or give -log SNR rather than log SNR."
             )
-        spacing = 1 / (knots.numel() - 1)
-        times = torch.linspace(0, 1, knots.numel(), dtype=torch.float64)
-        slopes = torch.as_tensor(PchipInterpolator(times.numpy(), knots.numpy()).derivative()(times.numpy())) * spacing
+        slopes = _monotone_slopes(knots)
         # Plain attributes: float64 knots must not follow module.to(float16), and nothing here is a weight.
         self._tables = {knots.device: (knots, slopes)}
 
@@ -221,6 +218,19 @@ class TabulatedSchedule(NoiseSchedule):
         return {"gammas": self.gammas.tolist()}
 
 
+def _monotone_slopes(knots: Tensor) -> Tensor:
+    """The cubic's slope at each increasing knot, per spacing: scipy's `PchipInterpolator`, which readers may not have.
+
+    Inside, the harmonic mean of the steps on both sides; at the ends that of a parabola, where it does not fall.
+    """
+    steps = knots.diff()
+    if steps.numel() == 1:
+        return steps.repeat(2)
+    inside = 2 / (1 / steps[:-1] + 1 / steps[1:])
+    first, last = (3 * steps[0] - steps[1]) / 2, (3 * steps[-1] - steps[-2]) / 2
+    return torch.cat([first[None], inside, last[None]]).clamp(min=0)
+
+
 class DiscreteBetasSchedule(NoiseSchedule):
     """Exactly a diffusers beta table: ``gamma(i/(T-1)) = log((1 - abar_i) / abar_i)``, i = 0..T-1.
 
@@ -240,6 +250,11 @@ class DiscreteBetasSchedule(NoiseSchedule):
         if table.numel() < 2 or not bool(((table > 0) & (table <= 1)).all()):
             raise ConfigurationError("a beta table needs at least two values, each above 0 and at most 1.")
         alpha_bar = torch.cumprod(1.0 - table, dim=0).double()
+        if alpha_bar[0] < 1 and bool((alpha_bar.diff() >= 0)[alpha_bar[1:] > 0].any()):
+            raise ConfigurationError(
+                "the betas are so small that diffusers' float32 product of them stands still, as in a table that was "
+                "derived from a VDM: it serves to sample, but no likelihood comes from it. Take the VDM itself."
+            )
         if alpha_bar[-1] == 0:
             alpha_bar = alpha_bar.clamp(min=min(_ZERO_TERMINAL_ALPHA_BAR, float(alpha_bar[alpha_bar > 0].min()) / 2))
         self._interpolation = TabulatedSchedule((torch.log1p(-alpha_bar) - torch.log(alpha_bar)).tolist())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from tqdm.auto import tqdm
 from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.errors import DataError
+from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights_fingerprint
 from vdm_hub.likelihood.estimator import estimate_bound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch
@@ -28,6 +31,7 @@ def evaluate(
     seed: int = 0,
     max_images: int | None = None,
     progress: bool = True,
+    dataset: Mapping[str, Any] | None = None,
 ) -> LikelihoodReport:
     """The variational bound of every image.
 
@@ -40,10 +44,17 @@ def evaluate(
         seed: Of all draws.
         max_images: Only the first so many.
         progress: Whether to show a progress bar.
+        dataset: What `vdm_hub.evaluation.provenance.describe_images` says of the images; the report repeats it, with
+            the number and the fingerprint of those that were measured.
+
+    Returns:
+        The report. Its ``details`` are ``seed``, ``weights`` (their fingerprint), ``dataset`` (where given),
+        ``versions`` of the libraries, and ``seconds`` that it took.
 
     Raises:
         DataError: The images' shape or levels are not the model's.
     """
+    started = time.perf_counter()
     process, objective = pipeline.process, pipeline.objective(transitions)
     needed = None if max_images is None else math.ceil(max_images / batch_size)
     parts = [batch["levels"] for batch in islice(evaluation_batches(images, batch_size), needed)]
@@ -61,7 +72,14 @@ def evaluate(
     with tqdm(
         total=len(levels) * replicates, desc="evaluating", unit="image", disable=not progress, leave=False
     ) as bar:
-        return estimate_bound(objective, batches, len(levels), replicates, seed, bar.update)
+        report = estimate_bound(objective, batches, len(levels), replicates, seed, bar.update)
+    report.details |= {"seed": seed, "weights": weights_fingerprint(pipeline)}
+    if dataset is not None:
+        whole = dataset["images"] == len(levels)
+        measured = {"images": len(levels), "fingerprint": dataset["fingerprint"] if whole else fingerprint(levels)}
+        report.details["dataset"] = {**dataset, **measured}
+    report.details |= {"versions": library_versions(), "seconds": round(time.perf_counter() - started, 3)}
+    return report
 
 
 def _check(pipeline: VDMPipeline, levels: Tensor, num_levels: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,12 @@ class LikelihoodReport:
         scale = self.dimensions * math.log(2)
         return {name: float(term.mean()) / scale for name, term in self.terms_per_image.items()}
 
+    def with_notes(self, notes: Sequence[str]) -> LikelihoodReport:
+        """The report, with sentences that a reader of its number must know; printed below it."""
+        if notes:
+            self.details["notes"] = [*self.details.get("notes", []), *notes]
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The report as one JSON object; a standard error that one replicate can't give is null."""
         return {
@@ -106,7 +113,7 @@ class LikelihoodReport:
             f"  {self.num_images} images, {self.replicates} replicates, {self.network_evaluations} network "
             f"evaluations, {time}"
         )
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  note: {note}" for note in self.details.get("notes", [])])
 
 
 def _standard_error(values: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from vdm_hub import registry
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
-from vdm_hub.models.safetensors_only import SafetensorsOnly
+from vdm_hub.models.safetensors_only import WholeWeights
 from vdm_hub.registry import Serialised
 
 
-class NoiseScheduleModel(SafetensorsOnly, ModelMixin, ConfigMixin):
+class NoiseScheduleModel(WholeWeights, ModelMixin, ConfigMixin):
     """Carries a schedule's weights through ``save_pretrained``, always in float32.
 
     Its only argument is the schedule's serialised form, so that model_index.json names no library but diffusers and
@@ -36,6 +37,8 @@ class NoiseScheduleModel(SafetensorsOnly, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, noise_schedule: Serialised = "learned_linear") -> None:
         super().__init__()
+        # Where a plugin was given by its name alone, the config says which package brings it.
+        self.register_to_config(noise_schedule=registry.with_package("noise_schedules", copy.deepcopy(noise_schedule)))
         self.schedule: NoiseSchedule = registry.build("noise_schedules", noise_schedule)
         # Follows every cast, so that `.dtype` answers what the user asked for.
         self.register_buffer("_dtype_follower", torch.zeros(1))

@@ -25,13 +25,14 @@ import yaml
 from transformers import HfArgumentParser
 
 from vdm_hub.data.arguments import DataArguments
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.errors import ConfigurationError, VDMHubError, unknown_name
 from vdm_hub.training.configuration import (
     DiffusionArguments,
     ModelArguments,
     Serialised,
     TrainingArguments,
 )
+from vdm_hub.training.secrets import refuse_token_field, refuse_token_value, without_tokens
 
 GROUPS: tuple[Any, ...] = (DataArguments, DiffusionArguments, ModelArguments, TrainingArguments)
 FIELDS: dict[str, Any] = {
@@ -117,6 +118,15 @@ def parse(argv: Sequence[str] | None = None) -> Configuration:
             out of range. The message names the field, the value and the nearest known name.
         SystemExit: After ``--help``.
     """
+    try:
+        return _parse(argv)
+    except VDMHubError as error:
+        if (harmless := without_tokens(str(error))) != str(error):
+            raise ConfigurationError(harmless) from None
+        raise
+
+
+def _parse(argv: Sequence[str] | None) -> Configuration:
     parser = _parser()
     namespace, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     given = vars(namespace)
@@ -253,6 +263,7 @@ def _positional(rest: Sequence[str]) -> str | None:
 
 
 def _unknown_field(name: str, where: str) -> ConfigurationError:
+    refuse_token_field(name)
     nearest = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return ConfigurationError(f"unknown field {name!r} {where}: {hint}`--help` explains every field.")
@@ -290,6 +301,7 @@ def _convert(name: str, value: Any, where: str) -> Any:
     >>> _convert("learning_rate", "1e-4", "in a recipe"), _convert("transitions", "none", "on the command line")
     (0.0001, None)
     """
+    refuse_token_value(name, value)
     annotation = FIELDS[name]
     optional = types.NoneType in _options(annotation)
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):

@@ -8,7 +8,9 @@ Every field has a ``help`` text, which ``--help`` prints. Values are checked on 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NewType
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -25,6 +27,27 @@ UNET_CLASSES = ("UNetVDMModel", "UNet2DModel")
 TRACKERS = ("none", *sorted(LOGGER_TYPE_TO_CLASS))
 # Of diffusers' schedulers, piecewise_constant alone needs an argument (step_rules) that no field gives.
 LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT)
+
+# Fields that a resumed run may have otherwise: those that change no step that was taken, nor the data of those to
+# come; and those that a run which diverged is to change.
+_MAY_CHANGE = {
+    *("recipe", "output_dir", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "num_workers"),
+    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_steps"),
+    *("eval_batch_size", "validation_steps", "validation_images", "validation_split", "test_split"),
+    *("evaluation_replicates", "sample_steps", "num_sample_images", "num_inference_steps"),
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "mixed_precision"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes two recipes two runs: the fields that a resumed run may not change, in words.
+
+    >>> differences({"seed": 0, "logging_steps": 1}, {"seed": 1, "logging_steps": 50})
+    ['seed was 0 and is 1']
+    """
+    changed = [key for key in now if key not in _MAY_CHANGE and before.get(key) != now[key]]
+    return [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed]
 
 
 @dataclass(frozen=True)
@@ -52,14 +75,7 @@ class DiffusionArguments:
     num_train_timesteps: int = option(1000, "The range of the scheduler's timesteps, [0, num_train_timesteps - 1].")
 
     def __post_init__(self) -> None:
-        kinds = {
-            "noise_schedule": "noise_schedules",
-            "prediction_type": "parameterizations",
-            "conditioning": "conditionings",
-            "decoder": "decoders",
-            "forward_process": "forward_processes",
-        }
-        for name, kind in kinds.items():
+        for name, kind in registry.SERIALISED_FIELDS.items():
             if (serialised := getattr(self, name)) is not None:
                 registered, _, package = registry.parse(kind, serialised)
                 registry.lookup(kind, registered, package)
@@ -154,6 +170,15 @@ class TrainingArguments:
     evaluation_replicates: int = option(
         4, "Independent passes over the test split at the end, which give the standard error; 0: no evaluation."
     )
+    push_to_hub: bool = option(
+        False,
+        "Publish the finished model, with its card, to the Hugging Face Hub, as `vdm-hub publish` does. The token is "
+        "that of `hf auth login`, or HF_TOKEN; it is never an argument.",
+    )
+    hub_model_id: str | None = option(
+        None, "With push_to_hub: the repository, such as me/vdm-digits; not given: the name of output_dir, under you."
+    )
+    hub_private_repo: bool = option(False, "With push_to_hub: make a new repository private.")
 
     def __post_init__(self) -> None:
         require(
@@ -178,8 +203,22 @@ class TrainingArguments:
         for tracker in self.trackers or ("none",):
             if tracker not in TRACKERS:
                 raise unknown_name("tracker in report_to", tracker, TRACKERS)
+        for name in ("hub_model_id", "hub_private_repo"):
+            value = getattr(self, name)
+            require(
+                self.push_to_hub or not value, name, value, "it acts only with push_to_hub, so give both or neither"
+            )
 
     @property
     def trackers(self) -> tuple[str, ...]:
         """The names in ``report_to``; empty for 'none'."""
         return () if self.report_to == "none" else tuple(name.strip() for name in self.report_to.split(","))
+
+    @property
+    def hub_repository(self) -> str:
+        """The repository to publish to.
+
+        >>> TrainingArguments(max_train_steps=1, output_dir="runs/digits", push_to_hub=True).hub_repository
+        'digits'
+        """
+        return self.hub_model_id or Path(self.output_dir or ".").absolute().name

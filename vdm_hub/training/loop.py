@@ -35,18 +35,12 @@ from vdm_hub.training.checkpoints import (
     save_checkpoint,
     unpack_optimizer,
 )
+from vdm_hub.training.configuration import differences
+from vdm_hub.training.history import History
 from vdm_hub.training.outputs import OutputFolder, averaged_weights, publish_locally, sample_images
+from vdm_hub.training.provenance import describe_run
+from vdm_hub.training.publishing import check_publishing, publish_run
 from vdm_hub.training.setup import build_ema, build_objective, build_optimizer, build_pipeline
-
-# Fields that a resumed run may have otherwise: those that change no step that was taken, nor the data of those to
-# come; and those that a run which diverged is to change.
-_MAY_CHANGE = {
-    *("recipe", "output_dir", "resume_from_checkpoint", "max_train_steps", "num_train_epochs", "num_workers"),
-    *("checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_steps"),
-    *("eval_batch_size", "validation_steps", "validation_images", "validation_split", "test_split"),
-    *("evaluation_replicates", "sample_steps", "num_sample_images", "num_inference_steps"),
-    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "mixed_precision"),
-}
 
 
 def train(configuration: Configuration) -> LikelihoodReport | None:
@@ -56,12 +50,14 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
         The bound on the test split, on the main process, where there is a test split.
 
     Raises:
+        PublishError: The run is complete on disk, and only its publication failed.
         VDMHubError: Something is the user's to mend; nothing that was there before is lost.
     """
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder)
     if accelerator.is_main_process:
         folder.check(configuration)
+        check_publishing(configuration)
     data = load_data(configuration.data)
     run = Run(configuration, accelerator, data, folder)
     run.resume()
@@ -84,6 +80,8 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
         print(f"trained {run.step - first_step} steps in {time.perf_counter() - started:.1f} s")
     report = run.finish()
     accelerator.end_training()
+    if accelerator.is_main_process:
+        publish_run(configuration, folder)
     return report
 
 
@@ -154,6 +152,8 @@ class Run:
             num_warmup_steps=training.lr_warmup_steps,
             num_training_steps=self.total_steps,
         )
+        self.history, self.seconds = History(), 0.0  # of all parts of a run that was resumed
+        self._clock = time.perf_counter()
         self._unchecked: list[tuple[int, dict[str, Tensor]]] = []
 
     def announce(self) -> None:
@@ -162,6 +162,7 @@ class Run:
             self.folder.claim(self.configuration)
         if self.training.trackers:
             self.accelerator.init_trackers("vdm_hub", config=_flat(self.configuration.to_dict()))
+        self._clock = time.perf_counter()
 
     # ---- one optimiser step -----------------------------------------------------------------------------------------
 
@@ -266,8 +267,9 @@ class Run:
         values = dict(zip(terms, stacked.tolist(), strict=True))
         total = sum(values.values())
         progress.set_postfix({"bits/dim": f"{total:.3f}"} | {name: f"{value:.3f}" for name, value in values.items()})
-        logged = {f"train/{name}": value for name, value in values.items()}
-        self._log(logged | {"train/bits_per_dim": total, "learning_rate": self.lr_scheduler.get_last_lr()[0]})
+        rate = {"learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        self.history.add("train", self.step, {"bits_per_dim": total} | values | rate)
+        self._log({f"train/{name}": value for name, value in values.items()} | {"train/bits_per_dim": total} | rate)
 
     def validate(self) -> None:
         """Held-out bits/dim of the averaged weights, each image at one time, stratified."""
@@ -285,6 +287,8 @@ class Run:
                 progress=False,
             )
         tqdm.write(f"step {self.step}: held-out {report.bits_per_dim:.4f} bits/dim (se {report.standard_error:.4f})")
+        measured = {"bits_per_dim": report.bits_per_dim, "standard_error": report.standard_error}
+        self.history.add("validation", self.step, measured)
         terms = {f"validation/{name}": value for name, value in report.terms.items()}
         self._log({"validation/bits_per_dim": report.bits_per_dim} | terms)
 
@@ -315,11 +319,14 @@ class Run:
         self._check_weights()
         if not self.accelerator.is_main_process:
             return
+        self.seconds, self._clock = self.seconds + time.perf_counter() - self._clock, time.perf_counter()
         tensors = {"objective": self.model.state_dict(), "optimizer": pack_optimizer(self.optimizer.state_dict())}
         state: dict[str, Any] = {
             "step": self.step,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "recipe": self.configuration.to_dict(),
+            "history": self.history.to_dict(),
+            "training_seconds": self.seconds,
         }
         if self.ema is not None:
             names = [name for name, _ in self.model.named_parameters()]
@@ -362,7 +369,9 @@ class Run:
         checkpoint = load_checkpoint(path)
         tensors, state = checkpoint.tensors, checkpoint.state
         try:
-            _refuse_another_recipe(state["recipe"], self.configuration.to_dict())
+            # Weights that fit are not enough: under another process, or with other data, they are another run's.
+            if changed := differences(state["recipe"], self.configuration.to_dict()):
+                raise ValueError("; ".join(changed))
             self.model.load_state_dict(tensors["objective"])
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(unpack_optimizer(tensors["optimizer"], groups))
@@ -373,6 +382,7 @@ class Run:
                 self.ema.optimization_step = state["ema_step"]
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.history, self.seconds = History(state.get("history")), state.get("training_seconds", 0.0)
             self.step = int(state["step"])
             if self.step > self.total_steps:
                 raise ValueError(f"it has taken {self.step} steps, and max_train_steps is {self.total_steps}")
@@ -400,6 +410,8 @@ class Run:
             return None
         with averaged_weights(self.model, self.ema):
             report = publish_locally(self.model, self.configuration, self.folder, self.data.test)
+        parts = (self.configuration, self.accelerator, self.model, self.data)
+        self.folder.record(self.history, describe_run(*parts, self.step, self.seconds))
         if report is not None:
             self._log({"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error})
         print(self.folder.summary(self.configuration, report))
@@ -418,13 +430,6 @@ class Run:
         if training.scale_lr:
             rate *= training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
         return rate
-
-
-def _refuse_another_recipe(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Weights that fit are not enough: under another process, or with other data, they are another run's."""
-    changed = [key for key in now if key not in _MAY_CHANGE and before.get(key) != now[key]]
-    if changed:
-        raise ValueError("; ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed))
 
 
 def _first_line(error: Exception) -> str:

@@ -17,9 +17,12 @@ from vdm_hub.files import written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.pipeline_vdm import VDMPipeline
-from vdm_hub.plots import plot_schedule, save_grid
+from vdm_hub.plots import plot_schedule, plot_training_curve, save_grid
 from vdm_hub.training.arguments import Configuration, parse
 from vdm_hub.training.checkpoints import checkpoints
+from vdm_hub.training.configuration import differences
+from vdm_hub.training.history import History
+from vdm_hub.training.provenance import describe_split
 from vdm_hub.training.setup import build_pipeline
 
 
@@ -32,6 +35,8 @@ class OutputFolder:
         self.checkpoints, self.pipeline = self.path / "checkpoints", self.path / "pipeline"
         self.recipe, self.evaluation = self.path / "recipe.yaml", self.path / "evaluation.json"
         self.samples, self.schedule = self.path / "samples.png", self.path / "schedule.png"
+        self.history, self.curve = self.path / "history.json", self.path / "training_curve.png"
+        self.provenance = self.path / "run.json"
         self.logs = self.path / "logs"
 
     def check(self, configuration: Configuration) -> None:
@@ -69,13 +74,21 @@ class OutputFolder:
             before = parse([str(self.recipe)]).to_dict()
         except ConfigurationError:
             return False
-        now = configuration.to_dict()
-        return all(before[key] == now[key] for key in now if key not in ("recipe", "output_dir"))
+        return not differences(before, configuration.to_dict())
 
     def claim(self, configuration: Configuration) -> None:
         """Make the folder this run's, by writing its recipe there."""
         with written_beside(self.recipe) as beside:
             beside.write_text(configuration.to_yaml())
+
+    def record(self, history: History, provenance: dict[str, Any]) -> None:
+        """Write the course of the run, its picture, and how the run came about."""
+        with written_beside(self.history) as beside:
+            beside.write_text(json.dumps(history.to_dict(), allow_nan=False))
+        with written_beside(self.curve) as beside:
+            plot_training_curve(history.to_dict(), beside)
+        with written_beside(self.provenance) as beside:
+            beside.write_text(json.dumps(provenance, indent=1, allow_nan=False))
 
     def summary(self, configuration: Configuration, report: LikelihoodReport | None) -> str:
         """What came out, and where it is."""
@@ -124,6 +137,7 @@ def publish_locally(
             replicates=training.evaluation_replicates,
             batch_size=training.eval_batch_size,
             seed=training.seed,
+            dataset=describe_split(test, configuration.data, configuration.data.test_split),
         )
         with written_beside(folder.evaluation) as beside:
             beside.write_text(json.dumps(report.to_dict(), indent=1))

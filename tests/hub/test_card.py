@@ -1,0 +1,138 @@
+"""The model card and what is published beside it: said once, complete, and harmless whatever the files hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from hub.publications import EVALUATION, write_run
+from vdm_hub import VDMPipeline
+from vdm_hub.errors import CheckpointError, PublishError
+from vdm_hub.hub.card import Edition, plain, render_card
+from vdm_hub.hub.contents import copy_records, read_source, refuse_secrets
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("card") / "run")
+
+
+def card(run: Path, **edition: Any) -> ModelCard:
+    source = read_source(run)
+    return ModelCard(render_card(source, VDMPipeline.from_pretrained(source.pipeline), Edition("me/tiny", **edition)))
+
+
+def test_the_metadata_holds_the_bound_its_terms_and_its_protocol(run: Path) -> None:
+    data = card(run, license="apache-2.0").data
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
+    assert data.license == "apache-2.0"
+    results = {result.metric_type: result for result in data.eval_results}
+    total = results.pop("bits_per_dim")
+    assert total.metric_value == pytest.approx(EVALUATION["bits_per_dim"], abs=1e-6)
+    assert total.metric_args == {
+        key: EVALUATION[key]
+        for key in ("standard_error", "standard_error_over_images", "num_images", "replicates", "method")
+    }
+    assert (total.dataset_name, total.dataset_split) == ("digits", "test")
+    terms = {name.removeprefix("bits_per_dim_"): result.metric_value for name, result in results.items()}
+    assert terms == pytest.approx(EVALUATION["terms"], abs=1e-6)
+    assert math.fsum(terms.values()) == pytest.approx(total.metric_value, abs=1e-5)
+
+
+def test_working_snippets_come_first(run: Path) -> None:
+    text = card(run).text
+    sections = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    assert sections[0] == "Use it"
+    assert {"How good it is", "Samples", "Training", "Data", "How it was made", "Licence"} < set(sections)
+    assert "Limits and intended use" in sections
+    assert 'VDMPipeline.from_pretrained("me/tiny")' in text.split("## How good it is")[0]
+
+
+def test_a_branch_is_named_wherever_the_card_loads(run: Path) -> None:
+    text = card(run, revision="v2").text
+    loads = re.findall(r"from_pretrained\((.*)\)", text)
+    assert loads and all(load == '"me/tiny", revision="v2"' for load in loads)
+    assert text.count("--revision v2") == 2, "the measurement's command and the recipe's download"
+
+
+def test_what_is_not_known_is_said(tmp_path: Path, run: Path) -> None:
+    bare = VDMPipeline.from_pretrained(run / "pipeline")
+    bare.save_pretrained(tmp_path / "bare")
+    text = card(tmp_path / "bare").text
+    assert "likelihood has not been measured" in text
+    assert "Nothing is recorded of the data" in text
+    assert "No recipe is recorded" in text
+    assert "no licence" in text
+    assert "images/" not in text, "no picture that is not there"
+
+
+def test_resized_images_are_not_comparable(tmp_path: Path) -> None:
+    resized = EVALUATION | {"dataset": EVALUATION["dataset"] | {"resolution": 8}}
+    text = card(write_run(tmp_path / "run", evaluation=resized, recipe={"resolution": 8})).text
+    assert text.count("not comparable with published") == 2
+
+
+HOSTILE = '<script>alert("x")</script>](javascript:alert(1)) {{ 7 * 7 }} \n\n# Heading\n```\n| cell'
+
+
+def test_a_hostile_name_is_shown_as_text(tmp_path: Path) -> None:
+    hostile = EVALUATION | {"dataset": {"name": HOSTILE, "split": HOSTILE}, "terms": {HOSTILE: 1.0}}
+    run = {"versions": {HOSTILE: HOSTILE}, "device": HOSTILE, "steps": 3}
+    folder = write_run(tmp_path / "run", evaluation=hostile, recipe={"dataset_name": HOSTILE}, run=run)
+    rendered = card(folder)
+    page = MarkdownIt("gfm-like", {"linkify": False, "html": True}).render(rendered.text)
+    assert "<script" not in page
+    assert "javascript:" not in "".join(re.findall("<[^>]*>", page)), "no link leads there"
+    assert "Heading" not in "".join(re.findall(r"<h\d>.*?</h\d>", page))
+    assert "{{ 7 * 7 }}" in page, "a template in a name must not be evaluated"
+    assert rendered.data.eval_results[0].dataset_name == HOSTILE, "YAML quotes it"
+    assert all("script" not in block for block in re.findall(r"<code.*?</code>", page, flags=re.DOTALL))
+
+
+def test_plain_text_stays_readable() -> None:
+    assert plain("CIFAR-10, split train (32x32)") == "CIFAR-10, split train (32x32)"
+
+
+def test_the_recipe_says_nothing_of_the_place(tmp_path: Path) -> None:
+    recipe = {"train_data_dir": "/home/ada/birds", "output_dir": "/home/ada/runs", "resume_from_checkpoint": "latest"}
+    source = read_source(write_run(tmp_path / "run", recipe=recipe))
+    (tmp_path / "out").mkdir()
+    copy_records(source, tmp_path / "out")
+    assert "ada" not in (tmp_path / "out" / "recipe.yaml").read_text()
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["train_data_dir"] == "birds"
+
+
+@pytest.mark.parametrize("token", ["hf_" + "a1B2" * 9, "the-token-in-use"])
+def test_a_token_is_never_sent(tmp_path: Path, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "the-token-in-use")
+    (tmp_path / "recipe.yaml").write_text(f"dataset_name: https://user:{token}@host/x\n")
+    with pytest.raises(PublishError, match=r"recipe\.yaml") as refused:
+        refuse_secrets(tmp_path)
+    assert token not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "evaluation.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"evaluation\.json"):
+        read_source(folder)
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model_index\.json"):
+        read_source(tmp_path)
+
+
+def test_a_runs_folder_and_its_pipeline_are_the_same_source(run: Path) -> None:
+    of_run, of_pipeline = read_source(run), read_source(run / "pipeline")
+    assert of_run == of_pipeline
+    assert of_run.evaluation["bits_per_dim"] == json.loads((run / "evaluation.json").read_text())["bits_per_dim"]

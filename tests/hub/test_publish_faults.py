@@ -1,0 +1,60 @@
+"""Whatever call of a publication fails, main is the old one or the new one, and the next publication succeeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub.publications import write_run
+
+HERE = Path(__file__).resolve().parent
+ONE_ATTEMPT = ("503", "403", "dropped before", "dropped after", "truncated")
+REST = ("500", "502", "504", "401", "404", "409", "429")
+FOR_EVER = ("503*", "dropped before*", "401*")
+
+
+def trials(folder: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
+    old = write_run(folder / "old", stock=True)
+    new = write_run(folder / "new", stock=True, seed=1)
+    (new / "training_curve.png").unlink()
+    command = [sys.executable, HERE / "publish_under_faults.py", old, new, folder / "cache", *kinds]
+    paths = {"PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE.parents[1])))}
+    done = subprocess.run(
+        list(map(str, command)), env=os.environ | paths, capture_output=True, text=True, timeout=1800, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer: dict[str, Any] = json.loads(done.stdout.split("ANSWER")[-1])
+    return answer
+
+
+def check(answer: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    results = answer["results"]
+    assert len(results) == answer["calls"] * len(kinds)
+    assert all(result["struck"] for result in results), "a fault that hit nothing shows nothing"
+    for result in results:
+        assert result["main"] in ("old", "new"), result
+        assert result["loaded"] == result["main"], result
+        assert result["main"] == ("old" if result["error"] else "new"), result
+        assert result["next"] == "published", result
+
+
+def test_after_a_fault_at_any_call_main_is_whole_and_the_next_publication_succeeds(tmp_path: Path) -> None:
+    answer = trials(tmp_path, ONE_ATTEMPT)
+    check(answer, ONE_ATTEMPT)
+    passing = [result for result in answer["results"] if result["kind"] not in ("403",)]
+    assert not [result for result in passing if result["error"]], "what passes is tried again"
+    refused = [result for result in answer["results"] if result["kind"] == "403"]
+    assert all("may not write" in result["error"] for result in refused if result["error"])
+    assert len({result["main"] for result in refused}) == 1 or any(result["main"] == "new" for result in refused)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [REST, FOR_EVER])
+def test_every_other_fault_too(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    check(trials(tmp_path, kinds), kinds)

@@ -1,0 +1,108 @@
+"""What a figure was measured on and with: the images, the weights, and the versions of the libraries."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.version import __version__
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface-hub", "safetensors", "numpy")
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of vdm_hub, Python and the libraries that a figure may depend on.
+
+    >>> list(library_versions())[:3]
+    ['vdm-hub', 'python', 'torch']
+    """
+    own = {"vdm-hub": __version__, "python": platform.python_version()}
+    return own | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def describe_images(
+    images: ImageLevels | ImageStream,
+    name: str,
+    split: str | None,
+    *,
+    config: str | None = None,
+    resolution: int | None = None,
+) -> dict[str, Any]:
+    """What may be said of a dataset in public: of a local folder or file only the last part of its path.
+
+    Args:
+        images: The images, as they were loaded.
+        name: The dataset's name on the Hub, ``"digits"``, or a local path.
+        split: The split that they are.
+        config: The configuration of the dataset, where it has several.
+        resolution: The resolution that was asked for.
+
+    Returns:
+        ``name``, ``config``, ``split``, ``images`` (how many; null for a stream), ``shape`` (C, H, W), ``levels`` (K),
+        ``resolution``, ``resized`` (whether an image was resized or cropped, so that bits/dim can't be compared with
+        published ones; of a stream the first image answers) and ``fingerprint`` (`fingerprint`; null for a stream).
+
+    >>> from vdm_hub.data.loading import load_split
+    >>> described = describe_images(load_split("digits", "test", num_levels=17), "digits", "test")
+    >>> described["images"], described["shape"], described["resized"], described["fingerprint"][:12]
+    (360, [1, 8, 8], False, 'sha256:8c431')
+    """
+    return {
+        "name": public_name(name),
+        "config": config,
+        "split": split,
+        "images": len(images) if isinstance(images, ImageLevels) else None,
+        "shape": list(images.image_shape),
+        "levels": images.num_levels,
+        "resolution": resolution,
+        "resized": images.resized,
+        "fingerprint": fingerprint(images.levels) if isinstance(images, ImageLevels) else None,
+    }
+
+
+def fingerprint(levels: Tensor | tuple[Tensor, ...]) -> str:
+    """SHA-256 of images as levels: ``sha256(str(shape) + bytes)`` with the shape (N, C, H, W), in uint8.
+
+    For images of different sizes, the same of each (C, H, W) one after the other.
+
+    >>> import torch
+    >>> fingerprint(torch.zeros(2, 1, 1, 1, dtype=torch.uint8)) == "sha256:" + hashlib.sha256(
+    ...     b"(2, 1, 1, 1)" + bytes(2)
+    ... ).hexdigest()
+    True
+    """
+    digest = hashlib.sha256()
+    for part in (levels,) if isinstance(levels, Tensor) else levels:
+        digest.update(str(tuple(part.shape)).encode())
+        digest.update(part.contiguous().numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def weights_fingerprint(pipeline: VDMPipeline) -> str:
+    """SHA-256 of all weights of a pipeline: which model a figure was measured with, wherever it is saved."""
+    digest = hashlib.sha256()
+    for component, module in sorted(pipeline.components.items()):
+        if isinstance(module, nn.Module):
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{component}.{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def public_name(source: str) -> str:
+    """A dataset's name; of a local folder or file only the last part of its path, which says nothing of the machine.
+
+    >>> public_name("uoft-cs/cifar10"), public_name("/home/ada/birds"), public_name("./birds.parquet")
+    ('uoft-cs/cifar10', 'birds', 'birds.parquet')
+    """
+    path = Path(source).expanduser()
+    local = source.startswith((".", "/", "~")) or source.endswith(".parquet") or path.exists()
+    return path.absolute().name if local else source

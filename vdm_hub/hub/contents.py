@@ -1,0 +1,166 @@
+"""What is published: the pipeline's own files, and what its run wrote down, cleaned of what is nobody's business."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import get_token
+
+from vdm_hub.errors import CheckpointError, PublishError
+from vdm_hub.evaluation.provenance import public_name
+
+INDEX = "model_index.json"
+PIPELINE_FILES = (".json", ".safetensors")
+RECORDS = ("evaluation.json", "history.json", "run.json")
+PICTURES = ("samples.png", "schedule.png", "training_curve.png")
+RECIPE = "recipe.yaml"
+
+# Of a recipe, what says where this run lay and what it sent, rather than what it did.
+_OWN_AFFAIRS = ("recipe", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline on disk, and what is known of it.
+
+    Attributes:
+        pipeline: The folder that `VDMPipeline.save_pretrained` wrote.
+        recipe: The fields of the run, or empty.
+        evaluation: What ``vdm-hub evaluate --json`` printed, or empty.
+        history: The course of training, or empty.
+        run: Versions, data and cost of the run, or empty.
+        pictures: Those that there are, by file name.
+    """
+
+    pipeline: Path
+    recipe: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Path] = field(default_factory=dict)
+
+
+def read_source(folder: Path, evaluation: Path | None = None) -> Source:
+    """What a run's folder holds, or the folder of a pipeline, in a run or alone.
+
+    Args:
+        folder: ``runs/digits`` or ``runs/digits/pipeline``.
+        evaluation: A file with what ``vdm-hub evaluate --json`` printed, instead of the run's own.
+
+    Raises:
+        CheckpointError: There is no pipeline, or a file is damaged.
+    """
+    pipeline = folder if (folder / INDEX).is_file() else folder / "pipeline"
+    if not (pipeline / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder} holds no pipeline (no {INDEX}): give a run's folder such as runs/digits, or its pipeline."
+        )
+    run = pipeline.resolve().parent
+    if pipeline.resolve().name != "pipeline" or not (run / RECIPE).is_file():
+        return Source(pipeline, evaluation=_read_json(evaluation) if evaluation else {})
+    return Source(
+        pipeline,
+        recipe=published_recipe(_read_yaml(run / RECIPE)),
+        evaluation=_read_json(evaluation or run / "evaluation.json"),
+        history=_read_json(run / "history.json"),
+        run=_read_json(run / "run.json"),
+        pictures={name: run / name for name in PICTURES if (run / name).is_file()},
+    )
+
+
+def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what concerns this run's place alone; of local data folders the last name remains.
+
+    >>> published_recipe({"train_data_dir": "/home/ada/birds", "output_dir": "runs/birds", "seed": 1})
+    {'train_data_dir': 'birds', 'seed': 1}
+    """
+    kept = {key: value for key, value in recipe.items() if key not in _OWN_AFFAIRS}
+    for key in ("train_data_dir", "dataset_name"):
+        if isinstance(kept.get(key), str):
+            kept[key] = public_name(kept[key])
+    return kept
+
+
+def copy_pipeline(pipeline: Path, destination: Path) -> None:
+    """The index, configs and weights of a pipeline, and nothing else that lies there."""
+    index = _read_json(pipeline / INDEX)
+    components = [name for name, value in index.items() if isinstance(value, list)]
+    destination.mkdir(parents=True, exist_ok=True)
+    kept = {key: value for key, value in index.items() if key != "_name_or_path"}  # diffusers notes a local path there
+    (destination / INDEX).write_text(json.dumps(kept, indent=2) + "\n")
+    for component in components:
+        for path in sorted((pipeline / component).glob("*")):
+            if path.is_file() and path.suffix in PIPELINE_FILES:
+                (destination / component).mkdir(exist_ok=True)
+                shutil.copyfile(path, destination / component / path.name)
+
+
+def copy_records(source: Source, destination: Path) -> None:
+    """Recipe, measurements and pictures."""
+    if source.recipe:
+        (destination / RECIPE).write_text(yaml.safe_dump(source.recipe, sort_keys=False))
+    for name in RECORDS:
+        if record := getattr(source, Path(name).stem):
+            (destination / name).write_text(json.dumps(record, indent=1))
+    if source.pictures:
+        (destination / "images").mkdir()
+    for name, path in source.pictures.items():
+        shutil.copyfile(path, destination / "images" / name)
+
+
+def refuse_secrets(folder: Path) -> None:
+    """Refuse to send a text file that holds a token.
+
+    Raises:
+        PublishError: With the file's name, and never the token.
+    """
+    token = get_token()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".md", ".yaml", ".py"):
+            text = path.read_text(errors="replace")
+            if _TOKEN.search(text) or (token and token in text):
+                raise PublishError(
+                    f"{path.relative_to(folder)} would hold a Hugging Face token: nothing was sent. Take it out "
+                    f"of the recipe or the file that it came from, and revoke it if others may have seen it."
+                )
+
+
+def is_managed(path: str, components: set[str]) -> bool:
+    """Whether a file on the Hub is one that a publication writes, and so may remove."""
+    top, _, rest = path.partition("/")
+    if not rest:
+        return top in (*RECORDS, RECIPE, INDEX)
+    return top in components or (top == "images" and rest in PICTURES)
+
+
+def components_of(paths: set[str]) -> set[str]:
+    """The folders of a repository that hold a component of a pipeline."""
+    configs = ("config.json", "scheduler_config.json")
+    return {path.split("/")[0] for path in paths if path.count("/") == 1 and path.endswith(configs)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): make it again, or remove it.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object: make it again, or remove it.")
+    return content
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{path} is damaged ({error}): make it again, or remove it.") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,255 @@
+"""Publish a pipeline: its stock twin and carried code first, then all the rest in one commit on main."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vdm_hub.errors import CheckpointError, ConfigurationError
+from vdm_hub.evaluation.provenance import weights_fingerprint
+from vdm_hub.files import written_beside
+from vdm_hub.hub.card import Edition, render_card
+from vdm_hub.hub.contents import (
+    Source,
+    components_of,
+    copy_pipeline,
+    copy_records,
+    is_managed,
+    read_source,
+    refuse_secrets,
+)
+from vdm_hub.hub.remote_code import add_remote_code, check_remote_code
+from vdm_hub.hub.repository import MAIN, HubRepository, check_ready, check_repo_id
+from vdm_hub.hub.stock_twin import build_stock_twin, twin_error
+from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.registration import add_install_hint
+from vdm_hub.version import __version__
+
+__all__ = ["Publication", "check_ready", "publish", "write_publication"]
+
+TWIN_BRANCH, CODE_BRANCH = "diffusers", "remote-code"
+_TWIN_IMAGES, _TWIN_STEPS = 16, 50
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was published.
+
+    Attributes:
+        repo_id: The repository.
+        url: Its address, or that of the pull request.
+        commit: The commit on main (or the revision asked for); ``None`` for a pull request.
+        twin: The commit of the stock twin, where there is one.
+        remote_code: The commit that carries the code, where it was asked for.
+    """
+
+    repo_id: str
+    url: str
+    commit: str | None
+    twin: str | None = None
+    remote_code: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A publication on disk, but for the card, which names commits that are still to be made.
+
+    Attributes:
+        source: Where it comes from.
+        pipeline: The pipeline, loaded.
+        edition: What the card says of the publication, as far as it is known.
+        folders: What goes to each branch; what goes to ``main`` goes to the edition's revision.
+    """
+
+    source: Source
+    pipeline: VDMPipeline
+    edition: Edition
+    folders: dict[str, Path]
+
+    def write_card(self, edition: Edition) -> Path:
+        """Write the card into the folder for main, and return that folder."""
+        folder = self.folders[MAIN]
+        (folder / "README.md").write_text(render_card(self.source, self.pipeline, edition))
+        refuse_secrets(folder)
+        return folder
+
+
+def publish(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str = MAIN,
+    create_pr: bool = False,
+    remote_code: bool = False,
+    license: str | None = None,
+    evaluation: Path | None = None,
+) -> Publication:
+    """Publish a run, or a pipeline alone.
+
+    The stock twin goes to the branch ``diffusers`` and the carried code to ``remote-code``, before one commit on
+    ``revision`` that brings everything else and names their commits. So whatever fails, that branch is as it was, or
+    complete; and the next publication goes on from there.
+
+    Args:
+        folder: A run's folder, or the pipeline's in it, or a pipeline alone.
+        repo_id: ``owner/name``.
+        private: Whether a new repository is private.
+        revision: The branch for everything; made from main where it does not exist.
+        create_pr: Open a pull request instead; then there is no twin and no carried code.
+        remote_code: Also publish the code, for readers without vdm_hub.
+        license: Of the weights, as the Hub names licences, such as ``apache-2.0``.
+        evaluation: What ``vdm-hub evaluate --json`` printed, instead of the run's own measurement.
+
+    Raises:
+        CheckpointError: There is no pipeline, or it is damaged.
+        PublishError: The Hub, or the token, did not let it happen.
+    """
+    if create_pr and remote_code:
+        raise ConfigurationError("a pull request brings no carried code: leave out --remote_code, or --create_pr.")
+    _check_revision(revision)
+    repository = HubRepository(repo_id)
+    edition = Edition(repo_id, revision, license)
+    with prepared_publication(folder, edition, evaluation, twin=not create_pr, remote_code=remote_code) as prepared:
+        if create_pr:
+            edition = replace(prepared.edition, no_twin="")
+            url = repository.open_pull_request(prepared.write_card(edition), _title(), revision)
+            return Publication(repository.repo_id, url, None)
+        return send(prepared, repository, private)
+
+
+def write_publication(
+    folder: Path,
+    repo_id: str,
+    output: Path,
+    *,
+    revision: str = MAIN,
+    remote_code: bool = False,
+    license: str | None = None,
+    evaluation: Path | None = None,
+) -> list[Path]:
+    """What `publish` would send, in folders named after the branches; no network is used.
+
+    Returns:
+        The files, relative to ``output``. The card names branches where a publication names commits.
+    """
+    check_repo_id(repo_id)
+    _check_revision(revision)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigurationError(f"{output} exists already and is not empty: name another folder, or remove it.")
+    edition = Edition(repo_id, revision, license)
+    with prepared_publication(folder, edition, evaluation, twin=True, remote_code=remote_code) as prepared:
+        named = replace(
+            prepared.edition,
+            twin=TWIN_BRANCH if TWIN_BRANCH in prepared.folders else None,
+            remote_code=CODE_BRANCH if remote_code else None,
+        )
+        prepared.write_card(named)
+        if output.exists():
+            output.rmdir()
+        with written_beside(output) as beside:
+            for branch, staged in prepared.folders.items():
+                shutil.copytree(staged, beside / (revision if branch == MAIN else branch))
+    return sorted(path.relative_to(output) for path in output.rglob("*") if path.is_file())
+
+
+@contextmanager
+def prepared_publication(
+    folder: Path, edition: Edition, evaluation: Path | None, twin: bool, remote_code: bool
+) -> Iterator[Prepared]:
+    """Everything that is sent, on disk and checked, before anything is sent."""
+    source = read_source(folder, evaluation)
+    pipeline = VDMPipeline.from_pretrained(source.pipeline)
+    if not isinstance(pipeline, VDMPipeline):
+        raise CheckpointError(f"{source.pipeline} holds a {type(pipeline).__name__}, not a VDMPipeline.")
+    pipeline.set_progress_bar_config(disable=True)
+    _check_evaluation(source, pipeline)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {MAIN: Path(temporary) / MAIN}
+        copy_pipeline(source.pipeline, folders[MAIN])
+        copy_records(source, folders[MAIN])
+        if twin:
+            folders[TWIN_BRANCH] = Path(temporary) / TWIN_BRANCH
+            edition = _add_twin(pipeline, folders, edition)
+        if remote_code:
+            folders[CODE_BRANCH] = Path(temporary) / CODE_BRANCH
+            copy_pipeline(source.pipeline, folders[CODE_BRANCH])
+            add_remote_code(folders[CODE_BRANCH])
+            check_remote_code(folders[CODE_BRANCH])
+        add_install_hint(folders[MAIN])
+        for staged in folders.values():
+            refuse_secrets(staged)
+        yield Prepared(source, pipeline, edition, folders)
+
+
+def _check_evaluation(source: Source, pipeline: VDMPipeline) -> None:
+    """Refuse to put a figure on the card that other weights reached."""
+    measured = source.evaluation.get("weights")
+    if measured is not None and measured != weights_fingerprint(pipeline):
+        raise CheckpointError(
+            f"the evaluation beside {source.pipeline} was measured with other weights (fingerprint "
+            f"{str(measured)[:20]}...): measure these by `vdm-hub evaluate {source.pipeline} --dataset_name ... "
+            f"--json > FILE`, and give --evaluation FILE."
+        )
+
+
+def _add_twin(pipeline: VDMPipeline, folders: dict[str, Path], edition: Edition) -> Edition:
+    """Save the twin where there can be one; the edition then knows its error, or why there is none."""
+    try:
+        twin = build_stock_twin(pipeline)
+    except ConfigurationError as reason:
+        del folders[TWIN_BRANCH]
+        return replace(edition, no_twin=str(reason))
+    twin.save_pretrained(folders[TWIN_BRANCH], safe_serialization=True)
+    error = twin_error(pipeline, twin, _TWIN_IMAGES, _TWIN_STEPS, seed=0)
+    return replace(edition, twin_error=str(error))
+
+
+def send(prepared: Prepared, repository: HubRepository, private: bool | None = None) -> Publication:
+    """Send what is prepared: the side branches, then one commit that names theirs."""
+    repository.create(private)
+    branch = prepared.edition.revision
+    repository.ensure_branch(branch)
+    parent = repository.head(branch)
+    commits = {
+        side: _mirror(repository, prepared.folders[side], side)
+        for side in (TWIN_BRANCH, CODE_BRANCH)
+        if side in prepared.folders
+    }
+    edition = replace(
+        prepared.edition,
+        repo_id=repository.repo_id,
+        twin=commits.get(TWIN_BRANCH),
+        remote_code=commits.get(CODE_BRANCH),
+    )
+    staged = prepared.write_card(edition)
+    there = set(repository.files(parent))
+    here = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
+    stale = [path for path in sorted(there - here) if is_managed(path, components_of(there))]
+    commit = repository.commit(staged, _title(), branch, parent, stale)
+    return Publication(repository.repo_id, repository.url, commit, edition.twin, edition.remote_code)
+
+
+def _mirror(repository: HubRepository, folder: Path, branch: str) -> str:
+    """Make a side branch hold exactly a folder."""
+    repository.ensure_branch(branch)
+    parent = repository.head(branch)
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    stale = sorted(set(repository.files(parent)) - here - {".gitattributes"})
+    return repository.commit(folder, _title(), branch, parent, stale)
+
+
+def _title() -> str:
+    return f"Publish with vdm_hub {__version__}"
+
+
+def _check_revision(revision: str) -> None:
+    if revision in (TWIN_BRANCH, CODE_BRANCH) or not revision or revision.startswith("-"):
+        raise ConfigurationError(
+            f"revision is {revision!r}: name a branch of its own; {TWIN_BRANCH!r} and {CODE_BRANCH!r} hold the stock "
+            f"twin and the carried code."
+        )

@@ -1,0 +1,112 @@
+"""What a run says of how it came about, so that it can be repeated; nothing of the machine but its kind of device."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vdm_hub import registry
+from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.loading import Data, Images
+from vdm_hub.evaluation.provenance import describe_images, library_versions
+from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.training.arguments import Configuration
+from vdm_hub.training.configuration import DiffusionArguments
+
+
+def describe_run(
+    configuration: Configuration,
+    accelerator: Accelerator,
+    objective: VDMObjective,
+    data: Data,
+    steps: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """What goes into ``run.json``: command, versions, code, size, time and data of a run.
+
+    Args:
+        configuration: The recipe.
+        accelerator: The processes, their device and precision.
+        objective: Network and process.
+        data: The training images among them.
+        steps: Optimiser steps that were taken, in all parts of the run together.
+        seconds: The time that they took.
+    """
+    training = configuration.training
+    batch = training.train_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
+    return {
+        "command": _command(configuration, accelerator),
+        "versions": library_versions(),
+        "plugins": plugin_versions(configuration.diffusion),
+        "git": git_state(),
+        "steps": steps,
+        "processes": accelerator.num_processes,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "global_batch_size": batch,
+        "training_seconds": round(seconds, 3),
+        "device": _device(accelerator.device),
+        "mixed_precision": accelerator.mixed_precision,
+        "parameters": {"network": _size(objective.network), "schedule": _size(objective.process)},
+        "dataset": describe_split(data.train, configuration.data, configuration.data.train_split),
+        "augmentation": {
+            "random_flip": configuration.data.random_flip,
+            "random_crop": data.train.resized and not configuration.data.center_crop,
+        },
+    }
+
+
+def describe_split(images: Images, arguments: DataArguments, split: str | None) -> dict[str, Any]:
+    """One of a run's splits, as `describe_images` does."""
+    name = arguments.dataset_name or str(arguments.train_data_dir)
+    return describe_images(images, name, split, config=arguments.dataset_config_name, resolution=arguments.resolution)
+
+
+def plugin_versions(diffusion: DiffusionArguments) -> dict[str, str | None]:
+    """The packages, and their versions, of the plugins that a recipe names.
+
+    >>> plugin_versions(DiffusionArguments())
+    {}
+    """
+    found = []
+    for field, kind in registry.SERIALISED_FIELDS.items():
+        if (serialised := getattr(diffusion, field)) is not None:
+            name, _, package = registry.parse(kind, serialised)
+            found.append(registry.lookup(kind, name, package))
+    return {one.package: one.version for one in found if one.package != registry.BUILT_IN_PACKAGE}
+
+
+def git_state() -> dict[str, Any] | None:
+    """The commit of the repository that the current directory lies in, and whether tracked files differ from it.
+
+    ``None`` where there is no git, no repository or no commit.
+    """
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _command(configuration: Configuration, accelerator: Accelerator) -> str:
+    """With the recipe that lies beside; a precision that the launcher chose is no part of that recipe."""
+    chosen = configuration.training.mixed_precision is None and accelerator.mixed_precision != "no"
+    precision = f" --mixed_precision {accelerator.mixed_precision}" if chosen else ""
+    return f"accelerate launch --num_processes {accelerator.num_processes}{precision} -m vdm_hub.train recipe.yaml"
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _size(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if isinstance(module, nn.Module) else 0

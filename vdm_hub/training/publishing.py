@@ -1,0 +1,46 @@
+"""The last step of a run that was asked to publish: ``--push_to_hub``."""
+
+from __future__ import annotations
+
+import shlex
+
+from vdm_hub.errors import PublishError
+from vdm_hub.training.arguments import Configuration
+from vdm_hub.training.outputs import OutputFolder
+from vdm_hub.training.secrets import without_tokens
+
+
+def check_publishing(configuration: Configuration) -> None:
+    """Find out before training what would stop the publication after it.
+
+    Raises:
+        VDMHubError: There is no token, or the repository has no valid name.
+    """
+    if configuration.training.push_to_hub:
+        from vdm_hub.hub.publishing import check_ready  # only for those who publish
+
+        check_ready(configuration.training.hub_repository)
+
+
+def publish_run(configuration: Configuration, folder: OutputFolder) -> None:
+    """Publish what a finished run left in its folder, where it was asked to, and print where.
+
+    Raises:
+        PublishError: It did not succeed; the run is complete on disk, and the message says how to go on.
+    """
+    training = configuration.training
+    if not training.push_to_hub:
+        return
+    from vdm_hub.hub.publishing import publish
+
+    repository, private = training.hub_repository, training.hub_private_repo or None
+    try:
+        publication = publish(folder.pipeline, repository, private=private)
+    except Exception as error:  # whatever it was, the run is whole, and its owner must hear that
+        reason = without_tokens(" ".join(str(error).split())).rstrip(".") or type(error).__name__
+        words = ["vdm-hub", "publish", str(folder.pipeline), repository, *(["--private"] if private else [])]
+        raise PublishError(
+            f"{reason}. The run is complete in {folder.path}, and only its publication is missing: once that is "
+            f"mended, go on with `{shlex.join(words)}`."
+        ) from error
+    print(f"{'hub':<13}{publication.url}")
