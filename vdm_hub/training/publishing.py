@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from vdm_hub.errors import PublishError
+from vdm_hub.hub.publishing import check_ready, publish
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.outputs import OutputFolder
 from vdm_hub.training.secrets import without_tokens
@@ -17,8 +18,6 @@ def check_publishing(configuration: Configuration) -> None:
         VDMHubError: There is no token, or the repository has no valid name.
     """
     if configuration.training.push_to_hub:
-        from vdm_hub.hub.publishing import check_ready  # only for those who publish
-
         check_ready(configuration.training.hub_repository)
 
 
@@ -31,8 +30,6 @@ def publish_run(configuration: Configuration, folder: OutputFolder) -> None:
     training = configuration.training
     if not training.push_to_hub:
         return
-    from vdm_hub.hub.publishing import publish
-
     repository, private = training.hub_repository, training.hub_private_repo or None
     try:
         publication = publish(folder.pipeline, repository, private=private)
