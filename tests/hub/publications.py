@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+from vdm_hub.evaluation.provenance import weights_fingerprint
 
 EVALUATION: dict[str, Any] = {
     "bits_per_dim": 1.75,
@@ -66,7 +67,8 @@ def write_run(
 ) -> Path:
     """A run's folder as training leaves it; what is given replaces the records' own fields."""
     tiny_pipeline(stock, seed, **scheduler).save_pretrained(folder / "pipeline")
-    records = {"evaluation.json": evaluation or EVALUATION, "run.json": RUN | (run or {})}
+    weights = weights_fingerprint(tiny_pipeline(stock, seed, **scheduler))
+    records = {"evaluation.json": {"weights": weights} | (evaluation or EVALUATION), "run.json": RUN | (run or {})}
     records["history.json"] = {"train": {"step": [1, 2], "bits_per_dim": [9.0, 8.0 - seed]}}
     for name, record in records.items():
         (folder / name).write_text(json.dumps(record))

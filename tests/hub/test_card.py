@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from hub.publications import EVALUATION, write_run
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, PublishError
 from vdm_hub.hub.card import Edition, plain, render_card
-from vdm_hub.hub.contents import copy_records, read_source, refuse_secrets
+from vdm_hub.hub.contents import copy_pipeline, copy_records, read_source, refuse_secrets
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +130,69 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
     (folder / "evaluation.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"evaluation\.json"):
         read_source(folder)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bits_per_dim": None},
+        {"bits_per_dim": math.nan},
+        {"terms": [1.0]},
+        {"weights": None},
+        {"network_evaluations": "many"},
+        {"dataset": "digits"},
+        {"dataset": {"name": 7}},
+    ],
+    ids=str,
+)
+def test_a_measurement_of_another_shape_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    folder = write_run(tmp_path / "run", evaluation=EVALUATION | wrong)
+    with pytest.raises(CheckpointError, match=r"evaluation\.json"):
+        read_source(folder)
+
+
+@pytest.mark.parametrize("missing", ["bits_per_dim", "terms", "weights"])
+def test_a_measurement_without_what_it_is_of_is_refused(tmp_path: Path, missing: str) -> None:
+    folder = write_run(tmp_path / "run")
+    record = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps({key: record[key] for key in record if key != missing}))
+    with pytest.raises(CheckpointError, match=missing):
+        read_source(folder)
+
+
+def test_what_a_picture_or_weights_say_is_searched_too(tmp_path: Path) -> None:
+    token = "hf_" + "a1B2" * 9
+    info = PngInfo()
+    info.add_text("comment", token)
+    (tmp_path / "a").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "a" / "picture.png", pnginfo=info)
+    (tmp_path / "b").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "b" / "w.safetensors", metadata={"by": token})
+    for folder in ("a", "b"):
+        with pytest.raises(PublishError, match="would hold"):
+            refuse_secrets(tmp_path / folder)
+
+
+def test_only_a_pipelines_own_files_are_copied(tmp_path: Path, run: Path) -> None:
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(run / "pipeline", pipeline)
+    for stray in (
+        "unet/notes.json",
+        "unet/other.safetensors",
+        "unet/vdm_hub.py",
+        "unet/model.bin",
+        "pipeline.py",
+        ".env",
+    ):
+        (pipeline / stray).write_bytes(b"{}")
+    own = {"unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json"}
+    own |= {"unet/diffusion_pytorch_model-00001-of-00002.safetensors"}
+    for name in own:
+        (pipeline / name).write_bytes(b"{}")
+    copy_pipeline(pipeline, tmp_path / "copy")
+    copied = {path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*.*")}
+    usual = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
+    assert copied == own | usual | {"unet/diffusion_pytorch_model.safetensors"}
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:

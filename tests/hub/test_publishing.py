@@ -168,6 +168,59 @@ def test_a_pull_request_changes_no_branch(run: Path, tmp_path: Path) -> None:
     assert "discussions/1" in done.stdout
 
 
+PUBLISH = """
+from pathlib import Path
+from vdm_hub.hub.publishing import publish
+folder, name, how = sys.argv[1:]
+answer(publish(Path(folder), name, create_pr=how == "pr", remote_code=how == "code").commit)
+"""
+
+
+def test_another_model_takes_the_place_of_all_of_the_former_one(run: Path, tmp_path: Path) -> None:
+    """Directly or as a pull request, the tree is the same; and the side branches no longer hold the former model."""
+    former = write_run(tmp_path / "former", stock=True, noise_schedule="cosine")
+    (run / "samples.png").rename(run / "kept.png")
+    with LoopbackHub() as hub, Client(hub.environment(tmp_path / "home")) as client:
+        for name in ("me/direct", "me/request"):
+            client.run(PUBLISH, former, name, "code")
+        stray = hub.repositories["me/request"].at("main").files | {"pipeline.py": Blob(b"import os")}
+        hub.repositories["me/request"].commit("main", "what diffusers would run", stray)
+        commit = client.run(PUBLISH, run, "me/direct", "main")
+        client.run(PUBLISH, run, "me/request", "pr")
+    (run / "kept.png").rename(run / "samples.png")
+    direct, request = hub.repositories["me/direct"], hub.repositories["me/request"]
+    expected = MAIN_FILES - {"images/samples.png"}
+    assert set(files(direct)) == set(files(request, "refs/pr/1")) == expected
+    assert all(
+        files(direct)[path].sha256 == files(request, "refs/pr/1")[path].sha256 for path in expected - {"README.md"}
+    )
+    for side in ("diffusers", "remote-code"):
+        assert set(files(direct, side)) == {"README.md"}
+        assert commit in files(direct, side)["README.md"].content.decode()
+        assert len(files(request, side)) > 1, "a pull request touches no branch"
+
+
+def test_another_branch_has_sides_of_its_own(tmp_path: Path) -> None:
+    stock = write_run(tmp_path / "stock", stock=True)
+    with LoopbackHub() as hub:
+        done = vdm_hub(hub.environment(tmp_path / "home"), "publish", stock, "me/tiny", "--revision", "v2")
+        assert done.returncode == 0, done.stderr
+    assert set(hub.repositories["me/tiny"].branches) == {"main", "v2", "v2-diffusers"}
+
+
+def test_weights_travel_by_xet_and_its_failures_are_explained(run: Path, tmp_path: Path) -> None:
+    quick = "import time; time.sleep = lambda seconds: None\n"
+    with LoopbackHub() as hub, Client(hub.environment(tmp_path, xet=True)) as client:
+        with pytest.raises(AssertionError, match="PublishError: publishing to me/tiny failed") as failed:
+            client.run(quick + PUBLISH, run, "me/tiny", "main")
+        assert files(hub.repositories["me/tiny"]) == {}
+    assert "check the network" in str(failed.value)
+    store = tmp_path / "store"
+    with LoopbackHub(xet_folder=store) as hub, Client(hub.environment(tmp_path, xet=True)) as client:
+        client.run(PUBLISH, run, "me/tiny", "main")
+    assert set(files(hub.repositories["me/tiny"])) == MAIN_FILES
+
+
 def test_a_dry_run_writes_what_a_publication_sends_and_asks_nobody(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stock=True)
     with LoopbackHub() as hub:
@@ -209,6 +262,7 @@ REFUSED = {
     "public, but private was asked for": (("you/public", "--private"), "hf_loopback", "is public"),
     "the twin's own branch": (("me/tiny", "--revision", "diffusers"), "hf_loopback", "stock twin"),
     "code in a pull request": (("me/tiny", "--create_pr", "--remote_code"), "hf_loopback", "leave out --remote_code"),
+    "a private pull request": (("you/public", "--create_pr", "--private"), "hf_loopback", "leave out --private"),
     "a pull request to nobody": (("you/absent", "--create_pr"), "hf_loopback", "check the name"),
     "no such evaluation": (("me/tiny", "--evaluation", "absent.json"), "hf_loopback", "is no file"),
     "a place without a dry run": (("me/tiny", "--output_dir", "x"), "hf_loopback", "only with --dry_run"),

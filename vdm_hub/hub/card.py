@@ -22,7 +22,12 @@ from vdm_hub.version import __version__
 TASK = "unconditional-image-generation"
 _TAGS = ("variational-diffusion", "vdm", "likelihood", "bits-per-dimension")
 _COMMANDS_WORD = re.compile(r"[\w./:\[\]%+-]+")
+_DATASETS = {
+    "digits": "the hand-written digits of scikit-learn ([`load_digits`]"
+    "(https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html))"
+}
 _AUGMENTATION = {"random_flip": "left-right flips", "random_crop": "random crops"}
+_METHODS = {"bound": "the variational bound, estimated by Monte Carlo,"}
 _PROTOCOL = ("standard_error", "standard_error_over_images", "num_images", "replicates", "transitions", "method")
 
 
@@ -76,7 +81,8 @@ def plain(text: Any) -> str:
 def plugin_packages(pipeline: VDMPipeline) -> dict[str, str]:
     """The plugin packages that a pipeline's config names, with the versions that it was saved with."""
     carried = {} if pipeline.noise_schedule is None else registry.packages(pipeline.noise_schedule.config)
-    return registry.packages(pipeline.scheduler.config) | carried
+    named = registry.packages(pipeline.scheduler.config) | carried
+    return {package: re.sub(r"[^\w.+!-]", "", version) for package, version in named.items()}
 
 
 # ---- metadata ---------------------------------------------------------------------------------------------------
@@ -171,6 +177,7 @@ def _facts(source: Source, pipeline: VDMPipeline, edition: Edition) -> dict[str,
         "parameters": f"{pipeline.unet.num_parameters():,}",
         "plugins": plugin_packages(pipeline),
         "recipe": bool(recipe),
+        "own_dataset": _option(recipe.get("dataset_name") or "..."),
         "made_text": _made(run),
         "command": _training_command(run),
         "versions": ", ".join(f"{plain(k)} {plain(v)}" for k, v in (run.get("versions") or {}).items()),
@@ -191,7 +198,7 @@ def _dataset(recipe: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any
     done = run.get("augmentation") or {"random_flip": recipe.get("random_flip")}
     augmentation = [words for key, words in _AUGMENTATION.items() if done.get(key)]
     return {
-        "text": plain(name) + (f" ({plain(config)})" if config else ""),
+        "text": _DATASETS.get(name, plain(name)) + (f" ({plain(config)})" if config else ""),
         "split": plain(recipe.get("train_split") or ""),
         "images": recorded.get("images"),
         "fingerprint": recorded.get("fingerprint"),
@@ -210,7 +217,8 @@ def _bound(source: Source, edition: Edition) -> dict[str, Any] | None:
     dataset = dict(report.get("dataset") or {})
     measured = plain(f"{report.get('num_images')} {dataset.get('split') or ''}")
     is_bound = bool(report.get("is_bound", True))
-    time = "continuous time" if report.get("transitions") is None else f"{report['transitions']} transitions"
+    steps = report.get("transitions")
+    time = "continuous time (infinitely many transitions)" if steps is None else f"{steps} transitions"
     return {
         "symbol": "at most" if is_bound else "an estimated",
         "is_bound": is_bound,
@@ -221,13 +229,19 @@ def _bound(source: Source, edition: Edition) -> dict[str, Any] | None:
         "meaning": "An upper bound on the negative log-likelihood, `-log2 p(x) / dim`."
         if is_bound
         else "An estimate of the negative log-likelihood, `-log2 p(x) / dim`; no bound.",
-        "protocol": f"Method {plain(report.get('method', 'bound'))}, {time}, {report.get('replicates')} replicates, "
+        "protocol": f"Method: {plain(_METHODS.get(report.get('method', 'bound'), report.get('method')))} in {time}; "
+        f"{report.get('replicates')} replicates, "
         f"{measured} images of {plain(dataset.get('name') or 'an unnamed dataset')}, "
         f"{report.get('network_evaluations') or 0:,} network evaluations in all.",
         "measured": measured,
         "resized": bool(dataset.get("resized", source.recipe.get("resolution") is not None)),
         "command": _evaluation_command(source, edition, dataset, report),
     }
+
+
+def _option(value: Any) -> str:
+    """A word of a command line, or an ellipsis where it would not be one."""
+    return str(value) if _COMMANDS_WORD.fullmatch(str(value)) else "..."
 
 
 def _error(value: float | None) -> str:

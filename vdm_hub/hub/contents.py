@@ -14,16 +14,17 @@ from huggingface_hub import get_token
 
 from vdm_hub.errors import CheckpointError, PublishError
 from vdm_hub.evaluation.provenance import public_name
+from vdm_hub.hub.records import read_evaluation, read_object, read_recipe, read_run
 
 INDEX = "model_index.json"
-PIPELINE_FILES = (".json", ".safetensors")
+_COMPONENT_FILE = re.compile(r"(scheduler_)?config\.json|diffusion_pytorch_model[\w.-]*\.(json|safetensors)")
 RECORDS = ("evaluation.json", "history.json", "run.json")
 PICTURES = ("samples.png", "schedule.png", "training_curve.png")
 RECIPE = "recipe.yaml"
 
 # Of a recipe, what says where this run lay and what it sent, rather than what it did.
 _OWN_AFFAIRS = ("recipe", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo")
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ def read_source(folder: Path, evaluation: Path | None = None) -> Source:
         )
     run = pipeline.resolve().parent
     if pipeline.resolve().name != "pipeline" or not (run / RECIPE).is_file():
-        return Source(pipeline, evaluation=_read_json(evaluation) if evaluation else {})
+        return Source(pipeline, evaluation=read_evaluation(evaluation) if evaluation else {})
     return Source(
         pipeline,
-        recipe=published_recipe(_read_yaml(run / RECIPE)),
-        evaluation=_read_json(evaluation or run / "evaluation.json"),
-        history=_read_json(run / "history.json"),
-        run=_read_json(run / "run.json"),
+        recipe=published_recipe(read_recipe(run / RECIPE)),
+        evaluation=read_evaluation(evaluation or run / "evaluation.json"),
+        history=read_object(run / "history.json"),
+        run=read_run(run / "run.json"),
         pictures={name: run / name for name in PICTURES if (run / name).is_file()},
     )
 
@@ -90,14 +91,14 @@ def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def copy_pipeline(pipeline: Path, destination: Path) -> None:
     """The index, configs and weights of a pipeline, and nothing else that lies there."""
-    index = _read_json(pipeline / INDEX)
+    index = read_object(pipeline / INDEX)
     components = [name for name, value in index.items() if isinstance(value, list)]
     destination.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in index.items() if key != "_name_or_path"}  # diffusers notes a local path there
     (destination / INDEX).write_text(json.dumps(kept, indent=2) + "\n")
     for component in components:
         for path in sorted((pipeline / component).glob("*")):
-            if path.is_file() and path.suffix in PIPELINE_FILES:
+            if path.is_file() and _COMPONENT_FILE.fullmatch(path.name):
                 (destination / component).mkdir(exist_ok=True)
                 shutil.copyfile(path, destination / component / path.name)
 
@@ -116,27 +117,34 @@ def copy_records(source: Source, destination: Path) -> None:
 
 
 def refuse_secrets(folder: Path) -> None:
-    """Refuse to send a text file that holds a token.
+    """Refuse to send a file that holds a token, in its text or in what a picture or weights say of themselves.
 
     Raises:
         PublishError: With the file's name, and never the token.
     """
     token = get_token()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".md", ".yaml", ".py"):
-            text = path.read_text(errors="replace")
-            if _TOKEN.search(text) or (token and token in text):
+        if path.is_file():
+            text = _header(path) if path.suffix == ".safetensors" else path.read_bytes()
+            if _TOKEN.search(text) or (token and token.encode() in text):
                 raise PublishError(
                     f"{path.relative_to(folder)} would hold a Hugging Face token: nothing was sent. Take it out "
                     f"of the recipe or the file that it came from, and revoke it if others may have seen it."
                 )
 
 
+def _header(weights: Path) -> bytes:
+    """The part of a safetensors file before the weights."""
+    with weights.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, 100_000_000))
+
+
 def is_managed(path: str, components: set[str]) -> bool:
-    """Whether a file on the Hub is one that a publication writes, and so may remove."""
+    """Whether a file on the Hub is one that a publication may remove: what it writes, or what diffusers would run."""
     top, _, rest = path.partition("/")
     if not rest:
-        return top in (*RECORDS, RECIPE, INDEX)
+        return top in (*RECORDS, RECIPE, INDEX, "pipeline.py")
     return top in components or (top == "images" and rest in PICTURES)
 
 
@@ -144,23 +152,3 @@ def components_of(paths: set[str]) -> set[str]:
     """The folders of a repository that hold a component of a pipeline."""
     configs = ("config.json", "scheduler_config.json")
     return {path.split("/")[0] for path in paths if path.count("/") == 1 and path.endswith(configs)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): make it again, or remove it.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object: make it again, or remove it.")
-    return content
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): make it again, or remove it.") from error
-    return content if isinstance(content, dict) else {}

@@ -32,6 +32,7 @@ from vdm_hub.version import __version__
 __all__ = ["Publication", "check_ready", "publish", "write_publication"]
 
 TWIN_BRANCH, CODE_BRANCH = "diffusers", "remote-code"
+_NO_TWIN_IN_REQUEST = "this model came as a pull request, which brings one branch alone."
 _TWIN_IMAGES, _TWIN_STEPS = 16, 50
 
 
@@ -91,9 +92,10 @@ def publish(
 ) -> Publication:
     """Publish a run, or a pipeline alone.
 
-    The stock twin goes to the branch ``diffusers`` and the carried code to ``remote-code``, before one commit on
-    ``revision`` that brings everything else and names their commits. So whatever fails, that branch is as it was, or
-    complete; and the next publication goes on from there.
+    The stock twin goes to the branch ``diffusers`` and the carried code to ``remote-code`` (beside another revision
+    than main: ``v2-diffusers``, ``v2-remote-code``), before one commit on ``revision`` that brings everything else and
+    names their commits. So whatever fails, that branch is as it was, or complete; and the next publication goes on
+    from there. A side branch that this model has no use for is emptied afterwards.
 
     Args:
         folder: A run's folder, or the pipeline's in it, or a pipeline alone.
@@ -109,16 +111,15 @@ def publish(
         CheckpointError: There is no pipeline, or it is damaged.
         PublishError: The Hub, or the token, did not let it happen.
     """
-    if create_pr and remote_code:
-        raise ConfigurationError("a pull request brings no carried code: leave out --remote_code, or --create_pr.")
+    if create_pr and (remote_code or private):
+        option = "--remote_code" if remote_code else "--private"
+        raise ConfigurationError(f"a pull request goes to one branch of a repository as it is: leave out {option}.")
     _check_revision(revision)
     repository = HubRepository(repo_id)
     edition = Edition(repo_id, revision, license)
     with prepared_publication(folder, edition, evaluation, twin=not create_pr, remote_code=remote_code) as prepared:
         if create_pr:
-            edition = replace(prepared.edition, no_twin="")
-            url = repository.open_pull_request(prepared.write_card(edition), _title(), revision)
-            return Publication(repository.repo_id, url, None)
+            return _request(prepared, repository)
         return send(prepared, repository, private)
 
 
@@ -145,15 +146,16 @@ def write_publication(
     with prepared_publication(folder, edition, evaluation, twin=True, remote_code=remote_code) as prepared:
         named = replace(
             prepared.edition,
-            twin=TWIN_BRANCH if TWIN_BRANCH in prepared.folders else None,
-            remote_code=CODE_BRANCH if remote_code else None,
+            twin=_side(TWIN_BRANCH, revision) if TWIN_BRANCH in prepared.folders else None,
+            remote_code=_side(CODE_BRANCH, revision) if remote_code else None,
+            remote_code_branch=_side(CODE_BRANCH, revision),
         )
         prepared.write_card(named)
         if output.exists():
             output.rmdir()
         with written_beside(output) as beside:
             for branch, staged in prepared.folders.items():
-                shutil.copytree(staged, beside / (revision if branch == MAIN else branch))
+                shutil.copytree(staged, beside / (revision if branch == MAIN else _side(branch, revision)))
     return sorted(path.relative_to(output) for path in output.rglob("*") if path.is_file())
 
 
@@ -189,7 +191,7 @@ def prepared_publication(
 def _check_evaluation(source: Source, pipeline: VDMPipeline) -> None:
     """Refuse to put a figure on the card that other weights reached."""
     measured = source.evaluation.get("weights")
-    if measured is not None and measured != weights_fingerprint(pipeline):
+    if source.evaluation and measured != weights_fingerprint(pipeline):
         raise CheckpointError(
             f"the evaluation beside {source.pipeline} was measured with other weights (fingerprint "
             f"{str(measured)[:20]}...): measure these by `vdm-hub evaluate {source.pipeline} --dataset_name ... "
@@ -215,23 +217,57 @@ def send(prepared: Prepared, repository: HubRepository, private: bool | None = N
     branch = prepared.edition.revision
     repository.ensure_branch(branch)
     parent = repository.head(branch)
+    twin, code = _side(TWIN_BRANCH, branch), _side(CODE_BRANCH, branch)
+    former = {twin, code} & repository.branches()
     commits = {
-        side: _mirror(repository, prepared.folders[side], side)
-        for side in (TWIN_BRANCH, CODE_BRANCH)
-        if side in prepared.folders
+        side: _mirror(repository, prepared.folders[kind], side)
+        for kind, side in ((TWIN_BRANCH, twin), (CODE_BRANCH, code))
+        if kind in prepared.folders
     }
     edition = replace(
         prepared.edition,
         repo_id=repository.repo_id,
-        twin=commits.get(TWIN_BRANCH),
-        remote_code=commits.get(CODE_BRANCH),
+        twin=commits.get(twin),
+        remote_code=commits.get(code),
+        remote_code_branch=code,
     )
     staged = prepared.write_card(edition)
+    commit = repository.commit(staged, _title(), branch, parent, _stale(repository, staged, parent))
+    for side in former - set(commits):
+        _mirror(repository, _farewell(staged, side, commit), side)
+    return Publication(repository.repo_id, repository.url, commit, edition.twin, edition.remote_code)
+
+
+def _request(prepared: Prepared, repository: HubRepository) -> Publication:
+    """Open a pull request with what `send` would commit."""
+    branch = prepared.edition.revision
+    parent = repository.head(branch)
+    staged = prepared.write_card(replace(prepared.edition, no_twin=_NO_TWIN_IN_REQUEST))
+    url = repository.open_pull_request(staged, _title(), branch, parent, _stale(repository, staged, parent))
+    return Publication(repository.repo_id, url, None)
+
+
+def _stale(repository: HubRepository, staged: Path, parent: str) -> list[str]:
+    """What an earlier publication left at a commit, and this one does not have."""
     there = set(repository.files(parent))
     here = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
-    stale = [path for path in sorted(there - here) if is_managed(path, components_of(there))]
-    commit = repository.commit(staged, _title(), branch, parent, stale)
-    return Publication(repository.repo_id, repository.url, commit, edition.twin, edition.remote_code)
+    return [path for path in sorted(there - here) if is_managed(path, components_of(there))]
+
+
+def _side(side: str, branch: str) -> str:
+    """The branch beside main, or beside another branch, that holds the twin or the carried code."""
+    return side if branch == MAIN else f"{branch}-{side}"
+
+
+def _farewell(staged: Path, side: str, commit: str) -> Path:
+    """A folder that tells who loads a side branch why it holds no model any more."""
+    folder = staged.with_name(f"{side.replace('/', '-')}-gone")
+    folder.mkdir()
+    (folder / "README.md").write_text(
+        f"This branch belonged to an earlier model. The present one, {commit}, was published without it: see its "
+        f"card.\n"
+    )
+    return folder
 
 
 def _mirror(repository: HubRepository, folder: Path, branch: str) -> str:

@@ -21,6 +21,7 @@ from vdm_hub.version import __version__
 MAIN = "main"
 _ATTEMPTS = 3
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
+_NO_ANSWER = (ConnectionError, TimeoutError)  # as an upload by Xet raises them, whatever the reason
 _LOGGER = logging.getLogger(__name__)
 
 R = TypeVar("R")
@@ -90,6 +91,11 @@ class HubRepository:
         """The commit that a branch is at."""
         return str(self._info(revision).sha)
 
+    def branches(self) -> set[str]:
+        """The names of its branches."""
+        refs = self._retried(lambda: self._api.list_repo_refs(self.repo_id))
+        return {ref.name for ref in refs.branches}
+
     def ensure_branch(self, branch: str) -> None:
         """Create a branch at main's commit, where there is none of that name."""
         if branch != MAIN:
@@ -145,12 +151,20 @@ class HubRepository:
 
         return self._retried(attempt)
 
-    def open_pull_request(self, folder: Path, message: str, revision: str) -> str:
-        """One commit as a pull request; returns its address. Sent once: a second one would be a second request."""
+    def open_pull_request(
+        self, folder: Path, message: str, branch: str, parent: str, delete: Iterable[str] = ()
+    ) -> str:
+        """`commit` as a pull request; returns its address. Sent once: a second one would be a second request."""
+        deletions = [CommitOperationDelete(path) for path in delete]
 
         def attempt() -> str:
             made = self._api.create_commit(
-                self.repo_id, list(_additions(folder)), commit_message=message, revision=revision, create_pr=True
+                self.repo_id,
+                [*_additions(folder), *deletions],
+                commit_message=message,
+                revision=branch,
+                create_pr=True,
+                parent_commit=parent,
             )
             return str(made.pr_url)
 
@@ -182,7 +196,7 @@ class HubRepository:
     def _translated(self, call: Callable[[], R]) -> R:
         try:
             return call()
-        except (HTTP_ERROR, RuntimeError) as error:
+        except (HTTP_ERROR, RuntimeError, *_NO_ANSWER) as error:
             raise PublishError(self._explain(_cause(error))) from error
 
     def _explain(self, error: BaseException) -> str:
@@ -226,7 +240,9 @@ def _status(error: BaseException) -> int | None:
 def _is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed in a moment: no answer at all, or one that says so."""
     error = _cause(error)
-    return isinstance(error, HTTP_ERROR) and (not isinstance(error, HfHubHTTPError) or _status(error) in _TRANSIENT)
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in _TRANSIENT
+    return isinstance(error, (HTTP_ERROR, *_NO_ANSWER))
 
 
 def _wait(state: RetryCallState) -> float:
