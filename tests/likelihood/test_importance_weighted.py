@@ -1,0 +1,277 @@
+"""Importance-weighted bounds against models whose log p(x) is known: linear-Gaussian chains and exact flows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import registered
+from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
+from vdm_hub.diffusion.conditioning import AffineConditioning
+from vdm_hub.diffusion.noise_schedules import LinearSchedule
+from vdm_hub.errors import ConfigurationError, NonFiniteLossError
+from vdm_hub.likelihood.importance_weighted import (
+    effective_sample_size,
+    estimate_importance_weighted,
+    estimate_importance_weighted_flow,
+    log_mean_exp,
+)
+from vdm_hub.likelihood.probability_flow import ProbabilityFlow, estimate_probability_flow
+from vdm_hub.likelihood.variational_bound import VDMObjective
+
+LEVELS, FIRST, LAST = 5, -1.5, 3.0
+VARIANCE = 0.2
+every_target = pytest.mark.parametrize("target", registered.names("parameterizations"))
+
+
+def chain_objective(transitions: int | None, target: str = "epsilon", **fields: Any) -> VDMObjective:
+    """A linear-Gaussian reverse model on five levels."""
+    process = registered.process(LinearSchedule(FIRST, LAST), target, num_levels=LEVELS, **fields)
+    return VDMObjective(ExactDenoiser(Mixture.gaussian(VARIANCE), process), process, transitions)
+
+
+def images(levels: Tensor, size: int | None = None) -> Callable[[], list[dict[str, Tensor]]]:
+    parts = torch.arange(len(levels)).split(size or len(levels))
+    return lambda: [{"levels": levels[part], "indices": part} for part in parts]
+
+
+def repeated(level: int, count: int) -> Tensor:
+    return torch.full((count, 1), level)
+
+
+def log_p(level: int, transitions: int) -> float:
+    """``log p(x)`` of the chain, written out in alpha-bar: z_0 is Gaussian, and p(x|z_0) is summed over a grid."""
+    bar = [1 / (1 + math.exp(FIRST + (LAST - FIRST) * t / transitions)) for t in range(transitions + 1)]
+    variance = 1.0
+    for t in range(transitions, 0, -1):
+        a = bar[t] / bar[t - 1]
+        denoise = math.sqrt(bar[t]) * VARIANCE / (bar[t] * VARIANCE + 1 - bar[t])
+        gain = (math.sqrt(a) * (1 - bar[t - 1]) + math.sqrt(bar[t - 1]) * (1 - a) * denoise) / (1 - bar[t])
+        variance = gain**2 * variance + (1 - a) * (1 - bar[t - 1]) / (1 - bar[t])
+    z = torch.linspace(-12, 12, 20001, dtype=torch.float64) * math.sqrt(variance)
+    density = torch.exp(-0.5 * z**2 / variance)
+    centres = 2 * (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS - 1
+    decoder = (-0.5 * (z[:, None] / math.sqrt(bar[0]) - centres) ** 2 * bar[0] / (1 - bar[0])).log_softmax(1)
+    return float(torch.log((density / density.sum()) @ decoder[:, level].exp()))
+
+
+def exact_bound(objective: VDMObjective, level: int, nodes: int = 201) -> dict[str, float]:
+    """Each term of `VDMObjective`'s own finite-T bound, its expectation over t and eps by quadrature."""
+    transitions = objective.transitions
+    assert transitions is not None
+    eps = torch.linspace(-8, 8, nodes)
+    weights = torch.exp(-0.5 * eps.double() ** 2)
+    weights = (weights / weights.sum()).repeat(transitions) / transitions
+    count = nodes * transitions
+    noise = {"marginal": eps.repeat(transitions)[:, None], "reconstruction": eps.repeat(transitions)[:, None]}
+    times = (torch.arange(transitions).repeat_interleave(nodes) + 0.5) / transitions
+    bound = objective({"levels": repeated(level, count)}, times, noise)
+    return {name: float(term.double() @ weights) for name, term in bound.terms.items()}
+
+
+# ---- chains ---------------------------------------------------------------------------------------------------------
+
+
+@every_target
+@pytest.mark.parametrize("transitions", [1, 4])
+def test_one_chain_has_the_finite_bound_as_its_expectation_term_by_term(transitions: int, target: str) -> None:
+    count, level = 6000, 3
+    objective = chain_objective(transitions, target)
+    report = estimate_importance_weighted(
+        objective, images(repeated(level, count)), count, chains=1, replicates=1, seed=transitions
+    )
+    expected = exact_bound(objective, level)
+    for name, term in report.terms_per_image.items():
+        error = float(term.std()) / math.sqrt(count)
+        assert float(term.mean()) == pytest.approx(expected.get(name, 0.0), abs=5 * error + 1e-5), name
+    assert float(report.terms_per_image["diffusion"].std()) > 0.1, "a chain's own terms, not their expectations"
+
+
+@pytest.mark.parametrize(("transitions", "level"), [(1, 4), (2, 0), (3, 2)])
+def test_many_chains_find_the_log_likelihood(transitions: int, level: int) -> None:
+    exact, count, chains = log_p(level, transitions), 40, 300
+    objective = chain_objective(transitions)
+    report = estimate_importance_weighted(
+        objective, images(repeated(level, count)), count, chains, replicates=1, seed=level
+    )
+    error = float(report.log_likelihood.std()) / math.sqrt(count)
+    assert error < 0.01
+    # To second order, the logarithm of a mean lies half of its variance below the logarithm of the expectation.
+    lost = 0.5 * float(report.log_likelihood.var())
+    assert float(report.log_likelihood.mean()) == pytest.approx(exact - lost, abs=5 * error)
+    assert -sum(exact_bound(objective, level).values()) < exact - 0.05, "the bound itself is not there yet"
+
+
+def rises(few: Tensor, more: Tensor) -> bool:
+    """Whether the mean over images rises, beyond five standard errors of the paired differences."""
+    difference = more - few
+    return float(difference.mean()) > 5 * float(difference.std()) / math.sqrt(len(difference))
+
+
+def test_the_bound_rises_with_the_number_of_chains_and_never_passes_the_log_likelihood() -> None:
+    level, transitions, count = 4, 2, 2500
+    objective, exact, values = chain_objective(transitions), log_p(level, transitions), []
+    for chains in (1, 4, 16):
+        report = estimate_importance_weighted(objective, images(repeated(level, count)), count, chains, 1, seed=9)
+        values.append(report.log_likelihood)
+        gain = report.terms_per_image["importance_weighting"]
+        assert float(gain.max()) <= 1e-12 and (chains == 1) == bool((gain.abs() < 1e-12).all())
+        diagnosis = report.to_dict()["importance_weights"]
+        assert 1 - 1e-9 <= diagnosis["effective_sample_size_min"] <= diagnosis["effective_sample_size_mean"]
+        assert diagnosis["effective_sample_size_mean"] <= chains
+    assert rises(values[0], values[1]) and rises(values[1], values[2])
+    assert not rises(torch.full((count,), exact), values[2])
+    assert rises(torch.full((count,), exact), values[2] + math.log(16)), "without its -log K it would pass"
+
+
+class Knows(nn.Module):
+    """The posterior's own mean: it knows that all data are level 2, x = 0."""
+
+    def __init__(self, objective: VDMObjective) -> None:
+        super().__init__()
+        self.conditioning = objective.process.conditioning
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool) -> tuple[Tensor]:
+        _, sigma = alpha_sigma(self.conditioning.inverse(timestep))
+        return (sample / sigma[:, None],)
+
+
+def test_a_reverse_model_that_is_the_posterior_costs_nothing_on_any_draw() -> None:
+    objective = chain_objective(5)
+    objective.network = Knows(objective)
+    report = estimate_importance_weighted(objective, images(repeated(2, 50)), 50, chains=3, replicates=1)
+    assert float(report.terms_per_image["diffusion"].abs().max()) < 1e-12
+    assert float(report.terms_per_image["prior"].std()) > 0.01
+
+
+def test_the_report_counts_every_evaluation_and_does_not_depend_on_the_batch() -> None:
+    levels = torch.arange(4)[:, None]
+    for decoder, extra in (("factorised", 0), ("ddpm", 1)):
+        objective = chain_objective(3, decoder=decoder)
+        calls: list[int] = []
+        objective.network.register_forward_pre_hook(lambda _, arguments, calls=calls: calls.append(len(arguments[0])))
+        whole = estimate_importance_weighted(objective, images(levels), 4, chains=5, replicates=2)
+        assert whole.network_evaluations == sum(calls) == 2 * 4 * 5 * (3 + extra)
+        assert (whole.method, whole.is_bound, whole.transitions) == ("importance_weighted", True, 3)
+        assert list(whole.terms_per_image) == ["reconstruction", "prior", "diffusion", "importance_weighting"]
+        parts = estimate_importance_weighted(objective, images(levels, 3), 4, chains=5, replicates=2)
+        for name, term in whole.terms_per_image.items():
+            torch.testing.assert_close(parts.terms_per_image[name], term, rtol=1e-9, atol=1e-9)
+
+
+# ---- flows ----------------------------------------------------------------------------------------------------------
+
+DATA = Mixture(*(torch.tensor(v, dtype=torch.float64) for v in ([-0.5, 0.45], [0.01, 0.005], [0.4, 0.6])))
+GAMMA_0 = -4.0
+
+
+def flow_objective() -> VDMObjective:
+    process = registered.process(LinearSchedule(GAMMA_0, 30.0), num_levels=LEVELS)
+    return VDMObjective(ExactDenoiser(DATA, process), process)
+
+
+def log_mass(level: int) -> float:
+    """``log P`` of a level: the marginal's mass in its bin."""
+    alpha = math.sqrt(1 / (1 + math.exp(GAMMA_0)))
+    edges = alpha * torch.tensor([2 * level / LEVELS - 1, 2 * (level + 1) / LEVELS - 1], dtype=torch.float64)
+    deviation = (alpha**2 * DATA.variances + 1 - alpha**2).sqrt()
+    return float((torch.special.ndtr((edges[:, None] - alpha * DATA.means) / deviation) @ DATA.weights).diff().log())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "truncated_normal"])
+@pytest.mark.parametrize("level", [0, 2])
+def test_many_dequantised_flows_find_the_mass_of_a_level(level: int, kind: str) -> None:
+    flow = ProbabilityFlow(kind, "exact", tolerance=1e-4)
+    count, values = 500, []
+    for draws in (1, 4, 20):
+        report = estimate_importance_weighted_flow(
+            flow_objective(), images(repeated(level, count)), count, flow, draws, 1, seed=level
+        )
+        values.append(report.log_likelihood)
+    exact = torch.full((count,), log_mass(level))
+    assert rises(values[0], values[1]) and values[1].mean() < values[2].mean() and not rises(exact, values[2])
+    error = float(values[2].std()) / math.sqrt(count)
+    lost = 0.5 * float(values[2].var())
+    assert error < 0.03
+    assert float(values[2].mean()) == pytest.approx(log_mass(level) - lost, abs=5 * error + 1e-3)
+
+
+def test_one_dequantised_flow_has_the_plain_likelihood_as_its_expectation() -> None:
+    flow, count, level = ProbabilityFlow("truncated_normal", "exact", tolerance=1e-4), 400, 1
+    arguments = (flow_objective(), images(repeated(level, count)), count, flow, 1, 1)
+    weighted = estimate_importance_weighted_flow(*arguments)
+    plain = estimate_probability_flow(*arguments[:-1], seed=0)
+    difference = weighted.log_likelihood - plain.log_likelihood  # log q against its mean, on the same draws
+    assert float(difference.std()) > 0.05
+    assert abs(float(difference.mean())) < 5 * float(difference.std()) / math.sqrt(count)
+
+
+def test_stochastic_divergences_are_noted_as_biased_and_the_exact_one_is_not() -> None:
+    levels, notes = torch.tensor([[1]]), {}
+    for divergence in ("rademacher", "exact"):
+        flow = ProbabilityFlow(divergence=divergence, tolerance=1e-3)
+        report = estimate_importance_weighted_flow(flow_objective(), images(levels), 1, flow, draws=2, replicates=2)
+        notes[divergence] = " ".join(report.to_dict()["notes"])
+        assert report.is_bound is False and report.to_dict()["importance_weights"]["draws"] == 2
+    assert "biases importance weights" in notes["rademacher"] and "biases" not in notes["exact"]
+
+
+# ---- weights and refusals -------------------------------------------------------------------------------------------
+
+
+def test_equal_weights_are_their_own_mean_and_one_that_outweighs_all_counts_once() -> None:
+    torch.testing.assert_close(log_mean_exp(torch.full((7, 2), -900.0)), torch.tensor([-900.0, -900.0]))
+    weights = torch.tensor([[0.0], [-1e4], [-1e4], [-1e4]])
+    assert float(log_mean_exp(weights)) == pytest.approx(-math.log(4))
+    assert float(effective_sample_size(weights)) == pytest.approx(1)
+    assert float(effective_sample_size(torch.full((7, 1), -900.0, dtype=torch.float64))) == pytest.approx(7)
+
+
+def test_noise_in_the_logarithm_of_weights_biases_them_upwards() -> None:
+    """Why random-time estimates are refused: unbiased noise of variance v adds v/2 in the limit."""
+    noise = 0.8 * torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert float(log_mean_exp(-1.0 + noise)) == pytest.approx(-1.0 + 0.8**2 / 2, abs=0.02)
+
+
+def test_random_times_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="whole chains"):
+        estimate_importance_weighted(chain_objective(None), images(repeated(1, 1)), 1)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_draws_are_refused(count: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"chains is {count}"):
+        estimate_importance_weighted(chain_objective(2), images(repeated(1, 1)), 1, chains=count)
+    with pytest.raises(ConfigurationError, match=f"draws is {count}"):
+        estimate_importance_weighted_flow(flow_objective(), images(repeated(1, 1)), 1, draws=count)
+
+
+def test_a_gamma_per_pixel_is_refused() -> None:
+    schedule = PerPixelSchedule(-4.0, 5.0, tilt=torch.zeros(1), bump=torch.zeros(1))
+    process = registered.process(schedule, conditioning=AffineConditioning(-4.0, 5.0), num_levels=LEVELS)
+    objective = VDMObjective(ExactDenoiser(DATA, process), process, 2)
+    with pytest.raises(ConfigurationError, match="PerPixelSchedule"):
+        estimate_importance_weighted(objective, images(repeated(1, 1)), 1)
+
+
+class Broken(ExactDenoiser):
+    """Infinite for data that end high."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False, **_: Any) -> tuple[Tensor]:
+        (output,) = super().forward(sample, timestep)
+        return (torch.where(sample.mean(1, keepdim=True) > 3, torch.inf, output),)
+
+
+def test_the_image_whose_term_is_not_finite_is_named() -> None:
+    objective = chain_objective(2)
+    objective.process.schedule = LinearSchedule(-20.0, -18.0)
+    objective.process.scaling.first = 0.0
+    objective.process.scaling.spacing = 1.0
+    objective.network = Broken(Mixture.gaussian(1.0), objective.process)
+    with pytest.raises(NonFiniteLossError, match="diffusion term of image 2 "):
+        estimate_importance_weighted(objective, images(torch.tensor([[0], [1], [4]])), 3, chains=1)

@@ -1,0 +1,417 @@
+"""The probability-flow likelihood: exact densities of Gaussians and mixtures, divergences, tolerances and draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import scipy.integrate
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+import registered
+from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
+from vdm_hub.diffusion.conditioning import AffineConditioning
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
+from vdm_hub.errors import ConfigurationError, NonFiniteLossError
+from vdm_hub.likelihood.probability_flow import ProbabilityFlow, estimate_probability_flow, flow_density
+from vdm_hub.likelihood.variational_bound import VDMObjective
+
+NATS = 1e-4
+FIRST, LAST = -7.0, 30.0  # so late an end that nothing of the data is left in z_1
+every_target = pytest.mark.parametrize("target", registered.names("parameterizations"))
+
+
+@dataclass(frozen=True)
+class CorrelatedMixture:
+    """A mixture of Gaussians with full covariances, and its exact network; written out in alpha and sigma."""
+
+    means: Tensor
+    covariances: Tensor
+    weights: Tensor
+
+    @classmethod
+    def random(cls, dimensions: int, components: int, seed: int = 0) -> CorrelatedMixture:
+        generator = torch.Generator().manual_seed(seed)
+        means = torch.rand(components, dimensions, generator=generator, dtype=torch.float64) * 1.6 - 0.8
+        factors = torch.randn(components, dimensions, dimensions, generator=generator, dtype=torch.float64) * 0.2
+        covariances = factors @ factors.mT + 0.01 * torch.eye(dimensions, dtype=torch.float64)
+        weights = torch.rand(components, generator=generator, dtype=torch.float64) + 0.2
+        return cls(means, covariances, weights / weights.sum())
+
+    def log_density(self, z: Tensor, gamma: Tensor) -> Tensor:
+        """``log q(z_t)``, (B,), gamma of shape (B,)."""
+        return self._joint(z, gamma)[0].logsumexp(-1)
+
+    def eps_mean(self, z: Tensor, gamma: Tensor) -> Tensor:
+        """``E[eps|z]``, from the score: no autograd, so that the flow's own derivative is the only one."""
+        joint, whitened = self._joint(z, gamma)
+        _, sigma = alpha_sigma(gamma)
+        return sigma[:, None] * (joint.softmax(-1)[..., None] * whitened).sum(1)
+
+    def _joint(self, z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = (v[:, None, None, None] for v in alpha_sigma(gamma))
+        covariance = alpha**2 * self.covariances + sigma**2 * torch.eye(z.shape[1], dtype=torch.float64)
+        distance = z[:, None] - alpha[..., 0] * self.means
+        whitened = torch.linalg.solve(covariance, distance)
+        log_normal = -0.5 * ((distance * whitened).sum(-1) + torch.logdet(2 * math.pi * covariance))
+        return self.weights.log() + log_normal, whitened
+
+
+class CorrelatedDenoiser(nn.Module):
+    def __init__(self, data: CorrelatedMixture, process: GaussianProcess) -> None:
+        super().__init__()
+        self.data, self.process = data, process
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        parameterization = self.process.parameterization
+        gamma = self.process.conditioning.inverse(timestep)
+        z = sample / parameterization.input_scale(gamma)[:, None]
+        eps = self.data.eps_mean(z, gamma)
+        alpha, sigma = (v[:, None] for v in alpha_sigma(gamma))
+        output = parameterization.target((z - sigma * eps) / alpha, eps, gamma)
+        return (output / parameterization.output_scale(gamma)[:, None],)
+
+    def bare(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self(sample, timestep)[0]
+
+
+def points(count: int, dimensions: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.rand(count, dimensions, generator=generator, dtype=torch.float64) - 1
+
+
+def first_gamma(count: int, first: float = FIRST) -> Tensor:
+    return torch.full((count,), first, dtype=torch.float64)
+
+
+# ---- exact densities ------------------------------------------------------------------------------------------------
+
+
+@every_target
+@pytest.mark.parametrize(("dimensions", "components"), [(1, 3), (2, 1), (2, 4), (3, 3)])
+def test_the_flow_has_the_density_of_gaussians_and_mixtures(dimensions: int, components: int, target: str) -> None:
+    data = CorrelatedMixture.random(dimensions, components)
+    process = registered.process(LinearSchedule(FIRST, LAST), target)
+    z = points(12, dimensions)
+    density = flow_density(process, CorrelatedDenoiser(data, process).bare, z, None, tolerance=1e-7)
+    expected = data.log_density(z, first_gamma(12))
+    assert float(expected.max() - expected.min()) > 1, "points of one density would show nothing"
+    assert float((density.log_density - expected).abs().max()) < NATS
+
+
+@pytest.mark.parametrize("believed_variance", [0.25, 1.0, 4.0])
+def test_a_linear_flow_has_its_closed_form_at_any_endpoints(believed_variance: float) -> None:
+    """``z_1 = r z_0``, so ``log p_0 = log N(r z_0; 0, 1) + log r``, far from the density of any data."""
+    process = registered.process(LinearSchedule(-4.0, 1.0), "v_prediction")
+    network = ExactDenoiser(Mixture.gaussian(believed_variance), process).bare
+    z = points(6, 1)
+
+    def deviation(gamma: float) -> float:
+        return math.sqrt((believed_variance + math.exp(gamma)) / (1 + math.exp(gamma)))
+
+    ratio = deviation(1.0) / deviation(-4.0)
+    # The diffusion of N(0, v) keeps every quantile: deviations scale as the marginal's do.
+    base = -0.5 * ((ratio * z[:, 0]) ** 2 + math.log(2 * math.pi))
+    density = flow_density(process, network, z, None, tolerance=1e-8)
+    torch.testing.assert_close(density.base_density, base, rtol=0, atol=1e-6)
+    torch.testing.assert_close(density.volume_change, torch.full((6,), math.log(ratio)).double(), rtol=0, atol=1e-6)
+
+
+def test_the_flow_agrees_with_the_textbook_ode_in_t() -> None:
+    """``dz/dt = f z - 1/2 g^2 score`` (SDE eq. 13), transcribed with scipy under a cosine schedule, from its score."""
+    schedule = registered.schedule("cosine", gamma_min=-6.0, gamma_max=4.0)
+    process = registered.process(schedule)
+    data = Mixture(*(torch.tensor(v, dtype=torch.float64) for v in ([-0.6, 0.5], [0.02, 0.1], [0.4, 0.6])))
+    start, end = (math.atan(math.exp(g / 2)) for g in (-6.0, 4.0))
+
+    def right_hand_side(t: float, state: Any) -> list[float]:
+        angle = start + t * (end - start)  # alpha = cos, sigma = sin
+        alpha, sigma, speed = math.cos(angle), math.sin(angle), end - start
+        f = -math.tan(angle) * speed
+        g_squared = 2 * sigma * alpha * speed - 2 * f * sigma**2
+        joint = []
+        for mean, variance, weight in zip(data.means, data.variances, data.weights, strict=True):
+            total = alpha**2 * float(variance) + sigma**2
+            distance = state[0] - alpha * float(mean)
+            joint.append((float(weight) * math.exp(-(distance**2) / (2 * total)) / math.sqrt(total), distance, total))
+        mass = sum(j[0] for j in joint)
+        score = -sum(w * d / v for w, d, v in joint) / mass
+        curvature = sum(w * ((d / v) ** 2 - 1 / v) for w, d, v in joint) / mass - score**2
+        return [f * state[0] - 0.5 * g_squared * score, f - 0.5 * g_squared * curvature]
+
+    z = points(5, 1)
+    density = flow_density(process, ExactDenoiser(data, process).bare, z, None, tolerance=1e-8)
+    for i in range(5):
+        solution = scipy.integrate.solve_ivp(right_hand_side, (0, 1), [float(z[i]), 0.0], rtol=1e-9, atol=1e-10)
+        z_1, volume = solution.y[:, -1]
+        assert float(density.base_density[i]) == pytest.approx(scipy.stats.norm.logpdf(z_1), abs=1e-6)
+        assert float(density.volume_change[i]) == pytest.approx(volume, abs=1e-6)
+
+
+def test_the_flow_depends_on_a_schedule_only_through_its_endpoints() -> None:
+    data, z = CorrelatedMixture.random(2, 3), points(4, 2)
+    values = []
+    for name in ("linear", "cosine", "learned_monotone"):
+        schedule = registered.scalar_schedule(name)
+        process = registered.process(schedule, conditioning=AffineConditioning(*schedule.endpoints()))
+        values.append(flow_density(process, CorrelatedDenoiser(data, process).bare, z, None).log_density)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values[2], values[0], rtol=1e-5, atol=1e-5)
+
+
+# ---- the divergence and the solver ----------------------------------------------------------------------------------
+
+
+def mixture_flow(z: Tensor, probes: Tensor | None, tolerance: float = 1e-7) -> Tensor:
+    data = CorrelatedMixture.random(z.shape[1], 3)
+    process = registered.process(LinearSchedule(FIRST, LAST))
+    return flow_density(process, CorrelatedDenoiser(data, process).bare, z, probes, tolerance).log_density
+
+
+def test_all_sign_vectors_together_are_the_exact_divergence_and_one_alone_is_not() -> None:
+    z = points(4, 3)
+    signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=3)), dtype=torch.float64)
+    exact = mixture_flow(z, None)
+    separately = torch.stack([mixture_flow(z, sign.expand(1, 4, 3)) for sign in signs])
+    together = mixture_flow(z, signs[:, None].expand(-1, 4, -1))
+    assert float((separately - exact).abs().max()) > 0.1
+    torch.testing.assert_close(separately.mean(0), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together, exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.1])
+def test_gaussian_probes_are_unbiased_and_a_planted_bias_is_caught(spread: float) -> None:
+    count = 1500
+    z = points(1, 2).expand(count, -1)
+    probes = torch.randn(1, count, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    estimates = mixture_flow(z, spread * probes, tolerance=1e-5)
+    exact = float(mixture_flow(z[:1], None))
+    error = float(estimates.mean()) - exact
+    within = abs(error) < 5 * float(estimates.std()) / math.sqrt(count)
+    assert within == (spread == 1.0)
+
+
+def test_a_smaller_tolerance_costs_steps_and_buys_digits() -> None:
+    data = CorrelatedMixture.random(2, 3)
+    process = registered.process(LinearSchedule(FIRST, LAST))
+    z = points(8, 2)
+    exact = data.log_density(z, first_gamma(8))
+    errors, steps = [], []
+    for tolerance in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
+        density = flow_density(process, CorrelatedDenoiser(data, process).bare, z, None, tolerance)
+        errors.append(float((density.log_density - exact).abs().max()))
+        steps.append(float(density.steps.double().mean()))
+    assert steps == sorted(steps) and steps[-1] > 1.5 * steps[0]
+    assert errors[0] > 10 * errors[2] > 100 * errors[4]
+    assert errors[-1] < NATS
+
+
+def test_halving_the_tolerance_changes_the_value_by_no_more_than_a_few_tolerances() -> None:
+    z = points(8, 2)
+    for tolerance in (1e-3, 1e-5):
+        change = (mixture_flow(z, None, tolerance) - mixture_flow(z, None, tolerance / 2)).abs()
+        assert 0 < float(change.max()) < 100 * tolerance
+
+
+def test_a_datum_has_the_same_value_and_steps_in_any_batch() -> None:
+    data = CorrelatedMixture.random(2, 3)
+    process = registered.process(LinearSchedule(FIRST, LAST))
+    network = CorrelatedDenoiser(data, process).bare
+    z = torch.cat([points(6, 2), torch.tensor([[5.0, -5.0]])]).double()  # the last one is far out, and costs more
+    whole = flow_density(process, network, z, None, 1e-3)
+    assert len(set(whole.steps.tolist())) > 1
+    for i in range(7):
+        alone = flow_density(process, network, z[i : i + 1], None, 1e-3)
+        torch.testing.assert_close(alone.log_density, whole.log_density[i : i + 1], rtol=1e-12, atol=1e-12)
+        assert int(alone.steps) == int(whole.steps[i])
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+LEVELS = 5
+EXACT = ProbabilityFlow(divergence="exact", tolerance=1e-6)
+ONE_DIMENSION = Mixture(*(torch.tensor(v, dtype=torch.float64) for v in ([-0.5, 0.45], [0.06, 0.03], [0.4, 0.6])))
+
+
+def objective_of(data: Mixture = ONE_DIMENSION, schedule: NoiseSchedule | None = None, **fields: Any) -> VDMObjective:
+    process = registered.process(schedule or LinearSchedule(-4.0, LAST), num_levels=LEVELS, **fields)
+    return VDMObjective(ExactDenoiser(data, process), process)
+
+
+def images(
+    levels: Tensor, size: int | None = None, order: Tensor | None = None
+) -> Callable[[], list[dict[str, Tensor]]]:
+    index = torch.arange(len(levels)) if order is None else order
+    parts = index.split(size or len(levels))
+    return lambda: [{"levels": levels[part], "indices": part} for part in parts]
+
+
+def log_masses(data: Mixture, gamma_0: float = -4.0) -> Tensor:
+    """``log P`` of each level of one dimension: the mixture's marginal at gamma_0, integrated over each bin."""
+    alpha = math.sqrt(1 / (1 + math.exp(gamma_0)))
+    edges = alpha * torch.linspace(-1, 1, LEVELS + 1, dtype=torch.float64)
+    deviation = (alpha**2 * data.variances + 1 - alpha**2).sqrt()
+    below = torch.special.ndtr((edges[:, None] - alpha * data.means) / deviation) @ data.weights
+    return below.diff().log()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "truncated_normal"])
+def test_the_expectation_is_dequantisation_s_own_bound_on_the_mass_of_a_level(kind: str) -> None:
+    """Against quadrature over the bin, from the exact density: the whole path from levels to nats."""
+    flow = replace(EXACT, dequantization=kind, tolerance=1e-5)
+    count = 400
+    levels = torch.arange(LEVELS).repeat_interleave(count)[:, None]
+    report = estimate_probability_flow(objective_of(), images(levels), len(levels), flow, replicates=1)
+    log_p = report.log_likelihood.view(LEVELS, count)
+    gamma = torch.tensor(-4.0, dtype=torch.float64)
+    alpha, sigma = (float(v) for v in alpha_sigma(gamma))
+    for level in range(LEVELS):
+        centre, half = alpha * (2 * (level + 0.5) / LEVELS - 1), alpha / LEVELS
+        q = (
+            scipy.stats.uniform(centre - half, 2 * half)
+            if kind == "uniform"
+            else scipy.stats.truncnorm(-half / sigma, half / sigma, centre, sigma)
+        )
+
+        def integrand(z: float, q: Any = q) -> float:
+            log_density = float(ONE_DIMENSION.log_density(torch.tensor([[z]]), gamma))
+            return float(q.pdf(z)) * (log_density - float(q.logpdf(z)))
+
+        expected, _ = scipy.integrate.quad(integrand, centre - half, centre + half, epsabs=1e-9)
+        error = float(log_p[level].std()) / math.sqrt(count)
+        assert float(log_p[level].mean()) == pytest.approx(expected, abs=5 * error + NATS)
+        assert expected < float(log_masses(ONE_DIMENSION)[level])
+
+
+def test_the_report_says_what_its_terms_are_and_what_they_cost() -> None:
+    objective = objective_of()
+    calls: list[int] = []
+    objective.network.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0].shape[0]))
+    levels = torch.arange(4)[:, None]
+    report = estimate_probability_flow(objective, images(levels, 3), 4, EXACT, replicates=2)
+    assert list(report.terms_per_image) == ["base_density", "volume_change", "dequantization"]
+    assert (report.method, report.is_bound, report.transitions, report.num_images) == ("ode", False, None, 4)
+    assert report.replicates == 2 and report.dimensions == 1
+    assert report.network_evaluations == sum(calls)
+    protocol = report.to_dict()["probability_flow"]
+    assert protocol["tolerance"] == 1e-6 and protocol["divergence"] == "exact"
+    assert protocol["evaluations_per_solve"] == sum(calls) / 8
+    assert protocol["steps_max"] >= protocol["steps_mean"] > 5
+
+
+class Small(nn.Module):
+    """A float32 network with dropout, whose output depends on its timestep and on a label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, 8, 3, padding=1), nn.SiLU(), nn.Dropout(), nn.Conv2d(8, 1, 3, padding=1)
+        )
+        self.modes: set[bool] = set()
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool, class_labels: Tensor) -> tuple[Tensor]:
+        self.modes.add(self.training)
+        self.dtypes |= {sample.dtype, timestep.dtype}
+        level = (timestep / 1000 + class_labels)[:, None, None, None].expand_as(sample)
+        return (self.layers(torch.cat([sample, level.to(sample.dtype)], dim=1)),)
+
+
+def small() -> VDMObjective:
+    return VDMObjective(Small(), registered.process(LinearSchedule(-8.0, 5.0), num_levels=LEVELS))
+
+
+def labelled(size: int, order: Tensor) -> Callable[[], list[dict[str, Tensor]]]:
+    levels = torch.randint(0, LEVELS, (6, 1, 4, 4), generator=torch.Generator().manual_seed(3))
+    batches = images(levels, size, order)()
+    return lambda: [batch | {"class_labels": batch["indices"] % 2} for batch in batches]
+
+
+@pytest.mark.parametrize("divergence", ["rademacher", "gaussian", "exact"])
+def test_an_image_s_terms_are_a_function_of_seed_and_index_alone(divergence: str) -> None:
+    objective, flow = small().double(), ProbabilityFlow(divergence=divergence, probes=2, tolerance=1e-4)
+    whole = estimate_probability_flow(objective, labelled(6, torch.arange(6)), 6, flow, replicates=2, seed=4)
+    parts = estimate_probability_flow(objective, labelled(2, torch.tensor([5, 0, 3, 1, 4, 2])), 6, flow, 2, seed=4)
+    for name, term in whole.terms_per_image.items():
+        torch.testing.assert_close(parts.terms_per_image[name], term, rtol=1e-9, atol=1e-9)
+    other = estimate_probability_flow(objective, labelled(6, torch.arange(6)), 6, flow, 2, seed=5)
+    assert not torch.allclose(other.log_likelihood, whole.log_likelihood, atol=1e-3)
+    assert float((whole.terms_per_image["base_density"].diff(dim=0)).abs().min()) > 1e-6, "replicates differ"
+
+
+def test_a_float32_network_keeps_its_precision_and_mode_and_loses_little() -> None:
+    objective = small()
+    order, flow = torch.arange(6), ProbabilityFlow(tolerance=1e-5)
+    objective.network.train()
+    single = estimate_probability_flow(objective, labelled(6, order), 6, flow, replicates=1)
+    assert objective.network.training and objective.network.layers[2].training
+    assert objective.network.modes == {False} and objective.network.dtypes == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = estimate_probability_flow(objective, labelled(6, order), 6, flow, replicates=1)
+    assert torch.equal(inside.log_likelihood, single.log_likelihood)
+    double = estimate_probability_flow(objective.double(), labelled(6, order), 6, flow, replicates=1)
+    assert objective.network.dtypes == {torch.float32, torch.float64}
+    assert single.log_likelihood.dtype == torch.float64
+    torch.testing.assert_close(single.log_likelihood, double.log_likelihood, rtol=0, atol=16 * 1e-4)
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+class Broken(ExactDenoiser):
+    """NaN for data that start out high."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False, **_: Any) -> tuple[Tensor]:
+        (output,) = super().forward(sample, timestep)
+        return (torch.where(sample > 0.5, torch.nan, output),)
+
+
+def test_the_image_whose_flow_is_not_finite_is_named() -> None:
+    objective = objective_of()
+    objective.network = Broken(ONE_DIMENSION, objective.process)
+    levels = torch.tensor([0, 0, 0, 4])[:, None]
+    with pytest.raises(NonFiniteLossError, match="image 3 "):
+        estimate_probability_flow(objective, images(levels, 2), 4, EXACT, replicates=1)
+
+
+def test_too_few_steps_are_said_to_be_too_few() -> None:
+    with pytest.raises(ConfigurationError, match=r"image 0 needs more than 3 steps at a tolerance of 1e-06"):
+        estimate_probability_flow(objective_of(), images(torch.zeros(1, 1).long()), 1, replace(EXACT, max_steps=3))
+
+
+def test_a_missing_solver_library_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchode", None)  # an import of it now fails as if it were not there
+    with pytest.raises(ConfigurationError, match=r"pip install 'vdm-hub\[ode\]'"):
+        estimate_probability_flow(objective_of(), images(torch.zeros(1, 1).long()), 1)
+
+
+def test_a_gamma_per_pixel_is_refused() -> None:
+    schedule = PerPixelSchedule(-4.0, 5.0, tilt=torch.zeros(1), bump=torch.zeros(1))
+    objective = objective_of(schedule=schedule, conditioning=AffineConditioning(-4.0, 5.0))
+    with pytest.raises(ConfigurationError, match="PerPixelSchedule"):
+        estimate_probability_flow(objective, images(torch.zeros(1, 1).long()), 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dequantization", "normal", "uniform"),
+        ("divergence", "hutchinson", "rademacher"),
+        ("probes", 0, "at least 1"),
+        ("max_steps", 0, "at least 1"),
+        ("tolerance", 0.0, "between 0 and 1"),
+        ("tolerance", math.nan, "between 0 and 1"),
+    ],
+)
+def test_a_protocol_that_makes_no_sense_is_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        ProbabilityFlow(**{field: value})
