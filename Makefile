@@ -31,7 +31,7 @@ quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, a
 	$(RUN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS) scripts/train.py digits --output_dir $(OUTPUT) --resume_from_checkpoint latest $(RECIPE_ARGS)
 	$(RUN)/python scripts/quickstart.py $(OUTPUT)
 
-test: install  ## Run the tests (under 10 minutes on 2 cores).
+test: install  ## Run the tests (about 10 minutes on 2 cores).
 	$(RUN)/python -m pytest -n 2
 
 test-slow: install  ## Run the longer checks too.
