@@ -67,7 +67,9 @@ style: install  ## Mend what the style checks can mend by themselves.
 	$(RUN)/ruff format .
 
 bench: install  ## Time training and sampling steps over the bare network, and print the digits' three seeds.
-	$(RUN)/python scripts/bench/steps.py
+	$(RUN)/python scripts/bench/train_step.py
+	$(RUN)/python scripts/bench/sample_step.py
+	$(RUN)/python scripts/bench/compare_diffusers.py
 	$(RUN)/python scripts/bench/digits_seeds.py
 
 clean:  ## Remove what the commands above made, except runs/.

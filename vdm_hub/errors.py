@@ -34,6 +34,15 @@ class MissingPluginError(VDMHubError, ImportError):
     """A config names a plugin that is not installed."""
 
 
+def in_one_line(error: BaseException) -> str:
+    r"""What an error says, or its name where it says nothing; at most 1,000 characters.
+
+    >>> in_one_line(ValueError("two\n  lines")), in_one_line(ValueError())
+    ('two lines', 'ValueError')
+    """
+    return (" ".join(str(error).split()) or type(error).__name__)[:1000]
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigurationError:
     """An error for an unknown name, with the nearest known one.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -34,6 +35,28 @@ def written_beside(path: Path) -> Iterator[Path]:
         _replace(beside, path)
     finally:
         _remove(beside)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What a process that was killed in `written_beside(path)` left beside ``path``.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / ".a-0123abcd.txt").touch()
+    >>> [found.name for found in leftovers(folder / "a.txt")]
+    ['.a-0123abcd.txt']
+    """
+    name = re.compile(rf"\.{re.escape(path.stem)}-[0-9a-f]{{8}}{re.escape(path.suffix)}(\.old)?")
+    return [found for found in path.parent.glob(f".{path.stem}-*") if name.fullmatch(found.name)]
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove them; but the old folder takes its place again where a kill came before the new one could."""
+    for found in leftovers(path):
+        if found.suffix == ".old" and not path.exists():
+            found.rename(path)
+        else:
+            _remove(found)
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -236,7 +236,8 @@ def test_mixed_images_are_named_with_what_to_do(tmp_path: Path) -> None:
 def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     folder = Path(png_folder(tmp_path, *[Image.effect_noise((32, 32), 50)] * 3))
     (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:200])
-    assert "image 1 of the dataset can't be decoded" in refused(load_split, str(folder), "train")
+    assert "001.png) of the dataset can't be decoded" in (said := refused(load_split, str(folder), "train"))
+    assert "image 1 (" in said
 
 
 def test_an_unreachable_dataset_is_one_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_changes(damage: str, traine
         tmp_path / "run",
         CheckpointError,
         "damaged: objective.safetensors.*resume from .*step-00000003 instead",
-        resume_from_checkpoint="latest",
+        resume_from_checkpoint=str(file.parent),
         report_to="tensorboard",
     )
 
@@ -216,7 +216,8 @@ def test_a_foreign_checkpoint_is_refused_and_nothing_changes(trained: Path, tmp_
     foreign = tmp_path / "run" / "checkpoints" / "step-00000099"
     foreign.mkdir()
     save_file({"weight": torch.zeros(3)}, foreign / "model.safetensors")
-    refused(tmp_path / "run", CheckpointError, "not a checkpoint of vdm_hub", resume_from_checkpoint="latest")
+    words = "not a checkpoint of vdm_hub"
+    refused(tmp_path / "run", CheckpointError, words, resume_from_checkpoint=str(foreign))
     refused(
         tmp_path / "run",
         CheckpointError,

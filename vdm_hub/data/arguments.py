@@ -46,6 +46,11 @@ class DataArguments:
     streaming: bool = option(False, "Read the training split as a stream, for data that do not fit in memory.")
     shuffle_buffer_size: int = option(10_000, "With streaming: how many images the shuffle buffer holds.")
     max_train_samples: int | None = option(None, "Train on this many images only.")
+    skip_corrupt_images: bool = option(
+        False,
+        "Train without the images that can't be decoded, instead of stopping at the first. Each training image is "
+        "then decoded once more, to find out.",
+    )
     num_workers: int = option(0, "Threads that decode images; 0 decodes in the main thread.")
 
     def __post_init__(self) -> None:

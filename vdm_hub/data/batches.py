@@ -11,10 +11,11 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
 from torch import Tensor
 
 from vdm_hub.data.images import ImageLevels, ImageStream
-from vdm_hub.errors import DataError
+from vdm_hub.errors import DataError, in_one_line
 
 T = TypeVar("T")
 Batch = dict[str, Tensor]
@@ -139,7 +140,7 @@ class StreamedBatches:
         for epoch in count():
             dataset.set_epoch(epoch)
             rows, complete = iter(dataset), 0
-            while len(batch := list(islice(rows, self.batch_size))) == self.batch_size:
+            while len(batch := self._read(rows)) == self.batch_size:
                 yield batch
                 complete += 1
             if complete == 0:
@@ -147,6 +148,15 @@ class StreamedBatches:
                     f"the stream holds {len(batch)} training images for process {self.rank} of {self.world_size}, "
                     f"which do not fill one batch of {self.batch_size}: set train_batch_size to fewer."
                 )
+
+    def _read(self, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        try:
+            return list(islice(rows, self.batch_size))
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # pyarrow's errors are of these kinds
+            raise DataError(
+                f"the training stream broke off ({in_one_line(error)}): a file of the dataset is gone, or damaged, or "
+                f"out of reach. Put it back as it was, and go on with --resume_from_checkpoint latest."
+            ) from error
 
     def _decode(self, step: int, rows: list[dict[str, Any]]) -> Batch:
         draws = torch.rand(self.batch_size, 3, generator=_generator(self.seed, step, self.rank))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,10 +17,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from vdm_hub.errors import DataError
+from vdm_hub.errors import DataError, in_one_line
 from vdm_hub.pixels import Color, Levels, convert_color, levels_from_image, nearest_levels
 
 _CHUNK = 1024  # images decoded between two reads of the dataset
+_UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Decoder:
         """`decode`, and whether the image is resized, or cropped now or at each use."""
         try:
             image = datasets.Image().decode_example(encoded)
-        except (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            name = "an image" if index is None else f"image {index}"
+        except _UNREADABLE as error:
             raise DataError(
-                f"{name} of the dataset can't be decoded ({str(error) or type(error).__name__}): replace or remove it."
+                f"{name_of_image(encoded, index)} of the dataset can't be decoded ({in_one_line(error)}): replace "
+                f"or remove it; of training images, --skip_corrupt_images leaves such out."
             ) from error
         levels = levels_from_image(image, self.num_levels, color=self.color, index=index)
         if self.resolution is None or levels.shape[1:] == (self.resolution, self.resolution):
@@ -62,6 +64,14 @@ class Decoder:
             resized = _resize(convert_color(image, self.color), self.resolution)
             levels = nearest_levels(resized, self.num_levels)
         return crop(levels, self.resolution, 0.5, 0.5) if self.center_crop else levels, True
+
+    def can_decode(self, encoded: Any) -> bool:
+        """Whether `decode` finds an image, of whatever size and mode."""
+        try:
+            datasets.Image().decode_example(encoded)
+        except _UNREADABLE:
+            return False
+        return True
 
     def fit_many(self, encoded: Sequence[Any], first_index: int | None = None) -> list[tuple[Levels, bool]]:
         """`fit` for each, in order, on ``num_workers`` threads."""
@@ -222,6 +232,18 @@ def _resize(image: Image, resolution: int) -> Image:
     short = min(image.size)
     width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
     return image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+
+
+def name_of_image(encoded: Any, index: int | None) -> str:
+    """What an image can be found by: its number and its file; else a hash of its bytes, as `sha256sum` prints it."""
+    number = "an image" if index is None else f"image {index}"
+    parts = encoded if isinstance(encoded, dict) else {"bytes": encoded}
+    if parts.get("path"):
+        return f"{number} ({parts['path']})"
+    data = parts.get("bytes")
+    if index is None and isinstance(data, bytes):
+        return f"{number} ({len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()[:16]}...)"
+    return number
 
 
 def _mixed(name: str, shape: tuple[int, ...], other_name: str, other: tuple[int, ...]) -> DataError:

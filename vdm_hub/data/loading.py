@@ -14,6 +14,7 @@ import torch
 from datasets.exceptions import DatasetsError
 
 from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.corrupt import without_corrupt
 from vdm_hub.data.digits import digits
 from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all, warn_if_resized
 from vdm_hub.errors import DataError
@@ -176,6 +177,9 @@ def _training_split(arguments: DataArguments) -> tuple[Images, Images | None]:
     dataset = read_split(
         _source(arguments), arguments.train_split, arguments.dataset_config_name, streaming=arguments.streaming
     )
+    if arguments.skip_corrupt_images:
+        undecoded = _undecoded(dataset, arguments.image_column, arguments.train_split)
+        dataset = without_corrupt(undecoded, arguments.image_column, _decoder(arguments, center_crop=True))
     if isinstance(dataset, datasets.IterableDataset):
         return _training_stream(dataset, arguments)
     size, name, column = arguments.validation_size, arguments.train_split, arguments.image_column

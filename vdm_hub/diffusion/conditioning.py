@@ -84,6 +84,7 @@ class TableConditioning(Conditioning):
     """
 
     def __init__(self, gammas: Sequence[float]) -> None:
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}  # of each device, so that it is copied there once
         self._gammas = torch.as_tensor(gammas, dtype=torch.float64)
         if self._gammas.numel() < 2 or bool((self._gammas.diff() <= 0).any()):
             raise ConfigurationError("table conditioning needs at least two strictly increasing values of gamma.")
@@ -94,12 +95,18 @@ class TableConditioning(Conditioning):
             return cls(schedule(torch.linspace(0, 1, num_train_timesteps, dtype=torch.float64)).tolist())
 
     def __call__(self, gamma: Tensor) -> Tensor:
-        table = self._gammas.to(gamma.device)
-        return _interpolate(gamma.double(), table, torch.arange(table.numel()).to(table)).to(gamma.dtype)
+        gammas, timesteps = self._table(gamma.device)
+        return _interpolate(gamma.double(), gammas, timesteps).to(gamma.dtype)
 
     def inverse(self, timestep: Tensor) -> Tensor:
-        table = self._gammas.to(timestep.device)
-        return _interpolate(timestep.double(), torch.arange(table.numel()).to(table), table).to(timestep.dtype)
+        gammas, timesteps = self._table(timestep.device)
+        return _interpolate(timestep.double(), timesteps, gammas).to(timestep.dtype)
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._tables:
+            gammas = self._gammas.to(device)
+            self._tables[device] = (gammas, torch.arange(gammas.numel()).to(gammas))
+        return self._tables[device]
 
     def to_config(self) -> dict[str, Any]:
         return {"gammas": self._gammas.tolist()}

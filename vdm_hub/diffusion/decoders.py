@@ -2,7 +2,8 @@ r"""Decoders ``p(x|z_0)``: from the least noisy latent to K levels.
 
 The factorised decoder's normaliser runs over K levels per dimension. The textbook (B, D, K) tensor is never built:
 levels are visited one after the other, and only those within reach of float precision of the nearest one. Its gradient
-is accumulated in the same pass, so memory stays a small multiple of B*D whatever K is.
+is accumulated in the same pass, so memory stays a small multiple of B*D whatever K is. Where looking at gamma_0 would
+make the host wait for the device, or break a compiled graph, all K levels are visited, a few at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from vdm_hub.diffusion.gaussian import alpha, broadcast, sum_dimensions
 from vdm_hub.diffusion.levels import DataScaling
 
 Predict = Callable[[], Tensor]
+
+_LEVELS_AT_ONCE = 16
+_MOST_LEVELS_UNSEEN = 1024  # beyond, visiting them all costs more than the host's waiting for gamma_0
 
 
 class Decoder(ABC):
@@ -157,6 +161,38 @@ def _levels_in_reach(mean: Tensor, gamma_0: Tensor, scaling: DataScaling) -> Ite
         yield level, step, torch.where((level >= 0) & (level < scaling.num_levels), weight, 0.0)
 
 
+def _moments_in_reach(
+    mean: Tensor, gamma_0: Tensor, scaling: DataScaling, needs_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the levels of the weight, and of it times the distance from the nearest level and its square."""
+    total, first, second = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
+    for _, step, weight in _levels_in_reach(mean, gamma_0, scaling):
+        total += weight
+        if needs_gradient:
+            first += weight * step
+            second += weight * step**2
+    return total, first, second
+
+
+def _moments_of_all(
+    mean: Tensor, gamma_0: Tensor, scaling: DataScaling, needs_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_moments_in_reach` that never looks at a value: a compiler fuses it whole, and no host waits for a device."""
+    nearest = scaling.nearest(mean)
+    distance = (mean - scaling.encode(nearest, mean.dtype)).unsqueeze(-1)
+    precision = torch.exp(-gamma_0).unsqueeze(-1)
+    levels = torch.arange(scaling.num_levels, device=mean.device)
+    total, first, second = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
+    for some in levels.split(scaling.num_levels if torch.compiler.is_compiling() else _LEVELS_AT_ONCE):
+        step = (some - nearest.unsqueeze(-1)).to(mean.dtype) * scaling.spacing
+        weight = torch.exp(precision * step * (distance - 0.5 * step))
+        total = total + weight.sum(-1)
+        if needs_gradient:
+            first = first + (weight * step).sum(-1)
+            second = second + (weight * step**2).sum(-1)
+    return total, first, second
+
+
 class _FactorisedLogLikelihood(torch.autograd.Function):
     """log p per dimension; the moments that its gradient needs are summed in the forward pass."""
 
@@ -165,12 +201,9 @@ class _FactorisedLogLikelihood(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         nearest = scaling.nearest(mean)
         distance = mean - scaling.encode(nearest, mean.dtype)
-        total, first, second = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
-        for _, step, weight in _levels_in_reach(mean, gamma_0, scaling):
-            total += weight
-            if needs_gradient:
-                first += weight * step
-                second += weight * step**2
+        looks = mean.device.type == "cpu" and not torch.compiler.is_compiling()
+        moments = _moments_in_reach if looks or scaling.num_levels > _MOST_LEVELS_UNSEEN else _moments_of_all
+        total, first, second = moments(mean, gamma_0, scaling, needs_gradient)
         chosen = (levels.long() - nearest).to(mean.dtype) * scaling.spacing
         precision = torch.exp(-gamma_0)
         log_p = precision * chosen * (distance - 0.5 * chosen) - total.log()

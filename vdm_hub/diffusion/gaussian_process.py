@@ -148,8 +148,7 @@ class BoundGaussian(BoundProcess):
         schedule_gradient = VarianceGradient(self.process.schedule, self.gamma)
         gamma_t, gamma_prime = schedule_gradient(t)
         rate = self._kl(x, gamma_t, gamma_prime, noise, network)
-        schedule_gradient.losses(rate / x[0].numel())
-        return rate
+        return schedule_gradient.tell(rate, x[0].numel())
 
     def _kl(self, x: Tensor, gamma: Tensor, weight: Tensor, noise: Noise, network: Network) -> Tensor:
         eps = noise["marginal"]

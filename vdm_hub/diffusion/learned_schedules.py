@@ -68,7 +68,7 @@ class LearnedMonotoneSchedule(NoiseSchedule):
         return first.squeeze(-1) + (hidden * F.softplus(self.output_weight)).mean(-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        ends = self._unnormalised(torch.tensor([0.0, 1.0], dtype=t.dtype, device=t.device))
+        ends = self._unnormalised(torch.arange(2, dtype=t.dtype, device=t.device))  # made there: no copy to wait for
         shape = (self._unnormalised(t) - ends[0]) / (ends[1] - ends[0])
         return self.gamma_min + (self.gamma_max - self.gamma_min) * shape
 
@@ -82,12 +82,13 @@ class VarianceGradient:
     The bound's expectation does not depend on the shape, so its variance ``E[L_i^2]`` is lowered instead:
     ``d L_i^2 = 2 L_i dL_i`` needs one backward through the network when the gradient of each sample's
     ``(gamma_i, gamma'_i)`` towards the shape is scaled by ``2 L_i``. gamma is evaluated once with the shape held
-    constant and once with the endpoints held constant; only the second is scaled, by a hook that runs in the backward
-    pass, when the losses are known.
+    constant and once with the endpoints held constant; only the second is scaled, in the backward pass, when the
+    losses are known: they travel backwards as the gradient of a tensor of zeros (see `_Scaled`), so nothing is kept
+    aside, and compilers see one graph.
     """
 
     def __init__(self, schedule: NoiseSchedule, gamma: Gamma) -> None:
-        self._losses: Tensor | None = None
+        self._message: Tensor | None = None
         self._schedule, self._gamma = schedule, gamma
         trained = {name for name, parameter in schedule.named_parameters() if parameter.requires_grad}
         self._names = schedule.variance_parameters() & trained if torch.is_grad_enabled() else set()
@@ -99,20 +100,45 @@ class VarianceGradient:
         by_bound = self._evaluate(t, constant=self._names)
         others = {name for name, _ in self._schedule.named_parameters()} - self._names
         by_variance = self._evaluate(t, constant=others)
-        for value in by_variance:
-            value.register_hook(self._scale)
-        gamma, derivative = (b + (v - v.detach()) for b, v in zip(by_bound, by_variance, strict=True))
+        *scaled, self._message = _Scaled.apply(*by_variance)  # type: ignore[no-untyped-call]
+        gamma, derivative = (b + (v - v.detach()) for b, v in zip(by_bound, scaled, strict=True))
         return gamma, derivative
 
-    def losses(self, losses: Tensor) -> None:
-        """Tell the per-sample losses ``L_i``, (B,), before the backward pass."""
-        self._losses = losses.detach()
+    def tell(self, losses: Tensor, dimensions: int) -> Tensor:
+        """The same losses, (B,), from which the backward pass learns each ``L_i``, in nats per dimension."""
+        if self._message is None:
+            return losses
+        told: Tensor = _Told.apply(losses, self._message, dimensions)  # type: ignore[no-untyped-call]
+        return told
 
     def _evaluate(self, t: Tensor, constant: set[str]) -> tuple[Tensor, Tensor]:
         parameters = {n: p.detach() if n in constant else p for n, p in self._schedule.named_parameters()}
         return gamma_and_derivative(lambda times: torch.func.functional_call(self._schedule, parameters, (times,)), t)
 
-    def _scale(self, gradient: Tensor) -> Tensor:
-        if self._losses is None:
-            raise RuntimeError("the per-sample losses were not told before the backward pass")
-        return gradient * (2 * self._losses.reshape(-1, *(1,) * (gradient.ndim - 1))).to(gradient.dtype)
+
+class _Scaled(torch.autograd.Function):
+    """``(gamma, gamma')`` as they are, and zeros (B,), whose gradient multiplies theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, gamma: Tensor, derivative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        message = torch.zeros(gamma.shape[0], dtype=gamma.dtype, device=gamma.device)
+        return gamma.clone(), derivative.clone(), message
+
+    @staticmethod
+    def backward(ctx: Any, gamma: Tensor, derivative: Tensor, message: Tensor) -> tuple[Tensor, Tensor]:
+        factor = message.reshape(-1, *(1,) * (gamma.ndim - 1)).to(gamma.dtype)
+        return gamma * factor, derivative * factor
+
+
+class _Told(torch.autograd.Function):
+    """The losses as they are; backwards, ``2 L_i`` goes to `_Scaled` by way of the message."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, message: Tensor, dimensions: int) -> Tensor:
+        ctx.save_for_backward(losses / dimensions)
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (losses,) = ctx.saved_tensors
+        return gradient, 2 * losses, None

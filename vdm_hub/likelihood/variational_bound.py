@@ -117,8 +117,8 @@ class VDMObjective(Objective):
 
 
 def _check_draws(levels: Tensor, times: Tensor, num_levels: int) -> None:
-    """Refuse what no bound exists for; on a CPU only, where looking costs no synchronisation."""
-    if levels.device.type != "cpu":
+    """Refuse what no bound exists for; on a CPU only, where looking costs no synchronisation, and not compiled."""
+    if levels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     low, high = int(levels.min()), int(levels.max())
     if low < 0 or high >= num_levels:

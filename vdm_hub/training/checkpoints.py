@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,8 +45,7 @@ def save_checkpoint(
     What a process that was killed left half-written is cleared away.
     """
     path = folder / f"step-{step:08d}"
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
+    _clear(folder)
     with written_beside(path) as beside:
         beside.mkdir()
         for group, named in tensors.items():
@@ -55,10 +55,18 @@ def save_checkpoint(
             file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(beside.iterdir())
         }
         (beside / "manifest.json").write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
+        for file in beside.iterdir():  # a power cut must not leave the name of a checkpoint without its content
+            _to_disk(file)
     others = [checkpoint for checkpoint in checkpoints(folder) if checkpoint != path]
-    for old in others[: len(others) - keep + 1] if keep and len(others) >= keep else []:
-        shutil.rmtree(old)
+    _remove(others[: len(others) - keep + 1] if keep and len(others) >= keep else [])
     return path
+
+
+def tidy(folder: Path, keep: int | None = None) -> None:
+    """Finish what a process that was killed in `save_checkpoint` did not: clear away, and keep the latest only."""
+    _clear(folder)
+    found = checkpoints(folder)
+    _remove(found[: len(found) - keep] if keep and len(found) > keep else [])
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -124,6 +132,23 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _plain(tensor: Tensor) -> Tensor:
     # safetensors refuses tensors that share memory, such as views of one buffer.
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _clear(folder: Path) -> None:
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        hidden = path.with_name(f".{path.name}.old")  # half removed, it is no checkpoint
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _to_disk(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _sha256(file: Path) -> str:

@@ -36,6 +36,7 @@ _MAY_CHANGE = {
     *("eval_batch_size", "validation_steps", "validation_images", "validation_split", "test_split"),
     *("evaluation_replicates", "sample_steps", "num_sample_images", "num_inference_steps"),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "mixed_precision"),
+    *("gradient_checkpointing", "compile", "channels_last"),
     *("push_to_hub", "hub_model_id", "hub_private_repo"),
 }
 
@@ -46,7 +47,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     >>> differences({"seed": 0, "logging_steps": 1}, {"seed": 1, "logging_steps": 50})
     ['seed was 0 and is 1']
     """
-    changed = [key for key in now if key not in _MAY_CHANGE and before.get(key) != now[key]]
+    # A field that is younger than the recipe is not compared.
+    changed = [key for key in now if key not in _MAY_CHANGE and key in before and before[key] != now[key]]
     return [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed]
 
 
@@ -154,6 +156,15 @@ class TrainingArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "The precision of the network's body; not given: what `accelerate config` or `launch` says."
     )
+    gradient_checkpointing: bool = option(
+        False, "Keep only what enters each block of the network, and compute the rest again in the backward pass."
+    )
+    compile: Literal["none", "whole", "regional"] = option(
+        "none",
+        "torch.compile: the whole objective (network and bound in one graph), or regional: each of the network's "
+        "repeated blocks, which is quicker to compile.",
+    )
+    channels_last: bool = option(False, "Keep the network's images channels last, which convolutions on GPUs prefer.")
     allow_tf32: bool = option(False, "Allow TF32 in matrix products on Ampere GPUs and later.")
     checkpointing_steps: int = option(1000, "Write a checkpoint every so many optimiser steps; 0: only at the end.")
     checkpoints_total_limit: int | None = option(None, "Keep this many checkpoints, the latest; not given: all.")
@@ -200,6 +211,8 @@ class TrainingArguments:
             raise unknown_name("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise unknown_name("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
+        if self.compile not in ("none", "whole", "regional"):
+            raise unknown_name("compile", self.compile, ("none", "whole", "regional"))
         for tracker in self.trackers or ("none",):
             if tracker not in TRACKERS:
                 raise unknown_name("tracker in report_to", tracker, TRACKERS)

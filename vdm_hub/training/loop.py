@@ -2,45 +2,57 @@
 
 from __future__ import annotations
 
-import os
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vdm_hub.data.batches import training_batches
 from vdm_hub.data.loading import Data, load_data
 from vdm_hub.diffusion.times import stratified_times
-from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError
+from vdm_hub.errors import CheckpointError, NonFiniteLossError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
-from vdm_hub.files import written_beside
+from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Bound
 from vdm_hub.plots import save_grid
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import (
-    checkpoints,
+    Checkpoint,
     find_checkpoint,
-    load_checkpoint,
     pack_optimizer,
     save_checkpoint,
     unpack_optimizer,
 )
 from vdm_hub.training.configuration import differences
 from vdm_hub.training.history import History
-from vdm_hub.training.outputs import OutputFolder, averaged_weights, publish_locally, sample_images
+from vdm_hub.training.outputs import OutputFolder, averaged_weights, publish_locally, results, sample_images
+from vdm_hub.training.processes import build_accelerator, to_device
 from vdm_hub.training.provenance import describe_run
 from vdm_hub.training.publishing import check_publishing, publish_run
-from vdm_hub.training.setup import build_ema, build_objective, build_optimizer, build_pipeline
+from vdm_hub.training.resuming import Start, find_start, not_saved
+from vdm_hub.training.setup import (
+    build_ema,
+    build_objective,
+    build_optimizer,
+    build_pipeline,
+    count_steps,
+    learning_rate,
+    load_moments,
+)
+from vdm_hub.training.signals import StopSignals, TrainingStopped
+from vdm_hub.training.tracking import Trackers
 
 
 def train(configuration: Configuration) -> LikelihoodReport | None:
@@ -52,6 +64,7 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
     Raises:
         PublishError: The run is complete on disk, and only its publication failed.
         VDMHubError: Something is the user's to mend; nothing that was there before is lost.
+        TrainingStopped: SIGTERM or SIGINT came; the checkpoint of the last step is written.
     """
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder)
@@ -63,65 +76,29 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
     run.resume()
     run.announce()  # the first that is written: whatever is refused before leaves everything as it was
     started, first_step = time.perf_counter(), run.step
-    with tqdm(
-        total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not accelerator.is_main_process
-    ) as progress:
-        for batches in run.batches():
-            terms = run.optimise(batches)
-            progress.update()
-            run.record(terms, progress)
-            if run.is_due("validation_steps"):
-                run.validate()
-            if run.is_due("sample_steps"):
-                run.sample()
-            if run.is_due("checkpointing_steps") or run.step == run.total_steps:
-                run.save()
-    if accelerator.is_main_process:
-        print(f"trained {run.step - first_step} steps in {time.perf_counter() - started:.1f} s")
-    report = run.finish()
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        publish_run(configuration, folder)
+    show = accelerator.is_main_process
+    with StopSignals(show=show) as run.stop:
+        with tqdm(total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not show) as progress:
+            for batches in run.batches():
+                terms = run.optimise(batches)
+                progress.update()
+                run.record(terms, progress)
+                if run.is_due("validation_steps"):
+                    run.validate()
+                if run.is_due("sample_steps"):
+                    run.sample()
+                if run.is_due("checkpointing_steps") or run.is_last() or run.is_asked_to_stop():
+                    run.save()
+                if run.is_asked_to_stop():
+                    run.leave()
+        run.stop.obey_at_once()
+        if show:
+            print(f"trained {run.step - first_step} steps in {time.perf_counter() - started:.1f} s")
+        report = run.finish()
+        run.trackers.close()
+        if show:
+            publish_run(configuration, folder)
     return report
-
-
-def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Accelerator:
-    """The accelerator of a run.
-
-    Raises:
-        ConfigurationError: A tracker is not installed, the device lacks the precision, or the launcher started more
-            processes than accelerate knows of.
-    """
-    training = configuration.training
-    if missing := set(training.trackers) - {str(tracker) for tracker in get_available_trackers()}:
-        raise ConfigurationError(
-            f"report_to names {', '.join(sorted(missing))}, which is not installed: install its package with pip, or "
-            f"take it out of report_to."
-        )
-    try:
-        accelerator = Accelerator(
-            mixed_precision=training.mixed_precision,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            log_with=list(training.trackers) or None,
-            project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
-        )
-    except ValueError as error:
-        raise ConfigurationError(
-            f"accelerate can't run this ({_first_line(error)}): change mixed_precision, which is "
-            f"{training.mixed_precision or 'what the launcher says'}, or run `accelerate config`."
-        ) from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigurationError("mixed_precision is fp16, which accelerate ignores on a CPU: use bf16, or no.")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ConfigurationError(
-            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes} each on its own: "
-            f"they would train {launched} models into one folder. On CPUs set ACCELERATE_USE_CPU=true; else run "
-            f"`accelerate config`."
-        )
-    if training.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return accelerator
 
 
 class Run:
@@ -141,11 +118,12 @@ class Run:
             world_size=accelerator.num_processes,
             random_flip=configuration.data.random_flip,
         )
-        self.total_steps = self._total_steps()
+        self.total_steps = count_steps(training, self.source.steps_per_epoch)
         self.model = build_objective(configuration, data.image_shape)
-        optimizer = build_optimizer(self.model, training, self._learning_rate())
+        optimizer = build_optimizer(self.model, training, learning_rate(training, accelerator.num_processes))
         self.ema = build_ema(configuration, self.model, accelerator.device)
         self.objective, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self._parameters = list(self.model.parameters())  # listed once: walking the modules takes 1 % of a small step
         self.lr_scheduler = get_scheduler(
             training.lr_scheduler,
             optimizer,
@@ -155,13 +133,17 @@ class Run:
         self.history, self.seconds = History(), 0.0  # of all parts of a run that was resumed
         self._clock = time.perf_counter()
         self._unchecked: list[tuple[int, dict[str, Tensor]]] = []
+        self.trackers = Trackers(accelerator, wanted=bool(training.trackers))
+        self.stop, self._stop_is_agreed = StopSignals(), False
+        self._start: Start | None = None
 
     def announce(self) -> None:
         """Make the output folder this run's, and open the trackers."""
         if self.accelerator.is_main_process:
+            if self._start is not None:
+                self._start.set_aside()
             self.folder.claim(self.configuration)
-        if self.training.trackers:
-            self.accelerator.init_trackers("vdm_hub", config=_flat(self.configuration.to_dict()))
+        self.trackers.open(self.configuration.to_dict())
         self._clock = time.perf_counter()
 
     # ---- one optimiser step -----------------------------------------------------------------------------------------
@@ -179,23 +161,24 @@ class Run:
         Returns:
             The bound's terms in bits per dimension, their means over this process's images.
         """
-        self.objective.train()
+        if not (self.model.training and self.model.network.training):
+            self.objective.train()
         parts: list[dict[str, Tensor]] = []
         for part, batch in enumerate(batches):
-            batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+            batch = to_device(batch, self.accelerator.device)
             with self.accelerator.accumulate(self.objective):
                 bound: Bound = self.objective(batch, self._times(part), self._noise(batch, part))
                 self.accelerator.backward(bound.loss)
                 parts.append({name: value.detach().mean() for name, value in bound.bits_per_dim().items()})
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.training.max_grad_norm)
+                    norm = self.accelerator.clip_grad_norm_(self._parameters, self.training.max_grad_norm)
                     terms = {name: torch.stack([one[name] for one in parts]).mean() for name in parts[0]}
                     self._watch(terms, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.lr_scheduler.step()
         if self.ema is not None:
-            self.ema.step(self.model.parameters())
+            self.ema.step(self._parameters)
         self.step += 1
         return terms
 
@@ -263,13 +246,17 @@ class Run:
         """Log the bound of this step, averaged over the processes."""
         if not self.is_due("logging_steps"):
             return
-        stacked = self.accelerator.reduce(torch.stack(list(terms.values())), reduction="mean")
-        values = dict(zip(terms, stacked.tolist(), strict=True))
+        asked = next(iter(terms.values())).new_tensor(float(self.stop.received is not None))
+        stacked = self.accelerator.reduce(torch.stack([*terms.values(), asked]), reduction="mean")
+        *means, stop = stacked.tolist()
+        self._stop_is_agreed = stop > 0
+        values = dict(zip(terms, means, strict=True))
         total = sum(values.values())
         progress.set_postfix({"bits/dim": f"{total:.3f}"} | {name: f"{value:.3f}" for name, value in values.items()})
         rate = {"learning_rate": self.lr_scheduler.get_last_lr()[0]}
         self.history.add("train", self.step, {"bits_per_dim": total} | values | rate)
-        self._log({f"train/{name}": value for name, value in values.items()} | {"train/bits_per_dim": total} | rate)
+        logged = {f"train/{name}": value for name, value in values.items()} | {"train/bits_per_dim": total}
+        self.trackers.log(logged | rate, self.step)
 
     def validate(self) -> None:
         """Held-out bits/dim of the averaged weights, each image at one time, stratified."""
@@ -290,7 +277,7 @@ class Run:
         measured = {"bits_per_dim": report.bits_per_dim, "standard_error": report.standard_error}
         self.history.add("validation", self.step, measured)
         terms = {f"validation/{name}": value for name, value in report.terms.items()}
-        self._log({"validation/bits_per_dim": report.bits_per_dim} | terms)
+        self.trackers.log({"validation/bits_per_dim": report.bits_per_dim} | terms, self.step)
 
     def sample(self) -> None:
         """A grid of samples of the averaged weights, to the trackers and into the run's folder."""
@@ -300,16 +287,39 @@ class Run:
             images = sample_images(
                 build_pipeline(self.model.eval()), self.configuration, self.training.num_sample_images
             )
-        with written_beside(self.folder.path / "samples" / f"step-{self.step:08d}.png") as beside:
-            save_grid(images, beside)
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": images.permute(0, 2, 3, 1).cpu().numpy()}, step=self.step, **layout)
+        self.trackers.log_images(images, self.step)
+        grid = self.folder.path / "samples" / f"step-{self.step:08d}.png"
+        try:
+            clear_leftovers(grid)
+            with written_beside(grid) as beside:
+                save_grid(images, beside)
+        except OSError as error:
+            warn(f"the samples of step {self.step} could not be written ({error}): training goes on.", stacklevel=2)
 
-    def _log(self, values: dict[str, float]) -> None:
-        if self.training.trackers:
-            self.accelerator.log(values, step=self.step)
+    # ---- signals ----------------------------------------------------------------------------------------------------
+
+    def is_last(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.step == self.total_steps
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal asks to stop here: for one process at once; several agree where the bound is logged."""
+        several = self.accelerator.num_processes > 1
+        return self._stop_is_agreed if several else self.stop.received is not None
+
+    def leave(self) -> None:
+        """End the run after the checkpoint of this step, and say how to go on.
+
+        Raises:
+            TrainingStopped: With the exit status.
+        """
+        received = self.stop.received or signal.SIGTERM  # another process got it
+        if self.accelerator.is_main_process:
+            path = find_checkpoint(self.folder.checkpoints, "latest")
+            words = f"{received.name}: stopped after step {self.step} of {self.total_steps}; {path} is written. Go on"
+            tqdm.write(f"{words} by the same command with --resume_from_checkpoint latest.", file=sys.stderr)
+        self.trackers.close()
+        raise TrainingStopped(received)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -334,7 +344,14 @@ class Run:
             state["ema_step"] = self.ema.optimization_step
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        save_checkpoint(self.folder.checkpoints, self.step, tensors, state, self.training.checkpoints_total_limit)
+        folder = self.folder.checkpoints
+        try:
+            save_checkpoint(folder, self.step, tensors, state, self.training.checkpoints_total_limit)
+        except (OSError, SafetensorError) as error:
+            what = not_saved(folder, self.step, error)
+            if self.is_last() or self.is_asked_to_stop():
+                raise CheckpointError(f"{what}: mend that, and go on with --resume_from_checkpoint latest.") from error
+            warn(f"{what}: training goes on, and the next one is tried in its turn.", stacklevel=2)
 
     def _check_weights(self) -> None:
         """No checkpoint holds weights that are not finite: a finite loss can still be followed by a bad update.
@@ -356,17 +373,17 @@ class Run:
         Raises:
             CheckpointError: It is damaged, not a checkpoint, or another model's.
         """
-        wanted = self.training.resume_from_checkpoint
-        path = find_checkpoint(self.folder.checkpoints, wanted) if wanted else None
-        if path is None:
-            return
-        later = [p for p in checkpoints(self.folder.checkpoints) if p.name > path.name]
-        if later:
+        self._start = find_start(self.folder.checkpoints, self.training.resume_from_checkpoint)
+        if self._start is not None:
+            self._restore(self._start.path, self._start.checkpoint)
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:  # nodes that do not share the folder
             raise CheckpointError(
-                f"{path} is not the last checkpoint of its run: going on from it would overwrite {later[0].name} and "
-                f"what follows. Move the later ones away, or resume from 'latest'."
+                f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}) in "
+                f"{self.folder.checkpoints}: give all of them the same folder."
             )
-        checkpoint = load_checkpoint(path)
+
+    def _restore(self, path: Path, checkpoint: Checkpoint) -> None:
         tensors, state = checkpoint.tensors, checkpoint.state
         try:
             # Weights that fit are not enough: under another process, or with other data, they are another run's.
@@ -374,7 +391,7 @@ class Run:
                 raise ValueError("; ".join(changed))
             self.model.load_state_dict(tensors["objective"])
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict(unpack_optimizer(tensors["optimizer"], groups))
+            load_moments(self.optimizer, unpack_optimizer(tensors["optimizer"], groups))
             self._resume_learning_rate(state["lr_scheduler"])
             if self.ema is not None:
                 for (name, _), shadow in zip(self.model.named_parameters(), self.ema.shadow_params, strict=True):
@@ -388,7 +405,7 @@ class Run:
                 raise ValueError(f"it has taken {self.step} steps, and max_train_steps is {self.total_steps}")
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"the checkpoint {path} is of another model or recipe ({_first_line(error)}). Resume with the recipe "
+                f"the checkpoint {path} is of another model or recipe ({in_one_line(error)}). Resume with the recipe "
                 f"it was made by ({Path(path).parent.parent / 'recipe.yaml'}), or start anew in another output_dir."
             ) from error
         if self.accelerator.is_main_process:
@@ -408,34 +425,13 @@ class Run:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return None
-        with averaged_weights(self.model, self.ema):
-            report = publish_locally(self.model, self.configuration, self.folder, self.data.test)
-        parts = (self.configuration, self.accelerator, self.model, self.data)
-        self.folder.record(self.history, describe_run(*parts, self.step, self.seconds))
+        with results(self.folder):
+            with averaged_weights(self.model, self.ema):
+                report = publish_locally(self.model, self.configuration, self.folder, self.data.test)
+            parts = (self.configuration, self.accelerator, self.model, self.data)
+            self.folder.record(self.history, describe_run(*parts, self.step, self.seconds))
         if report is not None:
-            self._log({"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error})
+            measured = {"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error}
+            self.trackers.log(measured, self.step)
         print(self.folder.summary(self.configuration, report))
         return report
-
-    def _total_steps(self) -> int:
-        if self.training.max_train_steps is not None:
-            return self.training.max_train_steps
-        if self.source.steps_per_epoch is None:
-            raise ConfigurationError("a streamed dataset does not know its length: give max_train_steps, not epochs.")
-        epochs, accumulation = self.training.num_train_epochs or 0, self.training.gradient_accumulation_steps
-        return max(1, epochs * self.source.steps_per_epoch // accumulation)
-
-    def _learning_rate(self) -> float:
-        rate, training = self.training.learning_rate, self.training
-        if training.scale_lr:
-            rate *= training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
-        return rate
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:1000]
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Only what every tracker can hold."""
-    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in values.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 
-from vdm_hub.errors import CheckpointError, ConfigurationError
+from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
-from vdm_hub.files import written_beside
+from vdm_hub.files import clear_leftovers, leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.plots import plot_schedule, plot_training_curve, save_grid
 from vdm_hub.training.arguments import Configuration, parse
-from vdm_hub.training.checkpoints import checkpoints
+from vdm_hub.training.checkpoints import checkpoints, tidy
 from vdm_hub.training.configuration import differences
 from vdm_hub.training.history import History
 from vdm_hub.training.provenance import describe_split
@@ -38,6 +40,8 @@ class OutputFolder:
         self.history, self.curve = self.path / "history.json", self.path / "training_curve.png"
         self.provenance = self.path / "run.json"
         self.logs = self.path / "logs"
+        pictures = (self.samples, self.schedule, self.curve)
+        self._written = (self.recipe, self.pipeline, self.evaluation, self.history, self.provenance, *pictures)
 
     def check(self, configuration: Configuration) -> None:
         """Refuse a folder that holds another run, or anything else; nothing is written.
@@ -47,7 +51,8 @@ class OutputFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"output_dir {self.path} is a file: choose a folder.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        self._check_writable()
+        if not self.path.exists() or not self._names():
             return
         if not self._goes_on(configuration):
             what = "already holds a run" if self.recipe.exists() else "is not empty"
@@ -68,7 +73,7 @@ class OutputFolder:
 
     def _stopped_early(self, configuration: Configuration) -> bool:
         """Whether the folder holds this very recipe and no result: a run that ended before its first checkpoint."""
-        if {path.name for path in self.path.iterdir()} - {self.recipe.name, self.checkpoints.name, self.logs.name}:
+        if self._names() - {self.recipe.name, self.checkpoints.name, self.logs.name, "samples"}:
             return False
         try:
             before = parse([str(self.recipe)]).to_dict()
@@ -76,8 +81,26 @@ class OutputFolder:
             return False
         return not differences(before, configuration.to_dict())
 
+    def _names(self) -> set[str]:
+        """What is in the folder, without what a run that was killed left half-written."""
+        half_written = {path for written in self._written for path in leftovers(written)}
+        return {path.name for path in self.path.iterdir() if path not in half_written}
+
+    def _check_writable(self) -> None:
+        parent = self.path.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise CheckpointError(
+                f"output_dir is {self.path}, and you may not write in {parent}: choose another --output_dir, or "
+                f"change its permissions."
+            )
+
     def claim(self, configuration: Configuration) -> None:
-        """Make the folder this run's, by writing its recipe there."""
+        """Make the folder this run's, by writing its recipe there, and clear away what a killed one left."""
+        for written in self._written:
+            clear_leftovers(written)
+        tidy(self.checkpoints, configuration.training.checkpoints_total_limit)
         with written_beside(self.recipe) as beside:
             beside.write_text(configuration.to_yaml())
 
@@ -96,6 +119,23 @@ class OutputFolder:
         lines = [] if report is None else [f"\ntest split of {data.dataset_name or data.train_data_dir}:\n{report}"]
         places = {"pipeline": self.pipeline, "samples": self.samples, "schedule": self.schedule}
         return "\n".join(lines + [f"{name:<13}{place}" for name, place in places.items() if place.exists()])
+
+
+@contextmanager
+def results(folder: OutputFolder) -> Iterator[None]:
+    """Where the results of a trained run are made and written.
+
+    Raises:
+        CheckpointError: They could not be, by the file system's fault.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the run is trained and its last checkpoint whole, but not all of its results could be written to "
+            f"{folder.path} ({in_one_line(error)}): mend that, and run it again with "
+            f"--resume_from_checkpoint latest."
+        ) from error
 
 
 @contextmanager

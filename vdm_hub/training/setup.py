@@ -19,6 +19,10 @@ from vdm_hub.scheduling_vdm import VDMScheduler
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.configuration import TrainingArguments
 
+COMPILER = "inductor"
+# UNetVDMModel's own repeated block; UNet2DModel names none, and these two are nearly all of it.
+_REPEATED_BLOCKS = (*UNetVDMModel._repeated_blocks, "ResnetBlock2D", "Attention")
+
 
 def build_network(configuration: Configuration, shape: tuple[int, int, int]) -> nn.Module:
     """The network that the recipe describes, its channels and size taken from the data where it is silent."""
@@ -69,7 +73,44 @@ def build_objective(configuration: Configuration, shape: tuple[int, int, int]) -
     """Network and process in one module, initialised from the run's seed."""
     torch.manual_seed(configuration.training.seed)
     network = build_network(configuration, shape)
-    return VDMObjective(network, build_scheduler(configuration).build_process(), configuration.diffusion.transitions)
+    process = build_scheduler(configuration).build_process()
+    objective = VDMObjective(network, process, configuration.diffusion.transitions)
+    speed_up(objective, configuration.training)
+    return objective
+
+
+def speed_up(objective: VDMObjective, arguments: TrainingArguments) -> None:
+    """Memory layout, gradient checkpointing and compilation, all in place: the names of the weights stay as they are.
+
+    Compiled whole, network and bound are one graph while training; what evaluates or samples calls the network alone,
+    which then is not compiled, and so is not compiled anew for each size of a batch.
+    """
+    network: Any = objective.network
+    if arguments.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if arguments.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if arguments.compile == "whole":
+        objective.compile(backend=COMPILER)
+    elif arguments.compile == "regional":
+        for block in network.modules():
+            if type(block).__name__ in _REPEATED_BLOCKS:
+                block.compile(backend=COMPILER, fullgraph=True)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load an optimiser's state, each moment laid out in memory as its parameter is.
+
+    Fused kernels on CPUs take that for granted: beside a channels-last weight, a contiguous moment would be read in
+    the wrong order, without an error.
+    """
+    optimizer.load_state_dict(state_dict)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def build_pipeline(objective: VDMObjective) -> VDMPipeline:
@@ -117,6 +158,37 @@ def build_ema(configuration: Configuration, model: torch.nn.Module, device: torc
     )
     ema.to(device)
     return ema
+
+
+def count_steps(arguments: TrainingArguments, steps_per_epoch: int | None) -> int:
+    """The optimiser steps of a run, from the batches of an epoch; ``None`` for a stream, whose length is not known.
+
+    Raises:
+        ConfigurationError: Epochs of a stream; or one optimiser step would see an image twice.
+
+    >>> count_steps(TrainingArguments(num_train_epochs=3, gradient_accumulation_steps=2), steps_per_epoch=5)
+    7
+    """
+    accumulation = arguments.gradient_accumulation_steps
+    if steps_per_epoch is not None and accumulation > steps_per_epoch:
+        raise ConfigurationError(
+            f"gradient_accumulation_steps is {accumulation}, and an epoch has {steps_per_epoch} batches: one "
+            f"optimiser step would see images twice. Set it to at most {steps_per_epoch}, or train_batch_size "
+            f"to fewer."
+        )
+    if arguments.max_train_steps is not None:
+        return arguments.max_train_steps
+    if steps_per_epoch is None:
+        raise ConfigurationError("a streamed dataset does not know its length: give max_train_steps, not epochs.")
+    return (arguments.num_train_epochs or 0) * steps_per_epoch // accumulation
+
+
+def learning_rate(arguments: TrainingArguments, processes: int) -> float:
+    """AdamW's learning rate, scaled where the recipe says so."""
+    rate = arguments.learning_rate
+    if arguments.scale_lr:
+        rate *= arguments.train_batch_size * arguments.gradient_accumulation_steps * processes
+    return rate
 
 
 def _process_parameters(objective: Objective) -> list[nn.Parameter]:

@@ -1,0 +1,171 @@
+"""SIGTERM and SIGINT: the step under way, a checkpoint, a word on how to go on, and the exit status of the signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import ROOT, TORCHRUN, contents, environment, recipe, train_here
+from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
+from vdm_hub.training.signals import StopSignals, TrainingStopped
+
+LONG: dict[str, Any] = {"max_train_steps": 100_000, "checkpointing_steps": 5, "checkpoints_total_limit": 2}
+DOOR = ("-m", "vdm_hub.train")
+
+
+def begin(run: Path, *words: str, **fields: Any) -> subprocess.Popen[str]:
+    """A run in a process of its own, after its first checkpoint."""
+    command = [sys.executable, *words, recipe(run.parent / "recipe", run, **fields)]
+    here = environment(ACCELERATE_USE_CPU="true")
+    process = subprocess.Popen(
+        command, env=here, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not list((run / "checkpoints").glob("step-*")):
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(process.communicate()[1])
+        time.sleep(0.005)
+    return process
+
+
+def steps(run: Path) -> list[int]:
+    return [load_checkpoint(path).state["step"] for path in checkpoints(run / "checkpoints")]
+
+
+def finish_and_compare(tmp_path: Path, stopped_at: int, fields: dict[str, Any]) -> None:
+    """The run that was stopped, taken three steps further, is the undisturbed one."""
+    short = fields | {"max_train_steps": stopped_at + 3, "lr_scheduler": "constant"}
+    train_here(tmp_path / "run", **short, resume_from_checkpoint="latest")
+    train_here(tmp_path / "calm", **short)
+    pipelines = [contents(tmp_path / name / "pipeline") for name in ("run", "calm")]
+    assert pipelines[0] == pipelines[1]
+    assert (tmp_path / "run" / "history.json").read_text() == (tmp_path / "calm" / "history.json").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_its_own_exit_status(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    fields = LONG | {"lr_scheduler": "constant", "logging_steps": 3, "checkpointing_steps": 4}
+    process = begin(tmp_path / "run", *DOOR, **fields)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert "Traceback" not in said
+    last = steps(tmp_path / "run")[-1]
+    assert f"{number.name} received" in said
+    assert f"{number.name}: stopped after step {last} of 100000" in said
+    assert "--resume_from_checkpoint latest" in said
+    assert f"step-{last:08d} is written" in said
+    assert not (tmp_path / "run" / "pipeline").exists()
+    finish_and_compare(tmp_path, last, fields)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    """The step under way would take a minute: it waits for a batch that does not come."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    process = begin(tmp_path / "run", str(script), **LONG)
+    (tmp_path / "run" / "wait").touch()
+    while not (tmp_path / "run" / "waiting").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    before = contents(tmp_path / "run" / "checkpoints")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "SIGINT received" not in (line := process.stderr.readline()):
+        assert line, "it ended at the first"
+    assert "Ctrl-C again ends it at once" in line
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert contents(tmp_path / "run" / "checkpoints") == before
+
+
+SLOW = """
+import sys, time
+from vdm_hub import train
+from vdm_hub.training import loop
+
+
+class Slow(loop.Run):
+    def optimise(self, batches):
+        folder = self.folder.path
+        if (folder / "wait").exists():
+            (folder / "waiting").touch()
+            for _ in range(6000):
+                time.sleep(0.01)
+        return super().optimise(batches)
+
+
+loop.Run = Slow
+sys.exit(train.main())
+"""
+
+
+def test_a_signal_after_the_last_step_ends_at_once_and_the_results_come_later(tmp_path: Path) -> None:
+    """The evaluation of many passes is not waited for."""
+    fields = {"max_train_steps": 4, "evaluation_replicates": 100_000}
+    process = begin(tmp_path / "run", *DOOR, **fields)
+    while not (tmp_path / "run" / "pipeline").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert steps(tmp_path / "run") == [4]
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    more = {"max_train_steps": 4, "evaluation_replicates": 1, "resume_from_checkpoint": "latest"}
+    assert train_here(tmp_path / "run", **more) is not None
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("to", ["one worker", "the launcher"])
+def test_two_processes_stop_at_the_same_step(to: str, tmp_path: Path) -> None:
+    fields = LONG | {"train_batch_size": 8, "logging_steps": 3, "lr_scheduler": "constant"}
+    process = begin(tmp_path / "run", "-m", *TORCHRUN, *DOOR, **fields)
+    if to == "the launcher":
+        process.send_signal(signal.SIGTERM)
+    else:
+        workers = [int(pid) for pid in _children(process.pid)]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert said.count("stopped after step") == 1, said
+    last = steps(tmp_path / "run")[-1]
+    assert last % 3 == 0, "they agree where the bound is logged"
+    assert f"stopped after step {last} of" in said
+    assert "Connection closed" not in said
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_handlers_are_given_back_and_left_alone_outside_the_main_thread() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopSignals(show=False) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+        with pytest.raises(TrainingStopped) as stopped:
+            stop.obey_at_once()
+        assert stopped.value.code == 143
+
+    def elsewhere() -> None:
+        with StopSignals():
+            assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

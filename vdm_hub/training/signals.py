@@ -1,0 +1,80 @@
+"""SIGTERM and SIGINT: finish the step under way, write a checkpoint, leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class TrainingStopped(SystemExit):
+    """A signal ended the run, in order; the exit status is 128 + the signal's number, as shells have it.
+
+    >>> TrainingStopped(signal.SIGTERM).code
+    143
+    """
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(128 + received)
+        self.signal = received
+
+
+class StopSignals:
+    """Within the block the two signals are noted, not obeyed: `received` says which one came first.
+
+    A second SIGINT ends the process at once, by the system's own hand. Outside the main thread, where Python handles
+    no signals, the block changes nothing.
+
+    Args:
+        show: Say on standard error that the signal was received; for one of several processes.
+
+    >>> with StopSignals(show=False) as stop:
+    ...     os.kill(os.getpid(), signal.SIGTERM)
+    ...     stop.received
+    <Signals.SIGTERM: 15>
+    """
+
+    def __init__(self, *, show: bool = True) -> None:
+        self.received: signal.Signals | None = None
+        self._show, self._at_once = show, False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        """Take the two signals over."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def obey_at_once(self) -> None:
+        """From here on a signal, also one that came before, raises: for what is written whole or not at all.
+
+        Raises:
+            TrainingStopped: A signal was received already.
+        """
+        self._at_once = True
+        if self.received is not None:
+            raise TrainingStopped(self.received)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.received is not None:
+            return
+        self.received = signal.Signals(number)
+        if self._at_once:
+            raise TrainingStopped(self.received)
+        if self._show:  # not by print, which a signal may have interrupted
+            words = f"\n{self.received.name} received: one more step and a checkpoint, then the run ends"
+            again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+            os.write(2, f"{words}{again}.\n".encode())

@@ -1,0 +1,79 @@
+"""The trackers of a run. One that fails is dropped with a warning: no tracker is worth a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from warnings import warn
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from torch import Tensor
+
+from vdm_hub.errors import ConfigurationError, in_one_line
+
+
+class Trackers:
+    """accelerate's trackers, each on its own: what one of them raises reaches neither the others nor the run.
+
+    Args:
+        accelerator: It knows which trackers the recipe names.
+        wanted: Whether there are any.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, wanted: bool) -> None:
+        self.accelerator, self.wanted = accelerator, wanted
+
+    def open(self, config: Mapping[str, Any]) -> None:
+        """Start them.
+
+        Raises:
+            ConfigurationError: One does not start: before the first step that is better mended than passed over.
+        """
+        if not self.wanted:
+            return
+        try:
+            self.accelerator.init_trackers("vdm_hub", config=_flat(config))
+        except Exception as error:  # each tracker has exceptions of its own
+            raise ConfigurationError(
+                f"report_to is {config['report_to']!r}, and such a tracker does not start ({in_one_line(error)}): "
+                f"mend that, or take it out of report_to."
+            ) from error
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers, at a step."""
+        self._each(lambda tracker: tracker.log(dict(values), step=step))
+
+    def log_images(self, images: Tensor, step: int) -> None:
+        """Samples in [0, 1], (B, C, H, W), to the trackers that show pictures."""
+        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+
+        def show(tracker: GeneralTracker) -> None:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pictures}, step=step, **layout)
+
+        self._each(show)
+
+    def close(self) -> None:
+        """End them, and the group of processes."""
+        self._each(lambda tracker: tracker.finish())
+        self.accelerator.trackers = []
+        self.accelerator.end_training()
+
+    def _each(self, do: Callable[[GeneralTracker], object]) -> None:
+        for tracker in list(getattr(self.accelerator, "trackers", ())):
+            try:
+                do(tracker)
+            except Exception as error:  # each tracker has exceptions of its own
+                self.accelerator.trackers.remove(tracker)
+                warn(
+                    f"the tracker {tracker.name} failed ({in_one_line(error)}): the run goes on without it, and what "
+                    f"is logged is in its checkpoints and in history.json all the same.",
+                    stacklevel=3,
+                )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what every tracker can hold."""
+    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in values.items()}
