@@ -271,8 +271,8 @@ def test_train_refuses_a_truncated_checkpoint(pipeline: Path, tmp_path: Path, re
     weights = sorted((tmp_path / "run" / "checkpoints").rglob("ema.safetensors"))[-1]
     weights.write_bytes(weights.read_bytes()[:500])
     before = contents(tmp_path / "run")
-    words = [tmp_path / "run" / "recipe.yaml", "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"]
-    said = refused(*words, door=train.main)
+    words = [tmp_path / "run" / "recipe.yaml", "--output_dir", tmp_path / "run"]
+    said = refused(*words, "--resume_from_checkpoint", weights.parent, door=train.main)
     assert "damaged: ema.safetensors" in said
     assert "step-00000004 instead" in said
     assert contents(tmp_path / "run") == before
