@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("readme")
     (home / "my_images").mkdir()
     source = np.random.default_rng(0)
-    for i in range(8):
+    for i in range(300):  # the template holds out 256
         Image.fromarray(source.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(home / "my_images" / f"{i}.png")
     (recipe,) = (text for language, text in BLOCKS if language == "yaml")
     (home / "my_recipe.yaml").write_text(recipe)

@@ -42,8 +42,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "mnist": RGB
     | {
         "shape": (1, 28, 28),
-        "train_batch_size": 64,
-        "unet": {"block_out_channels": [32, 64, 64], "layers_per_block": 2, "norm_num_groups": 8, "dropout": 0.0},
+        "train_batch_size": 32,
+        "unet": {"block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8, "dropout": 0.0},
     },
     "rgb32_flat": RGB
     | {

@@ -306,7 +306,7 @@ class Reads(TorchDispatchMode):
 
 
 # On a CPU nothing waits, so these look; each first asks for the device, as the next test shows for two of them.
-LOOK_ON_A_CPU = {"_check_draws", "_reach", "_check_losses"}
+LOOK_ON_A_CPU = {"_check_draws", "_reach", "check_losses"}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "learned_monotone", "tabulated"])
@@ -357,7 +357,7 @@ def test_off_the_cpu_losses_are_looked_at_only_when_logged(tmp_path: Path) -> No
         with Reads() as reads:
             run._watch(terms, torch.tensor(1.0))
         seen.append(reads.places)
-    assert seen == [set(), set(), {"_check_losses"}]
+    assert seen == [set(), set(), {"check_losses"}]
 
 
 @pytest.mark.parametrize("gamma_0", [-13.3, -8.7, -2.0])

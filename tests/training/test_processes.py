@@ -221,6 +221,29 @@ def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_find_different_checkpoints_are_refused(tmp_path: Path) -> None:
+    """As nodes do that do not share the folder: one would go on where the other begins."""
+    train_here(tmp_path / "run0", max_train_steps=3)
+    (tmp_path / "apart.py").write_text(APART)
+    script = [str(tmp_path / "apart.py"), recipe(tmp_path, tmp_path / "run"), str(tmp_path / "run")]
+    done = python(*TORCHRUN, *script, ACCELERATE_USE_CPU="true")
+    assert done.returncode != 0
+    assert "error: the processes found checkpoints of different steps (3, 0)" in done.stderr
+    assert not (tmp_path / "run1").exists()
+
+
+APART = """
+import os
+import sys
+
+from vdm_hub import train
+
+recipe, folder = sys.argv[1:]
+sys.argv[1:] = [recipe, "--output_dir", folder + os.environ["RANK"], "--resume_from_checkpoint", "latest"]
+sys.exit(train.main())
+"""
+
+
 def test_two_processes_stop_together_where_one_loss_is_not_finite(tmp_path: Path) -> None:
     """Only the second process meets a NaN; no checkpoint of the first may hold what came of it."""
     (tmp_path / "poison.py").write_text(POISON)

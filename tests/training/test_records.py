@@ -94,18 +94,13 @@ def test_a_longer_run_goes_on_with_the_history(tmp_path: Path) -> None:
     assert {name: values[:2] for name, values in after.items()} == before
 
 
-def test_a_checkpoint_without_a_history_can_be_resumed(tmp_path: Path) -> None:
-    """As those are that an earlier version wrote."""
-    fields: dict[str, Any] = {"logging_steps": 1, "max_train_steps": 3}
-    train_here(tmp_path / "run", **fields | {"max_train_steps": 2})
-    (path,) = checkpoints(tmp_path / "run" / "checkpoints")
-    old = load_checkpoint(path)
-    for name in ("history", "training_seconds"):
-        del old.state[name]
-    shutil.rmtree(path)
-    save_checkpoint(path.parent, 2, old.tensors, old.state)
-    train_here(tmp_path / "run", **fields, resume_from_checkpoint="latest")
-    assert read(tmp_path / "run" / "history.json")["train"]["step"] == [3]
+def test_every_checkpoint_says_how_the_run_came_about(tmp_path: Path) -> None:
+    train_here(tmp_path / "run", max_train_steps=4, checkpointing_steps=2)
+    first, last = (load_checkpoint(path).state["provenance"] for path in checkpoints(tmp_path / "run" / "checkpoints"))
+    assert last == read(tmp_path / "run" / "run.json")
+    assert (first["steps"], last["steps"]) == (2, 4)
+    changing = ("steps", "training_seconds")
+    assert {key: first[key] for key in first if key not in changing} == {k: last[k] for k in last if k not in changing}
 
 
 # ---- run.json -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 from vdm_hub.errors import CheckpointError
 from vdm_hub.files import written_beside
 
-_FORMAT = "vdm_hub checkpoint 1"
+_FORMAT = "vdm_hub checkpoint 2"
 
 
 @dataclass(frozen=True)
@@ -154,29 +154,3 @@ def _to_disk(file: Path) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def pack_optimizer(state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    """The moments that an optimiser holds, as named tensors.
-
-    Its settings (learning rate, betas, ...) are the recipe's, and no part of it.
-
-    >>> parameter = torch.nn.Parameter(torch.zeros(2))
-    >>> optimizer = torch.optim.AdamW([parameter])
-    >>> parameter.sum().backward()
-    >>> optimizer.step()
-    >>> sorted(pack_optimizer(optimizer.state_dict()))
-    ['0.exp_avg', '0.exp_avg_sq', '0.step']
-    """
-    return {
-        f"{index}.{name}": value for index, values in state_dict["state"].items() for name, value in values.items()
-    }
-
-
-def unpack_optimizer(tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The inverse of `pack_optimizer`, with the settings that are in force now, an optimiser's ``param_groups``."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": groups}

@@ -24,6 +24,7 @@ Serialised = NewType("Serialised", str)
 """Text that is a name or a JSON object; in a recipe it may be written as a YAML mapping."""
 
 UNET_CLASSES = ("UNetVDMModel", "UNet2DModel")
+OPTIMIZERS = ("adamw", "adamw_8bit", "prodigy")
 TRACKERS = ("none", *sorted(LOGGER_TYPE_TO_CLASS))
 # Of diffusers' schedulers, piecewise_constant alone needs an argument (step_rules) that no field gives.
 LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT)
@@ -36,7 +37,8 @@ _MAY_CHANGE = {
     *("eval_batch_size", "validation_steps", "validation_images", "validation_split", "test_split"),
     *("evaluation_replicates", "sample_steps", "num_sample_images", "num_inference_steps"),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "mixed_precision"),
-    *("gradient_checkpointing", "compile", "channels_last"),
+    *("gradient_checkpointing", "compile", "channels_last", "offload_ema", "dry_run"),
+    *("early_stopping_patience", "early_stopping_threshold"),
     *("push_to_hub", "hub_model_id", "hub_private_repo"),
 }
 
@@ -144,6 +146,9 @@ class TrainingArguments:
     lr_scheduler: str = option("constant_with_warmup", f"The learning rate's course: {', '.join(LR_SCHEDULERS)}.")
     lr_warmup_steps: int = option(100, "Optimiser steps over which the learning rate rises from 0.")
     scale_lr: bool = option(False, "Multiply the learning rate by processes x accumulation x batch size.")
+    optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = option(
+        "adamw", "AdamW; or AdamW with moments of 8 bits, of the package bitsandbytes; or Prodigy, of prodigyopt."
+    )
     adam_beta1: float = option(0.9, "beta_1 of AdamW.")
     adam_beta2: float = option(0.99, "beta_2 of AdamW.")
     adam_weight_decay: float = option(0.01, "Weight decay of AdamW; the noise schedule's parameters have none.")
@@ -153,6 +158,7 @@ class TrainingArguments:
     ema_max_decay: float = option(0.9999, "The largest decay of the moving average.")
     ema_inv_gamma: float = option(1.0, "The warm-up of the decay is 1 - (1 + step/ema_inv_gamma)^-ema_power.")
     ema_power: float = option(0.75, "See ema_inv_gamma.")
+    offload_ema: bool = option(False, "Keep the moving average in the host's memory, not the GPU's; slower.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "The precision of the network's body; not given: what `accelerate config` or `launch` says."
     )
@@ -174,12 +180,21 @@ class TrainingArguments:
     )
     logging_steps: int = option(50, "Log the bound every so many optimiser steps.")
     validation_steps: int = option(0, "Measure held-out bits/dim every so many optimiser steps; 0: never.")
+    early_stopping_patience: int | None = option(
+        None,
+        "End the run after so many measurements of held-out bits/dim without improvement, and publish the best "
+        "weights that were measured; not given: train to the end, and publish its weights.",
+    )
+    early_stopping_threshold: float = option(0.0, "By how many bits/dim an improvement must be better.")
     validation_images: int | None = option(None, "Images in each of those measurements; not given: all held out.")
     sample_steps: int = option(0, "Draw a grid of samples every so many optimiser steps; 0: only at the end.")
     num_sample_images: int = option(64, "Images in the grid of samples; 0 draws none.")
     num_inference_steps: int = option(250, "Network evaluations of a sample.")
     evaluation_replicates: int = option(
         4, "Independent passes over the test split at the end, which give the standard error; 0: no evaluation."
+    )
+    dry_run: bool = option(
+        False, "Build everything, take one step, print parameters, memory and the estimated time, and write nothing."
     )
     push_to_hub: bool = option(
         False,
@@ -203,6 +218,14 @@ class TrainingArguments:
         at_least(1, self, "validation_images", "num_inference_steps")
         at_least(0, self, "seed", "lr_warmup_steps", "checkpointing_steps", "validation_steps", "sample_steps")
         at_least(0, self, "num_sample_images", "evaluation_replicates", "adam_weight_decay")
+        at_least(0, self, "early_stopping_threshold")
+        at_least(1, self, "early_stopping_patience")
+        require(
+            self.early_stopping_patience is None or self.validation_steps > 0,
+            "early_stopping_patience",
+            self.early_stopping_patience,
+            "it counts the measurements that validation_steps makes, so give that too, such as 500",
+        )
         positive(self, "learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             value = getattr(self, name)
@@ -211,8 +234,9 @@ class TrainingArguments:
             raise unknown_name("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise unknown_name("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
-        if self.compile not in ("none", "whole", "regional"):
-            raise unknown_name("compile", self.compile, ("none", "whole", "regional"))
+        for name, known in (("compile", ("none", "whole", "regional")), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
         for tracker in self.trackers or ("none",):
             if tracker not in TRACKERS:
                 raise unknown_name("tracker in report_to", tracker, TRACKERS)

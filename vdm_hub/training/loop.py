@@ -6,53 +6,45 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 from warnings import warn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vdm_hub.data.batches import training_batches
-from vdm_hub.data.loading import Data, load_data
+from vdm_hub.data.loading import Data, Images, load_data
 from vdm_hub.diffusion.times import stratified_times
-from vdm_hub.errors import CheckpointError, NonFiniteLossError, in_one_line
+from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Bound
 from vdm_hub.plots import save_grid
 from vdm_hub.training.arguments import Configuration
-from vdm_hub.training.checkpoints import (
-    Checkpoint,
-    find_checkpoint,
-    pack_optimizer,
-    save_checkpoint,
-    unpack_optimizer,
-)
-from vdm_hub.training.configuration import differences
+from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
+from vdm_hub.training.early_stopping import EarlyStopping
 from vdm_hub.training.history import History
-from vdm_hub.training.outputs import OutputFolder, averaged_weights, publish_locally, results, sample_images
+from vdm_hub.training.losses import LossWatch
+from vdm_hub.training.optimizers import build_optimizer
+from vdm_hub.training.outputs import OutputFolder, publish_locally, results, sample_images
 from vdm_hub.training.processes import build_accelerator, to_device
-from vdm_hub.training.provenance import describe_run
+from vdm_hub.training.provenance import Provenance
 from vdm_hub.training.publishing import check_publishing, publish_run
+from vdm_hub.training.rehearsal import rehearse
 from vdm_hub.training.resuming import Start, find_start, not_saved
-from vdm_hub.training.setup import (
-    build_ema,
-    build_objective,
-    build_optimizer,
-    build_pipeline,
-    count_steps,
-    learning_rate,
-    load_moments,
-)
+from vdm_hub.training.setup import build_objective, build_pipeline, count_steps, learning_rate
 from vdm_hub.training.signals import StopSignals, TrainingStopped
+from vdm_hub.training.state import pack_state, restore_state
 from vdm_hub.training.tracking import Trackers
+from vdm_hub.training.weights import averaged_weights, build_ema, step_ema, these_weights
 
 
 def train(configuration: Configuration) -> LikelihoodReport | None:
@@ -74,6 +66,9 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
     data = load_data(configuration.data)
     run = Run(configuration, accelerator, data, folder)
     run.resume()
+    if configuration.training.dry_run:
+        run.rehearse()
+        return None
     run.announce()  # the first that is written: whatever is refused before leaves everything as it was
     started, first_step = time.perf_counter(), run.step
     show = accelerator.is_main_process
@@ -119,9 +114,11 @@ class Run:
             random_flip=configuration.data.random_flip,
         )
         self.total_steps = count_steps(training, self.source.steps_per_epoch)
+        accumulation, processes = training.gradient_accumulation_steps, accelerator.num_processes
+        self.global_batch_size = training.train_batch_size * accumulation * processes
         self.model = build_objective(configuration, data.image_shape)
-        optimizer = build_optimizer(self.model, training, learning_rate(training, accelerator.num_processes))
-        self.ema = build_ema(configuration, self.model, accelerator.device)
+        optimizer = build_optimizer(self.model, training, learning_rate(training, processes))
+        self.ema = build_ema(training, self.model, accelerator.device)
         self.objective, self.optimizer = accelerator.prepare(self.model, optimizer)
         self._parameters = list(self.model.parameters())  # listed once: walking the modules takes 1 % of a small step
         self.lr_scheduler = get_scheduler(
@@ -132,7 +129,14 @@ class Run:
         )
         self.history, self.seconds = History(), 0.0  # of all parts of a run that was resumed
         self._clock = time.perf_counter()
-        self._unchecked: list[tuple[int, dict[str, Tensor]]] = []
+        self.losses = LossWatch(training, folder.checkpoints, looks_at_once=accelerator.device.type == "cpu")
+        self.early_stopping = EarlyStopping(training.early_stopping_patience, training.early_stopping_threshold)
+        if training.early_stopping_patience is not None and data.validation is None:
+            raise ConfigurationError(
+                f"early_stopping_patience is {training.early_stopping_patience}, and nothing is held out to measure: "
+                f"give validation_split or validation_size."
+            )
+        self.provenance = Provenance(configuration, accelerator, self.model, data)
         self.trackers = Trackers(accelerator, wanted=bool(training.trackers))
         self.stop, self._stop_is_agreed = StopSignals(), False
         self._start: Start | None = None
@@ -152,7 +156,7 @@ class Run:
         """The micro-batches of each optimiser step that is still to be taken."""
         accumulation = self.training.gradient_accumulation_steps
         source = self.source.batches(start_step=self.step * accumulation)
-        while self.step < self.total_steps:
+        while not self.is_last():
             yield [next(source) for _ in range(accumulation)]
 
     def optimise(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -178,7 +182,7 @@ class Run:
                 self.optimizer.zero_grad()
         self.lr_scheduler.step()
         if self.ema is not None:
-            self.ema.step(self._parameters)
+            step_ema(self.ema, self._parameters, offload=self.training.offload_ema)
         self.step += 1
         return terms
 
@@ -205,35 +209,13 @@ class Run:
         return self.model.draw_noise(batch, generator)
 
     def _watch(self, terms: dict[str, Tensor], gradient_norm: Tensor) -> None:
-        """Stop before the weights follow a loss that is not finite; on a GPU, look only where the host waits anyway.
+        """Stop before the weights follow a loss or a gradient that is not finite.
 
         The gradient is the mean over all processes, so they all stop at the same step.
         """
         if self.accelerator.scaler is None:  # with fp16 it may overflow: the scaler then skips the step
             terms = terms | {"gradient norm": gradient_norm.detach()}
-        self._unchecked.append((self.step + 1, terms))
-        if self.accelerator.device.type == "cpu" or len(self._unchecked) >= self.training.logging_steps:
-            self._check_losses()
-
-    def _check_losses(self) -> None:
-        """Look at the losses of the steps since the last look.
-
-        Raises:
-            NonFiniteLossError: With the step and its terms. No checkpoint holds weights that come after it.
-        """
-        unchecked, self._unchecked = self._unchecked, []
-        if not unchecked:
-            return
-        values = torch.stack([torch.stack(list(terms.values())) for _, terms in unchecked]).cpu()
-        for (step, terms), row in zip(unchecked, values, strict=True):
-            if not bool(torch.isfinite(row).all()):
-                named = ", ".join(f"{name} {value:.6g}" for name, value in zip(terms, row.tolist(), strict=True))
-                raise NonFiniteLossError(
-                    f"the loss of step {step} is not finite ({named}; bits/dim). Training stopped; the last good "
-                    f"checkpoint is {find_checkpoint(self.folder.checkpoints, 'latest') or 'none yet'}. Resume from "
-                    f"it with a lower learning_rate (now {self.training.learning_rate:g}) or max_grad_norm (now "
-                    f"{self.training.max_grad_norm:g}), or use bf16 instead of fp16."
-                )
+        self.losses.add(self.step + 1, terms)
 
     # ---- what is seen while it runs ---------------------------------------------------------------------------------
 
@@ -252,32 +234,45 @@ class Run:
         self._stop_is_agreed = stop > 0
         values = dict(zip(terms, means, strict=True))
         total = sum(values.values())
-        progress.set_postfix({"bits/dim": f"{total:.3f}"} | {name: f"{value:.3f}" for name, value in values.items()})
+        per_second = (progress.format_dict["rate"] or 0.0) * self.global_batch_size
+        shown = {name: f"{value:.3f}" for name, value in ({"bits/dim": total} | values).items()}
+        progress.set_postfix(shown | {"images/s": f"{per_second:.0f}"})
         rate = {"learning_rate": self.lr_scheduler.get_last_lr()[0]}
         self.history.add("train", self.step, {"bits_per_dim": total} | values | rate)
-        logged = {f"train/{name}": value for name, value in values.items()} | {"train/bits_per_dim": total}
-        self.trackers.log(logged | rate, self.step)
+        logged = {"bits_per_dim": total} | values | {"images_per_second": per_second}
+        self.trackers.log({f"train/{name}": value for name, value in logged.items()} | rate, self.step)
 
     def validate(self) -> None:
-        """Held-out bits/dim of the averaged weights, each image at one time, stratified."""
+        """Held-out bits/dim of the averaged weights; where they stop falling, the run may end early."""
         images = self.data.validation
-        if images is None or not self.accelerator.is_main_process:
+        if images is None:
             return
-        with averaged_weights(self.model, self.ema):
-            report = evaluate(
-                build_pipeline(self.model),
-                images,
-                transitions=self.configuration.diffusion.transitions,
-                replicates=2,
-                batch_size=self.training.eval_batch_size,
-                max_images=self.training.validation_images,
-                progress=False,
-            )
+        measured = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        if self.accelerator.is_main_process:
+            with averaged_weights(self.model, self.ema):
+                measured += self._measure(images)
+                if self.early_stopping.would_improve(float(measured)):
+                    self.early_stopping.keep(self.model)
+        if self.early_stopping.patience is not None:  # all processes stop at the same step
+            self.early_stopping.look(float(broadcast(measured)), self.step)
+
+    def _measure(self, images: Images) -> float:
+        """Each held-out image at two times, stratified."""
+        report = evaluate(
+            build_pipeline(self.model),
+            images,
+            transitions=self.configuration.diffusion.transitions,
+            replicates=2,
+            batch_size=self.training.eval_batch_size,
+            max_images=self.training.validation_images,
+            progress=False,
+        )
         tqdm.write(f"step {self.step}: held-out {report.bits_per_dim:.4f} bits/dim (se {report.standard_error:.4f})")
         measured = {"bits_per_dim": report.bits_per_dim, "standard_error": report.standard_error}
         self.history.add("validation", self.step, measured)
         terms = {f"validation/{name}": value for name, value in report.terms.items()}
         self.trackers.log({"validation/bits_per_dim": report.bits_per_dim} | terms, self.step)
+        return report.bits_per_dim
 
     def sample(self) -> None:
         """A grid of samples of the averaged weights, to the trackers and into the run's folder."""
@@ -287,20 +282,20 @@ class Run:
             images = sample_images(
                 build_pipeline(self.model.eval()), self.configuration, self.training.num_sample_images
             )
-        self.trackers.log_images(images, self.step)
         grid = self.folder.path / "samples" / f"step-{self.step:08d}.png"
         try:
             clear_leftovers(grid)
             with written_beside(grid) as beside:
                 save_grid(images, beside)
+            self.trackers.log_pictures({"samples": grid}, self.step)
         except OSError as error:
             warn(f"the samples of step {self.step} could not be written ({error}): training goes on.", stacklevel=2)
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 
     def is_last(self) -> bool:
-        """Whether the last step has been taken."""
-        return self.step == self.total_steps
+        """Whether the last step has been taken, or held-out bits/dim have stopped falling."""
+        return self.step >= self.total_steps or self.early_stopping.is_over
 
     def is_asked_to_stop(self) -> bool:
         """Whether a signal asks to stop here: for one process at once; several agree where the bound is logged."""
@@ -325,25 +320,13 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
-        self._check_losses()
-        self._check_weights()
+        self.losses.check_losses()
+        self.losses.check_weights(self.step, self.model)
         if not self.accelerator.is_main_process:
             return
         self.seconds, self._clock = self.seconds + time.perf_counter() - self._clock, time.perf_counter()
-        tensors = {"objective": self.model.state_dict(), "optimizer": pack_optimizer(self.optimizer.state_dict())}
-        state: dict[str, Any] = {
-            "step": self.step,
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "recipe": self.configuration.to_dict(),
-            "history": self.history.to_dict(),
-            "training_seconds": self.seconds,
-        }
-        if self.ema is not None:
-            names = [name for name, _ in self.model.named_parameters()]
-            tensors["ema"] = dict(zip(names, self.ema.shadow_params, strict=True))
-            state["ema_step"] = self.ema.optimization_step
-        if self.accelerator.scaler is not None:
-            state["scaler"] = self.accelerator.scaler.state_dict()
+        tensors, state = pack_state(self)
+        state["provenance"] = self.provenance.describe(self.step, self.seconds)
         folder = self.folder.checkpoints
         try:
             save_checkpoint(folder, self.step, tensors, state, self.training.checkpoints_total_limit)
@@ -353,20 +336,6 @@ class Run:
                 raise CheckpointError(f"{what}: mend that, and go on with --resume_from_checkpoint latest.") from error
             warn(f"{what}: training goes on, and the next one is tried in its turn.", stacklevel=2)
 
-    def _check_weights(self) -> None:
-        """No checkpoint holds weights that are not finite: a finite loss can still be followed by a bad update.
-
-        Raises:
-            NonFiniteLossError: Naming the parameter and the last good checkpoint.
-        """
-        for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise NonFiniteLossError(
-                    f"the weights {name} are not finite after step {self.step}. Training stopped, nothing was saved; "
-                    f"the last good checkpoint is {find_checkpoint(self.folder.checkpoints, 'latest') or 'none yet'}. "
-                    f"Lower the learning rate ({self.training.learning_rate:g}) or max_grad_norm."
-                )
-
     def resume(self) -> None:
         """Go on from the checkpoint that the configuration names, if any.
 
@@ -375,7 +344,9 @@ class Run:
         """
         self._start = find_start(self.folder.checkpoints, self.training.resume_from_checkpoint)
         if self._start is not None:
-            self._restore(self._start.path, self._start.checkpoint)
+            restore_state(self, self._start.path, self._start.checkpoint)
+            if self.accelerator.is_main_process:
+                tqdm.write(f"resumed from {self._start.path}")
         steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:  # nodes that do not share the folder
             raise CheckpointError(
@@ -383,55 +354,34 @@ class Run:
                 f"{self.folder.checkpoints}: give all of them the same folder."
             )
 
-    def _restore(self, path: Path, checkpoint: Checkpoint) -> None:
-        tensors, state = checkpoint.tensors, checkpoint.state
-        try:
-            # Weights that fit are not enough: under another process, or with other data, they are another run's.
-            if changed := differences(state["recipe"], self.configuration.to_dict()):
-                raise ValueError("; ".join(changed))
-            self.model.load_state_dict(tensors["objective"])
-            groups = self.optimizer.state_dict()["param_groups"]
-            load_moments(self.optimizer, unpack_optimizer(tensors["optimizer"], groups))
-            self._resume_learning_rate(state["lr_scheduler"])
-            if self.ema is not None:
-                for (name, _), shadow in zip(self.model.named_parameters(), self.ema.shadow_params, strict=True):
-                    shadow.copy_(tensors["ema"][name])
-                self.ema.optimization_step = state["ema_step"]
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.history, self.seconds = History(state.get("history")), state.get("training_seconds", 0.0)
-            self.step = int(state["step"])
-            if self.step > self.total_steps:
-                raise ValueError(f"it has taken {self.step} steps, and max_train_steps is {self.total_steps}")
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint {path} is of another model or recipe ({in_one_line(error)}). Resume with the recipe "
-                f"it was made by ({Path(path).parent.parent / 'recipe.yaml'}), or start anew in another output_dir."
-            ) from error
-        if self.accelerator.is_main_process:
-            tqdm.write(f"resumed from {path}")
-
-    def _resume_learning_rate(self, state: dict[str, Any]) -> None:
-        """The schedule goes on where it was, from the recipe's own learning rate, which may be a lower one now."""
-        self.lr_scheduler.load_state_dict(state | {"base_lrs": self.lr_scheduler.base_lrs})
-        rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
-        for group, (base, course) in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = base * course(self.lr_scheduler.last_epoch)
-
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def finish(self) -> LikelihoodReport | None:
-        """Save the pipeline of the averaged weights, its pictures and its bound on the test split."""
+        """Save the pipeline of the averaged or the best weights, its pictures and its bound on the test split."""
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return None
         with results(self.folder):
-            with averaged_weights(self.model, self.ema):
+            with self._published_weights():
                 report = publish_locally(self.model, self.configuration, self.folder, self.data.test)
-            parts = (self.configuration, self.accelerator, self.model, self.data)
-            self.folder.record(self.history, describe_run(*parts, self.step, self.seconds))
+            self.folder.record(self.history, self.provenance.describe(self.step, self.seconds))
         if report is not None:
             measured = {"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error}
             self.trackers.log(measured, self.step)
+        self.trackers.log_pictures(self.folder.pictures, self.step)
         print(self.folder.summary(self.configuration, report))
         return report
+
+    def _published_weights(self) -> AbstractContextManager[None]:
+        if not self.early_stopping.weights:
+            return averaged_weights(self.model, self.ema)
+        best = f"{self.early_stopping.best:.4f} bits/dim held out"
+        print(f"the weights of step {self.early_stopping.best_step} are published, the best that were seen ({best})")
+        return these_weights(self.model, self.early_stopping.weights)
+
+    def rehearse(self) -> None:
+        """`--dry_run`: a step, and what the run will need; nothing is written."""
+        said = rehearse(self)
+        if self.accelerator.is_main_process:
+            print(f"{said}\ndry run: nothing was written to {self.folder.path}.")
+        self.trackers.close()

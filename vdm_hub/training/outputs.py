@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
@@ -40,8 +39,9 @@ class OutputFolder:
         self.history, self.curve = self.path / "history.json", self.path / "training_curve.png"
         self.provenance = self.path / "run.json"
         self.logs = self.path / "logs"
-        pictures = (self.samples, self.schedule, self.curve)
-        self._written = (self.recipe, self.pipeline, self.evaluation, self.history, self.provenance, *pictures)
+        self.pictures = {"samples": self.samples, "schedule": self.schedule, "training_curve": self.curve}
+        results = (self.recipe, self.pipeline, self.evaluation, self.history, self.provenance)
+        self._written = (*results, *self.pictures.values())
 
     def check(self, configuration: Configuration) -> None:
         """Refuse a folder that holds another run, or anything else; nothing is written.
@@ -136,20 +136,6 @@ def results(folder: OutputFolder) -> Iterator[None]:
             f"{folder.path} ({in_one_line(error)}): mend that, and run it again with "
             f"--resume_from_checkpoint latest."
         ) from error
-
-
-@contextmanager
-def averaged_weights(objective: VDMObjective, ema: EMAModel | None) -> Iterator[None]:
-    """The objective with the moving average of its weights, within the block."""
-    if ema is None:
-        yield
-        return
-    ema.store(objective.parameters())
-    ema.copy_to(objective.parameters())
-    try:
-        yield
-    finally:
-        ema.restore(objective.parameters())
 
 
 def sample_images(pipeline: VDMPipeline, configuration: Configuration, count: int) -> Any:

@@ -28,9 +28,10 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
     """
     training = configuration.training
     if missing := set(training.trackers) - {str(tracker) for tracker in get_available_trackers()}:
+        packages = " ".join(name.replace("_", "-") for name in sorted(missing))
         raise ConfigurationError(
-            f"report_to names {', '.join(sorted(missing))}, which is not installed: install its package with pip, or "
-            f"take it out of report_to."
+            f"report_to names {', '.join(sorted(missing))}, which is not installed: `pip install {packages}`, or take "
+            f"it out of report_to."
         )
     try:
         accelerator = Accelerator(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,45 +19,58 @@ from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.configuration import DiffusionArguments
 
 
-def describe_run(
-    configuration: Configuration,
-    accelerator: Accelerator,
-    objective: VDMObjective,
-    data: Data,
-    steps: int,
-    seconds: float,
-) -> dict[str, Any]:
-    """What goes into ``run.json``: command, versions, code, size, time and data of a run.
+class Provenance:
+    """What goes into ``run.json`` and each checkpoint: command, versions, code, size, time and data of a run.
 
     Args:
         configuration: The recipe.
         accelerator: The processes, their device and precision.
         objective: Network and process.
         data: The training images among them.
-        steps: Optimiser steps that were taken, in all parts of the run together.
-        seconds: The time that they took.
     """
-    training = configuration.training
-    batch = training.train_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
-    return {
-        "command": _command(configuration, accelerator),
-        "versions": library_versions(),
-        "plugins": plugin_versions(configuration.diffusion),
-        "git": git_state(),
-        "steps": steps,
-        "processes": accelerator.num_processes,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "global_batch_size": batch,
-        "training_seconds": round(seconds, 3),
-        "device": _device(accelerator.device),
-        "mixed_precision": accelerator.mixed_precision,
-        "parameters": {"network": _size(objective.network), "schedule": _size(objective.process)},
-        "dataset": describe_split(data.train, configuration.data, configuration.data.train_split),
-        "augmentation": {
-            "random_flip": configuration.data.random_flip,
-            "random_crop": data.train.resized and not configuration.data.center_crop,
-        },
-    }
+
+    def __init__(
+        self, configuration: Configuration, accelerator: Accelerator, objective: VDMObjective, data: Data
+    ) -> None:
+        self._configuration, self._accelerator, self._data = configuration, accelerator, data
+        self._parameters = {"network": _size(objective.network), "schedule": _size(objective.process)}
+
+    def describe(self, steps: int, seconds: float) -> dict[str, Any]:
+        """The run as it is now.
+
+        Args:
+            steps: Optimiser steps that were taken, in all parts of the run together.
+            seconds: The time that they took.
+        """
+        training, accelerator = self._configuration.training, self._accelerator
+        batch = training.train_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
+        changing = {"steps": steps, "training_seconds": round(seconds, 3)}
+        return {
+            **self._fixed,
+            **changing,
+            "processes": accelerator.num_processes,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "global_batch_size": batch,
+            "device": _device(accelerator.device),
+            "mixed_precision": accelerator.mixed_precision,
+            "parameters": self._parameters,
+        }
+
+    @cached_property
+    def _fixed(self) -> dict[str, Any]:
+        """What stays: the code that runs is that of the start, whatever is committed meanwhile."""
+        data, train = self._configuration.data, self._data.train
+        return {
+            "command": _command(self._configuration, self._accelerator),
+            "versions": library_versions(),
+            "plugins": plugin_versions(self._configuration.diffusion),
+            "git": git_state(),
+            "dataset": describe_split(train, data, data.train_split),
+            "augmentation": {
+                "random_flip": data.random_flip,
+                "random_crop": train.resized and not data.center_crop,
+            },
+        }
 
 
 def describe_split(images: Images, arguments: DataArguments, split: str | None) -> dict[str, Any]:

@@ -7,11 +7,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
-from vdm_hub.likelihood.variational_bound import Objective, VDMObjective
+from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.pipeline_vdm import VDMPipeline
@@ -98,21 +97,6 @@ def speed_up(objective: VDMObjective, arguments: TrainingArguments) -> None:
                 block.compile(backend=COMPILER, fullgraph=True)
 
 
-def load_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load an optimiser's state, each moment laid out in memory as its parameter is.
-
-    Fused kernels on CPUs take that for granted: beside a channels-last weight, a contiguous moment would be read in
-    the wrong order, without an error.
-    """
-    optimizer.load_state_dict(state_dict)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
 def build_pipeline(objective: VDMObjective) -> VDMPipeline:
     """The pipeline of an objective as it is now.
 
@@ -124,40 +108,6 @@ def build_pipeline(objective: VDMObjective) -> VDMPipeline:
         scheduler=VDMScheduler(**objective.process.fields()),
         noise_schedule=None if carried is None else NoiseScheduleModel.from_schedule(carried),
     )
-
-
-def build_optimizer(objective: Objective, arguments: TrainingArguments, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW; the noise schedule's parameters are not decayed: zero is no better a log-SNR than any other."""
-    schedule = {id(parameter) for parameter in _process_parameters(objective)}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in objective.parameters() if id(p) not in schedule]},
-        {"params": [p for p in objective.parameters() if id(p) in schedule], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        weight_decay=arguments.adam_weight_decay,
-        eps=arguments.adam_epsilon,
-        fused=True,
-    )
-
-
-def build_ema(configuration: Configuration, model: torch.nn.Module, device: torch.device) -> EMAModel | None:
-    """The moving average of the weights, with diffusers' warm-up; ``None`` where the recipe wants none."""
-    training = configuration.training
-    if not training.use_ema:
-        return None
-    ema = EMAModel(
-        model.parameters(),
-        decay=training.ema_max_decay,
-        use_ema_warmup=True,
-        inv_gamma=training.ema_inv_gamma,
-        power=training.ema_power,
-        foreach=True,
-    )
-    ema.to(device)
-    return ema
 
 
 def count_steps(arguments: TrainingArguments, steps_per_epoch: int | None) -> int:
@@ -189,8 +139,3 @@ def learning_rate(arguments: TrainingArguments, processes: int) -> float:
     if arguments.scale_lr:
         rate *= arguments.train_batch_size * arguments.gradient_accumulation_steps * processes
     return rate
-
-
-def _process_parameters(objective: Objective) -> list[nn.Parameter]:
-    process = getattr(objective, "process", None)
-    return list(process.parameters()) if isinstance(process, nn.Module) else []

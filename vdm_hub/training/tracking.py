@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from warnings import warn
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from torch import Tensor
+from PIL import Image
 
 from vdm_hub.errors import ConfigurationError, in_one_line
 
@@ -44,16 +47,12 @@ class Trackers:
         """Numbers, at a step."""
         self._each(lambda tracker: tracker.log(dict(values), step=step))
 
-    def log_images(self, images: Tensor, step: int) -> None:
-        """Samples in [0, 1], (B, C, H, W), to the trackers that show pictures."""
-        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-
-        def show(tracker: GeneralTracker) -> None:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": pictures}, step=step, **layout)
-
-        self._each(show)
+    def log_pictures(self, files: Mapping[str, Path], step: int) -> None:
+        """Picture files by name, those that exist, to the trackers that show pictures."""
+        if not self.wanted:
+            return
+        pictures = {name: np.asarray(Image.open(file).convert("RGB")) for name, file in files.items() if file.exists()}
+        self._each(lambda tracker: _show(tracker, pictures, step))
 
     def close(self) -> None:
         """End them, and the group of processes."""
@@ -72,6 +71,15 @@ class Trackers:
                     f"is logged is in its checkpoints and in history.json all the same.",
                     stacklevel=3,
                 )
+
+
+def _show(tracker: GeneralTracker, pictures: Mapping[str, np.ndarray], step: int) -> None:
+    if tracker.name == "trackio":  # accelerate knows no pictures of it
+        trackio = importlib.import_module("trackio")
+        tracker.log({name: trackio.Image(picture) for name, picture in pictures.items()}, step=step)
+    elif hasattr(tracker, "log_images"):
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: picture[None] for name, picture in pictures.items()}, step=step, **layout)
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Every recipe that comes with the package trains, with its own network, on images of its data set's shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runs import forget_accelerator
+from vdm_hub.training.arguments import parse, recipes
+from vdm_hub.training.loop import train
+from vdm_hub.training.setup import build_network, build_objective
+
+SHAPES = {
+    "cifar10": (3, 32, 32),
+    "cifar10_fast": (3, 32, 32),
+    "digits": (1, 8, 8),
+    "fashion_mnist": (1, 28, 28),
+    "imagenet32": (3, 32, 32),
+    "mnist": (1, 28, 28),
+    "template": (3, 32, 32),
+}
+
+
+def test_these_are_all() -> None:
+    assert sorted(SHAPES) == recipes()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_builds_its_network_and_process(name: str) -> None:
+    with torch.device("meta"):
+        network = build_network(parse([name]), SHAPES[name])
+    assert network.config.sample_size == SHAPES[name][1]
+
+
+def test_the_network_of_the_paper_has_its_size() -> None:
+    """The CIFAR-10 network of the reference code: 30.58 million parameters."""
+    with torch.device("meta"):
+        network = build_network(parse(["cifar10"]), (3, 32, 32))
+    assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == 30.58
+
+
+@pytest.mark.parametrize("name", ["cifar10_fast", "fashion_mnist", "mnist", "template"])
+def test_each_small_one_takes_a_step_that_learns(name: str, tmp_path: Path) -> None:
+    """With the recipe's own network and precision; only the images are few, and nothing is compiled."""
+    channels, height, width = SHAPES[name]
+    generator = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for index in range(8):
+        pixels = generator.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        Image.fromarray(pixels.squeeze()).save(tmp_path / "images" / f"{index}.png")
+    words = [name, "--train_data_dir", str(tmp_path / "images"), "--output_dir", str(tmp_path / "run")]
+    words += ["--image_column", "image", "--test_split", "none", "--max_train_steps", "5", "--train_batch_size", "2"]
+    words += ["--num_sample_images", "0", "--compile", "none", "--report_to", "none", "--validation_size", "2"]
+    words += ["--validation_steps", "5", "--sample_steps", "0", "--lr_warmup_steps", "0", "--logging_steps", "1"]
+    configuration = parse(words)
+    forget_accelerator()
+    train(configuration)
+    forget_accelerator()
+    before = build_objective(configuration, SHAPES[name]).network.state_dict()
+    after = type(build_network(configuration, SHAPES[name])).from_pretrained(tmp_path / "run" / "pipeline" / "unet")
+    moved = {key: not torch.equal(value, before[key]) for key, value in after.state_dict().items()}
+    assert all(moved.values()), [key for key, changed in moved.items() if not changed]

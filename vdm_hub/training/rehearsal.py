@@ -1,0 +1,92 @@
+"""``--dry_run``: everything is built, a step is taken, and nothing is written."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from vdm_hub.data.images import ImageLevels
+
+if TYPE_CHECKING:
+    from vdm_hub.training.loop import Run
+
+_MIB = 2**20
+_REPETITIONS = 5
+
+
+def rehearse(run: Run) -> str:
+    """Take the first step, and take it again for its time, as only the first pays for memory and compilation.
+
+    Returns:
+        A table of parameters, data, memory and the estimated time.
+    """
+    batches = next(run.batches(), None)
+    if batches is None:
+        return f"nothing is left to do: the run has taken its {run.step:,} steps."
+    run.optimise(batches)
+    seconds = _seconds(run, batches)
+    device, schedule = run.accelerator.device, _count(run.model.process)
+    rows = {
+        "network": f"{type(run.model.network).__name__}, {_count(run.model.network):,} parameters",
+        "noise schedule": f"learned, {schedule:,} parameters" if schedule else "fixed",
+        "images": f"{_number_of_images(run)}, {'x'.join(map(str, run.data.image_shape))}",
+        "global batch": f"{run.global_batch_size} images on {run.accelerator.num_processes} x {device.type}",
+        "state": f"{_bytes(run) / _MIB:,.1f} MiB: weights, gradients, the optimiser's state and the moving average",
+        "peak memory": f"{_peak(device) / _MIB:,.0f} MiB of {'the GPU' if device.type == 'cuda' else 'the process'}",
+        "a step": f"{seconds:.3f} s, {run.global_batch_size / seconds:,.1f} images/s",
+        "training": f"{_duration(run.total_steps * seconds)} for {run.total_steps:,} steps, without validation, "
+        "sampling and the evaluation at the end",
+    }
+    return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
+
+
+def _seconds(run: Run, batches: list[dict[str, Tensor]]) -> float:
+    """The median, so that one step that something else on the machine held up does not decide."""
+
+    def once() -> float:
+        _wait(run.accelerator.device)
+        started = time.perf_counter()
+        run.optimise(batches)
+        _wait(run.accelerator.device)
+        return time.perf_counter() - started
+
+    return statistics.median(once() for _ in range(_REPETITIONS))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _number_of_images(run: Run) -> str:
+    train = run.data.train
+    return f"{len(train):,}" if isinstance(train, ImageLevels) else "a stream"
+
+
+def _bytes(run: Run) -> int:
+    moments = [value for state in run.optimizer.state.values() for value in state.values()]
+    averages = [] if run.ema is None else run.ema.shadow_params
+    kept = [*run.model.parameters(), *run.model.parameters(), *moments, *averages]  # twice: weights and gradients
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept if isinstance(tensor, Tensor))
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,85 @@
+"""All that the next step of a run depends on, to and from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vdm_hub.errors import CheckpointError, in_one_line
+from vdm_hub.training import optimizers
+from vdm_hub.training.checkpoints import Checkpoint
+from vdm_hub.training.configuration import differences
+from vdm_hub.training.history import History
+
+if TYPE_CHECKING:
+    from vdm_hub.training.loop import Run
+
+
+def pack_state(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The state of a run as groups of tensors and as JSON."""
+    names = [name for name, _ in run.model.named_parameters()]
+    moments, numbers = optimizers.pack_state(run.optimizer)
+    tensors = {"objective": run.model.state_dict(), "optimizer": moments}
+    state: dict[str, Any] = {
+        "step": run.step,
+        "lr_scheduler": run.lr_scheduler.state_dict(),
+        "optimizer": numbers,
+        "recipe": run.configuration.to_dict(),
+        "history": run.history.to_dict(),
+        "early_stopping": run.early_stopping.state(),
+        "training_seconds": run.seconds,
+    }
+    if run.early_stopping.weights:
+        tensors["best"] = run.early_stopping.weights
+    if run.ema is not None:
+        tensors["ema"] = dict(zip(names, run.ema.shadow_params, strict=True))
+        state["ema_step"] = run.ema.optimization_step
+    if run.accelerator.scaler is not None:
+        state["scaler"] = run.accelerator.scaler.state_dict()
+    return tensors, state
+
+
+def restore_state(run: Run, path: Path, checkpoint: Checkpoint) -> None:
+    """Put a run where a checkpoint was written.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model or recipe; the message says what differs.
+    """
+    try:
+        # Weights that fit are not enough: under another process, or with other data, they are another run's.
+        if changed := differences(checkpoint.state["recipe"], run.configuration.to_dict()):
+            raise ValueError("; ".join(changed))
+        _restore(run, checkpoint.tensors, checkpoint.state)
+        if run.step > run.total_steps:
+            raise ValueError(f"it has taken {run.step} steps, and max_train_steps is {run.total_steps}")
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is of another model or recipe ({in_one_line(error)}). Resume with the recipe "
+            f"it was made by ({path.parent.parent / 'recipe.yaml'}), or start anew in another output_dir."
+        ) from error
+
+
+def _restore(run: Run, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    run.model.load_state_dict(tensors["objective"])
+    optimizers.unpack_state(run.optimizer, tensors["optimizer"], state["optimizer"])
+    _resume_learning_rate(run, state["lr_scheduler"])
+    if run.ema is not None:
+        for (name, _), shadow in zip(run.model.named_parameters(), run.ema.shadow_params, strict=True):
+            shadow.copy_(tensors["ema"][name])
+        run.ema.optimization_step = state["ema_step"]
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.early_stopping.load(state["early_stopping"], tensors.get("best", {}))
+    run.history, run.seconds = History(state["history"]), state["training_seconds"]
+    run.step = int(state["step"])
+
+
+def _resume_learning_rate(run: Run, state: dict[str, Any]) -> None:
+    """The schedule goes on where it was, from the recipe's own learning rate, which may be a lower one now."""
+    scheduler = run.lr_scheduler
+    scheduler.load_state_dict(state | {"base_lrs": scheduler.base_lrs})
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, (base, course) in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = base * course(scheduler.last_epoch)
