@@ -7,13 +7,14 @@ VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 HUGGING_FACE := diffusers transformers accelerate datasets huggingface-hub safetensors
 RUN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/vdm-hub-*)
 OUTPUT ?= runs/digits
 # accelerate gives a process one CPU thread unless told otherwise.
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 RECIPE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-short test test-slow test-diffusers test-latest quality style bench clean
+.PHONY: help install install-plugins quickstart quickstart-short test test-plugins test-slow test-diffusers test-latest quality style bench clean
 
 help:  ## Show this list.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s%s\n", $$1, $$2}' Makefile
@@ -31,8 +32,17 @@ quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, a
 	$(RUN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS) scripts/train.py digits --output_dir $(OUTPUT) --resume_from_checkpoint latest $(RECIPE_ARGS)
 	$(RUN)/python scripts/quickstart.py $(OUTPUT)
 
-test: install  ## Run the tests (about 10 minutes on 2 cores).
+install-plugins: install  ## Install the packages in plugins/, from where they are.
+	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(addprefix -e ,$(PLUGINS))
+
+# The core's tests run without any plugin, also where some are installed; afterwards all are.
+test: install  ## Run the tests: the core's without plugins, then the plugins' (about 10 minutes on 2 cores).
+	$(RUN)/pip uninstall -qq --yes $(notdir $(PLUGINS))
 	$(RUN)/python -m pytest -n 2
+	$(MAKE) test-plugins
+
+test-plugins: install-plugins  ## Run the plugins' tests alone.
+	$(RUN)/python -m pytest -n 2 plugins
 
 test-slow: install  ## Run the longer checks too.
 	$(RUN)/python -m pytest -n 2 -m 'slow or not slow'
@@ -60,6 +70,7 @@ quality: install  ## Check style, types and the floors.
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/mypy $(wildcard plugins/*/src plugins/*/*.py)
 	$(RUN)/lint-imports
 
 style: install  ## Mend what the style checks can mend by themselves.
@@ -73,4 +84,4 @@ bench: install  ## Time training and sampling steps over the bare network, and p
 	$(RUN)/python scripts/bench/digits_seeds.py
 
 clean:  ## Remove what the commands above made, except runs/.
-	rm -rf $(VENV) $(VENV_LATEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_LATEST) build dist *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -14,28 +13,17 @@ from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Parameterization
-
-# Only what a constructor requires; everything else is tested with its defaults.
-REQUIRED_ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("noise_schedules", "tabulated"): {"gammas": [-13.3, -9.0, -7.5, -3.0, -2.5, 1.0, 5.0]},
-    ("noise_schedules", "discrete_betas"): {"betas": torch.linspace(1e-4, 0.02, 1000).tolist()},
-    ("conditionings", "table"): {"gammas": [-13.3, -9.0, -7.5, -3.0, -2.5, 1.0, 5.0]},
-}
+from vdm_hub.testing.installed import example_config
 
 
 def names(kind: str) -> list[str]:
-    return [registration.name for registration in registry.registrations(kind)]
+    return list(registry.BUILT_INS[kind])  # plugins bring tests of their own
 
 
 def build(kind: str, name: str, **arguments: Any) -> Any:
-    """An instance; the test fails where its constructor requires arguments that nobody gave."""
-    cls = registry.lookup(kind, name).load()
-    arguments = REQUIRED_ARGUMENTS.get((kind, name), {}) | arguments
-    for parameter in inspect.signature(cls).parameters.values():
-        required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        if required and parameter.name not in arguments:
-            pytest.fail(f"{kind}/{name} requires {parameter.name!r}: add it to REQUIRED_ARGUMENTS in {__file__}")
-    return cls(**arguments)
+    """An instance as the conformance kit builds it: with defaults, but for what the constructor requires."""
+    registration = registry.lookup(kind, name)
+    return registration.load()(**example_config(registration) | arguments)
 
 
 def schedule(name: str, **arguments: Any) -> NoiseSchedule:

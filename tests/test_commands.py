@@ -65,7 +65,8 @@ def test_evaluate_prints_one_object_and_nothing_else(pipeline: Path) -> None:
     figures = json.loads(done.stdout)
     assert {"bits_per_dim", "standard_error", "terms", "num_images", "network_evaluations"} <= figures.keys()
     assert figures["terms"].keys() == {"reconstruction", "prior", "diffusion"}
-    assert (figures["num_images"], figures["network_evaluations"]) == (360, 720)
+    pilot = figures["estimator"]["pilot_evaluations"]
+    assert (figures["num_images"], figures["network_evaluations"]) == (360, 720 + pilot)
     measured = json.loads((pipeline.parent / "evaluation.json").read_text())
     assert figures["bits_per_dim"] == pytest.approx(measured["bits_per_dim"], rel=1e-6)
     assert figures["standard_error"] == pytest.approx(measured["standard_error"], rel=1e-4)
@@ -126,7 +127,8 @@ def test_sample_writes_a_grid_and_the_seed_decides(pipeline: Path, tmp_path: Pat
     ("option", "value"),
     [
         *(("--batch_size", "0"), ("--replicates", "0"), ("--transitions", "0"), ("--max_images", "-1")),
-        *(("--seed", "-1"), ("--resolution", "0"), ("--num_levels", "1")),
+        *(("--seed", "-1"), ("--resolution", "0"), ("--num_levels", "1"), ("--draws", "0"), ("--probes", "0")),
+        *(("--tolerance", "2.0"), ("--target_standard_error", "0.0"), ("--target_standard_error", "-1.0")),
     ],
 )
 def test_evaluate_refuses_numbers_out_of_range(option: str, value: str, pipeline: Path, refused: Words) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -24,6 +22,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+from ddpm import K, T, digits_levels, trained_ddpm, with_variance
 from hub.server import LoopbackHub
 from runs import ROOT
 from tiny import quiet, seeded, tiny_unet_2d
@@ -33,42 +32,10 @@ from vdm_hub.data.loading import load_split
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
 
-K, T = 17, 20
-BETAS = {"num_train_timesteps": T, "beta_start": 0.005, "beta_end": 0.5}
-
-
-# ---- a DDPM trained with diffusers' own classes ---------------------------------------------------------------------
-
-
-def new_network() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-
 
 @pytest.fixture(scope="session")
 def trained() -> DDPMPipeline:
-    """As diffusers' own example of training does it: noise, `add_noise`, the mean squared error of the noise."""
-    levels = load_split("digits", "train", num_levels=K).levels
-    unet, scheduler, generator = new_network(), DDPMScheduler(**BETAS), seeded(1)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
-    for _ in range(300):
-        images = 2 * levels[torch.randint(len(levels), (32,), generator=generator)].float() / (K - 1) - 1
-        noise = torch.randn(images.shape, generator=generator)
-        timesteps = torch.randint(T, (len(images),), generator=generator)
-        predicted = unet(scheduler.add_noise(images, noise, timesteps), timesteps).sample
-        optimizer.zero_grad()
-        F.mse_loss(predicted, noise).backward()
-        optimizer.step()
-    return quiet(DDPMPipeline(unet.eval(), scheduler))
+    return trained_ddpm()
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +47,7 @@ def folder(trained: DDPMPipeline, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def levels() -> Tensor:
-    return load_split("digits", "test[:40]", num_levels=K).levels.long()
+    return digits_levels()
 
 
 @pytest.fixture
@@ -88,127 +55,16 @@ def taken_over(folder: Path) -> VDMPipeline:
     return quiet(VDMPipeline.from_diffusers(folder, num_levels=K))
 
 
-# ---- the bound ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def ho_et_al(unet: Any, betas: Tensor, levels: Tensor, eps: Tensor, eps_1: Tensor) -> dict[str, Tensor]:
-    """The terms of Ho et al. (arXiv 2006.11239) eq. 5 per image in nats, with the same noise in each L_{t-1}, t > 1.
-
-    Written out with their t = 1..T, of which diffusers tells the network t - 1.
-    """
-    beta = torch.cat([torch.zeros(1), betas]).double()  # beta[t]
-    alpha = 1 - beta
-    bar = alpha.cumprod(0)
-    x_0 = 2 * levels.double() / (K - 1) - 1
-    beta_tilde = torch.tensor([0.0, 0.0, *((1 - bar[t - 1]) / (1 - bar[t]) * beta[t] for t in range(2, T + 1))])
-
-    def mean_theta(x_t: Tensor, t: int) -> Tensor:  # eq. 11
-        predicted = unet(x_t.float(), torch.full((len(x_t),), t - 1)).sample.double()
-        return (x_t - beta[t] / (1 - bar[t]).sqrt() * predicted) / alpha[t].sqrt()
-
-    def per_image(values: Tensor) -> Tensor:
-        return values.flatten(1).sum(1)
-
-    def diffused(t: int, noise: Tensor) -> Tensor:  # eq. 4
-        return bar[t].sqrt() * x_0 + (1 - bar[t]).sqrt() * noise.double()
-
-    last = 1 - bar[T]  # L_T: KL(q(x_T|x_0) || N(0, I))
-    prior = per_image(0.5 * (last + bar[T] * x_0**2 - 1 - last.log()))
-    diffusion = torch.zeros(len(levels), dtype=torch.float64)
-    for t in range(2, T + 1):  # L_{t-1}, eq. 8, with the posterior of eq. 7
-        x_t = diffused(t, eps)
-        posterior = bar[t - 1].sqrt() * beta[t] / (1 - bar[t]) * x_0
-        posterior = posterior + alpha[t].sqrt() * (1 - bar[t - 1]) / (1 - bar[t]) * x_t
-        diffusion += per_image((posterior - mean_theta(x_t, t)) ** 2 / (2 * beta_tilde[t]))
-    # L_0, eq. 13, with 1/255 for their 256 levels; sigma_1 as in their code: that of t = 2.
-    normal = torch.distributions.Normal(mean_theta(diffused(1, eps_1), 1), beta_tilde[2].sqrt())
-    upper = torch.where(levels == K - 1, 1.0, normal.cdf(x_0 + 1 / (K - 1)))
-    lower = torch.where(levels == 0, 0.0, normal.cdf(x_0 - 1 / (K - 1)))
-    return {"reconstruction": -per_image((upper - lower).log()), "prior": prior, "diffusion": diffusion}
-
-
-def transitions_summed(pipe: VDMPipeline, levels: Tensor, noise: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The library's bound with each of the T - 1 transitions visited once, in nats."""
-    objective, summed = pipe.objective(T - 1), torch.zeros(len(levels), dtype=torch.float64)
-    with torch.no_grad():
-        for i in range(T - 1):
-            bound = objective({"levels": levels}, torch.full((len(levels),), (i + 0.5) / (T - 1)), noise)
-            summed += bound.terms["diffusion"].double() / (T - 1)
-    return {name: term.double() for name, term in bound.terms.items()} | {"diffusion": summed}
-
-
-def test_the_bound_is_that_of_ho_et_al_draw_by_draw(
-    taken_over: VDMPipeline, trained: DDPMPipeline, levels: Tensor
-) -> None:
-    noise = taken_over.objective(T - 1).draw_noise({"levels": levels}, seeded(5))
-    ours = transitions_summed(taken_over, levels, noise)
-    theirs = ho_et_al(trained.unet, trained.scheduler.betas, levels, noise["marginal"], noise["reconstruction"])
-    for name, term in theirs.items():
-        torch.testing.assert_close(
-            ours[name], term, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-def test_what_is_reported_estimates_the_bound_of_ho_et_al(
-    taken_over: VDMPipeline, trained: DDPMPipeline, levels: Tensor
-) -> None:
-    report = taken_over.bits_per_dim(levels, transitions=T - 1, replicates=40)
-    generator, draws = seeded(6), []
-    for _ in range(10):
-        eps, eps_1 = (torch.randn(levels.shape, generator=generator) for _ in range(2))
-        terms = ho_et_al(trained.unet, trained.scheduler.betas, levels, eps, eps_1)
-        draws.append(sum(term.mean() for term in terms.values()) / (64 * math.log(2)))
-    exact = torch.stack(draws)  # type: ignore[arg-type]
-    error = math.hypot(report.standard_error, float(exact.std()) / math.sqrt(len(exact)))
-    assert error < 0.1 * report.bits_per_dim
-    assert abs(report.bits_per_dim - float(exact.mean())) < 4 * error
-
-
-def test_training_improved_it(taken_over: VDMPipeline, trained: DDPMPipeline, levels: Tensor) -> None:
-    before = VDMPipeline.from_diffusers(DDPMPipeline(new_network().eval(), trained.scheduler), num_levels=K)
-    untrained, measured = (pipe.bits_per_dim(levels, transitions=T - 1, replicates=4) for pipe in (before, taken_over))
-    assert measured.bits_per_dim < 0.5 * untrained.bits_per_dim
-    assert measured.terms["prior"] == untrained.terms["prior"]
-
-
-def test_what_the_sampler_adds_is_noted_and_changes_no_bound(trained: DDPMPipeline, levels: Tensor) -> None:
-    def taken(**changes: Any) -> VDMPipeline:
-        scheduler = DDPMScheduler.from_config(trained.scheduler.config, **changes)
-        return VDMPipeline.from_diffusers(DDPMPipeline(trained.unet, scheduler), num_levels=K)
-
-    plain = taken(clip_sample=False).bits_per_dim(levels, replicates=2)
-    assert "notes" not in plain.to_dict() and "note" not in str(plain)
-    for changes, words in (
-        ({"clip_sample": True}, "clips its estimates (clip_sample=True); the bound is that of the model unclipped"),
-        ({"clip_sample": False, "thresholding": True}, "(thresholding=True)"),
-        ({"clip_sample": False, "variance_type": "fixed_large"}, "the posterior's variance"),
-    ):
-        report = taken(**changes).bits_per_dim(levels, replicates=2)
-        assert torch.equal(report.per_image, plain.per_image)
-        (note,) = report.to_dict()["notes"]
-        assert words in note and f"note: {note}" in str(report)
-
-
-def test_a_last_snr_of_zero_is_measured_for_a_target_that_knows_the_data(
-    trained: DDPMPipeline, levels: Tensor
-) -> None:
-    betas = {"rescale_betas_zero_snr": True, "clip_sample": False}
-    for target in ("v_prediction", "sample"):
-        scheduler = DDPMScheduler.from_config(trained.scheduler.config, prediction_type=target, **betas)
-        pipe = VDMPipeline.from_diffusers(DDPMPipeline(trained.unet, scheduler), num_levels=K)
-        report = pipe.bits_per_dim(levels, replicates=2)
-        assert math.isfinite(report.bits_per_dim) and report.terms["prior"] < 1e-6
-        assert "alpha_bar = 2^-24" in report.to_dict()["notes"][0]
-    with pytest.raises(ConfigurationError, match=r"end at an SNR of zero .* v_prediction or sample"):
-        scheduler = DDPMScheduler.from_config(trained.scheduler.config, **betas)
-        VDMPipeline.from_diffusers(DDPMPipeline(trained.unet, scheduler))
-    with pytest.raises(ConfigurationError, match="SNR of zero"):
-        scheduler = DDPMScheduler(trained_betas=[0.1, 0.5, 1.0], num_train_timesteps=3)
-        VDMPipeline.from_diffusers(DDPMPipeline(trained.unet, scheduler))
-
-
 # ---- samples --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_samples_with_another_variance_are_bitwise_those_of_ddpm(variance: str, trained: DDPMPipeline) -> None:
+    stock = with_variance(trained, variance)
+    theirs = copy.deepcopy(stock)(3, seeded(3), num_inference_steps=T, output_type="pt").images
+    ours = quiet(VDMPipeline.from_diffusers(stock, num_levels=K))
+    latents = ours(3, seeded(3), num_inference_steps=T, output_type="latent").images
+    assert torch.equal((latents / 2 + 0.5).clamp(0, 1), theirs)
 
 
 @pytest.mark.parametrize("steps", [7, T])

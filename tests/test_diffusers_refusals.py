@@ -64,11 +64,15 @@ def with_scheduler(name: str, **fields: Any) -> Callable[[], Any]:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "latent": (latent, r"LDMPipeline \(scheduler, unet, vqvae\), and it diffuses the latents of an autoencoder"),
     "text": (conditional, "UNet2DConditionModel, needs encoder_hidden_states"),
-    "learned variance": (
-        lambda: DDPMPipeline(unet_2d(out_channels=2), DDPMScheduler(variance_type="learned_range")),
-        "variance_type='learned_range'|predicts a variance",
+    "learned variance of one output": (
+        lambda: DDPMPipeline(unet_2d(), DDPMScheduler(variance_type="learned_range")),
+        "1 input and 1 output channels, and its variance_type is 'learned_range'",
     ),
-    "two outputs": (lambda: DDPMPipeline(unet_2d(out_channels=2), DDPMScheduler()), "half predicts a variance"),
+    "two outputs": (
+        lambda: DDPMPipeline(unet_2d(out_channels=2), DDPMScheduler()),
+        "half predicts a variance.*Give the variance_type",
+    ),
+    "three outputs": (lambda: DDPMPipeline(unet_2d(out_channels=3), DDPMScheduler()), "1 input and 3 output channels"),
     "flow matching": (with_scheduler("FlowMatchEulerDiscreteScheduler"), "neither a noise_schedule nor betas"),
     "flow sigmas": (with_scheduler("DPMSolverMultistepScheduler", use_flow_sigmas=True), "use_flow_sigmas=True"),
     "EDM": (with_scheduler("EDMEulerScheduler"), "neither a noise_schedule nor betas"),

@@ -97,7 +97,10 @@ def test_what_does_not_fit_the_model_is_refused(pipeline: VDMPipeline) -> None:
         evaluate(pipeline, of_shape(2, 1, 8, 8, level=17), progress=False)
     with pytest.raises(DataError, match="no images"):
         evaluate(pipeline, of_shape(0, 1, 8, 8), progress=False)
-    with pytest.raises(DataError, match="0 replicates"):
+    with pytest.raises(DataError, match="read as 17 levels, and the model knows 256"):
+        other = VDMPipeline(pipeline.unet, VDMScheduler(num_levels=256))
+        evaluate(other, of_shape(2, 1, 8, 8), progress=False)
+    with pytest.raises(ConfigurationError, match="replicates is 0"):
         evaluate(pipeline, of_shape(2, 1, 8, 8), replicates=0, progress=False)
     with pytest.raises(ConfigurationError, match="transitions is 0"):
         evaluate(pipeline, of_shape(2, 1, 8, 8), transitions=0, progress=False)

@@ -87,8 +87,8 @@ def test_log_likelihood_is_bits_per_dim_in_nats() -> None:
     assert bits.bits_per_dim == pytest.approx(float(bits.per_image.mean()))
     assert bits.bits_per_dim == pytest.approx(sum(bits.terms.values()))
     assert set(bits.terms) == {"reconstruction", "prior", "diffusion"}
-    with pytest.raises(ConfigurationError, match="unknown likelihood method 'ode'"):
-        pipe.log_likelihood(images, method="ode")
+    with pytest.raises(ConfigurationError, match="unknown likelihood method 'odd': did you mean 'ode'"):
+        pipe.log_likelihood(images, method="odd")
 
 
 def test_the_standard_error_is_that_of_the_replicates() -> None:

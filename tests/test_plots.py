@@ -14,7 +14,16 @@ from PIL import Image
 
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.plots import _plot_bits, _plot_course, _plot_late_course, plot_schedule, plot_training_curve, save_grid
+from vdm_hub.plots import (
+    _plot_bits,
+    _plot_course,
+    _plot_histogram,
+    _plot_late_course,
+    plot_likelihood,
+    plot_schedule,
+    plot_training_curve,
+    save_grid,
+)
 
 
 @pytest.mark.parametrize(("count", "channels", "columns"), [(1, 1, None), (4, 1, None), (5, 3, None), (6, 3, 6)])
@@ -123,3 +132,52 @@ def test_a_course_is_drawn_however_little_was_logged(history: dict[str, Any], tm
     plot_training_curve(history, tmp_path / "training_curve.png")
     picture = np.asarray(Image.open(tmp_path / "training_curve.png").convert("L"))
     assert all((part < 160).mean() > 1e-3 for part in np.array_split(picture, 2, axis=1)), "two panels, each with ink"
+
+
+# ---- a likelihood ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", ["uniform", "mostly late"])
+def test_the_bits_over_t_are_the_same_wherever_the_times_were_drawn(density: str) -> None:
+    """Late times are drawn from 2 t, and weighted by 1 / (2 t); the area and the shape do not change."""
+    uniform = (torch.arange(80_000, dtype=torch.float64) + 0.5) / 80_000
+    times = uniform if density == "uniform" else uniform.sqrt()
+    weight = torch.ones_like(times) if density == "uniform" else 1 / (2 * times)
+    weighted = (weight * 30 * times**2).view(8, -1)
+    measured = report(times.view(8, -1), weighted + 5)  # a control variate moves the term, not the integrand
+    measured.integrand = weighted
+    axis = Figure().subplots()
+    _plot_bits(measured, axis)
+    (stairs,) = axis.patches
+    values, edges, _ = stairs.get_data()
+    middle = (edges[1:] + edges[:-1]) / 2
+    np.testing.assert_allclose(values, 3 * middle**2 / math.log(2), atol=0.01)
+
+
+def test_several_times_an_image_are_all_drawn() -> None:
+    times = torch.rand(4, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    measured = LikelihoodReport({"diffusion": times.mean(2)}, times, dimensions=10, integrand=times)
+    axis = Figure().subplots()
+    _plot_bits(measured, axis)
+    values, edges, _ = axis.patches[0].get_data()
+    expected = float(times.mean()) / (10 * math.log(2))
+    assert float((values * np.diff(edges)).sum()) == pytest.approx(expected)
+
+
+def test_a_likelihood_is_drawn_with_times_and_without(tmp_path: Path) -> None:
+    times = torch.rand(4, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plot_likelihood(report(times, times), tmp_path / "bound.png")
+    ode = LikelihoodReport({"base_density": times}, None, dimensions=10, is_bound=False, method="ode")
+    plot_likelihood(ode, tmp_path / "ode.png")
+    bound, alone = (np.asarray(Image.open(tmp_path / name).convert("L")) for name in ("bound.png", "ode.png"))
+    assert bound.shape[1] == 2 * alone.shape[1]
+    assert all((part < 200).mean() > 1e-2 for part in (*np.array_split(bound, 2, axis=1), alone))
+
+
+def test_every_image_is_in_the_histogram() -> None:
+    bits = torch.rand(3, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    measured = report(bits, bits)
+    axis = Figure().subplots()
+    _plot_histogram(measured, axis)
+    assert sum(bar.get_height() for bar in axis.patches) == 200
+    assert list(axis.get_lines()[0].get_xdata()) == [measured.bits_per_dim] * 2

@@ -15,10 +15,11 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import Tensor
 
 import registered
-from vdm_hub import VDMScheduler
+from vdm_hub import VDMScheduler, registry
 from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.scheduling_vdm import VDMSchedulerOutput
+from vdm_hub.testing.installed import example_config
 
 SCHEDULES = registered.names("noise_schedules")
 TARGETS = registered.names("parameterizations")
@@ -28,7 +29,7 @@ every_target = pytest.mark.parametrize("target", TARGETS)
 
 def build(schedule: str = "linear", **arguments: Any) -> VDMScheduler:
     """A scheduler of a registered schedule whose chain ends at z_0."""
-    required = registered.REQUIRED_ARGUMENTS.get(("noise_schedules", schedule), {})
+    required = example_config(registry.lookup("noise_schedules", schedule))
     arguments = {"final_sigmas_type": "sigma_min"} | arguments
     return VDMScheduler(noise_schedule={"name": schedule, "config": required}, **arguments)
 

@@ -27,7 +27,7 @@ OWN_PIPELINE = "VDMPipeline"
 _PARTS = {"unet", "scheduler"}
 _ARGUMENTS = (*HUB_ARGUMENTS, "dtype", "variant")
 _AUTOENCODERS = {"autoencoder", "first_stage", "image_vae", "movq", "vae", "vqgan", "vqvae"}
-_LARGE_VARIANCES = ("fixed_large", "fixed_large_log")
+_OTHER_VARIANCES = ("fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
 def pipeline_class(source: str | os.PathLike[str], revision: str | None = None) -> str:
@@ -57,8 +57,9 @@ def scheduler_of_pipeline(
         raise ConfigurationError(f"{', '.join(sorted(arguments))} is for folders and Hub ids, not for a pipeline.")
     name = type(pipeline).__name__
     _check_components(name, name, {key for key, part in pipeline.components.items() if part is not None})
-    _check_network(name, type(pipeline.unet), pipeline.unet.config)
-    return _scheduler(name, pipeline.scheduler.config, overrides)
+    scheduler = _scheduler(name, pipeline.scheduler.config, overrides)
+    _check_network(name, type(pipeline.unet), pipeline.unet.config, scheduler)
+    return scheduler
 
 
 def scheduler_of_repository(
@@ -80,7 +81,7 @@ def scheduler_of_repository(
     if unknown:
         raise ConfigurationError(
             f"from_diffusers knows no {', '.join(sorted(unknown))}: it takes num_levels, data_scaling, decoder, "
-            f"prediction_type, {', '.join(_ARGUMENTS)}."
+            f"prediction_type, variance_type, {', '.join(_ARGUMENTS)}."
         )
     files = open_pipeline(source, **{key: value for key, value in arguments.items() if key in HUB_ARGUMENTS})
     index = _read(files, INDEX)
@@ -88,7 +89,7 @@ def scheduler_of_repository(
     _check_components(files.name, str(index.get("_class_name")), set(components))
     network = _network_class(files.name, *components["unet"])
     scheduler = _scheduler(files.name, _read(files, "scheduler/scheduler_config.json"), overrides)
-    _check_network(files.name, network, _read(files, "unet/config.json"))
+    _check_network(files.name, network, _read(files, "unet/config.json"), scheduler)
     weights = {path.rpartition(".")[2] for path in files.sizes if path.startswith("unet/")}
     if "bin" in weights and "safetensors" not in weights:
         raise ConfigurationError(
@@ -98,11 +99,11 @@ def scheduler_of_repository(
     return scheduler, dict(arguments) | dict(files.pinned)
 
 
-def notes_on_bound(config: Mapping[str, Any]) -> list[str]:
-    """What a DDPM-family sampler does that the bound of the same config leaves out, one sentence each.
+def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) -> list[str]:
+    """Which model a DDPM-family config's bound is that of, where its sampler asks for another, one sentence each.
 
-    A clipped estimate of the data is another model, and diffusers' choices of the variance are the sampler's: the
-    bound is always that of the network unclipped, with the posterior's variance (DDPM section 3.2, the second choice).
+    A clipped estimate of the data is another model: the bound is that of the network unclipped, and the clipped one's
+    is reported beside it for a finite number of transitions.
 
     >>> notes_on_bound({"noise_schedule": "linear", "clip_sample": True})  # VDMScheduler's own steps never clip
     []
@@ -114,12 +115,19 @@ def notes_on_bound(config: Mapping[str, Any]) -> list[str]:
     notes = []
     clips = [key for key in ("clip_sample", "thresholding") if config.get(key)]
     if clips:
-        notes.append(f"the sampler clips its estimates ({clips[0]}=True); the bound is that of the model unclipped.")
-    if config.get("variance_type") in _LARGE_VARIANCES:
+        beside = "give a number of transitions for that of the clipped one" if transitions is None else "see below"
         notes.append(
-            f"the sampler draws with the variance beta (variance_type={config['variance_type']!r}); the bound is that "
-            f"of reverse steps with the posterior's variance."
+            f"the sampler clips its estimates ({clips[0]}=True); the bound is that of the model unclipped ({beside})."
         )
+    variance = config.get("variance_type")
+    if variance in _OTHER_VARIANCES:
+        if transitions is None:
+            notes.append(
+                f"the sampler draws with another variance than the posterior's (variance_type={variance!r}); in "
+                f"continuous time the bound is the same for both."
+            )
+        else:
+            notes.append(f"the reverse steps have the checkpoint's own variance (variance_type={variance!r}).")
     if config.get("rescale_betas_zero_snr") or (config.get("trained_betas") or [0])[-1] == 1:
         notes.append("the last SNR is zero, gamma infinite there; the bound starts from alpha_bar = 2^-24 instead.")
     return notes
@@ -167,7 +175,7 @@ def _check_components(source: str, pipeline: str, components: set[str]) -> None:
     )
 
 
-def _check_network(source: str, network: type, config: Mapping[str, Any]) -> None:
+def _check_network(source: str, network: type, config: Mapping[str, Any], scheduler: VDMScheduler) -> None:
     parameters = list(inspect.signature(network.forward).parameters.values())  # type: ignore[attr-defined]
     needed = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if needed:
@@ -175,12 +183,14 @@ def _check_network(source: str, network: type, config: Mapping[str, Any]) -> Non
             f"the network of {source}, {network.__name__}, needs {', '.join(needed)} beside image and timestep: "
             f"from_diffusers takes networks of an unconditional model, such as UNet2DModel."
         )
-    channels, outputs = config.get("in_channels"), config.get("out_channels")
-    if channels != outputs:
+    channels, outputs, variance = config.get("in_channels"), config.get("out_channels"), scheduler.config.variance_type
+    learned = str(variance).startswith("learned")
+    if outputs != (1 + learned) * (channels or 0):
         predicts = " (the second half predicts a variance)" if outputs == 2 * (channels or 0) else ""
         raise ConfigurationError(
-            f"the network of {source} has {channels} input and {outputs} output channels{predicts}: only networks "
-            f"that predict as many channels as they read are supported so far, with a variance that is fixed."
+            f"the network of {source} has {channels} input and {outputs} output channels{predicts}, and its "
+            f"variance_type is {variance!r}: a learned variance takes twice the channels, a fixed one as many. Give "
+            f"the variance_type that it was trained with, such as learned_range."
         )
 
 
@@ -193,11 +203,6 @@ def _scheduler(source: str, config: Mapping[str, Any], overrides: Mapping[str, A
         )
     given = {key: value for key, value in overrides.items() if value is not None}
     scheduler: VDMScheduler = VDMScheduler.from_config(config, **given)
-    if str(scheduler.config.variance_type).startswith("learned"):
-        raise ConfigurationError(
-            f"the scheduler of {source} has variance_type={scheduler.config.variance_type!r}: a variance that the "
-            f"network predicts is not supported so far."
-        )
     if scheduler.config.prediction_type == "epsilon" and bool(torch.as_tensor(scheduler.alphas_cumprod)[-1] == 0):
         raise ConfigurationError(
             f"the betas of {source} end at an SNR of zero (rescale_betas_zero_snr, or a last beta of 1): gamma is "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from vdm_hub.diffusers_checkpoints import (
     scheduler_of_repository,
 )
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError, DataError, unknown_name
 from vdm_hub.images import images_from_levels, levels_from_images
-from vdm_hub.likelihood.estimator import estimate_bound
+from vdm_hub.likelihood.methods import build_measurement
+from vdm_hub.likelihood.per_image import collect
+from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
@@ -90,14 +93,16 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
         data_scaling: str | None = None,
         decoder: Serialised | None = None,
         prediction_type: Serialised | None = None,
+        variance_type: str | None = None,
         **arguments: Any,
     ) -> VDMPipeline:
         """A diffusers checkpoint of the DDPM family as a VDM: its samples bit for bit, and now its likelihood.
 
         Network, process (its very table of betas), data scaling (``full``: levels from -1 to 1) and decoder (``ddpm``,
-        DDPM eq. 13) are taken over. Samples are DDPM's own steps with all that the config asks of them; the bound is
-        that of the unclipped model with the posterior's variance, and its report notes where they differ.
-        ``transitions=num_train_timesteps - 1`` measures the very chain of Ho et al. (DDPM eq. 5).
+        DDPM eq. 13) and the reverse steps' variance, fixed or learned, are taken over. Samples are DDPM's own steps
+        with all that the config asks of them. ``transitions=num_train_timesteps - 1`` measures the very chain of Ho et
+        al. (DDPM eq. 5). Where the sampler clips its estimates, the bound is that of the unclipped model; with a
+        number of transitions the clipped one's is reported beside it.
 
         Args:
             source: A folder, a Hub id, or a pipeline in memory: a `DDPMPipeline`, a `DDIMPipeline` or another one of
@@ -106,11 +111,13 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
             data_scaling: Where those levels lie, if not from -1 to 1.
             decoder: How levels follow from the first latent, if not as in DDPM.
             prediction_type: What the network predicts, if its config is wrong about it.
+            variance_type: The reverse steps' variance, if the config is wrong about it: ``fixed_small``,
+                ``fixed_large``, ``learned_range``, ...
             arguments: ``revision``, ``variant``, ``dtype``, ``token``, ``cache_dir``, ``local_files_only``, ...
 
         Raises:
-            ConfigurationError: It is a model of another kind: latent, conditioned on text, with a learned variance, of
-                flow matching, EDM or VE; or its weights are not in safetensors.
+            ConfigurationError: It is a model of another kind: latent, conditioned on text, of flow matching, EDM or
+                VE; or its weights are not in safetensors.
             CheckpointError: A file is damaged, belongs to another network, or should not be where it is.
             OSError: There is no such repository, or it can't be reached.
 
@@ -124,7 +131,7 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
             ('ddpm', 17)
         """
         fields = {"num_levels": num_levels, "data_scaling": data_scaling, "decoder": decoder}
-        fields["prediction_type"] = prediction_type
+        fields |= {"prediction_type": prediction_type, "variance_type": variance_type}
         if isinstance(source, DiffusionPipeline):
             return cls(source.unet, scheduler_of_pipeline(source, fields, arguments))
         scheduler, pinned = scheduler_of_repository(source, fields, arguments)
@@ -135,12 +142,17 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
     @property
     def process(self) -> ForwardProcess:
         """The forward process of the scheduler's config, on the pipeline's device."""
-        scheduler = self.scheduler
-        if not isinstance(scheduler, VDMScheduler):
-            scheduler = VDMScheduler.from_config(scheduler.config)
+        scheduler = self._vdm_scheduler
         if self.noise_schedule is None:
             return scheduler.process.to(self._execution_device)
         return scheduler.build_process(self.noise_schedule.schedule)
+
+    @property
+    def _vdm_scheduler(self) -> VDMScheduler:
+        if isinstance(self.scheduler, VDMScheduler):
+            return self.scheduler
+        scheduler: VDMScheduler = VDMScheduler.from_config(self.scheduler.config)
+        return scheduler
 
     @property
     def num_timesteps(self) -> int:
@@ -262,6 +274,21 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
         """The bound of this pipeline as a module."""
         return VDMObjective(_InOwnPrecision(self.unet), self.process, transitions)
 
+    def clipped_objective(self, transitions: int | None) -> VDMObjective | None:
+        """The same where every estimate of the data is clipped as the checkpoint's sampler does, if it does.
+
+        A clipped predictor is another model, with a bound of its own. ``None`` where the sampler does not clip, or in
+        continuous time, in which it has no steps.
+        """
+        scheduler = self._vdm_scheduler
+        if scheduler.clipping is None or transitions is None:
+            return None
+        process = scheduler.build_process().to(self._execution_device)
+        assert isinstance(process, GaussianProcess)
+        process.clipping = scheduler.clipping
+        return VDMObjective(_InOwnPrecision(self.unet), process, transitions)
+
+    @torch.no_grad()
     def log_likelihood(
         self,
         images: Any,
@@ -270,25 +297,46 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
         replicates: int = 8,
         seed: int = 0,
         class_labels: Tensor | Sequence[int] | None = None,
+        *,
+        flow: ProbabilityFlow | None = None,
+        draws: int = 16,
+        batch_size: int = 256,
         **network_arguments: Tensor,
     ) -> LikelihoodReport:
-        """The log-likelihood of a batch, per image and on average; the report says whether it is a bound.
+        """The log-likelihood of some images, per image and on average; the report says whether it is a bound.
 
         Args:
             images: PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) as the pipeline returns them (in [0, 1], on
                 the K levels), or integer tensors of levels.
-            method: ``bound``, the variational lower bound.
+            method: ``bound``, the variational lower bound; ``ode``, the likelihood of the probability-flow ODE, which
+                needs `pip install 'vdm-hub[ode]'`; ``importance_weighted``, over ``draws`` whole chains where there is
+                a number of transitions, else over dequantised draws of the probability flow.
             transitions: T, or ``None`` for continuous time.
             replicates: Independent estimates per image, behind the standard error.
-            seed: Of all draws.
+            seed: Of all draws: an image's are a function of it, the replicate and the image's index.
             class_labels: Class of each image, (B,).
-            network_arguments: Passed to the network by name.
+            flow: The protocol of the probability flow: dequantisation, divergence, tolerance.
+            draws: K, of ``importance_weighted``.
+            batch_size: Images at once, at most.
+            network_arguments: Passed to the network by name, each (B, ...).
 
         Raises:
             DataError: A pixel is none of the K levels, or the images' shape is not the network's.
+            ConfigurationError: The method is unknown, the model has no such likelihood, or torchode is missing.
+            NonFiniteLossError: A term of an image is NaN or infinite; the message names both.
+
+        Example:
+            >>> import torch
+            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> unet = UNetVDMModel(
+            ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+            ...     norm_num_groups=4,
+            ... )
+            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
+            >>> report = pipe.log_likelihood(torch.zeros(3, 1, 8, 8))
+            >>> report.log_likelihood.shape, report.per_image.shape, report.is_bound  # nats, bits/dim
+            (torch.Size([3]), torch.Size([3]), True)
         """
-        if method != "bound":
-            raise unknown_name("likelihood method", method, ("bound",))
         process = self.process
         levels = levels_from_images(images, process.num_levels)
         if tuple(levels.shape[1:]) != self._image_shape:
@@ -296,10 +344,22 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
                 f"the images are {tuple(levels.shape[1:])} (channels, height, width); the network's are "
                 f"{self._image_shape}: resize or convert them first."
             )
-        batch = {"levels": levels.to(self._execution_device), "indices": torch.arange(levels.shape[0])}
-        batch |= network_arguments | self._labels(class_labels, levels.shape[0])
-        report = estimate_bound(self.objective(transitions), lambda: [batch], levels.shape[0], replicates, seed)
-        return report.with_notes(notes_on_bound(self.scheduler.config))
+        whole = {"levels": levels.to(self._execution_device), "indices": torch.arange(levels.shape[0])}
+        whole |= network_arguments | self._labels(class_labels, levels.shape[0])
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            parts = torch.arange(levels.shape[0]).split(batch_size)
+            return ({name: value[part.to(value.device)] for name, value in whole.items()} for part in parts)
+
+        def measured(objective: VDMObjective) -> LikelihoodReport:
+            count = levels.shape[0]
+            measurement = build_measurement(objective, count, method, flow=flow, draws=draws, seed=seed)
+            return collect(measurement, batches, count, replicates)
+
+        report, clipped = measured(self.objective(transitions)), self.clipped_objective(transitions)
+        if clipped is not None and report.is_bound:
+            report = report.with_clipped(measured(clipped))
+        return report.with_notes(notes_on_bound(self.scheduler.config, transitions))
 
     def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
         """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""

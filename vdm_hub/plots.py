@@ -53,11 +53,32 @@ def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path
         axes = figure.subplots(1, 3 if scalar else 1, squeeze=False)[0]
         if isinstance(process, GaussianProcess) and scalar:
             _plot_gamma(process, axes)
-        if report is None:
+        if report is None or report.times is None:
             axes[-1].set(xlabel="t", title="diffusion term: not measured", xticks=[], yticks=[])
         else:
             _plot_bits(report, axes[-1])
         figure.savefig(path, dpi=150, format="png")
+
+
+def plot_likelihood(report: LikelihoodReport, path: Path) -> None:
+    """Where over t the bits are spent, where the method has times, and how they spread over the images."""
+    has_times = report.times is not None and "diffusion" in report.terms
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 3.4) if has_times else (5, 3.4), layout="constrained")
+        axes = figure.subplots(1, 1 + has_times, squeeze=False)[0]
+        if has_times:
+            _plot_bits(report, axes[0])
+        _plot_histogram(report, axes[-1])
+        figure.savefig(path, dpi=150, format="png")
+
+
+def _plot_histogram(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> None:
+    """Of each image's estimate, so the Monte Carlo error widens it; the mean is marked."""
+    bits = report.per_image.numpy()
+    axis.hist(bits, bins=min(_BINS, max(5, math.isqrt(len(bits)))), alpha=0.6)
+    axis.axvline(report.bits_per_dim, color="black", linewidth=1)
+    sign = "at most" if report.is_bound else "estimated"
+    axis.set(xlabel=f"bits/dim, {sign}", ylabel="images", title=f"{len(bits)} images, mean {report.bits_per_dim:.3f}")
 
 
 def plot_training_curve(history: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
@@ -159,12 +180,15 @@ def _plot_gamma(process: GaussianProcess, axes: np.ndarray) -> None:
 
 
 def _plot_bits(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> None:
-    """The integrand of the diffusion term: its area is the term."""
-    times = report.times.flatten().numpy()
-    bits = (report.terms_per_image["diffusion"] / (report.dimensions * math.log(2))).flatten().numpy()
+    """The integrand of the diffusion term: its area is the term, whatever density the times were drawn from."""
+    values = report.terms_per_image["diffusion"] if report.integrand is None else report.integrand
+    assert report.times is not None
+    times, bits = report.times.flatten().numpy(), (values / (report.dimensions * math.log(2))).flatten().numpy()
     index = np.minimum((times * _BINS).astype(int), _BINS - 1)
-    count = np.bincount(index, minlength=_BINS)
-    mean = np.bincount(index, bits, minlength=_BINS) / np.maximum(count, 1)
+    # Weighted by one over their density, times count equally often wherever they were drawn.
+    weighted = report.integrand is not None
+    count = np.full(_BINS, len(times) / _BINS) if weighted else np.maximum(np.bincount(index, minlength=_BINS), 1)
+    mean = np.bincount(index, bits, minlength=_BINS) / count
     axis.stairs(mean, np.linspace(0, 1, _BINS + 1), fill=True, alpha=0.6)
     axis.set(
         xlabel="t", ylabel="bits/dim per unit of t", title=f"diffusion term: {report.terms['diffusion']:.3f} bits/dim"

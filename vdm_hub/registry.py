@@ -2,7 +2,8 @@
 
 Built-ins are a static table, so they work from an uninstalled checkout. Everything else is an entry point of an
 installed distribution in the group ``vdm_hub.<kind>``. Listing imports nothing; the only code that a config can select
-is the entry point whose kind, name and package match.
+is the entry point whose kind, name and package match. The environment variable ``VDM_HUB_PLUGINS`` limits it further:
+the distributions, separated by commas, that may be loaded; none where it is empty.
 
 Serialised form: a built-in with default arguments is its name; with arguments it is ``{"name", "config"}``; a plugin
 adds ``"package"`` and ``"version"``.
@@ -13,17 +14,23 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import re
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from vdm_hub.errors import ConfigurationError, MissingPluginError, unknown_name
+from vdm_hub.errors import ConfigurationError, MissingPluginError, VDMHubError, in_one_line, unknown_name
+from vdm_hub.version import is_older
 
 Serialised = str | dict[str, Any]
 
 BUILT_IN_PACKAGE = "vdm-hub"
+ALLOWED_VARIABLE = "VDM_HUB_PLUGINS"
+"""The environment variable that limits which distributions may be loaded."""
 
 # A copy of this package under another name, as a repository may carry it, finds its own classes. It takes no plugins:
 # theirs are derived from the classes of the package proper.
@@ -58,6 +65,14 @@ BUILT_INS: dict[str, dict[str, str]] = {
     },
 }
 
+_BASES = {
+    "noise_schedules": f"{_DIFFUSION}.noise_schedules:NoiseSchedule",
+    "parameterizations": f"{_DIFFUSION}.parameterizations:Parameterization",
+    "conditionings": f"{_DIFFUSION}.conditioning:Conditioning",
+    "decoders": f"{_DIFFUSION}.decoders:Decoder",
+    "forward_processes": f"{_DIFFUSION}.forward_process:ForwardProcess",
+}
+
 SERIALISED_FIELDS = {
     "noise_schedule": "noise_schedules",
     "prediction_type": "parameterizations",
@@ -68,7 +83,12 @@ SERIALISED_FIELDS = {
 """Fields of a config that hold a serialised form, and the kind of it."""
 
 _KIND_WORDS = {kind: (kind[:-2] if kind.endswith("sses") else kind[:-1]).replace("_", " ") for kind in BUILT_INS}
+_NAME = re.compile(r"\w([\w.+-]*\w)?", re.ASCII)
 _DISTRIBUTION_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+class OlderPluginWarning(UserWarning):
+    """A config was saved with a newer version of a plugin than the installed one."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +102,57 @@ class Registration:
     version: str | None = None
 
     def load(self) -> type:
-        """Import the class."""
-        module, _, attribute = self.target.partition(":")
+        """Import the class.
+
+        Raises:
+            MissingPluginError: Its module fails at import; that error is shown, and is the cause.
+            ConfigurationError: ``VDM_HUB_PLUGINS`` does not allow its package, or it is no class of its kind.
+        """
+        if not self.is_allowed:
+            raise _not_allowed(self.kind, self.name, [self])
+        whose = f"the {_KIND_WORDS[self.kind]} {self.name!r} of the package {self.package!r}"
         try:
-            loaded: type = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
+            loaded = metadata.EntryPoint(self.name, self.target, f"vdm_hub.{self.kind}").load()
+        except (Exception, SystemExit) as error:
             raise MissingPluginError(
-                f"the {_KIND_WORDS[self.kind]} {self.name!r} of the package {self.package!r} could not be imported "
-                f"from {self.target}: {type(error).__name__}: {error}. Mend or reinstall that package."
+                f"{whose} could not be imported from {self.target}: {type(error).__name__}: {in_one_line(error)}. "
+                f"Mend or reinstall that package."
             ) from error
+        module, _, name = _BASES[self.kind].partition(":")
+        if not isinstance(loaded, type) or not issubclass(loaded, getattr(importlib.import_module(module), name)):
+            what = f"the class {loaded.__qualname__}" if isinstance(loaded, type) else f"a {type(loaded).__name__}"
+            raise ConfigurationError(
+                f"{whose} is {what} at {self.target}, which is not derived from {module}.{name}: derive it from that "
+                f"class, or mend the entry point."
+            )
         return loaded
+
+    @property
+    def is_allowed(self) -> bool:
+        """Whether ``VDM_HUB_PLUGINS`` lets it be loaded; built-ins always may."""
+        if self.package == BUILT_IN_PACKAGE:
+            return True
+        allowed = allowed_packages()
+        return allowed is None or _normal(self.package) in allowed
+
+
+def allowed_packages() -> set[str] | None:
+    """The normalised names that ``VDM_HUB_PLUGINS`` holds; ``None`` where it is not set, and all are allowed.
+
+    Raises:
+        ConfigurationError: It holds what is no name of a distribution.
+    """
+    value = os.environ.get(ALLOWED_VARIABLE)
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    for name in names:
+        if not _DISTRIBUTION_NAME.fullmatch(name):
+            raise ConfigurationError(
+                f"{ALLOWED_VARIABLE} holds {name!r}, no name of a distribution: give names separated by commas, "
+                f"nothing to load no plugin, or unset it to load any that is installed."
+            )
+    return {_normal(name) for name in names}
 
 
 def registrations(kind: str) -> list[Registration]:
@@ -105,7 +166,9 @@ def registrations(kind: str) -> list[Registration]:
     built_in = [Registration(kind, name, target) for name, target in BUILT_INS[kind].items()]
     found: dict[tuple[str, str], Registration] = {}
     for point in metadata.entry_points(group=f"vdm_hub.{kind}") if _TAKES_PLUGINS else ():
-        package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", None)
+        about = point.dist.metadata if point.dist else None
+        # Damaged metadata may lack both.
+        package, version = (about["Name"] or "unknown", about["Version"]) if about else ("unknown", None)
         found.setdefault((point.name, _normal(package)), Registration(kind, point.name, point.value, package, version))
     return built_in + list(found.values())
 
@@ -120,9 +183,15 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
 
     Raises:
         MissingPluginError: The config names a package that is not installed, or does not bring this name.
-        ConfigurationError: The name is unknown, or two packages bring it and ``package`` does not decide.
+        ConfigurationError: The name is unknown or no name, two packages bring it and ``package`` does not decide, or
+            ``VDM_HUB_PLUGINS`` does not allow the one that does.
     """
     known = registrations(kind)
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{name!r} is no valid name of a {_KIND_WORDS[kind]}: names hold letters, digits, '_', '-', '.' and '+'. "
+            f"Known: {', '.join(sorted(r.name for r in known))}."
+        )
     if name in BUILT_INS[kind]:
         if package is not None and _normal(package) != BUILT_IN_PACKAGE:
             raise ConfigurationError(
@@ -137,39 +206,22 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
             raise _missing(kind, name, package, known)
     if not matching:
         raise unknown_name(_KIND_WORDS[kind], name, {r.name for r in known})
-    if len(matching) > 1:
+    allowed = [r for r in matching if r.is_allowed]
+    if not allowed:
+        raise _not_allowed(kind, name, matching)
+    if len(allowed) > 1:
+        matching = allowed
         owners = " and ".join(repr(r.package) for r in matching)
         raise ConfigurationError(
             f"the {_KIND_WORDS[kind]} {name!r} is brought by {owners}: say which with "
             f'{{"name": "{name}", "package": "{matching[0].package}"}}, or uninstall one.'
         )
-    return matching[0]
+    return allowed[0]
 
 
 def parse(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str | None]:
     """``(name, arguments, package)`` of a serialised form, checked."""
-    word = _KIND_WORDS.get(kind, kind)
-    if isinstance(serialised, str):
-        text = serialised.strip()
-        if not text.startswith("{"):
-            return serialised, {}, None
-        try:
-            serialised = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"the {word} {text!r} is neither a name nor a JSON object: {error}.") from error
-    if not isinstance(serialised, Mapping) or not isinstance(serialised.get("name"), str):
-        raise ConfigurationError(
-            f'a {word} is a name, or an object like {{"name": "...", "config": {{...}}}}; this is {serialised!r}.'
-        )
-    for key in serialised:
-        if key not in ("name", "config", "package", "version"):
-            raise unknown_name(f"field of a {word}", key, ("name", "config", "package", "version"))
-    arguments, package = serialised.get("config") or {}, serialised.get("package")
-    if not isinstance(arguments, Mapping):
-        raise ConfigurationError(f"the 'config' of the {word} {serialised['name']!r} is {arguments!r}, not an object.")
-    if package is not None and (not isinstance(package, str) or not _DISTRIBUTION_NAME.fullmatch(package)):
-        raise ConfigurationError(f"the {word} {serialised['name']!r} names the package {package!r}: no valid name.")
-    return serialised["name"], dict(arguments), package
+    return _parts(kind, serialised)[:3]
 
 
 def with_package(kind: str, serialised: Serialised) -> Serialised:
@@ -178,11 +230,10 @@ def with_package(kind: str, serialised: Serialised) -> Serialised:
     >>> with_package("noise_schedules", "linear")
     'linear'
     """
-    name, arguments, package = parse(kind, serialised)
-    found = lookup(kind, name, package)
+    found, arguments = _find(kind, serialised)
     if found.package == BUILT_IN_PACKAGE:
         return serialised
-    return {"name": name, "config": arguments, "package": found.package, "version": found.version}
+    return {"name": found.name, "config": arguments, "package": found.package, "version": found.version}
 
 
 def packages(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -200,9 +251,13 @@ def packages(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def resolve_class(kind: str, serialised: Serialised) -> tuple[type, dict[str, Any]]:
-    """The class that a serialised form means, and the arguments it gives, unchecked."""
-    name, arguments, package = parse(kind, serialised)
-    return lookup(kind, name, package).load(), arguments
+    """The class that a serialised form means, and the arguments it gives, unchecked.
+
+    Warns:
+        OlderPluginWarning: The installed plugin is older than the one that the form was saved with.
+    """
+    found, arguments = _find(kind, serialised)
+    return found.load(), arguments
 
 
 def resolve(kind: str, serialised: Serialised) -> tuple[type, dict[str, Any]]:
@@ -212,9 +267,11 @@ def resolve(kind: str, serialised: Serialised) -> tuple[type, dict[str, Any]]:
     (<class 'vdm_hub.diffusion.noise_schedules.LinearSchedule'>, {})
     """
     cls, arguments = resolve_class(kind, serialised)
-    accepted = list(inspect.signature(cls).parameters)
+    parameters = inspect.signature(cls).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    accepted = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for key in arguments:
-        if key not in accepted:
+        if key not in accepted and not takes_any:
             raise unknown_name(f"argument of the {_KIND_WORDS[kind]} {parse(kind, serialised)[0]!r}", key, accepted)
     return cls, arguments
 
@@ -230,12 +287,12 @@ def build(kind: str, serialised: Serialised, **defaults: Any) -> Any:
     arguments = {key: value for key, value in defaults.items() if key in accepted} | arguments
     try:
         return cls(**arguments)
-    except ConfigurationError:
+    except VDMHubError:
         raise
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a plugin's constructor may raise anything
         raise ConfigurationError(
-            f"the {_KIND_WORDS[kind]} {serialised!r} can't be built: {error}. Its arguments are "
-            f"{', '.join(accepted) or 'none'}."
+            f"the {_KIND_WORDS[kind]} {_shortened(serialised)} can't be built: {in_one_line(error)}. Its arguments "
+            f"are {', '.join(accepted) or 'none'}."
         ) from error
 
 
@@ -249,18 +306,14 @@ def serialise(kind: str, instance: Any, complete: bool = False) -> Serialised:
     ('linear', {'name': 'linear', 'config': {'gamma_min': -8.0}})
     """
     target = f"{type(instance).__module__}:{type(instance).__qualname__}"
-    registration = next((r for r in registrations(kind) if r.target == target), None)
+    registration = registration_of(kind, type(instance))
     if registration is None:
         known = ", ".join(sorted(r.name for r in registrations(kind)))
         raise ConfigurationError(
             f"{target} is not registered as a {_KIND_WORDS[kind]}, so no config can name it. Declare it as an entry "
             f"point in the group 'vdm_hub.{kind}' of an installed package. Registered: {known}."
         )
-    config = instance.to_config()
-    try:
-        config = json.loads(json.dumps(config, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"to_config() of the {_KIND_WORDS[kind]} {registration.name!r}: {error}.") from error
+    config = _json_object(f"{_KIND_WORDS[kind]} {registration.name!r}", instance.to_config())
     parameters = inspect.signature(type(instance)).parameters
     arguments = {k: v for k, v in config.items() if complete or k not in parameters or parameters[k].default != v}
     if registration.package != BUILT_IN_PACKAGE:
@@ -273,8 +326,98 @@ def serialise(kind: str, instance: Any, complete: bool = False) -> Serialised:
     return {"name": registration.name, "config": arguments} if arguments else registration.name
 
 
+def registration_of(kind: str, cls: type) -> Registration | None:
+    """The registration whose class this is; ``None`` where there is none. Imports nothing."""
+    # A plugin's entry point under the name of a built-in leads to the built-in.
+    known = [r for r in registrations(kind) if r.package == BUILT_IN_PACKAGE or r.name not in BUILT_INS[kind]]
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    named = [r for r in known if r.target.partition("[")[0].strip() == target]
+    # An entry point may name what its module has imported from another; that module is loaded if the class is.
+    return next(iter(named + [r for r in known if _is_already(r, cls)]), None)
+
+
+def _is_already(registration: Registration, cls: type) -> bool:
+    module, _, path = registration.target.partition("[")[0].strip().partition(":")
+    found: Any = sys.modules.get(module)
+    for attribute in path.split("."):
+        found = getattr(found, attribute, None)
+    return found is cls
+
+
+def _parts(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str | None, str | None]:
+    """Name, arguments, package and version of a serialised form, checked."""
+    word = _KIND_WORDS.get(kind, kind)
+    if isinstance(serialised, str):
+        text = serialised.strip()
+        if not text.startswith("{"):
+            return serialised, {}, None, None
+        try:
+            serialised = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"the {word} {text!r} is neither a name nor a JSON object: {error}.") from error
+    if not isinstance(serialised, Mapping) or not isinstance(serialised.get("name"), str):
+        raise ConfigurationError(
+            f'a {word} is a name, or an object like {{"name": "...", "config": {{...}}}}; this is {serialised!r}.'
+        )
+    for key in serialised:
+        if key not in ("name", "config", "package", "version"):
+            raise unknown_name(f"field of a {word}", key, ("name", "config", "package", "version"))
+    arguments, package = serialised.get("config") or {}, serialised.get("package")
+    if not isinstance(arguments, Mapping):
+        raise ConfigurationError(f"the 'config' of the {word} {serialised['name']!r} is {arguments!r}, not an object.")
+    if package is not None and (not isinstance(package, str) or not _DISTRIBUTION_NAME.fullmatch(package)):
+        raise ConfigurationError(f"the {word} {serialised['name']!r} names the package {package!r}: no valid name.")
+    version = serialised.get("version")
+    if version is not None and not isinstance(version, str):
+        raise ConfigurationError(f"the {word} {serialised['name']!r} has the version {version!r}, not a string.")
+    return serialised["name"], dict(arguments), package, version
+
+
+def _find(kind: str, serialised: Serialised) -> tuple[Registration, dict[str, Any]]:
+    """The registration and the arguments of a serialised form, with a warning where the installed one is older."""
+    name, arguments, package, saved = _parts(kind, serialised)
+    found = lookup(kind, name, package)
+    if saved and found.version and is_older(found.version, saved):
+        warnings.warn(
+            f"the {_KIND_WORDS[kind]} {name!r} was saved with {found.package} {saved}, and {found.version} is "
+            f"installed, which may give other results: pip install --upgrade {found.package}",
+            OlderPluginWarning,
+            stacklevel=3,
+        )
+    return found, arguments
+
+
+def _json_object(whose: str, config: Any) -> dict[str, Any]:
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise ConfigurationError(
+            f"to_config() of the {whose} gives {_shortened(config)}: it must give a dict of the constructor's "
+            f"arguments by name."
+        )
+    try:
+        read: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"to_config() of the {whose} is not JSON: {error}. Give numbers, strings, lists and dicts, such as "
+            f"tensor.tolist()."
+        ) from error
+    return read
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _normal(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _not_allowed(kind: str, name: str, found: list[Registration]) -> ConfigurationError:
+    owners = " and ".join(sorted(repr(r.package) for r in found))
+    return ConfigurationError(
+        f"the {_KIND_WORDS[kind]} {name!r} is brought by {owners}, which {ALLOWED_VARIABLE}="
+        f"{os.environ.get(ALLOWED_VARIABLE, '')!r} does not allow: add it there, separated by a comma, or unset it."
+    )
 
 
 def _missing(kind: str, name: str, package: str, known: list[Registration]) -> MissingPluginError:
@@ -287,6 +430,13 @@ def _missing(kind: str, name: str, package: str, known: list[Registration]) -> M
     plugins = sorted({r.package for r in known if r.package != BUILT_IN_PACKAGE}) or ["none"]
     return MissingPluginError(
         f"the {_KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
-        f"which is not installed or does not bring it. If you trust it: pip install {package}. Installed plugins: "
+        f"which {_state_of(package)}. If you trust it: pip install {package}. Installed plugins: "
         f"{', '.join(plugins)}. {unknown_name(_KIND_WORDS[kind], name, {r.name for r in known})}"
     )
+
+
+def _state_of(package: str) -> str:
+    try:
+        return f"is installed in version {metadata.version(package)}, which does not bring it (an upgrade may)"
+    except metadata.PackageNotFoundError:
+        return "is not installed"

@@ -104,9 +104,12 @@ def derived_betas(process: ForwardProcess) -> list[float] | None:
     """The table that lets stock samplers run a continuous process: entry i is the noise level whose timestep is i.
 
     Rounding errors of the float32 betas are fed back into the next one, so that diffusers' cumulative product stays
-    within float32's rounding of the true alpha-bar. ``None`` where there is no single noise level per time.
+    within float32's rounding of the true alpha-bar. ``None`` where there is no single noise level per time, or the
+    network reads it as no integer.
     """
     if not isinstance(process, GaussianProcess) or not process.schedule.scalar:
+        return None
+    if not process.conditioning.integer_timesteps:
         return None
     steps = torch.arange(process.num_train_timesteps, dtype=torch.float64)
     alpha_bar = torch.sigmoid(-process.conditioning.inverse(steps)).numpy()

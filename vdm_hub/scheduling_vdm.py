@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,8 +242,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             )
         if not self.config.trained_betas and self._ddpm is None:
             raise ConfigurationError(
-                "diffusers' samplers need one noise level per time; this process has a gamma per pixel or per datum, "
-                "or none at all. Sample it with VDMScheduler."
+                "diffusers' samplers need one noise level per time, told as an integer; this process has a gamma per "
+                "pixel or per datum, or none at all, or tells it otherwise. Sample it with VDMScheduler."
             )
         if "trained_betas" not in inspect.signature(scheduler_class).parameters:
             raise ConfigurationError(
@@ -321,6 +321,18 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         return self._ddpm is not None and self.config.final_sigmas_type == "zero"
 
     @property
+    def clipping(self) -> Callable[[Tensor], Tensor] | None:
+        """What the sampler's steps do to their estimates of the data, where they do: thresholding, or clipping."""
+        if not self._ends_as_ddpm or not (self.config.thresholding or self.config.clip_sample):
+            return None
+        if self.config.thresholding:
+            assert self._ddpm is not None
+            thresholded: Callable[[Tensor], Tensor] = self._ddpm._threshold_sample
+            return thresholded
+        most = float(self.config.clip_sample_range)
+        return lambda x_hat: x_hat.clamp(-most, most)
+
+    @property
     def ends_at_data(self) -> bool:
         """Whether the last step leaves data (DDPM's), rather than the latent z_0, which is still to be decoded."""
         return self._ends_as_ddpm
@@ -372,12 +384,16 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         index = int(timestep)
         if self.config.prediction_type not in STOCK_TARGETS:
             gamma = self.process.schedule.gammas[index]  # type: ignore[index]
-            model_output = self.process.parameterization.eps_hat(model_output, sample, gamma).to(sample.dtype)
+            mean, variance = self.process.split(model_output, sample)
+            eps_hat = self.process.parameterization.eps_hat(mean, sample, gamma).to(sample.dtype)
+            model_output = torch.cat([eps_hat, variance], dim=1) if self.process.variance.learned else eps_hat
         stepped: tuple[Tensor, Tensor] = self._ddpm.step(model_output, index, sample, generator, return_dict=False)
         return stepped
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """``z_t = alpha_t x + sigma_t eps`` at each datum's timestep, (B,)."""
+        if not isinstance(self.process, GaussianProcess):
+            raise ConfigurationError("only a Gaussian process adds normal noise: bind() the process and sample().")
         if self._ddpm is not None and not timesteps.is_floating_point():
             noised: Tensor = self._ddpm.add_noise(original_samples, noise, timesteps)
             return noised

@@ -1,4 +1,4 @@
-"""Law 2: a schedule is strictly monotone, finite, differentiable, survives JSON, and only its endpoints cost bits."""
+"""Law 2, beyond what the conformance kit holds of every schedule: for any endpoints and times, and in the bound."""
 
 from __future__ import annotations
 
@@ -43,16 +43,6 @@ def values(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 
 @every_schedule
-@pytest.mark.parametrize(("points", "dtype"), [(8193, torch.float64), (1025, torch.float32)])
-def test_law_2_strictly_increasing_and_finite(name: str, points: int, dtype: torch.dtype) -> None:
-    for schedule in (registered.scalar_schedule(name), registered.learned(name)):
-        gamma = values(schedule, grid(points, dtype))
-        assert gamma.shape == (points,) and gamma.dtype == dtype
-        assert bool(torch.isfinite(gamma).all())
-        assert float(gamma.diff().min()) > 0
-
-
-@every_schedule
 @given(endpoints=ENDPOINTS)
 def test_law_2_for_any_endpoints(name: str, endpoints: tuple[float, float]) -> None:
     if "gamma_min" not in registered.schedule(name).to_config():
@@ -78,15 +68,6 @@ def test_law_2_the_derivative_is_that_of_autograd(name: str, times: list[float])
 
 
 @every_schedule
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_law_2_the_derivative_does_not_need_gradients_enabled(name: str, context: Any) -> None:
-    schedule, t = registered.scalar_schedule(name), grid(33, torch.float64)
-    expected = gamma_and_derivative(schedule, t)[1].detach()
-    with context():
-        assert torch.equal(gamma_and_derivative(schedule, t)[1], expected)
-
-
-@every_schedule
 def test_law_2_the_derivative_integrates_to_the_difference_of_the_endpoints(name: str) -> None:
     schedule = registered.learned(name)
     times, weights = unit_interval(1998)  # a multiple of the panels of both tables
@@ -94,18 +75,6 @@ def test_law_2_the_derivative_integrates_to_the_difference_of_the_endpoints(name
         derivative = gamma_and_derivative(schedule, times)[1]
     first, last = schedule.endpoints()
     assert float(derivative @ weights) == pytest.approx(last - first, rel=1e-7)
-
-
-@every_schedule
-def test_law_2_json_round_trip_gives_the_same_gamma_bit_for_bit(name: str) -> None:
-    schedule = registered.schedule(name)
-    serialised = json.loads(json.dumps(registry.serialise("noise_schedules", schedule)))
-    again = registry.build("noise_schedules", serialised)
-    assert type(again) is type(schedule)
-    for dtype in (torch.float32, torch.float64):
-        t = grid(777, dtype)
-        assert torch.equal(values(again, t), values(schedule, t))
-    assert registry.serialise("noise_schedules", again) == registry.serialise("noise_schedules", schedule)
 
 
 @given(endpoints=ENDPOINTS)
@@ -161,16 +130,6 @@ def test_law_2_the_continuous_bound_depends_only_on_the_endpoints(name: str) -> 
         expected = term(LinearSchedule(*schedule.endpoints()))
         assert expected > 1
         assert term(schedule) == pytest.approx(expected, rel=1e-7)
-
-
-@every_schedule
-def test_the_inverse_finds_the_time(name: str) -> None:
-    schedule = registered.learned(name)
-    t = grid(257, torch.float64)
-    torch.testing.assert_close(schedule.inverse(values(schedule, t)), t, rtol=0, atol=1e-9)
-    first, last = schedule.endpoints()
-    outside = torch.tensor([first - 1, first, last, last + 1], dtype=torch.float64)
-    assert schedule.inverse(outside).tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
 @given(

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from vdm_hub.commands import evaluate, publish, sample
+from vdm_hub.commands import evaluate, plugins, publish, sample
 from vdm_hub.errors import VDMHubError
 
-COMMANDS = {"evaluate": evaluate, "publish": publish, "sample": sample}
+COMMANDS = {"evaluate": evaluate, "plugins": plugins, "publish": publish, "sample": sample}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,10 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report_errors(run: Callable[[], object]) -> int:
-    """Call ``run``; a `VDMHubError`, or what a file system refuses, is a message on standard error and status 2."""
+    """Call ``run``; a `VDMHubError`, or what a file system refuses, is a message on standard error and status 2.
+
+    Otherwise the status is what ``run`` returns, where that is a number, or 0.
+    """
     try:
-        run()
+        status = run()
     except (VDMHubError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    return status if isinstance(status, int) else 0

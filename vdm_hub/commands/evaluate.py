@@ -1,47 +1,162 @@
-"""Measure a pipeline's bound on a dataset, in bits per dimension."""
+"""Measure a pipeline's likelihood on a dataset, in bits per dimension."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from vdm_hub.commands.loading import load_pipeline
+from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import load_split
-from vdm_hub.diffusers_checkpoints import notes_on_bound
+from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.provenance import describe_images
+from vdm_hub.evaluation.tables import write_per_image
 from vdm_hub.fields import at_least
+from vdm_hub.files import written_beside
+from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS
+from vdm_hub.likelihood.methods import METHODS
+from vdm_hub.likelihood.probability_flow import ProbabilityFlow
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.plots import plot_likelihood
+
+NOT_REACHED = 3
+"""Exit status where the standard error that was asked for was not reached within the budget."""
+
+_DIVERGENCES = {"hutchinson": "rademacher", "rademacher": "rademacher", "gaussian": "gaussian", "exact": "exact"}
+_EPILOG = (
+    "Exit status: 0; 2 for an error; 3 where --target_standard_error was not reached within the budget (the report is "
+    "printed and written all the same). Under `accelerate launch`, or torchrun, the processes share the images."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vdm-hub evaluate``."""
+    parser.epilog = _EPILOG
     parser.add_argument("pipeline", help="a folder, or a Hub id; of a VDM, or of diffusers' DDPM family")
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
-    parser.add_argument("--dataset_name", required=True, help="'digits', a folder, a Parquet file, or a Hub dataset")
-    parser.add_argument("--dataset_config_name", help="the configuration of the dataset, where it has several")
-    parser.add_argument("--split", default="test", help="the split, such as test or 'test[:1000]' (default: test)")
-    parser.add_argument("--image_column", default="image", help="the column that holds the images (default: image)")
-    parser.add_argument(
+    _add_images(parser.add_argument_group("images"))
+    _add_method(parser.add_argument_group("method"))
+    _add_effort(parser.add_argument_group("effort"))
+    _add_output(parser.add_argument_group("output"))
+
+
+def _add_images(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--dataset_name", required=True, help="'digits', a folder, a Parquet file, or a Hub dataset")
+    group.add_argument("--dataset_config_name", help="the configuration of the dataset, where it has several")
+    group.add_argument("--split", default="test", help="the split, such as test or 'test[:1000]' (default: test)")
+    group.add_argument("--image_column", default="image", help="the column that holds the images (default: image)")
+    group.add_argument("--label_column", help="the column of the classes, for a class-conditional network")
+    group.add_argument(
         "--num_levels", type=int, help="K, the images' levels (default: the model's; 256 for a diffusers checkpoint)"
     )
-    parser.add_argument("--color", default="auto", choices=("auto", "grey", "rgb"), help="convert the images first")
-    parser.add_argument(
+    group.add_argument("--color", default="auto", choices=("auto", "grey", "rgb"), help="convert the images first")
+    group.add_argument(
         "--resolution", type=int, help="resize first; such figures can't be compared with published ones"
     )
-    parser.add_argument("--max_images", type=int, help="evaluate only the first so many images")
-    parser.add_argument("--transitions", type=int, help="T, the number of transitions; without it, continuous time")
-    parser.add_argument("--replicates", type=int, default=8, help="independent passes, behind the error (default: 8)")
-    parser.add_argument("--batch_size", type=int, default=256, help="images at once; changes no figure (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument("--max_images", type=int, help="evaluate only the first so many images")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def _add_method(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--method",
+        default="bound",
+        choices=METHODS,
+        help="the variational bound; the probability-flow ODE; or importance weights, over chains where there are "
+        "--transitions, else over dequantised draws of the ODE (default: bound)",
+    )
+    group.add_argument("--transitions", type=int, help="T, the number of transitions; without it, continuous time")
+    group.add_argument("--draws", type=int, default=16, help="importance weights: K, draws an image (default: 16)")
+    flow = ProbabilityFlow()
+    group.add_argument(
+        "--dequantization",
+        default=flow.dequantization,
+        choices=sorted(DEQUANTIZATIONS),
+        help=f"ODE: from levels to z_0 (default: {flow.dequantization})",
+    )
+    group.add_argument(
+        "--divergence",
+        default="hutchinson",
+        choices=_DIVERGENCES,
+        help="ODE: by random probes (hutchinson is rademacher), or exact, one backward pass a dimension "
+        "(default: hutchinson)",
+    )
+    group.add_argument(
+        "--probes", type=int, default=flow.probes, help=f"ODE: probes averaged (default: {flow.probes})"
+    )
+    group.add_argument(
+        "--tolerance", type=float, default=flow.tolerance, help=f"ODE: of a step's error (default: {flow.tolerance:g})"
+    )
+    group.add_argument(
+        "--max_steps", type=int, default=flow.max_steps, help=f"ODE: the most steps (default: {flow.max_steps})"
+    )
+
+
+def _add_effort(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--replicates", type=int, default=8, help="independent passes, behind the error (default: 8)")
+    group.add_argument(
+        "--target_standard_error",
+        type=float,
+        help="add replicates until the Monte Carlo error is at most this, in bits/dim",
+    )
+    group.add_argument("--max_replicates", type=int, help="with a target: the most replicates (default: 256)")
+    group.add_argument("--max_evaluations", type=int, help="with a target: the most network evaluations")
+    group.add_argument("--batch_size", type=int, default=256, help="images at once; changes no figure (default: 256)")
+    group.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    group.add_argument(
+        "--journal",
+        type=Path,
+        help="a folder that keeps each finished image: the same command with the same folder goes on after a kill",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument("--per_image", type=Path, help="write a Parquet file with a row for each image")
+    group.add_argument("--plot", type=Path, help="write a PNG: bits over t, and the histogram of the images' bits")
+    group.add_argument("--overwrite", action="store_true", help="replace those files, where there are any")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
-    at_least(1, arguments, "resolution", "max_images", "transitions", "replicates", "batch_size")
+    _check(arguments)
+    processes = Processes.launched()
+    with processes.main_speaks():
+        pipeline, images = processes.together(lambda: _load(arguments))
+        report = _evaluate(arguments, pipeline, images, processes)
+        if processes.is_main:
+            _write(arguments, report, images)
+            print(json.dumps(report.to_dict()) if arguments.json else report)
+    return 0 if report.reached else NOT_REACHED
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    at_least(1, arguments, "resolution", "max_images", "transitions", "replicates", "batch_size", "draws")
     at_least(0, arguments, "seed")
     at_least(2, arguments, "num_levels")
+    if arguments.target_standard_error is None:
+        for name in ("max_replicates", "max_evaluations"):
+            if getattr(arguments, name) is not None:
+                raise ConfigurationError(f"--{name} acts only with --target_standard_error: add it, or leave it out.")
+    for name, suffix in (("per_image", ".parquet"), ("plot", ".png")):
+        path = getattr(arguments, name)
+        if path is None:
+            continue
+        if path.suffix != suffix or path.is_dir():
+            raise ConfigurationError(f"--{name} is {path}: name a file that ends in {suffix}.")
+        if path.exists() and not arguments.overwrite:
+            raise ConfigurationError(f"{path} exists: name another --{name}, or replace it with --overwrite.")
+
+
+def _load(arguments: argparse.Namespace) -> tuple[VDMPipeline, ImageLevels]:
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision)
+    if arguments.label_column is not None and pipeline.unet.config.get("num_class_embeds") is None:
+        raise ConfigurationError(
+            f"--label_column is {arguments.label_column!r}, and the network is not class-conditional: leave it out."
+        )
     images = load_split(
         arguments.dataset_name,
         arguments.split,
@@ -51,21 +166,50 @@ def run(arguments: argparse.Namespace) -> None:
         color=arguments.color,
         resolution=arguments.resolution,
         max_samples=arguments.max_images,
+        label_column=arguments.label_column,
     )
-    report = evaluate(
+    return pipeline, images
+
+
+def _evaluate(
+    arguments: argparse.Namespace, pipeline: VDMPipeline, images: ImageLevels, processes: Processes
+) -> LikelihoodReport:
+    flow = ProbabilityFlow(
+        arguments.dequantization,
+        _DIVERGENCES[arguments.divergence],
+        arguments.probes,
+        arguments.tolerance,
+        arguments.max_steps,
+    )
+    told = describe_images(
+        images,
+        arguments.dataset_name,
+        arguments.split,
+        config=arguments.dataset_config_name,
+        resolution=arguments.resolution,
+    )
+    return evaluate(
         pipeline,
         images,
         arguments.transitions,
         arguments.replicates,
         arguments.batch_size,
         arguments.seed,
-        dataset=describe_images(
-            images,
-            arguments.dataset_name,
-            arguments.split,
-            config=arguments.dataset_config_name,
-            resolution=arguments.resolution,
-        ),
+        dataset=told,
+        method=arguments.method,
+        flow=flow,
+        draws=arguments.draws,
+        target_standard_error=arguments.target_standard_error,
+        max_replicates=arguments.max_replicates,
+        max_evaluations=arguments.max_evaluations,
+        journal=arguments.journal,
+        processes=processes,
     )
-    report = report.with_notes(notes_on_bound(pipeline.scheduler.config))
-    print(json.dumps(report.to_dict()) if arguments.json else report)
+
+
+def _write(arguments: argparse.Namespace, report: LikelihoodReport, images: ImageLevels) -> None:
+    if arguments.per_image is not None:
+        write_per_image(report, arguments.per_image, images.labels)
+    if arguments.plot is not None:
+        with written_beside(arguments.plot) as beside:
+            plot_likelihood(report, beside)

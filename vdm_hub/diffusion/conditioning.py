@@ -18,7 +18,11 @@ from vdm_hub.errors import ConfigurationError
 
 
 class Conditioning(ABC):
-    """A strictly increasing map from gamma to the timestep that a network reads, in [0, num_train_timesteps - 1]."""
+    """A strictly increasing map from gamma to the timestep that a network reads."""
+
+    integer_timesteps: bool = True
+    """Whether the integers 0..num_train_timesteps-1 stand for noise levels, so that a table of betas can be made of
+    them for stock samplers; a conditioning with another range says no."""
 
     @classmethod
     @abstractmethod

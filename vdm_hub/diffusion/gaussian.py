@@ -83,6 +83,23 @@ def kl_divergence(mean_q: Tensor, variance_q: Tensor, mean_p: Tensor, variance_p
     return 0.5 * (torch.log(variance_p / variance_q) + (variance_q + (mean_q - mean_p) ** 2) / variance_p - 1)
 
 
+def transition_kl(error: Tensor, weight: Tensor, log_ratio: Tensor) -> Tensor:
+    """Elementwise ``KL(q(z_s|z_t, x) || p(z_s|z_t))`` in nats, where the two variances differ.
+
+    `kl_divergence` with ``r = v_q / v_p`` and ``(mu_q - mu_p)^2 / v_q = expm1(gamma_t - gamma_s) |eps - eps_hat|^2``:
+    ``1/2 (r - 1 - ln r + r expm1(gamma_t - gamma_s) |eps - eps_hat|^2)``.
+
+    Args:
+        error: ``|eps - eps_hat|^2``.
+        weight: ``expm1(gamma_t - gamma_s)``.
+        log_ratio: ``ln r``, at zero the VDM's own reverse step.
+
+    >>> float(transition_kl(torch.tensor(3.0), torch.tensor(2.0), torch.tensor(0.0)))
+    3.0
+    """
+    return 0.5 * (torch.expm1(log_ratio) - log_ratio + torch.exp(log_ratio) * weight * error)
+
+
 def prior_kl(x: Tensor, gamma_1: Tensor) -> Tensor:
     """``KL(q(z_1|x) || N(0, I))`` per datum in nats, (B, *data) -> (B,) (VDM section 3.2, the prior loss)."""
     gamma = broadcast(gamma_1, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,19 @@ from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess, Netw
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
 from vdm_hub.diffusion.learned_schedules import VarianceGradient
 from vdm_hub.diffusion.levels import DataScaling
-from vdm_hub.diffusion.noise_schedules import Gamma, NoiseSchedule
+from vdm_hub.diffusion.noise_schedules import DiscreteBetasSchedule, Gamma, NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Parameterization
+from vdm_hub.diffusion.reverse_variances import PosteriorVariance, ReverseVariance, reverse_variance
 from vdm_hub.errors import ConfigurationError
 
 
 class GaussianProcess(ForwardProcess):
     """``q(z_t|x) = N(alpha_t x, sigma_t^2 I)``, its posterior as the reverse step, and its bound (VDM).
+
+    Attributes:
+        variance: That of the reverse step; a table of betas may ask for another than the posterior's.
+        clipping: What is done to every estimate of the data before it is used: ``None`` unless it was set, as a model
+            with clipped estimates is another one.
 
     >>> process = GaussianProcess.from_fields({"num_levels": 256})
     >>> process.encode(torch.tensor([[0, 255]]))
@@ -38,9 +44,12 @@ class GaussianProcess(ForwardProcess):
         decoder: Decoder,
         scaling: DataScaling,
         num_train_timesteps: int = 1000,
+        variance: ReverseVariance | None = None,
     ) -> None:
         super().__init__()
         self.schedule = schedule
+        self.variance = PosteriorVariance() if variance is None else variance
+        self.clipping: Callable[[Tensor], Tensor] | None = None
         self.parameterization, self.conditioning = parameterization, conditioning
         self.decoder, self.scaling = decoder, scaling
         self.num_levels, self.num_train_timesteps = scaling.num_levels, num_train_timesteps
@@ -60,7 +69,9 @@ class GaussianProcess(ForwardProcess):
         scaling = DataScaling(fields.get("data_scaling", "bin_centers"), fields.get("num_levels", 256))
         decoder = registry.build("decoders", fields.get("decoder", "factorised"))
         conditioning = _conditioning(fields.get("conditioning") or "affine", schedule, steps)
-        return cls(schedule, parameterization, conditioning, decoder, scaling, steps)
+        is_table = isinstance(schedule, DiscreteBetasSchedule)
+        variance = reverse_variance(fields.get("variance_type") or "fixed_small") if is_table else None
+        return cls(schedule, parameterization, conditioning, decoder, scaling, steps, variance)
 
     def fields(self) -> dict[str, Any]:
         return {
@@ -84,6 +95,27 @@ class GaussianProcess(ForwardProcess):
 
     def quantise(self, x: Tensor) -> Tensor:
         return self.scaling.nearest(x)
+
+    def split(self, output: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network says of the mean and, in the other half of its channels, of the variance, where it does.
+
+        Raises:
+            ConfigurationError: The variance is learned, and the network has not twice the channels.
+        """
+        if not self.variance.learned:
+            return output, output
+        if output.shape[1] != 2 * like.shape[1]:
+            raise ConfigurationError(
+                f"the variance is learned, and the network gives {output.shape[1]} channels for images of "
+                f"{like.shape[1]}, not twice as many: give the variance_type that it was trained with."
+            )
+        mean, variance = output.chunk(2, dim=1)
+        return mean, variance
+
+    def x_hat(self, output: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
+        """The estimate of the data that the network's prediction implies, `clipping` included."""
+        x_hat = self.parameterization.x_hat(self.split(output, z)[0], z, gamma)
+        return x_hat if self.clipping is None else self.clipping(x_hat)
 
     def draw_noise(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
         draws = {name: normal_noise(shape, generator, device) for name in ("marginal", "reconstruction")}
@@ -136,27 +168,40 @@ class BoundGaussian(BoundProcess):
         timestep = self.process.conditioning(level).to(torch.promote_types(z.dtype, torch.float32)).expand(z.shape[0])
         gamma = broadcast(gamma, z)
         output = network((parameterization.input_scale(gamma) * z).to(z.dtype), timestep)
-        return parameterization.output_scale(gamma) * output.to(z.dtype)
+        output = output.to(z.dtype)
+        if not self.process.variance.learned:
+            return parameterization.output_scale(gamma) * output
+        mean, variance = self.process.split(output, z)
+        return torch.cat([parameterization.output_scale(gamma) * mean, variance], dim=1)
 
     def transition_kl(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
-        """``1/2 expm1(gamma_t - gamma_s) |eps - eps_hat|^2`` (VDM eq. 13 and 14)."""
+        """``1/2 expm1(gamma_t - gamma_s) |eps - eps_hat|^2`` (VDM eq. 13 and 14); see `gaussian.transition_kl`."""
         gamma_s, gamma_t = self.gamma(s), self.gamma(t)
-        return self._kl(x, gamma_t, torch.expm1(gamma_t - gamma_s), noise, network)
+        error, prediction = self._error(x, gamma_t, noise, network)
+        weight, variance = torch.expm1(gamma_t - gamma_s), self.process.variance
+        if variance.is_posterior:
+            return _weighted(weight, error)
+        log_ratio = variance.log_ratio(prediction, broadcast(gamma_s, x), broadcast(gamma_t, x))
+        return sum_dimensions(gaussian.transition_kl(error, broadcast(weight, x), log_ratio))
 
     def kl_rate(self, x: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
         """``1/2 gamma'(t) |eps - eps_hat|^2`` (VDM eq. 17)."""
+        self.process.variance.check_continuous()
         schedule_gradient = VarianceGradient(self.process.schedule, self.gamma)
         gamma_t, gamma_prime = schedule_gradient(t)
-        rate = self._kl(x, gamma_t, gamma_prime, noise, network)
+        error, _ = self._error(x, gamma_t, noise, network)
+        rate = _weighted(gamma_prime, error)
         return schedule_gradient.tell(rate, x[0].numel())
 
-    def _kl(self, x: Tensor, gamma: Tensor, weight: Tensor, noise: Noise, network: Network) -> Tensor:
-        eps = noise["marginal"]
-        output = self._predict(network, gaussian.marginal_sample(x, gamma, eps), gamma)
-        error = self.process.parameterization.eps_error(output, x, eps, gamma)
-        if weight.ndim < 2:
-            return 0.5 * weight * sum_dimensions(error)
-        return 0.5 * sum_dimensions(weight * error)
+    def _error(self, x: Tensor, gamma: Tensor, noise: Noise, network: Network) -> tuple[Tensor, Tensor]:
+        """``|eps - eps_hat|^2`` elementwise, and what the network says of the variance."""
+        process, eps = self.process, noise["marginal"]
+        z = gaussian.marginal_sample(x, gamma, eps)
+        output = self._predict(network, z, gamma)
+        mean, variance = process.split(output, x)
+        if process.clipping is None:
+            return process.parameterization.eps_error(mean, x, eps, gamma), variance
+        return torch.exp(-broadcast(gamma, x)) * (x - process.x_hat(output, z, gamma)) ** 2, variance
 
     def prior_kl(self, x: Tensor) -> Tensor:
         return gaussian.prior_kl(x, self._at(1.0, x))
@@ -164,10 +209,15 @@ class BoundGaussian(BoundProcess):
     def reconstruction(self, levels: Tensor, x: Tensor, noise: Noise, network: Network) -> Tensor:
         gamma_0 = self._at(0.0, x)
         z_0 = gaussian.marginal_sample(x, gamma_0, noise["reconstruction"])
-        variance = self._first_posterior_variance(x)
+        variance, process = self._first_posterior_variance(x), self.process
         predict = self._x_hat(network, z_0, gamma_0)
-        decoder = self.process.decoder
-        return decoder.negative_log_likelihood(levels, z_0, gamma_0, variance, predict, self.process.scaling)
+        if process.variance.learned:  # one call for both
+            output = self._predict(network, z_0, gamma_0)
+            prediction = process.split(output, z_0)[1]
+            posterior, level = broadcast(variance, x), broadcast(gamma_0, x)
+            variance = process.variance.log_first(prediction, posterior, level).exp()
+            predict = lambda: process.x_hat(output, z_0, gamma_0)  # noqa: E731
+        return process.decoder.negative_log_likelihood(levels, z_0, gamma_0, variance, predict, process.scaling)
 
     def prior_sample(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> Tensor:
         return normal_noise(shape, generator, device)
@@ -176,8 +226,12 @@ class BoundGaussian(BoundProcess):
         self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         gamma_s, gamma_t = self._gamma(s, z_t), self._gamma(t, z_t)
-        x_hat = self.process.parameterization.x_hat(output, z_t, gamma_t)
+        x_hat = self.process.x_hat(output, z_t, gamma_t)
         eps = normal_noise(z_t.shape, generator, z_t.device, z_t.dtype)
+        if not self.process.variance.is_posterior:
+            prediction = self.process.split(output, z_t)[1]
+            levels = broadcast(gamma_s, z_t), broadcast(gamma_t, z_t)
+            eps = eps * torch.exp(-0.5 * self.process.variance.log_ratio(prediction, *levels))
         return gaussian.posterior_step(z_t, x_hat, gamma_s, gamma_t, eps).to(z_t.dtype), x_hat.to(z_t.dtype)
 
     def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
@@ -186,7 +240,7 @@ class BoundGaussian(BoundProcess):
         return self.process.decoder.sample(z_0, gamma_0, predict, self.process.scaling, generator)
 
     def _x_hat(self, network: Network, z: Tensor, gamma: Tensor) -> Any:
-        return lambda: self.process.parameterization.x_hat(self._predict(network, z, gamma), z, gamma)
+        return lambda: self.process.x_hat(self._predict(network, z, gamma), z, gamma)
 
     def _gamma(self, t: Tensor, like: Tensor) -> Tensor:
         """``gamma(t)`` for t of shape (B,) or (); schedules that are not scalar only ever see (B,)."""
@@ -200,3 +254,10 @@ class BoundGaussian(BoundProcess):
         gamma_0 = self._at(0.0, like)
         gamma_1 = self._at(1 / (self.process.num_train_timesteps - 1), like)
         return gaussian.posterior(gamma_0, gamma_1)[2]
+
+
+def _weighted(weight: Tensor, error: Tensor) -> Tensor:
+    """``1/2 weight error`` summed over dimensions, weight of shape (B,) or that of the error."""
+    if weight.ndim < 2:
+        return 0.5 * weight * sum_dimensions(error)
+    return 0.5 * sum_dimensions(weight * error)

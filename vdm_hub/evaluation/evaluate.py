@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.diffusers_checkpoints import notes_on_bound
 from vdm_hub.errors import DataError
+from vdm_hub.evaluation.journal import Journal
+from vdm_hub.evaluation.measuring import Stages, measure
+from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights_fingerprint
-from vdm_hub.likelihood.estimator import estimate_bound
+from vdm_hub.likelihood.methods import build_measurement
+from vdm_hub.likelihood.per_image import Measurement
+from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Batch
+from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.version import __version__
 
 
 def evaluate(
@@ -32,57 +40,155 @@ def evaluate(
     max_images: int | None = None,
     progress: bool = True,
     dataset: Mapping[str, Any] | None = None,
+    *,
+    method: str = "bound",
+    flow: ProbabilityFlow | None = None,
+    draws: int = 16,
+    target_standard_error: float | None = None,
+    max_replicates: int | None = None,
+    max_evaluations: int | None = None,
+    journal: Path | None = None,
+    processes: Processes | None = None,
 ) -> LikelihoodReport:
-    """The variational bound of every image.
+    """The likelihood of every image, by any of the methods.
+
+    Where the checkpoint's sampler clips its estimates of the data and there is a number of transitions, the bound of
+    the clipped model is measured too, on the same draws, and reported under ``clipped``.
 
     Args:
         pipeline: The model.
-        images: The images, in memory or as a stream.
+        images: The images, in memory or as a stream; their labels are given to a class-conditional network.
         transitions: T, or ``None`` for continuous time.
         replicates: Independent passes over the images, behind the standard error.
-        batch_size: Images at once; it changes no figure.
+        batch_size: Images at once, at most; it changes no figure.
         seed: Of all draws.
         max_images: Only the first so many.
         progress: Whether to show a progress bar.
         dataset: What `vdm_hub.evaluation.provenance.describe_images` says of the images; the report repeats it, with
             the number and the fingerprint of those that were measured.
+        method: ``bound``, ``ode`` or ``importance_weighted``: see `vdm_hub.likelihood.methods.build_measurement`.
+        flow: The protocol of a probability flow.
+        draws: K, of ``importance_weighted``.
+        target_standard_error: Add replicates until the Monte Carlo standard error is at most this, in bits/dim.
+        max_replicates: The most of them, with a target; 256 where not given, or ``replicates`` if those are more.
+        max_evaluations: The most network evaluations, with a target.
+        journal: A folder that keeps what is finished; with the same folder, an evaluation that was killed goes on.
+        processes: Those that share the images; this one is alone by default.
 
     Returns:
-        The report. Its ``details`` are ``seed``, ``weights`` (their fingerprint), ``dataset`` (where given),
-        ``versions`` of the libraries, and ``seconds`` that it took.
+        The report, the same on every process. Its ``details`` are the method's protocol, ``target`` (where one was
+        asked for), ``seed``, ``weights`` (their fingerprint), ``dataset`` (where given), ``processes``, ``versions``
+        of the libraries, and ``seconds`` that it took.
 
     Raises:
-        DataError: The images' shape or levels are not the model's.
+        DataError: The images' shape, levels or labels are not the model's, or they are fewer than the processes.
+        ConfigurationError: The model has no such likelihood, or a number is out of range.
+        CheckpointError: The journal is that of another measurement, or damaged.
+        NonFiniteLossError: A term of an image is NaN or infinite; the message names both.
     """
     started = time.perf_counter()
-    process, objective = pipeline.process, pipeline.objective(transitions)
-    needed = None if max_images is None else math.ceil(max_images / batch_size)
-    parts = [batch["levels"] for batch in islice(evaluation_batches(images, batch_size), needed)]
-    if not parts:
-        raise DataError("there are no images to evaluate.")
-    levels = torch.cat(parts)[:max_images]
-    _check(pipeline, levels, process.num_levels)
-    device = pipeline._execution_device
+    processes = processes or Processes()
+    levels, labels = _read(images, batch_size, max_images)
+    _check(pipeline, levels, images.num_levels, pipeline.process.num_levels)
+    labels = _check_labels(pipeline, labels)
+    limit = max(256, replicates) if max_replicates is None else max_replicates
+    stages = Stages(replicates, target_standard_error, limit, max_evaluations)
+    told = _describe(dataset, levels)
+    weights = weights_fingerprint(pipeline)
+    key = {
+        "images": told["fingerprint"],
+        "weights": weights,
+        "labels": None if labels is None else fingerprint(labels),
+    }
+    how = _How(pipeline, levels, labels, batch_size, key, journal, processes, progress)
 
-    def batches() -> Iterator[Batch]:
-        for start in range(0, len(levels), batch_size):
-            part = levels[start : start + batch_size]
-            yield {"levels": part.to(device), "indices": torch.arange(start, start + len(part))}
+    def one(objective: VDMObjective, stages: Stages, model: str) -> LikelihoodReport:
+        measurement = build_measurement(objective, len(levels), method, flow=flow, draws=draws, seed=seed)
+        return how.measure(measurement, stages, model)
 
-    with tqdm(
-        total=len(levels) * replicates, desc="evaluating", unit="image", disable=not progress, leave=False
-    ) as bar:
-        report = estimate_bound(objective, batches, len(levels), replicates, seed, bar.update)
-    report.details |= {"seed": seed, "weights": weights_fingerprint(pipeline)}
-    if dataset is not None:
-        whole = dataset["images"] == len(levels)
-        measured = {"images": len(levels), "fingerprint": dataset["fingerprint"] if whole else fingerprint(levels)}
-        report.details["dataset"] = {**dataset, **measured}
-    report.details |= {"versions": library_versions(), "seconds": round(time.perf_counter() - started, 3)}
+    report = one(pipeline.objective(transitions), stages, "unclipped")
+    clipped = pipeline.clipped_objective(transitions)
+    if clipped is not None and report.is_bound:
+        same = replace(stages, replicates=report.replicates, target=None)
+        report = report.with_clipped(one(clipped, same, "clipped"))
+    report.with_notes(notes_on_bound(pipeline.scheduler.config, transitions))
+    report.details |= {"seed": seed, "weights": weights} | ({} if dataset is None else {"dataset": told})
+    report.details |= {"processes": processes.count, "versions": library_versions()}
+    report.details["seconds"] = round(time.perf_counter() - started, 3)
     return report
 
 
-def _check(pipeline: VDMPipeline, levels: Tensor, num_levels: int) -> None:
+@dataclass(frozen=True)
+class _How:
+    """All of an evaluation but the method: images, batches, processes, and where it is kept."""
+
+    pipeline: VDMPipeline
+    levels: Tensor
+    labels: Tensor | None
+    batch_size: int
+    key: dict[str, Any]
+    journal: Path | None
+    processes: Processes
+    progress: bool
+
+    def measure(self, measurement: Measurement, stages: Stages, model: str) -> LikelihoodReport:
+        """The report of a method on one model, the pipeline's own or the clipped one."""
+        return measure(
+            measurement,
+            self.take,
+            len(self.levels),
+            stages,
+            batch_size=self.batch_size,
+            processes=self.processes,
+            journal=self.open_journal(measurement, model),
+            progress=self.progress,
+        )
+
+    def take(self, indices: Tensor) -> Batch:
+        """The images with these indices, on the pipeline's device."""
+        device = self.pipeline._execution_device
+        batch = {"levels": self.levels[indices].to(device), "indices": indices}
+        return batch if self.labels is None else batch | {"class_labels": self.labels[indices].to(device)}
+
+    def open_journal(self, measurement: Measurement, model: str) -> Journal | None:
+        """The journal of a method on one model: the main process first, so that the others find what it has made."""
+        if self.journal is None:
+            return None
+        config = {name: value for name, value in self.pipeline.scheduler.config.items() if not name.startswith("_")}
+        # Not how many replicates, which may grow, nor batches and processes, which change nothing.
+        key = self.key | {
+            "vdm_hub": __version__,
+            "scheduler": config,
+            "method": measurement.method,
+            "transitions": measurement.transitions,
+            "protocol": measurement.protocol(),
+            "seed": measurement.seed,
+            "model": model,
+        }
+        place = self.journal / model
+        made = self.processes.together(lambda: Journal(place, key).tidied() if self.processes.is_main else None)
+        return made or Journal(place, key)
+
+
+def _describe(dataset: Mapping[str, Any] | None, levels: Tensor) -> dict[str, Any]:
+    """What is said of the images, with the number and the fingerprint of those that are measured."""
+    known = dataset is not None and dataset["images"] == len(levels)
+    digest = dataset["fingerprint"] if dataset is not None and known else fingerprint(levels)
+    return {**(dataset or {}), "images": len(levels), "fingerprint": digest}
+
+
+def _read(images: ImageLevels | ImageStream, batch_size: int, max_images: int | None) -> tuple[Tensor, Tensor | None]:
+    """The levels of the images, and their labels, where they have any."""
+    needed = None if max_images is None else math.ceil(max_images / batch_size)
+    parts = list(islice(evaluation_batches(images, batch_size), needed))
+    if not parts:
+        raise DataError("there are no images to evaluate.")
+    labels = [part["class_labels"] for part in parts if "class_labels" in part]
+    joined = torch.cat(labels)[:max_images] if labels else None
+    return torch.cat([part["levels"] for part in parts])[:max_images], joined
+
+
+def _check(pipeline: VDMPipeline, levels: Tensor, given_levels: int, num_levels: int) -> None:
     size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
     height, width = levels.shape[2:] if size is None else (size, size) if isinstance(size, int) else size
     if tuple(levels.shape[1:]) != (channels, height, width):
@@ -92,3 +198,26 @@ def _check(pipeline: VDMPipeline, levels: Tensor, num_levels: int) -> None:
         )
     if int(levels.max()) >= num_levels:
         raise DataError(f"the images hold level {int(levels.max())}; the model knows 0 to {num_levels - 1}.")
+    if given_levels != num_levels:
+        raise DataError(
+            f"the images were read as {given_levels} levels, and the model knows {num_levels}: read them with "
+            f"num_levels={num_levels}, where they have so many."
+        )
+
+
+def _check_labels(pipeline: VDMPipeline, labels: Tensor | None) -> Tensor | None:
+    """The labels that the network is to be given: none, where it is not class-conditional."""
+    classes = pipeline.unet.config.get("num_class_embeds")
+    if classes is None:
+        return None
+    if labels is None:
+        raise DataError(
+            f"the network is conditioned on {classes} classes, and the images have no labels: name the column that "
+            f"holds them with --label_column."
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise DataError(
+            f"the labels run from {int(labels.min())} to {int(labels.max())}, and the network knows classes 0 to "
+            f"{classes - 1}: name the column of its classes with --label_column."
+        )
+    return labels

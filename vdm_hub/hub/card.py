@@ -27,7 +27,11 @@ _DATASETS = {
     "(https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html))"
 }
 _AUGMENTATION = {"random_flip": "left-right flips", "random_crop": "random crops"}
-_METHODS = {"bound": "the variational bound, estimated by Monte Carlo,"}
+_METHODS = {
+    "bound": "the variational bound, estimated by Monte Carlo,",
+    "ode": "the likelihood of the probability-flow ODE",
+    "importance_weighted": "an importance-weighted likelihood",
+}
 _PROTOCOL = ("standard_error", "standard_error_over_images", "num_images", "replicates", "transitions", "method")
 
 
@@ -258,6 +262,7 @@ def _evaluation_command(
         "--dataset_config_name": dataset.get("config"),
         "--split": dataset.get("split"),
         "--resolution": dataset.get("resolution") or source.recipe.get("resolution"),
+        **_method_options(report),
         "--transitions": report.get("transitions"),
         "--replicates": report.get("replicates"),
         "--seed": report.get("seed", source.recipe.get("seed")),
@@ -272,14 +277,24 @@ def _evaluation_command(
     return " ".join(words) if dataset.get("name") else None
 
 
+def _method_options(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of another method than the bound, as its protocol has them."""
+    method = report.get("method", "bound")
+    flow, weights = report.get("probability_flow") or {}, report.get("importance_weights") or {}
+    options = {f"--{name}": flow.get(name) for name in ("dequantization", "divergence", "probes", "tolerance")}
+    return {"--method": None if method == "bound" else method, "--draws": weights.get("draws")} | options
+
+
 def _process(pipeline: VDMPipeline) -> str:
     config = pipeline.scheduler.config
     schedule = registry.parse("noise_schedules", config["noise_schedule"])[0]
     target = registry.parse("parameterizations", config["prediction_type"])[0]
     process = registry.parse("forward_processes", config.get("forward_process") or "gaussian")[0]
     carried = ", with weights of its own" if pipeline.noise_schedule is not None else ""
-    described = f"{plain(process)} diffusion, noise schedule `{_word(schedule)}`{carried}"
-    gaussian = pipeline.process
+    gaussian, described = pipeline.process, f"{plain(process)} diffusion"
+    if "noise_schedule" not in gaussian.fields():  # a process without gamma has none, nor a target
+        return f"{described}, {gaussian.num_levels} levels."
+    described += f", noise schedule `{_word(schedule)}`{carried}"
     if isinstance(gaussian, GaussianProcess) and gaussian.schedule.scalar:
         least, most = (float(gamma) for gamma in gaussian.schedule.endpoints())
         described += f" with log SNR from {-least:.2f} to {-most:.2f}"

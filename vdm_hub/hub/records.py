@@ -39,6 +39,9 @@ class Evaluation(TypedDict, total=False):
     transitions: int | None
     is_bound: bool
     method: str
+    probability_flow: dict[str, Any]
+    importance_weights: dict[str, Any]
+    clipped: dict[str, Any]
     seed: int | None
     weights: str
     dataset: dict[str, Any] | None

@@ -1,17 +1,248 @@
-"""A Monte Carlo estimate of the bound with an honest error: independent replicates, stratified within each."""
+"""The variational bound by Monte Carlo, at as few evaluations of the network as its error allows.
+
+Four techniques, each unbiased and each to be switched off: times stratified over all images and over each image's own
+(`vdm_hub.diffusion.times`), importance sampling of t (`vdm_hub.likelihood.proposals`), a control variate
+(`vdm_hub.likelihood.control_variates`), and stages that end at a target error (`vdm_hub.likelihood.stages`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vdm_hub.diffusion.times import stratified_times
-from vdm_hub.errors import DataError, NonFiniteLossError
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.times import times_of_data
+from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.likelihood.control_variates import ControlVariate, fit_coefficients, regressors
+from vdm_hub.likelihood.image_features import StatisticsCollector
+from vdm_hub.likelihood.per_image import Batches, Measured, Measurement, Results, evaluating, image_generator
+from vdm_hub.likelihood.proposals import Proposal, fit_proposal
 from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.likelihood.stages import TargetOutcome, next_replicates
+from vdm_hub.likelihood.time_grid import TimeGrid
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
+
+_NOISE, _TIMES, _PILOT_NOISE, _PILOT_TIMES = 101, 102, 103, 104  # streams of draws that share no key
+_KNOTS = 12
+_FEWEST_PILOT, _MOST_PILOT = 256, 4096
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Of one replicate: float64 times, their cells and importance weights, each (images, times per image)."""
+
+    times: Tensor
+    cells: Tensor
+    weights: Tensor
+
+
+class BoundEstimator(Measurement):
+    """The variational bound of each image of a set, in independent replicates.
+
+    What is measured of an image depends on the seed, its index, the replicate, the number of images, and what `fit`
+    found, which `state` and `load_state` carry to other processes; not on batches. Call `fit` once, or load the state
+    that one process found; without either, times are uniform and no control variate is subtracted.
+
+    Times are stratified within a replicate, over images and over each image's own; replicates share nothing but what
+    the pilot fixed, so the standard error comes from them. The pilot's draws are in no result.
+
+    Args:
+        objective: The model: `VDMObjective`, or any whose bound has the term ``objective.integrand``.
+        num_images: How many images are to be measured, all batches together.
+        seed: Of all draws.
+        stratified: Stratify the times; else each is drawn by itself.
+        importance_sampling: Draw times where the pilot saw large values.
+        control_variate: Subtract one where an exact one is known: Gaussian processes with a scalar gamma.
+        times_per_image: k, evaluations of each image in each replicate, at stratified times.
+        pilot_evaluations: P; by default twice the images, at most 4,096, and none for fewer than 128 images.
+        defensive: The share of the uniform in the proposal.
+
+    Raises:
+        DataError: There is no image.
+        ConfigurationError: A number of evaluations is out of range.
+    """
+
+    method, is_bound = "bound", True
+
+    def __init__(
+        self,
+        objective: VDMObjective,
+        num_images: int,
+        seed: int = 0,
+        *,
+        stratified: bool = True,
+        importance_sampling: bool = True,
+        control_variate: bool = True,
+        times_per_image: int = 1,
+        pilot_evaluations: int | None = None,
+        defensive: float = 0.1,
+    ) -> None:
+        super().__init__(objective, seed)
+        if num_images < 1:
+            raise DataError(f"{num_images} images were given: give at least one.")
+        if times_per_image < 1:
+            raise ConfigurationError(f"times_per_image is {times_per_image}: give at least 1.")
+        if pilot_evaluations is not None and pilot_evaluations != 0 and pilot_evaluations < _FEWEST_PILOT:
+            raise ConfigurationError(
+                f"pilot_evaluations is {pilot_evaluations}: give at least {_FEWEST_PILOT}, or 0 for no pilot."
+            )
+        self.num_images, self.stratified, self.times_per_image = num_images, stratified, times_per_image
+        self.importance_sampling, self.defensive = importance_sampling, defensive
+        self.control_variate = control_variate and _has_control_variate(objective)
+        default = min(2 * num_images, _MOST_PILOT) if num_images >= _FEWEST_PILOT // 2 else 0
+        planned = default if pilot_evaluations is None else pilot_evaluations
+        self._planned_pilot = planned if importance_sampling or self.control_variate else 0
+        self.grid = TimeGrid.of(objective.process, objective.transitions)
+        self.proposal = Proposal.uniform(self.grid)
+        self.variate: ControlVariate | None = None
+        self.pilot_evaluations = 0
+        self.network_evaluations = 0
+        self._latest: tuple[int, _Draws] | None = None
+
+    def fit(self, batches: Batches) -> None:
+        """The pilot: the proposal and the control variate's coefficients, from draws that nothing else uses.
+
+        Args:
+            batches: Called once or twice; each batch carries ``indices``, (B,), the images' indices.
+
+        Raises:
+            NonFiniteLossError: The integrand of an image is not finite; the message names it.
+        """
+        if self._planned_pilot == 0:
+            return
+        with evaluating(self.objective), torch.no_grad():
+            statistics = _statistics_of(self.objective, batches()) if self.control_variate else None
+            trial = None
+            if statistics is not None:
+                trial = ControlVariate(self.grid, statistics, torch.zeros(_KNOTS, 0))
+            before = self.network_evaluations
+            cells, values, rows = self._pilot(batches(), trial)
+        self.pilot_evaluations = self.network_evaluations - before
+        if len(values) < 2:
+            return
+        if statistics is not None:
+            coefficients, values = fit_coefficients(rows, values, self.grid, cells)
+            self.variate = ControlVariate(self.grid, statistics, coefficients.reshape(_KNOTS, -1))
+        if self.importance_sampling:
+            self.proposal = fit_proposal(self.grid, cells, values, self.defensive)
+        self._latest = None
+
+    def _pilot(self, batches: Iterable[Batch], trial: ControlVariate | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(cells, integrand with respect to dt, regressors)`` of the pilot's draws, times uniform over cells."""
+        source = np.random.default_rng([self.seed, 0, _PILOT_TIMES])
+        rounds = -(-self._planned_pilot // self.num_images)
+        orders = torch.from_numpy(np.stack([source.permutation(self.num_images) for _ in range(rounds)]))
+        offsets = torch.from_numpy(source.random(rounds))
+        times, cells, _ = Proposal.even(self.grid).draw(times_of_data(self.num_images, rounds, offsets, orders))
+        chosen = torch.from_numpy(source.permutation(self.num_images)) < self._planned_pilot - (rounds - 1) * len(
+            times
+        )
+        found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for batch in batches:
+            for draw in range(rounds):
+                part = batch if draw < rounds - 1 else _choose(batch, chosen)
+                index = part["indices"].cpu()
+                if len(index) == 0:
+                    continue
+                generators = [image_generator(self.seed, 0, int(i), draw, _PILOT_NOISE) for i in index]
+                noise = self.objective.draw_noise(part, generators)
+                value = self._terms(part, times[index, draw], noise)[self.objective.integrand]
+                Results(self.num_images).add(0, index, Measured({self.objective.integrand: value}))  # names a NaN
+                row = torch.zeros(len(index), 0)
+                if trial is not None:
+                    features = trial.features(self.objective.process.encode(part["levels"]))
+                    row = regressors(self.grid, features, cells[index, draw], noise["marginal"], _KNOTS)
+                found.append((draw * self.num_images + index, cells[index, draw], value, row))
+        if not found:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, 0)
+        places, cells, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = places.argsort()  # whatever the batches were: the fit's folds go by place
+        return cells[order], values[order], rows[order]
+
+    def _terms(self, batch: Batch, times: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with _counted(self.objective.network) as calls:
+            bound = self.objective(batch, times.float().to(batch["levels"].device), noise)
+        self.network_evaluations += sum(calls)
+        return {name: term.double().cpu() for name, term in bound.terms.items()}
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        """The terms of the images of a batch in one replicate, importance weights and control variate included.
+
+        Diagnostics are ``time`` and ``integrand``, (B, k), the term at its own time with its importance weight and
+        without control variate, in nats, and ``evaluations``, (B,).
+        """
+        index, draws, name = batch["indices"].cpu(), self._draws(replicate), self.objective.integrand
+        features = integral = None
+        if self.variate is not None:
+            features = self.variate.features(self.objective.process.encode(batch["levels"]))
+            integral = self.variate.integral(features)
+        sums: dict[str, Tensor] = {}
+        before = self.network_evaluations
+        integrand = torch.empty(len(index), self.times_per_image, dtype=torch.float64)
+        for draw in range(self.times_per_image):
+            generators = [image_generator(self.seed, replicate, int(i), draw, _NOISE) for i in index]
+            noise = self.objective.draw_noise(batch, generators)
+            terms = self._terms(batch, draws.times[index, draw], noise)
+            weight = draws.weights[index, draw]
+            terms[name] = integrand[:, draw] = weight * terms[name]
+            if self.variate is not None and features is not None and integral is not None:
+                value = self.variate.value(features, draws.cells[index, draw], noise["marginal"])
+                terms[name] = terms[name] - weight * value + integral
+            for term, values in terms.items():
+                sums[term] = sums.get(term, 0) + values / self.times_per_image
+        each = (self.network_evaluations - before) / len(index)  # a decoder may call the network, too
+        counts = torch.full((len(index),), each, dtype=torch.float64)
+        return Measured(sums, {"time": draws.times[index], "integrand": integrand, "evaluations": counts})
+
+    def times(self, replicate: int) -> Tensor:
+        """The times of every image in a replicate, (images, times per image), float64."""
+        return self._draws(replicate).times
+
+    def _draws(self, replicate: int) -> _Draws:
+        if self._latest is None or self._latest[0] != replicate:
+            source, k = np.random.default_rng([self.seed, replicate, _TIMES]), self.times_per_image
+            if self.stratified:
+                orders = torch.from_numpy(np.stack([source.permutation(self.num_images) for _ in range(k)]))
+                uniforms = times_of_data(self.num_images, k, torch.from_numpy(source.random(k)), orders)
+            else:
+                uniforms = torch.from_numpy(source.random((self.num_images, k)))
+            self._latest = replicate, _Draws(*self.proposal.draw(uniforms))
+        return self._latest[1]
+
+    def state(self) -> dict[str, Any]:
+        """What the pilot found, as plain JSON."""
+        return {
+            "probabilities": self.proposal.probabilities.tolist(),
+            "control_variate": None if self.variate is None else self.variate.to_json(),
+            "pilot_evaluations": self.pilot_evaluations,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`, in an estimator of the same model and arguments."""
+        self.proposal = Proposal(self.grid, torch.tensor(state["probabilities"], dtype=torch.float64))
+        found = state["control_variate"]
+        self.variate = None if found is None else ControlVariate.from_json(self.grid, found)
+        self.pilot_evaluations = int(state["pilot_evaluations"])
+        self._latest = None
+
+    def protocol(self) -> dict[str, Any]:
+        """The techniques."""
+        return {
+            "estimator": {
+                "stratified": self.stratified,
+                "importance_sampling": self.importance_sampling and self._planned_pilot > 0,
+                "control_variate": self.control_variate and self._planned_pilot > 0,
+                "times_per_image": self.times_per_image,
+                "pilot_evaluations": self._planned_pilot,
+                "defensive": self.defensive,
+            }
+        }
 
 
 def estimate_bound(
@@ -21,85 +252,84 @@ def estimate_bound(
     replicates: int = 8,
     seed: int = 0,
     on_batch: Callable[[float], object] = lambda images: None,
+    *,
+    target_standard_error: float | None = None,
+    max_replicates: int = 64,
+    **techniques: Any,
 ) -> LikelihoodReport:
-    """The bound of a set of images, each estimated once in each of ``replicates`` independent passes.
-
-    Within a pass the times are stratified over all images, so draws depend on each other; passes do not, and the
-    standard error comes from them. An image's noise is a function of (seed, pass, its index), its time of those and
-    the number of images: neither the batch size nor the number of processes changes an image's terms.
+    """The bound of a set of images, each estimated in each of several independent replicates: see `BoundEstimator`.
 
     Args:
         objective: The model; evaluated in ``eval`` mode, without gradients.
-        batches: Called once a pass; each batch carries ``indices``, (B,), the images' indices.
+        batches: Called once a replicate, and for the pilot; each batch carries ``indices``, (B,), the images' indices.
         num_images: How many images all batches hold together.
-        replicates: Independent passes; at least 2 for a standard error.
+        replicates: Independent replicates, the first stage's where there is a target; at least 2 for an error.
         seed: Of all draws.
         on_batch: Told how many images a batch had.
+        target_standard_error: Monte Carlo error of the mean, bits/dim, until which stages add replicates. The report's
+            ``details["target"]`` says whether it was reached. That the error decides when to stop biases a mean by
+            much less than the error itself.
+        max_replicates: Where to stop without it.
+        techniques: Keywords of `BoundEstimator`.
 
     Raises:
+        DataError: There is no image, or no replicate.
         NonFiniteLossError: A term of an image is NaN or infinite; the message names the image and the term.
     """
     if num_images < 1 or replicates < 1:
         raise DataError(f"{num_images} images and {replicates} replicates were given: give at least one of each.")
-    collected: dict[str, Tensor] = {}
-    modes, calls = {module: module.training for module in objective.modules()}, _count_calls(objective)
-    objective.eval()
-    try:
-        with torch.no_grad():
-            for replicate in range(replicates):
+    estimator, results = BoundEstimator(objective, num_images, seed, **techniques), Results(num_images)
+    stages: list[int] = []
+    with evaluating(objective), torch.no_grad():
+        estimator.fit(batches)
+        more = replicates
+        while more:
+            start = stages[-1] if stages else 0
+            for replicate in range(start, start + more):
                 for batch in batches():
-                    _one_batch(objective, batch, (num_images, replicates, replicate, seed), collected)
+                    results.add(replicate, batch["indices"], estimator.measure(batch, replicate))
                     on_batch(len(batch["indices"]))
+            stages.append(start + more)
+            report = results.report(estimator, stages[-1], int(batch["levels"][0].numel()))
+            if target_standard_error is None:
+                break
+            more = next_replicates(stages[-1], report.standard_error, target_standard_error, max_replicates)
+    if target_standard_error is not None:
+        reached = report.standard_error <= target_standard_error
+        report.details["target"] = TargetOutcome(target_standard_error, reached, tuple(stages)).to_json()
+    return report
+
+
+@contextmanager
+def _counted(network: nn.Module) -> Iterator[list[int]]:
+    """The sizes of the batches that the network is called with."""
+    sizes: list[int] = []
+
+    def count(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        sizes.append(int(arguments[0].shape[0]))
+
+    handle = network.register_forward_pre_hook(count)
+    try:
+        yield sizes
     finally:
-        for module, training in modes.items():
-            module.training = training
-        calls.remove()
-    dimensions = int(batch["levels"][0].numel())
-    seen = sorted({int(i) for i in (~torch.isnan(next(iter(collected.values()))[0])).nonzero().flatten()})
-    terms = {name: values[:, seen] for name, values in collected.items()}
-    times = torch.stack([_pass_times(seed, replicate, num_images)[seen] for replicate in range(replicates)])
-    return LikelihoodReport(
-        terms, times, dimensions, transitions=objective.transitions, network_evaluations=calls.evaluations
-    )
+        handle.remove()
 
 
-def _one_batch(
-    objective: VDMObjective, batch: Batch, plan: tuple[int, int, int, int], collected: dict[str, Tensor]
-) -> None:
-    num_images, replicates, replicate, seed = plan
-    index, device = batch["indices"].cpu(), batch["levels"].device
-    generators = [torch.Generator().manual_seed(_image_seed(seed, replicate, int(i))) for i in index]
-    times = _pass_times(seed, replicate, num_images)[index].to(device)
-    bound = objective(batch, times, objective.draw_noise(batch, generators))
-    for name, term in bound.terms.items():
-        values = term.double().cpu()
-        if not bool(torch.isfinite(values).all()):
-            image = int(index[(~torch.isfinite(values)).nonzero()[0, 0]])
-            raise NonFiniteLossError(
-                f"the {name} term of image {image} is not finite. The model's weights or its schedule's endpoints are "
-                f"at fault: evaluate an earlier checkpoint, or look at that image."
-            )
-        empty = torch.full((replicates, num_images), torch.nan, dtype=torch.float64)
-        collected.setdefault(name, empty)[replicate, index] = values
+def _has_control_variate(objective: VDMObjective) -> bool:
+    process = objective.process
+    if objective.integrand != "diffusion" or not isinstance(process, GaussianProcess):
+        return False
+    return process.schedule.scalar and process.variance.is_posterior
 
 
-def _pass_times(seed: int, replicate: int, num_images: int) -> Tensor:
-    """One stratified time for each image of a pass, assigned at random."""
-    source = np.random.default_rng([seed, replicate])
-    order = torch.from_numpy(source.permutation(num_images))
-    return stratified_times(num_images, source.random())[order]
+def _statistics_of(objective: VDMObjective, batches: Iterable[Batch]) -> Any:
+    collector = StatisticsCollector()
+    for batch in batches:
+        collector.add(objective.process.encode(batch["levels"]))
+    return collector.statistics()
 
 
-def _image_seed(seed: int, replicate: int, image: int) -> int:
-    return int(np.random.SeedSequence([seed, replicate, image]).generate_state(1, np.uint64)[0] >> 1)
-
-
-class _count_calls:
-    """Counts the network's evaluations, per image."""
-
-    def __init__(self, objective: VDMObjective) -> None:
-        self.evaluations = 0
-        self.remove = objective.network.register_forward_pre_hook(self._count).remove
-
-    def _count(self, module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self.evaluations += int(arguments[0].shape[0])
+def _choose(batch: Batch, chosen: Tensor) -> dict[str, Tensor]:
+    """The part of a batch whose images were chosen."""
+    rows = chosen[batch["indices"].cpu()].nonzero().flatten()
+    return {name: values[rows.to(values.device)] for name, values in batch.items()}

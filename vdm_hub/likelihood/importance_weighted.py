@@ -13,8 +13,8 @@ of the bound at random times:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,16 @@ from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.per_image import CountedNetwork, Tally, collect, image_generator
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow, draw_flow, predict_noise, scalar_gaussian
+from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, collect, image_generator
+from vdm_hub.likelihood.probability_flow import (
+    FlowMeasurement,
+    ProbabilityFlow,
+    draw_flow,
+    predict_both,
+    scalar_gaussian,
+)
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
-
-Terms = dict[str, Tensor]
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
@@ -78,29 +82,49 @@ def estimate_importance_weighted(
         ConfigurationError: The objective is in continuous time, or its process has no scalar gamma.
         NonFiniteLossError: A term of an image is not finite; the message names both.
     """
-    transitions = objective.transitions
-    if transitions is None:
-        raise ConfigurationError(
-            "importance weights need whole chains, and continuous time has none; weights from random times would be "
-            "biased upwards. Give a number of transitions."
-        )
-    _check_count("chains", chains)
-    scalar_gaussian(objective.process)
-    sizes: list[Tensor] = []
-    tally = Tally()
+    return collect(ChainsMeasurement(objective, chains, seed), batches, num_images, replicates, on_batch)
 
-    def terms_of(batch: Batch, replicate: int) -> Terms:
-        draws = [chain_terms(objective, batch, transitions, (seed, replicate), k, tally) for k in range(chains)]
-        return _weighted(draws, sizes)
 
-    report = collect(objective, batches, num_images, replicates, terms_of, on_batch)
-    report.method, report.transitions, report.network_evaluations = (
-        "importance_weighted",
-        transitions,
-        tally.evaluations,
-    )
-    report.details["importance_weights"] = {"over": "chains", "draws": chains} | _diagnostics(sizes)
-    return report
+class ChainsMeasurement(Measurement):
+    """The method ``importance_weighted`` over whole chains: see `estimate_importance_weighted`.
+
+    Args:
+        objective: The model, with a finite number of transitions; its process Gaussian with a scalar schedule.
+        chains: K.
+        seed: Of all draws.
+
+    Raises:
+        ConfigurationError: The objective is in continuous time, or its process has no scalar gamma.
+    """
+
+    method = "importance_weighted"
+
+    def __init__(self, objective: VDMObjective, chains: int = 16, seed: int = 0) -> None:
+        super().__init__(objective, seed)
+        if objective.transitions is None:
+            raise ConfigurationError(
+                "importance weights need whole chains, and continuous time has none; weights from random times would "
+                "be biased upwards. Give a number of transitions."
+            )
+        _check_count("chains", chains)
+        scalar_gaussian(objective.process)
+        self.chains = chains
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        """K chains of each image."""
+        network = CountedNetwork(self.objective.network, batch)
+        draws = [chain_terms(self.objective, batch, (self.seed, replicate), k, network) for k in range(self.chains)]
+        terms, size = _weighted(draws)
+        counts = {"evaluations": network.per_image(len(size)), "effective_sample_size": size}
+        return Measured(terms, counts)
+
+    def protocol(self) -> dict[str, Any]:
+        """K, and over what the draws are."""
+        return {"importance_weights": {"over": "chains", "draws": self.chains}}
+
+    def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The protocol with the effective sample sizes."""
+        return {"importance_weights": self.protocol()["importance_weights"] | _sizes(diagnostics)}
 
 
 def estimate_importance_weighted_flow(
@@ -134,51 +158,82 @@ def estimate_importance_weighted_flow(
         NonFiniteLossError: The flow of an image is not finite; the message names it.
         ConfigurationError: The process has no scalar gamma, or ``max_steps`` are too few.
     """
-    flow = flow or ProbabilityFlow()
-    _check_count("draws", draws)
-    scalar_gaussian(objective.process)
-    tally = Tally()
-    sizes: list[Tensor] = []
+    return collect(WeightedFlowMeasurement(objective, flow, draws, seed), batches, num_images, replicates, on_batch)
 
-    def terms_of(batch: Batch, replicate: int) -> Terms:
-        solved = [draw_flow(objective, batch, flow, seed, replicate, k, tally) for k in range(draws)]
-        return _weighted([draw.terms | {"dequantization": draw.log_q} for draw in solved], sizes)
 
-    report = collect(objective, batches, num_images, replicates, terms_of, on_batch)
-    report.method, report.is_bound, report.network_evaluations = "importance_weighted", False, tally.evaluations
-    report.details["probability_flow"] = asdict(flow) | tally.summary()
-    report.details["importance_weights"] = {"over": "dequantization", "draws": draws} | _diagnostics(sizes)
-    notes = ["the ODE is another model than the bound's; its expectation over the dequantisation bounds -log2 p(x)"]
-    if flow.divergence != "exact":
-        notes.append("the stochastic divergence biases importance weights; divergence='exact' does not")
-    return report.with_notes(notes)
+class WeightedFlowMeasurement(FlowMeasurement):
+    """The method ``importance_weighted`` over dequantised draws: see `estimate_importance_weighted_flow`.
+
+    Args:
+        objective: The model; its process Gaussian with a scalar schedule.
+        flow: The protocol of each ODE.
+        draws: K.
+        seed: Of all draws.
+    """
+
+    method = "importance_weighted"
+
+    def __init__(
+        self, objective: VDMObjective, flow: ProbabilityFlow | None = None, draws: int = 16, seed: int = 0
+    ) -> None:
+        _check_count("draws", draws)
+        super().__init__(objective, flow, seed)
+        self.draws = draws
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        """K dequantised draws of each image, and their ODEs."""
+        network = CountedNetwork(self.objective.network, batch)
+        arguments = self.objective, batch, self.flow, (self.seed, replicate)
+        solved = [draw_flow(*arguments, k, network) for k in range(self.draws)]
+        terms, size = _weighted([draw.terms | {"dequantization": draw.log_q} for draw in solved])
+        steps = torch.stack([draw.steps for draw in solved], dim=1)
+        counts = {"evaluations": network.per_image(len(size)), "effective_sample_size": size, "steps": steps}
+        return Measured(terms, counts)
+
+    def protocol(self) -> dict[str, Any]:
+        """K, and the protocol of each ODE."""
+        return super().protocol() | {"importance_weights": {"over": "dequantization", "draws": self.draws}}
+
+    def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The protocol with the effective sample sizes and the solver's steps."""
+        weights = self.protocol()["importance_weights"] | _sizes(diagnostics)
+        return super().details(diagnostics) | {"importance_weights": weights}
+
+    def notes(self) -> list[str]:
+        """What kind of number it is."""
+        if self.flow.divergence == "exact":
+            return super().notes()
+        return [
+            *super().notes(),
+            "the stochastic divergence biases importance weights; divergence='exact' does not",
+        ]
 
 
 def chain_terms(
-    objective: VDMObjective, batch: Batch, transitions: int, key: tuple[int, int], chain: int, tally: Tally
+    objective: VDMObjective, batch: Batch, key: tuple[int, int], chain: int, network: CountedNetwork
 ) -> Terms:
     r"""``-log w`` of one chain per image in three named terms, (B,), nats, float64.
 
     The chain is drawn from the end, ``q(z_1|x) prod q(z_s|z_t, x)``, the same joint as the forward one (Luo eq. 47).
-    With ``z_s = mu_q + sd e`` and a reverse model of the same variance,
+    With ``z_s = mu_q + sd e`` and ``r = v_q / v_p`` (one for a VDM's own reverse step),
 
-        log q(z_s|z_t, x) - log p(z_s|z_t) = 1/2 |d|^2 - e . d,   d = sqrt(expm1(gamma_t - gamma_s)) (eps - eps_hat),
+        log q(z_s|z_t, x) - log p(z_s|z_t) = 1/2 (r |e - d|^2 - |e|^2 - ln r),
+        d = sqrt(expm1(gamma_t - gamma_s)) (eps - eps_hat),
 
     whose expectation over e is the transition KL of the denoising-matching form (VDM eq. 13).
 
     Args:
-        objective: The model.
+        objective: The model, with a finite number of transitions.
         batch: The images, with ``indices``.
-        transitions: T.
         key: (seed, replicate).
         chain: k, which of the K chains.
-        tally: What the chain cost is added here.
+        network: The model's network on this batch.
     """
-    process = scalar_gaussian(objective.process)
+    process, transitions = scalar_gaussian(objective.process), objective.transitions
+    assert transitions is not None
     levels = batch["levels"]
     x = process.encode(levels).double()
     generators = [image_generator(*key, int(i), chain) for i in batch["indices"]]
-    network = CountedNetwork(objective.network, batch)
 
     def normal() -> Tensor:
         return normal_noise(tuple(x.shape), generators, x.device, torch.float64)
@@ -195,7 +250,6 @@ def chain_terms(
         eps = (z - gaussian.alpha(gammas[0]) * x) / gaussian.sigma(gammas[0])
         _, bound = process.bind(x, {})
         reconstruction = bound.reconstruction(levels, x, {"reconstruction": eps}, network)
-    tally.add(network.evaluations, torch.full((len(levels),), transitions))
     return {"reconstruction": reconstruction, "prior": prior, "diffusion": diffusion}
 
 
@@ -219,20 +273,24 @@ def _log_ratio(
     gamma = gamma_t.expand(z_t.shape[0])
     level = broadcast(gamma, z_t)
     eps = (z_t - gaussian.alpha(level) * x) / gaussian.sigma(level)
-    shift = torch.expm1(gamma_t - gamma_s).sqrt() * (eps - predict_noise(process, network, z_t, gamma))
-    return sum_dimensions(0.5 * shift**2 - e * shift)
+    eps_hat, prediction = predict_both(process, network, z_t, gamma)
+    shift = torch.expm1(gamma_t - gamma_s).sqrt() * (eps - eps_hat)
+    if process.variance.is_posterior:
+        return sum_dimensions(0.5 * shift**2 - e * shift)
+    log_ratio = process.variance.log_ratio(prediction, gamma_s, gamma_t)
+    return 0.5 * sum_dimensions(log_ratio.exp() * (e - shift) ** 2 - e**2 - log_ratio)
 
 
-def _weighted(draws: list[Terms], sizes: list[Tensor]) -> Terms:
-    """Terms averaged over draws, and what the weights gain; the effective sample sizes are added to ``sizes``."""
+def _weighted(draws: list[Terms]) -> tuple[Terms, Tensor]:
+    """Terms averaged over draws, and what the weights gain; and the weights' effective sample sizes, (B,)."""
     means = {name: torch.stack([terms[name] for terms in draws]).mean(0) for name in draws[0]}
     log_weights = -torch.stack([torch.stack(list(terms.values())).sum(0) for terms in draws])
-    sizes.append(effective_sample_size(log_weights).cpu())
-    return means | {"importance_weighting": log_weights.mean(0) - log_mean_exp(log_weights)}
+    gain = {"importance_weighting": log_weights.mean(0) - log_mean_exp(log_weights)}
+    return means | gain, effective_sample_size(log_weights)
 
 
-def _diagnostics(sizes: list[Tensor]) -> dict[str, float]:
-    size = torch.cat(sizes)
+def _sizes(diagnostics: Mapping[str, Tensor]) -> dict[str, float]:
+    size = diagnostics["effective_sample_size"]
     return {"effective_sample_size_mean": float(size.mean()), "effective_sample_size_min": float(size.min())}
 
 

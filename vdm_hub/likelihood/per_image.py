@@ -1,9 +1,16 @@
-"""What every likelihood per image shares: its draws, its calls of the network, and the collection into a report."""
+"""What every likelihood per image shares: what a method is, its draws, its calls of the network, and the results.
+
+A method is a function of a batch and a replicate: `Measurement`. What it finds of an image depends on the seed, the
+replicate and the image's index, and on nothing else, so images may be measured in any batches, on any process, before
+or after a kill; `Results` holds what was found, and makes the report.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +19,188 @@ from torch import Tensor, nn
 
 from vdm_hub.errors import DataError, NonFiniteLossError
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Batch
+from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
+
+Terms = dict[str, Tensor]
+Batches = Callable[[], Iterable[Batch]]
+"""Called once a pass; each batch carries ``indices``, (B,), the images' indices."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one replicate found of a batch of images.
+
+    Attributes:
+        terms: By name, each (B,), nats; they sum to minus the log-likelihood.
+        diagnostics: By name, each (B,) or (B, n): ``evaluations`` of the network; ``time`` and ``integrand``, the
+            diffusion term at its own time, where there is one; ``steps`` of an ODE solver; and so on.
+    """
+
+    terms: Terms
+    diagnostics: Terms = field(default_factory=dict)
+
+
+class Measurement(ABC):
+    """A likelihood method on one model.
+
+    Attributes:
+        method: Its name.
+        is_bound: Whether its sum bounds minus the log-likelihood from above, in expectation.
+        pilot_evaluations: Network evaluations that `fit` took.
+    """
+
+    method = "bound"
+    is_bound = True
+    pilot_evaluations = 0
+
+    def __init__(self, objective: VDMObjective, seed: int = 0) -> None:
+        self.objective, self.seed = objective, seed
+
+    @property
+    def transitions(self) -> int | None:
+        """Number of transitions T; ``None`` for continuous time, or where there are none."""
+        return self.objective.transitions
+
+    def fit(self, batches: Batches) -> None:  # noqa: B027 - most need none
+        """A pilot, where the method has one: its draws never enter a result."""
+
+    def state(self) -> dict[str, Any]:
+        """What `fit` found, as plain JSON: another process that loads it measures the same."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """The inverse of `state`."""
+
+    @abstractmethod
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        """One independent estimate of each image of a batch; a function of (seed, replicate, image) alone."""
+
+    @abstractmethod
+    def protocol(self) -> dict[str, Any]:
+        """All that decides a result, besides the weights, the images and what `fit` finds, as plain JSON."""
+
+    def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the report says besides the protocol; each diagnostic is (replicates, images) or (..., n)."""
+        return {}
+
+    def notes(self) -> list[str]:
+        """What a reader of the number must know, one sentence each."""
+        return []
+
+
+class Results:
+    """Terms of images by replicate, whoever measured them; complete or not.
+
+    >>> results = Results(num_images=2)
+    >>> results.add(0, torch.tensor([1]), Measured({"prior": torch.tensor([0.5])}))
+    >>> results.missing(0).tolist()
+    [0]
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
+        self._done: dict[int, Tensor] = {}
+        self._values: dict[tuple[str, str], dict[int, Tensor]] = {}
+
+    def add(self, replicate: int, indices: Tensor, measured: Measured) -> None:
+        """Take in what was found of the images with these indices.
+
+        Raises:
+            NonFiniteLossError: A term is not finite; the message names it and the image.
+        """
+        indices = indices.cpu()
+        for name, term in measured.terms.items():
+            _check_finite(name, term, indices)
+        kinds = {"term": measured.terms, "diagnostic": measured.diagnostics}
+        for kind, values in kinds.items():
+            for name, value in values.items():
+                columns = self._values.setdefault((kind, name), {})
+                if replicate not in columns:
+                    shape = (self.num_images, *value.shape[1:])
+                    columns[replicate] = torch.full(shape, torch.nan, dtype=torch.float64)
+                columns[replicate][indices] = value.detach().double().cpu()
+        self._done.setdefault(replicate, torch.zeros(self.num_images, dtype=torch.bool))[indices] = True
+
+    def take(self, other: Results) -> None:
+        """All that another process found, too."""
+        for replicate in other._done:
+            self.add(replicate, *other.found(replicate))
+
+    def found(self, replicate: int) -> tuple[Tensor, Measured]:
+        """The indices of the images that were measured in a replicate, rising, and what was found of them."""
+        indices = self._done[replicate].nonzero().flatten()
+        parts: dict[str, Terms] = {"term": {}, "diagnostic": {}}
+        for (kind, name), columns in self._values.items():
+            parts[kind][name] = columns[replicate][indices]
+        return indices, Measured(parts["term"], parts["diagnostic"])
+
+    def missing(self, replicate: int) -> Tensor:
+        """The indices of images that are not measured in this replicate, rising."""
+        if replicate not in self._done:
+            return torch.arange(self.num_images)
+        return (~self._done[replicate]).nonzero().flatten()
+
+    def totals(self, replicates: Sequence[int]) -> Tensor:
+        """Minus the log-likelihood in nats, (replicates, images); NaN where it is missing."""
+        return torch.stack(list(self._stacked("term", replicates).values())).sum(0)
+
+    def report(self, measurement: Measurement, replicates: int, dimensions: int) -> LikelihoodReport:
+        """The report of the first so many replicates, of all images that were measured in them.
+
+        Args:
+            measurement: The method.
+            replicates: How many.
+            dimensions: Of one image.
+        """
+        chosen = range(replicates)
+        seen = torch.stack([self._done[replicate] for replicate in chosen]).all(0).nonzero().flatten()
+        terms = {name: value[:, seen] for name, value in self._stacked("term", chosen).items()}
+        diagnostics = {name: value[:, seen] for name, value in self._stacked("diagnostic", chosen).items()}
+        report = LikelihoodReport(terms, diagnostics.get("time"), dimensions, integrand=diagnostics.get("integrand"))
+        report.method, report.is_bound = measurement.method, measurement.is_bound
+        report.transitions = measurement.transitions
+        evaluations = diagnostics.get("evaluations", torch.zeros(1))
+        report.network_evaluations = int(evaluations.sum()) + measurement.pilot_evaluations
+        report.details |= measurement.protocol() | measurement.details(diagnostics)
+        return report.with_notes(measurement.notes())
+
+    def _stacked(self, kind: str, replicates: Sequence[int]) -> Terms:
+        return {
+            name: torch.stack([columns[replicate] for replicate in replicates])
+            for (found, name), columns in self._values.items()
+            if found == kind
+        }
+
+
+def collect(
+    measurement: Measurement,
+    batches: Batches,
+    num_images: int,
+    replicates: int,
+    on_batch: Callable[[float], object] = lambda images: None,
+) -> LikelihoodReport:
+    """The report of a method over all batches and replicates, in ``eval`` mode and without gradients.
+
+    Args:
+        measurement: The method.
+        batches: Called once a replicate; each batch carries ``indices``, (B,), the images' indices.
+        num_images: How many images all batches hold together.
+        replicates: Independent estimates of each image.
+        on_batch: Told how many images a batch had.
+
+    Raises:
+        NonFiniteLossError: A term of an image is not finite; the message names both.
+    """
+    if num_images < 1 or replicates < 1:
+        raise DataError(f"{num_images} images and {replicates} replicates were given: give at least one of each.")
+    results = Results(num_images)
+    with evaluating(measurement.objective), torch.no_grad():
+        measurement.fit(batches)
+        for replicate in range(replicates):
+            for batch in batches():
+                results.add(replicate, batch["indices"], measurement.measure(batch, replicate))
+                on_batch(len(batch["indices"]))
+    return results.report(measurement, replicates, int(batch["levels"][0].numel()))
 
 
 def image_generator(*key: int) -> torch.Generator:
@@ -36,44 +224,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
-
-
-def collect(
-    objective: nn.Module,
-    batches: Callable[[], Iterable[Batch]],
-    num_images: int,
-    replicates: int,
-    terms_of: Callable[[Batch, int], dict[str, Tensor]],
-    on_batch: Callable[[float], object],
-) -> LikelihoodReport:
-    """The report of per-image terms, over all batches and replicates, in ``eval`` mode and without gradients.
-
-    Args:
-        objective: Put into ``eval`` mode meanwhile.
-        batches: Called once a replicate; each batch carries ``indices``, (B,), the images' indices.
-        num_images: How many images all batches hold together.
-        replicates: Independent estimates of each image.
-        terms_of: ``(batch, replicate) -> terms``, each (B,), in nats; they sum to minus the log-likelihood.
-        on_batch: Told how many images a batch had.
-
-    Raises:
-        NonFiniteLossError: A term of an image is not finite; the message names both.
-    """
-    if num_images < 1 or replicates < 1:
-        raise DataError(f"{num_images} images and {replicates} replicates were given: give at least one of each.")
-    collected: dict[str, Tensor] = {}
-    empty = torch.full((replicates, num_images), torch.nan, dtype=torch.float64)
-    with evaluating(objective), torch.no_grad():
-        for replicate in range(replicates):
-            for batch in batches():
-                index = batch["indices"].cpu()
-                for name, term in terms_of(batch, replicate).items():
-                    _check_finite(name, term, index)
-                    collected.setdefault(name, empty.clone())[replicate, index] = term.double().cpu()
-                on_batch(len(index))
-    seen = (~torch.isnan(next(iter(collected.values()))[0])).nonzero().flatten()
-    terms = {name: values[:, seen] for name, values in collected.items()}
-    return LikelihoodReport(terms, empty[:, seen], int(batch["levels"][0].numel()))
 
 
 def _check_finite(name: str, term: Tensor, index: Tensor) -> None:
@@ -107,24 +257,6 @@ class CountedNetwork:
         output: Tensor = self.network(*arguments, return_dict=False, **self._arguments)[0]
         return output.to(sample.dtype)
 
-
-class Tally:
-    """Counts what a likelihood cost."""
-
-    def __init__(self) -> None:
-        self.evaluations = 0
-        self._steps: list[Tensor] = []
-
-    def add(self, evaluations: int, steps: Tensor) -> None:
-        """One solve: the network's evaluations, counted per datum, and the steps of each datum."""
-        self.evaluations += evaluations
-        self._steps.append(steps.cpu())
-
-    def summary(self) -> dict[str, Any]:
-        """Mean and most steps over all solves, and network evaluations per solve."""
-        steps = torch.cat(self._steps)
-        return {
-            "steps_mean": float(steps.double().mean()),
-            "steps_max": int(steps.max()),
-            "evaluations_per_solve": self.evaluations / steps.numel(),
-        }
+    def per_image(self, images: int) -> Tensor:
+        """The calls so far, of each image of the batch, (B,): all images of a batch are called together."""
+        return torch.full((images,), self.evaluations / images, dtype=torch.float64)

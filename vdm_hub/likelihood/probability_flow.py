@@ -19,8 +19,9 @@ Sources: SDE is Song et al., arXiv 2011.13456; the stochastic divergence is FFJO
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,11 +30,11 @@ from torch import Tensor
 
 from vdm_hub.diffusion.draws import normal_noise, uniform_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.diffusion.gaussian import broadcast, sigma, sum_dimensions
+from vdm_hub.diffusion.gaussian import alpha, broadcast, sigma, sum_dimensions
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError, unknown_name
 from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS, dequantization
-from vdm_hub.likelihood.per_image import CountedNetwork, Tally, collect, image_generator
+from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, collect, image_generator
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 
@@ -116,10 +117,22 @@ def scalar_gaussian(process: ForwardProcess) -> GaussianProcess:
 
 def predict_noise(process: GaussianProcess, network: Callable[..., Tensor], z: Tensor, gamma: Tensor) -> Tensor:
     """``eps_hat(z, gamma)`` whatever the network's target is: z of shape (B, *data), gamma of shape (B,)."""
+    return predict_both(process, network, z, gamma)[0]
+
+
+def predict_both(
+    process: GaussianProcess, network: Callable[..., Tensor], z: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`predict_noise`, and what the network says of the reverse step's variance, where that is learned."""
     parameterization = process.parameterization
     level = broadcast(gamma, z)
     output = network(parameterization.input_scale(level) * z, process.conditioning(gamma))
-    return parameterization.eps_hat(parameterization.output_scale(level) * output, z, level)
+    mean, variance = process.split(output, z)
+    mean = parameterization.output_scale(level) * mean
+    if process.clipping is None:
+        return parameterization.eps_hat(mean, z, level), variance
+    x_hat = process.clipping(parameterization.x_hat(mean, z, level))
+    return (z - alpha(level) * x_hat) / sigma(level), variance
 
 
 def flow_density(
@@ -232,13 +245,12 @@ def _solver_library() -> Any:
     It is an extra, as it pins an old typeguard that not every environment can hold.
     """
     try:
-        import torchode  # type: ignore[import-untyped,unused-ignore]
+        return importlib.import_module("torchode")  # by its name: the carried code is to need no more than diffusers
     except ImportError as error:
         raise ConfigurationError(
             "the probability-flow likelihood needs the ODE solvers of torchode, which are not installed: "
             "pip install 'vdm-hub[ode]'."
         ) from error
-    return torchode
 
 
 def _error_norm(error: Tensor) -> Tensor:
@@ -283,54 +295,103 @@ def estimate_probability_flow(
         NonFiniteLossError: The flow of an image is not finite; the message names it.
         ConfigurationError: The process has no scalar gamma, or ``max_steps`` are too few.
     """
-    flow = flow or ProbabilityFlow()
-    scalar_gaussian(objective.process)
-    tally = Tally()
+    return collect(FlowMeasurement(objective, flow, seed), batches, num_images, replicates, on_batch)
 
-    def terms_of(batch: Batch, replicate: int) -> dict[str, Tensor]:
-        draw = draw_flow(objective, batch, flow, seed, replicate, 0, tally)
-        return draw.terms | {"dequantization": -draw.entropy}
 
-    report = collect(objective, batches, num_images, replicates, terms_of, on_batch)
-    report.method, report.is_bound, report.network_evaluations = "ode", False, tally.evaluations
-    report.details["probability_flow"] = asdict(flow) | tally.summary()
-    return report.with_notes(
-        ["the ODE is another model than the bound's; its expectation over the dequantisation bounds -log2 p(x)"]
-    )
+class FlowMeasurement(Measurement):
+    """The method ``ode``: see `estimate_probability_flow`.
+
+    Args:
+        objective: The model; its process Gaussian with a scalar schedule.
+        flow: The protocol.
+        seed: Of all draws.
+
+    Raises:
+        ConfigurationError: The process has no scalar gamma, or the solvers' library is missing.
+    """
+
+    method, is_bound, transitions = "ode", False, None
+
+    def __init__(self, objective: VDMObjective, flow: ProbabilityFlow | None = None, seed: int = 0) -> None:
+        super().__init__(objective, seed)
+        self.flow = flow or ProbabilityFlow()
+        scalar_gaussian(objective.process)
+        _solver_library()
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        """One dequantised draw of each image, and its ODE."""
+        network = CountedNetwork(self.objective.network, batch)
+        draw = draw_flow(self.objective, batch, self.flow, (self.seed, replicate), 0, network)
+        counts = {"evaluations": network.per_image(len(draw.log_q)), "steps": draw.steps}
+        return Measured(draw.terms | {"dequantization": -draw.entropy}, counts)
+
+    def protocol(self) -> dict[str, Any]:
+        """The fields of `ProbabilityFlow`."""
+        return {"probability_flow": asdict(self.flow)}
+
+    def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The protocol with the solver's steps and evaluations."""
+        return {"probability_flow": asdict(self.flow) | steps_taken(diagnostics)}
+
+    def notes(self) -> list[str]:
+        """What kind of number it is."""
+        return ["the ODE is another model than the bound's; its expectation over the dequantisation bounds -log2 p(x)"]
+
+
+def steps_taken(diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Mean and most steps over all solves, and network evaluations per solve."""
+    steps, evaluations = diagnostics["steps"], diagnostics["evaluations"]
+    return {
+        "steps_mean": float(steps.mean()),
+        "steps_max": int(steps.max()),
+        "evaluations_per_solve": float(evaluations.sum()) / steps.numel(),
+    }
 
 
 @dataclass(frozen=True)
 class FlowDraw:
-    """One draw per image: ``-log p_0(z_0)`` in terms, ``log q(z_0|x)`` and the entropy of q, each (B,), nats."""
+    """One draw per image: ``-log p_0(z_0)`` in terms, ``log q(z_0|x)``, the entropy of q, and the steps, each (B,)."""
 
-    terms: dict[str, Tensor]
+    terms: Terms
     log_q: Tensor
     entropy: Tensor
+    steps: Tensor
 
 
 def draw_flow(
-    objective: VDMObjective, batch: Batch, flow: ProbabilityFlow, seed: int, replicate: int, draw: int, tally: Tally
+    objective: VDMObjective,
+    batch: Batch,
+    flow: ProbabilityFlow,
+    key: tuple[int, int],
+    draw: int,
+    network: CountedNetwork,
 ) -> FlowDraw:
     """Dequantise each image of a batch once and solve its ODE.
 
     The dequantisation is a function of (seed, replicate, image, draw), the probes of (seed, replicate, image): all
     draws of a replicate share them, so that in importance weights their noise is common to a large part.
+
+    Args:
+        objective: The model.
+        batch: The images, with ``indices``.
+        flow: The protocol.
+        key: (seed, replicate).
+        draw: Which of an image's draws.
+        network: The model's network on this batch.
     """
     process, indices = scalar_gaussian(objective.process), batch["indices"].tolist()
     x = process.encode(batch["levels"])
-    generators = [image_generator(seed, replicate, i, draw, _DEQUANTIZATION_DRAWS) for i in indices]
+    generators = [image_generator(*key, i, draw, _DEQUANTIZATION_DRAWS) for i in indices]
     uniform = uniform_noise(tuple(x.shape), generators, x.device, torch.float64)
     gamma_0, _ = _endpoints(process, x.device)
     dequantized = dequantization(flow.dequantization).draw(x, gamma_0, process.scaling.spacing, uniform)
-    network = CountedNetwork(objective.network, batch)
-    probes = _probes(flow, tuple(x.shape), [image_generator(seed, replicate, i, 0, _PROBE_DRAWS) for i in indices], x)
+    probes = _probes(flow, tuple(x.shape), [image_generator(*key, i, 0, _PROBE_DRAWS) for i in indices], x)
     with torch.autocast(x.device.type, enabled=False):
         density = flow_density(
             process, network, dequantized.z_0, probes, flow.tolerance, flow.max_steps, indices=indices
         )
-    tally.add(network.evaluations, density.steps)
     terms = {"base_density": -density.base_density, "volume_change": -density.volume_change}
-    return FlowDraw(terms, dequantized.log_q, dequantized.entropy)
+    return FlowDraw(terms, dequantized.log_q, dequantized.entropy, density.steps.double())
 
 
 def _probes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,22 +17,27 @@ class LikelihoodReport:
 
     Attributes:
         terms_per_image: Each term in nats, (replicates, images), float64. A replicate is one independent estimate.
-        times: The time at which each diffusion term was estimated, (replicates, images).
+        times: The time at which each diffusion term was estimated, (replicates, images) or (replicates, images, n);
+            ``None`` where the method has none.
         dimensions: Dimensions of one image.
         is_bound: Whether the number bounds the negative log-likelihood from above, rather than estimating it.
         method: How it was computed.
         transitions: Number of transitions T; ``None`` for continuous time.
         network_evaluations: Calls of the network, counted per image.
+        details: What else is to be said, as plain JSON: the protocol, the dataset, versions, notes.
+        integrand: The diffusion term in nats at its own time, importance weight included, control variate left out,
+            shaped like ``times``; ``None`` where the diffusion term itself is that.
     """
 
     terms_per_image: dict[str, Tensor]
-    times: Tensor
+    times: Tensor | None
     dimensions: int
     is_bound: bool = True
     method: str = "bound"
     transitions: int | None = None
     network_evaluations: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    integrand: Tensor | None = None
 
     @property
     def _total(self) -> Tensor:
@@ -74,6 +79,11 @@ class LikelihoodReport:
         return _standard_error(self.per_image)
 
     @property
+    def reached(self) -> bool:
+        """Whether the standard error that was asked for was reached; true where none was."""
+        return bool(self.details.get("target", {}).get("reached", True))
+
+    @property
     def terms(self) -> dict[str, float]:
         """Each term's mean in bits per dimension."""
         scale = self.dimensions * math.log(2)
@@ -83,6 +93,13 @@ class LikelihoodReport:
         """The report, with sentences that a reader of its number must know; printed below it."""
         if notes:
             self.details["notes"] = [*self.details.get("notes", []), *notes]
+        return self
+
+    def with_clipped(self, clipped: LikelihoodReport) -> LikelihoodReport:
+        """The report, with that of the same model whose estimates of the data are clipped beside it."""
+        keys = ("bits_per_dim", "standard_error", "standard_error_over_images", "terms", "network_evaluations")
+        figures = clipped.to_dict()
+        self.details["clipped"] = {key: figures[key] for key in keys}
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,17 +120,64 @@ class LikelihoodReport:
 
     def __str__(self) -> str:
         sign = "<=" if self.is_bound else "="
-        time = "continuous time" if self.transitions is None else f"{self.transitions} transitions"
         lines = [
             f"-log2 p(x) / dim {sign} {self.bits_per_dim:.4f} bits/dim   "
             f"standard error {self.standard_error:.4f} (Monte Carlo), {self.standard_error_over_images:.4f} (images)"
         ]
-        lines += [f"  {name:<16}{value:>10.4f}" for name, value in self.terms.items()]
+        width = max(16, *(len(name) + 2 for name in self.terms))
+        lines += [f"  {name:<{width}}{value:>10.4f}" for name, value in self.terms.items()]
         lines.append(
             f"  {self.num_images} images, {self.replicates} replicates, {self.network_evaluations} network "
-            f"evaluations, {time}"
+            f"evaluations, {self._time}"
         )
+        lines += [f"  {line}" for line in (*_protocol_lines(self.details), *_target_lines(self.details))]
         return "\n".join(lines + [f"  note: {note}" for note in self.details.get("notes", [])])
+
+    @property
+    def _time(self) -> str:
+        if self.method == "bound" or self.transitions is not None:
+            return "continuous time" if self.transitions is None else f"{self.transitions} transitions"
+        return "probability-flow ODE"
+
+
+def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
+    """How it was measured, of what, in a few words."""
+    lines = []
+    if flow := details.get("probability_flow"):
+        probes = "" if flow["divergence"] == "exact" else f" ({flow['probes']} {flow['divergence']} probes)"
+        kind = "exact" if flow["divergence"] == "exact" else "Hutchinson"
+        lines.append(
+            f"ODE: tolerance {flow['tolerance']:g}, {kind} divergence{probes}, {flow['dequantization']} "
+            f"dequantisation, {flow['evaluations_per_solve']:.1f} evaluations a solve"
+        )
+    if weights := details.get("importance_weights"):
+        lines.append(
+            f"importance weights: {weights['draws']} draws of {weights['over']}, effective sample size "
+            f"{weights['effective_sample_size_mean']:.1f} on average"
+        )
+    if techniques := details.get("estimator"):
+        used = [f"{name}" if value is True else f"{name} {value}" for name, value in techniques.items() if value]
+        lines.append(f"estimator: {', '.join(word.replace('_', ' ') for word in used)}")
+    if clipped := details.get("clipped"):
+        lines.append(
+            f"the same, every estimate of the data clipped as the sampler does: {clipped['bits_per_dim']:.4f} "
+            f"bits/dim, standard error {_or_nan(clipped['standard_error']):.4f}"
+        )
+    if dataset := details.get("dataset"):
+        named = ", ".join(str(dataset[key]) for key in ("name", "config", "split") if dataset.get(key))
+        lines.append(f"dataset: {named}, {dataset['levels']} levels, {str(dataset['fingerprint'])[:19]}...")
+    return lines
+
+
+def _target_lines(details: Mapping[str, Any]) -> list[str]:
+    if not (target := details.get("target")):
+        return []
+    reached = "reached" if target["reached"] else "NOT REACHED within the budget: raise --max_replicates"
+    return [f"target standard error {target['standard_error']:g}: {reached}"]
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _standard_error(values: Tensor) -> float:

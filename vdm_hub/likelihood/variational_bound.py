@@ -79,7 +79,12 @@ class VDMObjective(Objective):
         network: Any module called as ``network(sample, timestep, return_dict=False, **conditioning)[0]``.
         process: The forward process, with its schedule's parameters.
         transitions: T, or ``None`` for continuous time.
+
+    Attributes:
+        integrand: The name of the term that is an integral, or a mean, over times; the others have no time.
     """
+
+    integrand: str = "diffusion"
 
     def __init__(self, network: nn.Module, process: ForwardProcess, transitions: int | None = None) -> None:
         super().__init__()

@@ -1,0 +1,28 @@
+"""All plugins of this repository, installed: they are listed, keep all laws, and the core knows none of them."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from vdm_hub.commands import main
+
+PACKAGES = sorted(path.parent.name for path in Path(__file__).parent.glob("*/pyproject.toml"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_it_is_installed_and_brings_something(package: str) -> None:
+    groups = {point.group for point in metadata.distribution(package).entry_points}
+    assert any(group.startswith("vdm_hub.") for group in groups), f"run `make install-plugins`; {package} has {groups}"
+
+
+def test_check_is_green(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["plugins", "--check", "--json"])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    rows = json.loads(shown.out)
+    assert {row["package"] for row in rows} >= {"vdm-hub", *PACKAGES}
+    assert {row["status"] for row in rows if row["kind"] != "decoders"} == {"passes"}

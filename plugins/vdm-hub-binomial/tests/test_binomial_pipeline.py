@@ -1,0 +1,92 @@
+"""Binomial diffusion through the whole way: binarised digits, training, bound, samples, loading, publishing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
+from vdm_hub import VDMPipeline
+from vdm_hub.data.loading import load_split
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.training.arguments import parse
+from vdm_hub_binomial.binarise import binarise, main
+
+RECIPE = Path(__file__).resolve().parents[1] / "binary_digits.yaml"
+PROCESS = {"name": "binomial", "package": "vdm-hub-binomial"}
+UNET = {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4, "fourier_features": []}
+
+
+@pytest.fixture(scope="module")
+def binary_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "binary-digits"
+    assert [path.name for path in binarise("digits", folder, ["train", "test"])] == ["train.parquet", "test.parquet"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(binary_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fields = {"num_levels": 2, "forward_process": PROCESS, "unet": UNET | {"add_input": False}}
+    return train_a_little(tmp_path_factory.mktemp("runs") / "bits", train_data_dir=str(binary_digits), **fields)
+
+
+def test_a_bit_is_one_where_the_pixel_is_nearer_to_white(binary_digits: Path) -> None:
+    grey = load_split("digits", "test", num_levels=17).levels
+    bits = load_split(str(binary_digits), "test", num_levels=2).levels
+    assert torch.equal(bits, (grey >= 8).to(bits.dtype))  # level 8 of 17 is the byte 128
+
+
+def test_the_whole_way(run: Path, binary_digits: Path) -> None:
+    check_the_whole_way(run, str(binary_digits))
+
+
+def test_samples_are_bits_and_both_bounds_are_measured(run: Path, binary_digits: Path) -> None:
+    pipe = VDMPipeline.from_pretrained(run / "pipeline")
+    assert pipe.noise_schedule is None
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(4, torch.Generator().manual_seed(0), num_inference_steps=5, output_type="pt").images
+    assert set(images.unique().tolist()) == {0.0, 1.0}
+    bits = load_split(str(binary_digits), "test[:64]", num_levels=2).levels
+    reports = [pipe.bits_per_dim(bits, transitions=transitions, replicates=4) for transitions in (None, 1, 200)]
+    for report in reports:
+        assert report.is_bound and set(report.terms) == {"reconstruction", "prior", "diffusion"}
+        assert report.terms["reconstruction"] == report.terms["prior"] == 0
+    in_one_step = reports[1].bits_per_dim
+    assert in_one_step > reports[2].bits_per_dim > 0  # one transition: independent bits; 200: nearly continuous time
+    assert reports[2].bits_per_dim == pytest.approx(reports[0].bits_per_dim, rel=0.2)
+
+
+def test_a_likelihood_that_needs_gamma_is_refused(run: Path, binary_digits: Path) -> None:
+    bits = load_split(str(binary_digits), "test[:2]", num_levels=2).levels
+    with pytest.raises(ConfigurationError, match="not a Gaussian process"):
+        VDMPipeline.from_pretrained(run / "pipeline").log_likelihood(bits, method="ode")
+
+
+def test_without_the_package_loading_says_what_to_install(run: Path, tmp_path: Path) -> None:
+    (message,) = errors_without_plugins(tmp_path / "site-packages", run)
+    assert "'binomial'" in message and "pip install vdm-hub-binomial" in message and "unverified" in message
+
+
+@pytest.mark.slow
+def test_binarised_mnist(tmp_path: Path) -> None:
+    source = Path(os.environ.get("VDM_HUB_TEST_DATA", "nowhere")) / "mnist"
+    if not source.is_dir():
+        pytest.skip("set VDM_HUB_TEST_DATA to a folder that holds mnist")
+    data = tmp_path / "binary-mnist"
+    list(binarise(str(source), data, ["train[:256]", "test[:32]"]))
+    fields = {"num_levels": 2, "forward_process": PROCESS, "unet": UNET | {"add_input": False}}
+    run = train_a_little(tmp_path / "run", train_data_dir=str(data), max_train_steps=40, **fields)
+    check_the_whole_way(run, str(data), transitions=20)
+
+
+def test_the_recipe_of_the_readme_is_valid() -> None:
+    configuration = parse([str(RECIPE)])
+    assert configuration.data.num_levels == 2 and "binomial" in configuration.diffusion.forward_process
+
+
+def test_binarising_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="has no column 'picture'"):
+        main(["digits", str(tmp_path / "out"), "--image_column", "picture"])

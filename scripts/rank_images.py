@@ -1,0 +1,82 @@
+"""Rank a dataset's images by their likelihood under a model, and score images of another kind: docs/likelihoods.md.
+
+python scripts/rank_images.py PIPELINE DATASET --outliers OTHER_DATASET --picture ranking.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from vdm_hub import VDMPipeline
+from vdm_hub.data.loading import load_split
+from vdm_hub.images import images_from_levels
+
+SHOWN = 12
+
+
+def measure(pipe: VDMPipeline, name: str, split: str, replicates: int) -> tuple[Tensor, Tensor]:
+    """The images in [0, 1], and the bits/dim of each."""
+    levels = load_split(name, split, num_levels=pipe.process.num_levels).levels
+    assert isinstance(levels, Tensor)
+    report = pipe.log_likelihood(levels, replicates=replicates)
+    print(
+        f"{Path(name).name}, {split}: {report.bits_per_dim:.3f} bits/dim, standard error {report.standard_error:.3f}; "
+        f"of one image {float(report.per_image.std()):.3f} between images"
+    )
+    return images_from_levels(levels, pipe.process.num_levels), report.per_image
+
+
+def draw(path: Path, groups: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """The extremes of each group as rows of images, and the histograms of all."""
+    figure = Figure(figsize=(9, 2.2 + 1.5 * len(groups)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.5 * len(groups), 2.2))
+    rows = above.subplots(2 * len(groups), SHOWN, squeeze=False)
+    for group, (name, (images, bits)) in enumerate(groups.items()):
+        order = bits.argsort()
+        for row, (kind, chosen) in enumerate((("most", order[:SHOWN]), ("least", order.flip(0)[:SHOWN]))):
+            axes = rows[2 * group + row]
+            for axis, index in zip(axes, chosen.tolist(), strict=False):
+                axis.imshow(images[index].permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+                axis.set_title(f"{float(bits[index]):.2f}", fontsize=7, pad=2)
+            axes[0].text(-0.2, 0.5, f"{name}\n{kind} likely", transform=axes[0].transAxes, ha="right", va="center")
+    for axis in rows.flat:
+        axis.set_axis_off()
+    axis = below.subplots()
+    for name, (_, bits) in groups.items():
+        axis.hist(bits.numpy(), bins=50, density=True, alpha=0.6, label=name)
+    axis.set(xlabel="bits/dim (low is likely)", ylabel="density")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", help="a folder, or a Hub id")
+    parser.add_argument("dataset", help="images of the kind that the model was trained on")
+    parser.add_argument("--outliers", help="images of another kind, of the same shape and levels")
+    parser.add_argument("--split", default="test[:500]", help="of both (default: test[:500])")
+    parser.add_argument("--replicates", type=int, default=8, help="estimates of each image (default: 8)")
+    parser.add_argument("--picture", type=Path, default=Path("ranking.png"), help="default: ranking.png")
+    arguments = parser.parse_args()
+    pipe = VDMPipeline.from_pretrained(arguments.pipeline)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    names = [arguments.dataset] + ([arguments.outliers] if arguments.outliers else [])
+    groups = {Path(name).name: measure(pipe, name, arguments.split, arguments.replicates) for name in names}
+    if arguments.outliers:
+        (_, own), (_, other) = groups.values()
+        truth = torch.cat([torch.zeros(len(own)), torch.ones(len(other))])
+        area = roc_auc_score(truth.numpy(), torch.cat([own, other]).numpy())
+        print(f"AUROC of 'less likely' as a sign of {names[1]}: {area:.3f} (0.5 is chance; below, they look likelier)")
+    draw(arguments.picture, groups)
+    print(f"picture: {arguments.picture}")
+
+
+if __name__ == "__main__":
+    main()

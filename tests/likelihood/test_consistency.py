@@ -1,0 +1,140 @@
+"""The consistency form: another decomposition, the same total, more noise; and what its printed variant is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import registered
+from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule
+from linear_gaussian import Batches, images, objective, z_score
+from vdm_hub.diffusion.conditioning import AffineConditioning
+from vdm_hub.diffusion.noise_schedules import LinearSchedule
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.likelihood.consistency import ConsistencyObjective, transition_profile
+from vdm_hub.likelihood.estimator import estimate_bound
+from vdm_hub.likelihood.variational_bound import VDMObjective
+
+STEPS = ("previous", "current", "next")
+
+
+def cubature(names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Points of one pixel whose mean of every quadratic in these independent normals is exact."""
+    count = len(names)
+    points = math.sqrt(count) * torch.cat([torch.eye(count), -torch.eye(count)])
+    return {name: points[:, i].view(-1, 1, 1, 1) for i, name in enumerate(names)}
+
+
+def mean_term(model: VDMObjective, level: int, term: str, names: tuple[str, ...], transition: int) -> float:
+    """The exact mean of a term that is quadratic in the noise, at one transition."""
+    assert model.transitions is not None
+    points = cubature(names)
+    count = 2 * len(names)
+    levels = torch.full((count, 1, 1, 1), level, dtype=torch.uint8)
+    every = ("marginal", "reconstruction", "previous", "current", "next", "last")
+    noise = {name: points.get(name, torch.zeros(count, 1, 1, 1)) for name in every}
+    times = torch.full((count,), (transition + 0.5) / model.transitions)
+    with torch.no_grad():
+        return float(model({"levels": levels}, times, noise).terms[term].double().mean())
+
+
+@pytest.mark.parametrize("target", registered.names("parameterizations"))
+@pytest.mark.parametrize("transitions", [1, 2, 5])
+@pytest.mark.parametrize("level", [0, 9])
+def test_both_forms_have_one_total_for_a_linear_model(level: int, transitions: int, target: str) -> None:
+    """Every term but the reconstruction, which both share, is quadratic: means are exact, and no draw is random."""
+    schedule = LinearSchedule(-3.0, 4.0)
+    process = registered.process(schedule, target, num_levels=16)
+    network = ExactDenoiser(Mixture.gaussian(0.3), process)
+    matching = VDMObjective(network, process, transitions)
+    consistency = ConsistencyObjective(network, process, transitions)
+    steps = range(transitions)
+    first = mean_term(matching, level, "prior", ("marginal",), 0)
+    first += sum(mean_term(matching, level, "diffusion", ("marginal",), i) for i in steps) / transitions
+    second = mean_term(consistency, level, "prior", ("last",), 0)
+    second += sum(mean_term(consistency, level, "consistency", STEPS, i) for i in steps) / transitions
+    assert second == pytest.approx(first, rel=1e-4, abs=1e-4)
+
+
+def test_both_forms_agree_by_monte_carlo_and_the_matching_form_has_less_noise() -> None:
+    """In 16 replicates of 150 images; z as in test_estimator. Their spread is compared at every transition."""
+    matching, levels = objective(6), images(150)
+    consistency = ConsistencyObjective(matching.network, matching.process, 6)
+    reports = [
+        estimate_bound(each, Batches(levels), len(levels), 16, pilot_evaluations=400)
+        for each in (matching, consistency)
+    ]
+    assert set(reports[1].terms_per_image) == {"reconstruction", "prior", "consistency"}
+    difference = reports[0].bits_per_dim - reports[1].bits_per_dim
+    assert abs(difference) < 4.5 * math.hypot(*(report.standard_error for report in reports))
+
+    profiles = [transition_profile(each, {"levels": levels[:40]}, draws=8) for each in (matching, consistency)]
+    scale = 16 * math.log(2)
+    for profile, report, term in zip(profiles, reports, ("diffusion", "consistency"), strict=True):
+        assert profile.times.tolist() == pytest.approx([(i + 1) / 6 for i in range(6)])
+        # 40 of the 150 images, which differ by their contrast: the area is near the term, not equal to it.
+        assert float(profile.bits_per_dim.mean()) == pytest.approx(report.terms[term], rel=0.3)
+    assert bool((profiles[1].spread > profiles[0].spread).all())
+    assert abs(z_score(reports[1], scale * reports[1].terms["consistency"], "consistency")) < 1e-6
+
+
+def scalar_chain(transitions: int, gain: float = 0.8, variance: float = 0.3, keep: float = 0.7) -> tuple[float, float]:
+    """The bound of ``p(x_{t-1}|x_t) = N(gain x_t, variance)`` on ``x_0 = 1``: exact, and as Luo eq. 45 is printed.
+
+    ``q(x_t|x_{t-1}) = N(sqrt(keep) x_{t-1}, 1 - keep)``; all is in second moments of Luo's ``x_0..x_T``.
+    """
+    second = [keep**t + 1 - keep**t for t in range(transitions + 1)]  # E x_t^2, for x_0 = 1
+    root, left = math.sqrt(keep), 1 - keep
+
+    def log_p(square: float) -> float:
+        return -0.5 * math.log(2 * math.pi * variance) - 0.5 * square / variance
+
+    log_q = -0.5 * math.log(2 * math.pi * left) - 0.5
+    prior = -0.5 * math.log(2 * math.pi) - 0.5 * second[transitions]
+    exact = log_p(second[0] - 2 * gain * root * second[0] + gain**2 * second[1]) + prior - log_q
+    printed = exact
+    for t in range(1, transitions):
+        squares = second[t] + gain**2 * second[t + 1]
+        exact += log_p(squares - 2 * gain * root * second[t]) - log_q
+        # x_t drawn from x_{t-1} anew: E x_t x_{t+1} = sqrt(keep) E[x_{t-1} x_{t+1}] = keep^{3/2} E x_{t-1}^2.
+        printed += log_p(squares - 2 * gain * keep * root * second[t - 1]) - log_q
+    return exact, printed
+
+
+@pytest.mark.parametrize("transitions", [2, 3, 4])
+def test_luo_s_equation_45_as_printed_is_another_number(transitions: int) -> None:
+    """Lower by ``gain sqrt(keep) (1 - keep) / variance`` a term: the covariance that it leaves out.
+
+    The exact one is the evidence lower bound of the definition, ``E[log p(x_0..x_T) - log q(x_1..x_T|x_0)]``, here
+    from the covariance of the whole chain.
+    """
+    gain, variance, keep = 0.8, 0.3, 0.7
+    rows = torch.zeros(transitions + 1, transitions + 1, dtype=torch.float64)
+    rows[0, 0] = 1.0
+    for t in range(1, transitions + 1):
+        rows[t] = math.sqrt(keep) * rows[t - 1]
+        rows[t, t] = math.sqrt(1 - keep)
+    bound = -0.5 * math.log(2 * math.pi) - 0.5 * float(rows[-1] @ rows[-1])
+    for t in range(1, transitions + 1):
+        residual = rows[t - 1] - gain * rows[t]
+        bound += -0.5 * math.log(2 * math.pi * variance) - 0.5 * float(residual @ residual) / variance
+        bound += 0.5 * math.log(2 * math.pi * (1 - keep)) + 0.5
+    exact, printed = scalar_chain(transitions, gain, variance, keep)
+    assert exact == pytest.approx(bound, rel=1e-12)
+    missing = (transitions - 1) * gain * math.sqrt(keep) * (1 - keep) / variance
+    assert exact - printed == pytest.approx(missing, rel=1e-12) and missing > 0.1
+
+
+def test_what_has_no_consistency_form_is_refused() -> None:
+    model = objective()
+    with pytest.raises(ConfigurationError, match="continuous time has none"):
+        ConsistencyObjective(model.network, model.process, None)
+    flat = PerPixelSchedule(-8.0, 4.0, tilt=torch.zeros(1, 4, 4), bump=torch.zeros(1, 4, 4))
+    process = registered.process(flat, conditioning=AffineConditioning(-8.0, 4.0))
+    with pytest.raises(ConfigurationError, match="PerPixelSchedule"):
+        ConsistencyObjective(model.network, process, 3)
+    with pytest.raises(ConfigurationError, match="transitions=None"):
+        transition_profile(model, {"levels": images(2)})

@@ -1,0 +1,258 @@
+"""The estimator's laws: exact means whatever the techniques, honest errors, and the same terms wherever measured.
+
+A z-score is (mean - exact) / standard error of 16 independent replicates, so Student's t with 15 degrees of freedom,
+which leaves [-4.5, 4.5] with probability 4e-4. Seeds are fixed: what passes once passes always.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import registered
+from exact_denoisers import (
+    CorrelatedGaussianDenoiser,
+    ExactDenoiser,
+    Mixture,
+    PerPixelSchedule,
+    alphabet_points,
+    continuous_diffusion_term,
+)
+from linear_gaussian import Batches, exact_diffusion, images, objective, z_score
+from vdm_hub.diffusion.conditioning import AffineConditioning
+from vdm_hub.diffusion.noise_schedules import CosineSchedule, LinearSchedule, TabulatedSchedule
+from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
+from vdm_hub.likelihood.estimator import BoundEstimator, _Draws, estimate_bound
+from vdm_hub.likelihood.per_image import Batches as BatchesOf
+from vdm_hub.likelihood.per_image import Measured, collect
+from vdm_hub.likelihood.proposals import Proposal
+from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
+
+LEVELS, REPLICATES, PILOT = images(150), 16, 400
+TECHNIQUES = [
+    dict(zip(("stratified", "importance_sampling", "control_variate"), switches, strict=True))
+    for switches in itertools.product((False, True), repeat=3)
+]
+ALL = TECHNIQUES[-1]
+
+
+def estimate(model: VDMObjective, levels: Tensor = LEVELS, seed: int = 0, **arguments: Any) -> Any:
+    arguments = {"pilot_evaluations": PILOT} | arguments
+    return estimate_bound(model, Batches(levels), len(levels), REPLICATES, seed, **arguments)
+
+
+@pytest.mark.parametrize("transitions", [None, 7])
+@pytest.mark.parametrize("techniques", TECHNIQUES, ids=lambda each: "".join(k[0] for k, on in each.items() if on))
+def test_every_combination_of_techniques_is_unbiased(techniques: dict[str, bool], transitions: int | None) -> None:
+    model = objective(transitions)
+    exact = float(exact_diffusion(model.process, LEVELS, transitions).mean())
+    assert abs(z_score(estimate(model, **techniques), exact)) < 4.5
+
+
+@pytest.mark.parametrize("name", registered.names("noise_schedules"))
+@pytest.mark.parametrize("transitions", [None, 2, 3000])
+def test_all_together_are_unbiased_under_every_schedule(name: str, transitions: int | None) -> None:
+    model = objective(transitions, registered.scalar_schedule(name))
+    exact = float(exact_diffusion(model.process, LEVELS, transitions).mean())
+    assert abs(z_score(estimate(model), exact)) < 4.5
+
+
+@pytest.mark.parametrize("target", registered.names("parameterizations"))
+def test_several_times_of_each_image_are_unbiased_for_every_target(target: str) -> None:
+    model = objective(target=target)
+    exact = float(exact_diffusion(model.process, LEVELS, None).mean())
+    assert abs(z_score(estimate(model, times_per_image=3), exact)) < 4.5
+
+
+def test_on_a_finite_alphabet_the_whole_bound_has_its_exact_mean() -> None:
+    """Each image holds the letters in their exact proportions, so its diffusion term is that of 20 draws of one."""
+    counts = torch.tensor([1, 8, 2, 5, 4])
+    generator = torch.Generator().manual_seed(5)
+    letters = torch.arange(5).repeat_interleave(counts)
+    levels = torch.stack([letters[torch.randperm(20, generator=generator)] for _ in range(140)]).view(-1, 1, 4, 5)
+    process = registered.process(LinearSchedule(-6.0, 8.0), num_levels=5)
+    population = Mixture.alphabet(process.scaling.encode(torch.arange(5), torch.float64), counts / 20)
+    denoiser = ExactDenoiser(population, process)
+    exact = 20 * continuous_diffusion_term(process, denoiser.bare, alphabet_points(population), panels=100)
+    assert abs(z_score(estimate(VDMObjective(denoiser, process), levels), exact)) < 4.5
+
+
+class WithoutWeights(BoundEstimator):
+    """Samples by importance, and forgets the weights."""
+
+    def _draws(self, replicate: int) -> _Draws:
+        draws = super()._draws(replicate)
+        return _Draws(draws.times, draws.cells, torch.ones_like(draws.weights))
+
+
+class WithoutTheMean(BoundEstimator):
+    """Subtracts the control variate, and adds nothing back."""
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        measured = super().measure(batch, replicate)
+        assert self.variate is not None
+        features = self.variate.features(self.objective.process.encode(batch["levels"]))
+        measured.terms["diffusion"] -= self.variate.integral(features)
+        return measured
+
+
+class WithoutDefence(BoundEstimator):
+    """Never looks where the pilot saw least."""
+
+    def fit(self, batches: BatchesOf) -> None:
+        super().fit(batches)
+        mass = self.proposal.probabilities
+        kept = torch.where(mass > mass.median(), mass, 0.0)
+        self.proposal = Proposal(self.grid, kept / kept.sum())
+
+
+class ReusesThePilot(BoundEstimator):
+    """Replicates that are the pilot: its coefficients were fitted to their very noise, and it knows their errors."""
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        return super().measure(batch, 0)
+
+
+@pytest.mark.parametrize("biased", [WithoutWeights, WithoutTheMean, WithoutDefence])
+def test_a_biased_estimator_planted_here_is_caught(biased: type[BoundEstimator]) -> None:
+    model = objective()
+    # With a control variate, little is left that a wrong density could get wrong.
+    planted = biased(model, len(LEVELS), pilot_evaluations=PILOT, control_variate=biased is WithoutTheMean)
+    report = collect(planted, Batches(LEVELS), len(LEVELS), REPLICATES)
+    assert abs(z_score(report, float(exact_diffusion(model.process, LEVELS, None).mean()))) > 8
+
+
+def test_replicates_that_reuse_draws_have_no_error_and_so_are_caught() -> None:
+    model = objective()
+    planted = ReusesThePilot(model, len(LEVELS), pilot_evaluations=PILOT)
+    assert collect(planted, Batches(LEVELS), len(LEVELS), REPLICATES).standard_error < 1e-12
+
+
+def test_the_pilot_and_all_replicates_share_no_draw() -> None:
+    seen: list[Tensor] = []
+
+    class Recording(VDMObjective):
+        def draw_noise(self, batch: Batch, generator: Any) -> dict[str, Tensor]:
+            noise = super().draw_noise(batch, generator)
+            seen.extend(value.flatten(1)[:, 0] for value in noise.values())
+            return noise
+
+    model = objective()
+    estimate(Recording(model.network, model.process), times_per_image=2)
+    draws = torch.cat(seen)
+    assert len(draws) >= 2 * (PILOT + 2 * REPLICATES * len(LEVELS))
+    # Of 10^4 float32 normals some pairs agree by chance; a stream used twice would repeat thousands.
+    assert len(draws.unique()) > 0.99 * len(draws)
+
+
+def test_together_the_techniques_save_evaluations_at_the_same_error() -> None:
+    """Variance within an image, whose estimate over 150 images and 16 replicates is good to a few per cent."""
+    model = objective()
+    variances = {
+        name: float(estimate(model, **switches).terms_per_image["diffusion"].var(0).mean())
+        for name, switches in {
+            "none": TECHNIQUES[0],
+            "importance": {"stratified": False, "importance_sampling": True, "control_variate": False},
+            "variate": {"stratified": False, "importance_sampling": False, "control_variate": True},
+            "all": ALL,
+        }.items()
+    }
+    assert variances["importance"] < 0.8 * variances["none"]
+    assert variances["all"] < variances["variate"]
+    assert variances["all"] < 0.1 * variances["none"]
+
+
+def test_stratified_times_lower_the_error_of_the_mean() -> None:
+    """Of 150 copies of one image of many pixels: between times it differs by far more than its noise does."""
+    model, alike = objective(), images(1, (1, 12, 12)).expand(150, 1, 12, 12)
+    means = [
+        estimate(model, alike, pilot_evaluations=0, stratified=on).terms_per_image["diffusion"] for on in (False, True)
+    ]
+    errors = [float(each.mean(1).std()) for each in means]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_estimates_of_images_depend_on_the_schedule_s_endpoints_only() -> None:
+    """The same draws in log-SNR under every shape, up to the shape's own bend within a cell of gamma."""
+    steep = TabulatedSchedule([-8.0, -7.5, -6.0, -1.0, 0.0, 3.5, 4.0])
+    found = [
+        estimate(objective(schedule=schedule)).terms_per_image["diffusion"].mean(0)
+        for schedule in (LinearSchedule(-8.0, 4.0), CosineSchedule(-8.0, 4.0), steep)
+    ]
+    for other in found[1:]:
+        assert float((other - found[0]).abs().mean()) < 0.01 * float(found[0].mean())
+        assert float(other.mean()) == pytest.approx(float(found[0].mean()), rel=3e-3)
+
+
+@pytest.mark.parametrize("transitions", [None, 5])
+def test_terms_depend_neither_on_batches_nor_on_the_process_that_loads_the_state(transitions: int | None) -> None:
+    model = objective(transitions)
+    fitted = BoundEstimator(model, len(LEVELS), seed=3, times_per_image=2)
+    fitted.fit(Batches(LEVELS, 64))
+    loaded = BoundEstimator(model, len(LEVELS), seed=3, times_per_image=2)
+    loaded.load_state(json.loads(json.dumps(fitted.state())))
+    assert loaded.pilot_evaluations == fitted.pilot_evaluations == 2 * len(LEVELS)
+    with torch.no_grad():
+        whole = fitted.measure(next(Batches(LEVELS, 150)()), replicate=4)
+        for batch in Batches(LEVELS, 37)():
+            part = loaded.measure(batch, replicate=4)
+            for name, term in whole.terms.items():
+                torch.testing.assert_close(part.terms[name], term[batch["indices"]], rtol=1e-5, atol=1e-5)
+            assert torch.equal(part.diagnostics["time"], fitted.times(4)[batch["indices"]])
+            assert part.diagnostics["integrand"].shape == (len(batch["indices"]), 2)
+
+
+def test_every_evaluation_is_counted_the_pilot_s_too() -> None:
+    calls = []
+    model = objective(transitions=4)
+    handle = model.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+    report = estimate(model, times_per_image=2)
+    handle.remove()
+    assert report.network_evaluations == sum(calls) == PILOT + 2 * REPLICATES * len(LEVELS)
+
+
+def test_a_gamma_per_pixel_has_no_control_variate_and_all_else() -> None:
+    pixels = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(2))
+    schedule = PerPixelSchedule(-8.0, 4.0, tilt=pixels, bump=0.5 * pixels.flip(-1), extra=2.5)
+    process = registered.process(schedule, "v_prediction", AffineConditioning(-8.0, 4.0), num_levels=16)
+    denoiser = CorrelatedGaussianDenoiser(0.1 * torch.eye(16, dtype=torch.float64), process)
+    model = VDMObjective(denoiser, process, 6)
+    estimator = BoundEstimator(model, len(LEVELS), pilot_evaluations=PILOT)
+    report = collect(estimator, Batches(LEVELS), len(LEVELS), REPLICATES)
+    assert estimator.variate is None and estimator.pilot_evaluations == PILOT
+    plain = estimate(model, seed=1, **TECHNIQUES[0])
+    difference = report.bits_per_dim - plain.bits_per_dim
+    assert abs(difference) < 4.5 * math.hypot(report.standard_error, plain.standard_error)
+
+
+def test_few_images_take_no_pilot() -> None:
+    report = estimate_bound(objective(), Batches(LEVELS[:3]), 3, replicates=2)
+    assert report.network_evaluations == 6 and report.num_images == 3
+
+
+def test_nan_in_the_pilot_names_the_image() -> None:
+    class Spoiled(VDMObjective):
+        def forward(self, batch: Batch, times: Tensor, noise: Any) -> Any:
+            bound = super().forward(batch, times, noise)
+            bound.terms["diffusion"] = torch.where(batch["indices"] == 77, math.nan, bound.terms["diffusion"])
+            return bound
+
+    model = objective()
+    with pytest.raises(NonFiniteLossError, match="diffusion term of image 77"):
+        estimate(Spoiled(model.network, model.process))
+
+
+def test_bad_numbers_are_refused() -> None:
+    model = objective()
+    with pytest.raises(DataError, match="0 images"):
+        BoundEstimator(model, 0)
+    with pytest.raises(ConfigurationError, match="times_per_image is 0"):
+        BoundEstimator(model, 5, times_per_image=0)
+    with pytest.raises(ConfigurationError, match="pilot_evaluations is 3"):
+        BoundEstimator(model, 5, pilot_evaluations=3)

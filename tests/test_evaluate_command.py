@@ -1,0 +1,234 @@
+"""``vdm-hub evaluate`` as a user sees it: methods, files, targets, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tiny import tiny_pipeline, tiny_unet
+from vdm_hub import VDMPipeline, VDMScheduler
+from vdm_hub.commands import main
+from vdm_hub.commands.evaluate import NOT_REACHED
+from vdm_hub.data.loading import load_split
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.noise_schedules import LinearSchedule
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.evaluation.measuring import Stages
+from vdm_hub.likelihood.methods import check_endpoints
+from vdm_hub.likelihood.probability_flow import ProbabilityFlow
+from vdm_hub.likelihood.report import LikelihoodReport
+
+ODE = ("--tolerance", "0.3", "--max_images", "2", "--replicates", "2")
+METHODS: dict[str, tuple[str, ...]] = {
+    "bound": ("--max_images", "6", "--replicates", "3"),
+    "finite bound": ("--max_images", "6", "--replicates", "3", "--transitions", "4"),
+    "ode": ("--method", "ode", *ODE, "--dequantization", "uniform", "--probes", "2"),
+    "chains": ("--method", "importance_weighted", "--transitions", "3", "--draws", "4", "--max_images", "6"),
+    "weighted flow": ("--method", "importance_weighted", *ODE, "--draws", "2"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands") / "pipeline"
+    # A schedule so short that an ODE takes few steps.
+    tiny_pipeline(noise_schedule={"name": "linear", "config": {"gamma_min": -1.0, "gamma_max": 1.0}}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def words(folder: Path, *more: object) -> list[str]:
+    return ["evaluate", str(folder), "--dataset_name", "digits", *map(str, more)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_prints_an_object_a_table_and_writes_its_files(
+    method: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = "--per_image", tmp_path / "images.parquet", "--plot", tmp_path / "bits.png"
+    assert main(words(folder, *METHODS[method], *files, "--json")) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["bits_per_dim"] == pytest.approx(sum(figures["terms"].values()), rel=1e-9)
+    assert figures["method"] == {"finite bound": "bound", "chains": "importance_weighted"}.get(
+        method, "importance_weighted" if method == "weighted flow" else method
+    )
+    assert {"standard_error", "standard_error_over_images", "dataset", "versions", "seconds", "weights"} <= set(
+        figures
+    )
+    assert figures["network_evaluations"] > 0 and figures["dataset"]["fingerprint"].startswith("sha256:")
+    assert Image.open(tmp_path / "bits.png").width > 500
+    table = pq.read_table(tmp_path / "images.parquet")
+    rows: dict[str, Any] = {name: np.asarray(column) for name, column in table.to_pydict().items()}
+    assert rows["image"].tolist() == list(range(figures["num_images"]))
+    assert rows["bits_per_dim"].mean() == pytest.approx(figures["bits_per_dim"], rel=1e-12)
+    np.testing.assert_allclose(rows["log_likelihood"], -rows["bits_per_dim"] * 64 * math.log(2), rtol=1e-12)
+    np.testing.assert_allclose(sum(rows[f"term_{name}"] for name in figures["terms"]), -rows["log_likelihood"])
+    assert json.loads(table.schema.metadata[b"vdm_hub"])["bits_per_dim"] == figures["bits_per_dim"]
+
+    assert main(words(folder, *METHODS[method])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{figures['bits_per_dim']:.4f} bits/dim" in lines[0]
+    shown = {line.split()[0]: line.split()[1] for line in lines[1 : 1 + len(figures["terms"])]}
+    assert shown == {name: f"{value:.4f}" for name, value in figures["terms"].items()}, "each name beside its figure"
+    if "probability_flow" in figures:
+        flow = figures["probability_flow"]
+        assert flow["tolerance"] == 0.3 and flow["evaluations_per_solve"] > 1
+        assert f"{flow['evaluations_per_solve']:.1f} evaluations a solve" in "\n".join(lines)
+
+
+def test_the_pipeline_says_what_the_command_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = VDMPipeline.from_pretrained(folder)
+    levels = load_split("digits", "test[:2]", num_levels=17).levels
+    flow = ProbabilityFlow(dequantization="uniform", probes=2, tolerance=0.3)
+    assert main(words(folder, *METHODS["ode"], "--json")) == 0
+    report = pipe.log_likelihood(levels, method="ode", flow=flow, replicates=2)
+    assert report.bits_per_dim == pytest.approx(json.loads(capsys.readouterr().out)["bits_per_dim"], rel=1e-9)
+    assert not report.is_bound and report.times is None
+    weighted = pipe.log_likelihood(levels, method="importance_weighted", draws=3, transitions=4, replicates=2)
+    assert weighted.is_bound and weighted.transitions == 4
+    assert weighted.details["importance_weights"]["draws"] == 3
+
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_target_is_met_in_stages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = words(folder, "--max_images", 4, "--json")
+    assert main(few) == 0
+    first = json.loads(capsys.readouterr().out)
+    target = 0.6 * first["standard_error"]
+    assert main([*few, "--target_standard_error", str(target)]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["standard_error"] <= target and figures["replicates"] > first["replicates"]
+    assert figures["target"]["reached"] is True
+
+
+@pytest.mark.parametrize("budget", [("--max_replicates", 12), ("--max_evaluations", 40)])
+def test_a_target_that_the_budget_cannot_reach_is_said_and_the_report_is_there(
+    budget: tuple[str, int], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = words(folder, "--max_images", 4, "--target_standard_error", 1e-6, *budget)
+    assert main([*arguments, "--per_image", str(tmp_path / "images.parquet")]) == NOT_REACHED
+    shown = capsys.readouterr().out
+    assert "target standard error 1e-06: NOT REACHED" in shown and "bits/dim" in shown
+    assert (tmp_path / "images.parquet").is_file()
+    assert main([*arguments, "--json"]) == NOT_REACHED
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["target"]["reached"] is False
+    assert figures["replicates"] == (12 if budget[0] == "--max_replicates" else 10)
+    assert figures["network_evaluations"] == 4 * figures["replicates"]
+
+
+def test_stages_never_more_than_double_and_end_at_the_budget() -> None:
+    def after(replicates: int, scale: float) -> LikelihoodReport:
+        passes = torch.linspace(-1, 1, replicates, dtype=torch.float64)[:, None].expand(-1, 3) * scale
+        return LikelihoodReport({"diffusion": passes}, None, dimensions=1, network_evaluations=3 * replicates)
+
+    stages = Stages(8, target=1e-3, max_replicates=50)
+    assert (
+        stages.next(after(8, 1.0)) == 16 and stages.next(after(40, 1.0)) == 50 and stages.next(after(50, 1.0)) is None
+    )
+    assert stages.next(after(8, 0.0)) is None
+    error = after(8, 1.0).standard_error
+    assert Stages(8, target=error / 1.2, max_replicates=50).next(after(8, 1.0)) == 12  # 8 x 1.2^2 = 11.5
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "Traceback" not in shown.err
+    (said,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    return said
+
+
+def test_what_makes_no_sense_together_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = tmp_path / "nowhere"
+    (tmp_path / "there.parquet").write_text("years of work")
+    for more, message in (
+        (("--max_replicates", 9), "--max_replicates acts only with --target_standard_error"),
+        (("--max_evaluations", 9), "--max_evaluations acts only with --target_standard_error"),
+        (("--per_image", tmp_path / "images.csv"), "name a file that ends in .parquet"),
+        (("--plot", tmp_path / "bits.jpeg"), "name a file that ends in .png"),
+        (("--per_image", tmp_path / "there.parquet"), "exists: name another --per_image, or replace it"),
+    ):
+        assert message in refused(capsys, words(nowhere, *more))
+    assert (tmp_path / "there.parquet").read_text() == "years of work"
+
+
+def test_what_the_model_has_no_likelihood_for_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, message in (
+        (("--method", "ode", "--transitions", 5), "the probability-flow ODE has none"),
+        (("--target_standard_error", 0.1, "--replicates", 4), "give at least 8"),
+        (("--label_column", "label"), "the network is not class-conditional"),
+        (("--num_levels", 16), "none of the 16 levels"),
+    ):
+        assert message in refused(capsys, words(folder, *more))
+
+
+def test_a_missing_solver_is_named_with_its_install_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchode", None)
+    assert "pip install 'vdm-hub[ode]'" in refused(capsys, words(folder, "--method", "ode"))
+    assert main(words(folder, "--max_images", 2, "--replicates", 1)) == 0, "the bound needs none"
+
+
+def test_an_image_whose_term_is_not_finite_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tiny_pipeline(tiny_unet(num_class_embeds=10))
+    with torch.no_grad():
+        pipe.unet.time_embedding.class_embedding.weight[digits_labels(4)[1]] = torch.nan
+    pipe.save_pretrained(tmp_path / "pipeline")
+    said = refused(capsys, words(tmp_path / "pipeline", "--label_column", "label", "--max_images", 4))
+    assert digits_labels(4).count(digits_labels(4)[1]) == 1
+    assert "the diffusion term of image 1 is not finite" in said
+
+
+def digits_labels(count: int) -> list[int]:
+    found = load_split("digits", f"test[:{count}]", num_levels=17, label_column="label").labels
+    assert found is not None
+    return [int(label) for label in found]
+
+
+def test_a_class_conditional_network_is_given_the_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_pipeline(tiny_unet(num_class_embeds=10)).save_pretrained(tmp_path / "ten")
+    tiny_pipeline(tiny_unet(num_class_embeds=2)).save_pretrained(tmp_path / "two")
+    assert "conditioned on 10 classes" in refused(capsys, words(tmp_path / "ten"))
+    labelled = ("--label_column", "label", "--max_images", 20, "--replicates", 2)
+    assert "the network knows classes 0 to 1" in refused(capsys, words(tmp_path / "two", *labelled))
+    assert main(words(tmp_path / "ten", *labelled, "--per_image", tmp_path / "a.parquet")) == 0
+    assert pq.read_table(tmp_path / "a.parquet")["class_label"].to_pylist() == digits_labels(20)
+    pipe = VDMPipeline.from_pretrained(tmp_path / "ten")
+    levels = load_split("digits", "test[:20]", num_levels=17).levels
+    report = pipe.bits_per_dim(levels, class_labels=digits_labels(20), replicates=2)
+    expected = pq.read_table(tmp_path / "a.parquet")["bits_per_dim"].to_pylist()
+    assert report.per_image.tolist() == pytest.approx(expected, rel=1e-5)
+    other = pipe.bits_per_dim(levels, class_labels=[0] * 20, replicates=2)
+    assert other.bits_per_dim != report.bits_per_dim
+
+
+def test_a_schedule_without_finite_endpoints_is_refused() -> None:
+    class Endless(LinearSchedule):
+        def forward(self, t: torch.Tensor) -> torch.Tensor:
+            return torch.logit(t)
+
+    for method in ("bound", "ode", "importance_weighted"):
+        pipe = VDMPipeline(tiny_unet(), VDMScheduler(num_levels=17))
+        pipe.scheduler.process.schedule = Endless(-13.3, 5.0)
+        with pytest.raises(ConfigurationError, match=r"Endless has gamma\(0\) = -inf, and a bound needs finite"):
+            pipe.log_likelihood(torch.zeros(1, 1, 8, 8), method=method)
+    check_endpoints(GaussianProcess.from_fields({}))

@@ -1,0 +1,437 @@
+"""A distribution of plugins that break one law each: ``BROKEN[kind][law]`` builds the one that breaks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdm_hub import registry
+from vdm_hub.diffusion.conditioning import AffineConditioning, Conditioning
+from vdm_hub.diffusion.decoders import FactorisedDecoder
+from vdm_hub.diffusion.draws import normal_noise
+from vdm_hub.diffusion.forward_process import Network, Noise
+from vdm_hub.diffusion.gaussian import alpha, sigma
+from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
+from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule
+from vdm_hub.diffusion.levels import DataScaling
+from vdm_hub.diffusion.noise_schedules import Gamma, LinearSchedule, NoiseSchedule
+from vdm_hub.diffusion.parameterizations import Epsilon, Parameterization, Score
+
+# ---- noise schedules ------------------------------------------------------------------------------------------------
+
+
+class Linear(LinearSchedule):
+    """Keeps every law: what is broken below is broken by what is added to it."""
+
+    def to_config(self) -> dict[str, Any]:
+        return {"gamma_min": self.gamma_min, "gamma_max": self.gamma_max}
+
+
+class SaysItHasAGammaPerPixel(Linear):
+    scalar = False
+
+
+class InfiniteAtTheEnd(Linear):
+    def forward(self, t: Tensor) -> Tensor:
+        return torch.where(t == 1, torch.inf, super().forward(t))
+
+
+class WithAPlateau(Linear):
+    scalar = False
+
+    def forward(self, t: Tensor) -> Tensor:
+        return super().forward(t.clamp(min=0.5)).reshape(-1, 1, 1, 1)
+
+
+class DetachedTime(Linear):
+    def forward(self, t: Tensor) -> Tensor:
+        return super().forward(0.5 * t + 0.5 * t.detach())
+
+
+class UnusedParameter(Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(()))
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
+
+
+class VarianceMovesTheEndpoints(LearnedLinearSchedule):
+    def variance_parameters(self) -> set[str]:
+        return {"gamma_min"}
+
+
+class EndpointsTheOtherWayRound(Linear):
+    def endpoints(self) -> tuple[float, float]:
+        first, last = super().endpoints()
+        return last, first
+
+
+class InverseWithoutAnEnd(Linear):
+    def inverse(self, gamma: Tensor) -> Tensor:
+        return (gamma - self.gamma_min) / (self.gamma_max - self.gamma_min)
+
+
+class PublishesItsInitialValues(LearnedLinearSchedule):
+    def bake(self) -> NoiseSchedule:
+        return LinearSchedule(**self.to_config())
+
+
+class ForgetsAnArgument(Linear):
+    def to_config(self) -> dict[str, Any]:
+        return {"gamma_min": self.gamma_min}
+
+
+class ExtraTermWithATakenName(Linear):
+    def bind(self, x: Tensor | None, noise: Noise) -> tuple[dict[str, Tensor], Gamma]:
+        return ({} if x is None else {"prior": torch.zeros(len(x))}), self
+
+
+class Bent(Linear):
+    """A gamma per datum, bent by its own number in (-1, 1)."""
+
+    scalar = False
+
+    def draw_noise(self, batch_size: int, generator: Any, device: torch.device) -> dict[str, Tensor]:
+        return {"bend": normal_noise((batch_size, 1, 1, 1), generator, device)}
+
+    def bind(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Gamma]:
+        bend = torch.tanh(self.bend(x, noise))
+        return {}, lambda t: self.bent(t.reshape(-1, 1, 1, 1), bend)
+
+    def bend(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> Tensor:
+        return noise["bend"]
+
+    def bent(self, t: Tensor, bend: Tensor) -> Tensor:
+        return LinearSchedule.forward(self, t + 0.5 * bend.to(t.dtype) * t * (1 - t))
+
+
+class OneGeneratorForAll(Bent):
+    def draw_noise(self, batch_size: int, generator: Any, device: torch.device) -> dict[str, Tensor]:
+        return super().draw_noise(batch_size, generator[0] if isinstance(generator, Sequence) else generator, device)
+
+
+class MeanOverTheBatch(Bent):
+    def bend(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> Tensor:
+        return noise["bend"].mean(0, keepdim=True).expand_as(noise["bend"])
+
+
+class LooksAtTheData(Bent):
+    def draw_noise(self, batch_size: int, generator: Any, device: torch.device) -> dict[str, Tensor]:
+        return {}
+
+    def bend(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> Tensor:
+        return torch.zeros(1, 1, 1, 1) if x is None else x.mean((1, 2, 3), keepdim=True)
+
+
+class UndeclaredSchedule(Linear):
+    pass
+
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+
+
+class ScaledByTheBatch(Parameterization):
+    def coefficients(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(gamma), torch.ones_like(gamma) + 0.5 * torch.tanh(gamma.mean())
+
+
+class TheLatentItself(Parameterization):
+    """``x + eps``, which is proportional to z_t where alpha = sigma."""
+
+    def coefficients(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(gamma), torch.ones_like(gamma)
+
+
+class WrongTarget(Epsilon):
+    def target(self, x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
+        return -super().target(x, eps, gamma)
+
+
+class ClippedData(Epsilon):
+    def x_hat(self, output: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
+        return super().x_hat(output, z, gamma).clamp(-1, 1)
+
+
+class WrongNoise(Epsilon):
+    def eps_hat(self, output: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
+        return 0.99 * output
+
+    def score_hat(self, output: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
+        return -output / sigma(gamma).reshape(-1, *(1,) * (z.ndim - 1))
+
+
+class ScoreOfTheWrongSign(Epsilon):
+    def score_hat(self, output: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
+        return -super().score_hat(output, z, gamma)
+
+
+class RobustLoss(Epsilon):
+    def eps_error(self, output: Tensor, x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
+        return super().eps_error(output, x, eps, gamma).clamp(max=36)
+
+
+class NegativeScale(Epsilon):
+    def output_scale(self, gamma: Tensor) -> Tensor:
+        return -torch.ones_like(gamma)
+
+
+class RawScore(Score):
+    def output_scale(self, gamma: Tensor) -> Tensor:
+        return torch.ones_like(gamma)
+
+
+class AlmostTheLatent(Parameterization):
+    """Invertible, with d = 2e-5 everywhere: the data are in digits that float32 does not have."""
+
+    def coefficients(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        return alpha(gamma) + 2e-5 * sigma(gamma), sigma(gamma) - 2e-5 * alpha(gamma)
+
+
+class ForgetsItsFactor(Epsilon):
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def coefficients(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(gamma), self.factor * torch.ones_like(gamma)
+
+
+class UndeclaredTarget(Epsilon):
+    pass
+
+
+# ---- conditionings --------------------------------------------------------------------------------------------------
+
+
+class FarFromZero(AffineConditioning):
+    """Timesteps between which float32 sees no difference."""
+
+    def __call__(self, gamma: Tensor) -> Tensor:
+        return super().__call__(gamma) + 1e9
+
+    def inverse(self, timestep: Tensor) -> Tensor:
+        return super().inverse(timestep - 1e9)
+
+
+class AlwaysDouble(AffineConditioning):
+    def __call__(self, gamma: Tensor) -> Tensor:
+        return super().__call__(gamma).double()
+
+
+class WrongInverse(AffineConditioning):
+    def inverse(self, timestep: Tensor) -> Tensor:
+        return super().inverse(timestep) + 0.01
+
+
+class ForgetsItsConstants(AffineConditioning):
+    def to_config(self) -> dict[str, Any]:
+        return {}
+
+
+class MakesAnother(AffineConditioning):
+    @classmethod
+    def from_schedule(cls, schedule: NoiseSchedule, num_train_timesteps: int) -> AffineConditioning:
+        return AffineConditioning.from_schedule(schedule, num_train_timesteps)
+
+
+class UndeclaredConditioning(AffineConditioning):
+    pass
+
+
+# ---- forward processes ----------------------------------------------------------------------------------------------
+
+
+class Process(GaussianProcess):
+    """The Gaussian process under a name of its own; ``bound`` is the class that it is bound as."""
+
+    bound: type[BoundGaussian] = BoundGaussian
+
+    def __init__(self, *parts: Any, **more: Any) -> None:
+        if not parts and not more:
+            parts = (LinearSchedule(-7.87), Epsilon(), AffineConditioning(-7.87), FactorisedDecoder())
+            parts += (DataScaling("bin_centers", 17),)
+        super().__init__(*parts, **more)
+
+    def fields(self) -> dict[str, Any]:
+        found = registry.registration_of("forward_processes", type(self))
+        return super().fields() | {"forward_process": found.name if found else "gaussian"}
+
+    def bind(self, x: Tensor | None, noise: Noise) -> tuple[dict[str, Tensor], BoundGaussian]:
+        extras, gamma = self.schedule.bind(x, noise)
+        return extras, self.bound(self, gamma)
+
+
+class DoesNotClamp(Process):
+    def quantise(self, x: Tensor) -> Tensor:
+        return ((x - self.scaling.first) / self.scaling.spacing).round().long()
+
+
+class NoiseOfTheFirst(Process):
+    def draw_noise(self, shape: Any, generator: Any, device: torch.device) -> dict[str, Tensor]:
+        return super().draw_noise(shape, generator[0] if isinstance(generator, Sequence) else generator, device)
+
+
+class PriorWithAnAxisTooMany(Process):
+    class bound(BoundGaussian):
+        def prior_kl(self, x: Tensor) -> Tensor:
+            return super().prior_kl(x)[:, None]
+
+
+class NegativePrior(Process):
+    class bound(BoundGaussian):
+        def prior_kl(self, x: Tensor) -> Tensor:
+            return super().prior_kl(x) - 5
+
+
+class MeanPrior(Process):
+    class bound(BoundGaussian):
+        def prior_kl(self, x: Tensor) -> Tensor:
+            return super().prior_kl(x).mean().expand(len(x))
+
+
+class OneTimestepForAll(Process):
+    class bound(BoundGaussian):
+        def predict(self, network: Network, z_t: Tensor, t: Tensor) -> Tensor:
+            return super().predict(lambda sample, timestep: network(sample, timestep[0]), z_t, t)
+
+
+class RateWithoutGradient(Process):
+    class bound(BoundGaussian):
+        def kl_rate(self, x: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+            return super().kl_rate(x, t, noise, network).detach()
+
+
+class TwiceTheRate(Process):
+    class bound(BoundGaussian):
+        def kl_rate(self, x: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+            return 2 * super().kl_rate(x, t, noise, network)
+
+
+class AnotherModelsVariance(Process):
+    """What a reverse variance that is not the posterior's costs, whatever the network says."""
+
+    class bound(BoundGaussian):
+        def transition_kl(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+            return super().transition_kl(x, s, t, noise, network) + 64 * (t - s)
+
+        def kl_rate(self, x: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+            return super().kl_rate(x, t, noise, network) + 64
+
+
+class StepWithoutNoise(Process):
+    class bound(BoundGaussian):
+        def reverse_step(
+            self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Any
+        ) -> tuple[Tensor, Tensor]:
+            one, x_hat = super().reverse_step(output, z_t, s, t, torch.Generator().manual_seed(0))
+            eps = normal_noise(z_t.shape, torch.Generator().manual_seed(0), z_t.device, z_t.dtype)
+            gamma_s, gamma_t = self.gamma(s), self.gamma(t)
+            return one - (torch.sigmoid(gamma_s) * -torch.expm1(gamma_s - gamma_t)).sqrt() * eps, x_hat
+
+
+class DecodesToPixels(Process):
+    class bound(BoundGaussian):
+        def decode(self, z_0: Tensor, network: Network, generator: Any) -> Tensor:
+            return super().decode(z_0, network, generator).float()
+
+
+class TimestepsFromTheEnd(Process):
+    def timestep(self, t: Tensor) -> Tensor:
+        return super().timestep(1 - t)
+
+    def time(self, timestep: Tensor) -> Tensor:
+        return 1 - super().time(timestep)
+
+
+class ForgetsItsDecoder(Process):
+    def fields(self) -> dict[str, Any]:
+        return super().fields() | {"decoder": "ddpm"}
+
+
+class UndeclaredProcess(Process):
+    pass
+
+
+# ---- which breaks what ----------------------------------------------------------------------------------------------
+
+BROKEN: dict[str, dict[str, Callable[[], object]]] = {
+    "noise_schedules": {
+        "shape_and_dtype": SaysItHasAGammaPerPixel,
+        "finite": InfiniteAtTheEnd,
+        "strictly_increasing": WithAPlateau,
+        "derivative": DetachedTime,
+        "parameters_are_trained": UnusedParameter,
+        "variance_parameters": VarianceMovesTheEndpoints,
+        "endpoints": EndpointsTheOtherWayRound,
+        "inverse": InverseWithoutAnEnd,
+        "published": PublishesItsInitialValues,
+        "json_config": lambda: ForgetsAnArgument(gamma_max=7.0),
+        "registered": UndeclaredSchedule,
+        "extra_terms": ExtraTermWithATakenName,
+        "draws_follow_their_generator": OneGeneratorForAll,
+        "data_do_not_mix": MeanOverTheBatch,
+        "no_peeking": LooksAtTheData,
+    },
+    "parameterizations": {
+        "coefficients": ScaledByTheBatch,
+        "invertible": TheLatentItself,
+        "target": WrongTarget,
+        "x_hat": ClippedData,
+        "eps_hat": WrongNoise,
+        "score_hat": ScoreOfTheWrongSign,
+        "eps_error": RobustLoss,
+        "scales": NegativeScale,
+        "sizes": RawScore,
+        "one_loss": AlmostTheLatent,
+        "json_config": lambda: ForgetsItsFactor(2.0),
+        "registered": UndeclaredTarget,
+    },
+    "conditionings": {
+        "strictly_increasing": FarFromZero,
+        "elementwise": AlwaysDouble,
+        "inverse": WrongInverse,
+        "json_config": lambda: ForgetsItsConstants(-9.0),
+        "suits_a_schedule": MakesAnother,
+        "registered": UndeclaredConditioning,
+    },
+    "forward_processes": {
+        "levels_round_trip": DoesNotClamp,
+        "draws_follow_their_generator": NoiseOfTheFirst,
+        "terms": PriorWithAnAxisTooMany,
+        "never_negative": NegativePrior,
+        "data_do_not_mix": MeanPrior,
+        "network_inputs": OneTimestepForAll,
+        "gradients_reach_the_network": RateWithoutGradient,
+        "rate_is_the_limit": TwiceTheRate,
+        "best_output_has_no_kl": AnotherModelsVariance,
+        "reverse_step_follows_the_marginal": StepWithoutNoise,
+        "sampling": DecodesToPixels,
+        "times": TimestepsFromTheEnd,
+        "json_config": ForgetsItsDecoder,
+        "registered": UndeclaredProcess,
+    },
+}
+
+SOUND: dict[str, Callable[[], object]] = {
+    "noise_schedules": Bent,
+    "parameterizations": lambda: ForgetsItsFactor(1.0),
+    "conditionings": lambda: ForgetsItsConstants(),
+    "forward_processes": Process,
+}
+"""What most of the above are derived from: none of it breaks any law."""
+
+
+def declared(kind: str) -> dict[str, type]:
+    """What the entry points of this distribution name; all but what is left out to break that law."""
+    base: type = {
+        "noise_schedules": NoiseSchedule,
+        "parameterizations": Parameterization,
+        "conditionings": Conditioning,
+        "forward_processes": GaussianProcess,
+    }[kind]
+    own = [cls for cls in globals().values() if isinstance(cls, type) and cls.__module__ == __name__]
+    return {cls.__name__: cls for cls in own if issubclass(cls, base) and not cls.__name__.startswith("Undeclared")}

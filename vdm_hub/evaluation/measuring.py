@@ -1,0 +1,238 @@
+"""Measuring a set of images in stages, on any number of processes, through kills."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.evaluation.journal import Journal
+from vdm_hub.evaluation.processes import Processes
+from vdm_hub.fields import at_least
+from vdm_hub.likelihood.per_image import Measurement, Results, evaluating
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.likelihood.stages import FEWEST_REPLICATES, next_replicates
+from vdm_hub.likelihood.variational_bound import Batch
+
+Take = Callable[[Tensor], Batch]
+"""The images with these indices, as the network's batch."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How many independent replicates: a first stage, and more until a standard error is met or a budget ends.
+
+    Attributes:
+        replicates: Those of the first stage.
+        target: Monte Carlo standard error of the mean over the images, bits/dim; ``None`` stops after the first stage.
+        max_replicates: The most in all.
+        max_evaluations: The most network evaluations in all, the pilot's included, as far as whole replicates after
+            the first stage allow.
+
+    Raises:
+        ConfigurationError: A number is out of range, or too few replicates for a target.
+    """
+
+    replicates: int = 8
+    target: float | None = None
+    max_replicates: int = 256
+    max_evaluations: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "replicates", "max_replicates", "max_evaluations")
+        if self.target is None:
+            return
+        if not 0 < self.target < math.inf:
+            raise ConfigurationError(f"target_standard_error is {self.target}: give a number above 0, in bits/dim.")
+        if not FEWEST_REPLICATES <= self.replicates <= self.max_replicates:
+            raise ConfigurationError(
+                f"replicates is {self.replicates}, with a target_standard_error and max_replicates "
+                f"{self.max_replicates}: give at least {FEWEST_REPLICATES} and at most max_replicates, as the error "
+                f"is judged by them."
+            )
+
+    def next(self, report: LikelihoodReport) -> int | None:
+        """How many replicates in all are to follow these, or ``None`` where they are enough, or the budget ends.
+
+        The error falls with the square root of their number; a stage at most doubles it, as the error is itself
+        uncertain.
+        """
+        done, error = report.replicates, report.standard_error
+        if self.target is None or error <= self.target:
+            return None
+        most = self.max_replicates
+        if self.max_evaluations is not None:
+            most = min(most, int(done * self.max_evaluations / max(report.network_evaluations, 1)))
+        more = next_replicates(done, error, self.target, most)
+        return done + more if more else None
+
+    def describe(self, report: LikelihoodReport) -> dict[str, object]:
+        """What was asked for and whether it was reached, for the report."""
+        if self.target is None:
+            return {}
+        budget = {"max_replicates": self.max_replicates, "max_evaluations": self.max_evaluations}
+        reached = report.standard_error <= self.target
+        return {"target": {"standard_error": self.target, "reached": reached, **budget}}
+
+
+def measure(
+    measurement: Measurement,
+    take: Take,
+    num_images: int,
+    stages: Stages,
+    *,
+    batch_size: int,
+    processes: Processes | None = None,
+    journal: Journal | None = None,
+    progress: bool = True,
+) -> LikelihoodReport:
+    """The report of a method over images, the same on every process.
+
+    Args:
+        measurement: The method.
+        take: Gives batches.
+        num_images: How many images there are.
+        stages: How many replicates.
+        batch_size: Images at once, at most.
+        processes: Those that share the images; each takes part.
+        journal: Where finished images are kept, and found.
+        progress: Whether to show a bar with the current estimate.
+
+    Raises:
+        DataError: There are fewer images than processes.
+        NonFiniteLossError: A term of an image is not finite; the message names both.
+    """
+    processes = processes or Processes()
+    if num_images < processes.count:
+        raise DataError(
+            f"{num_images} images for {processes.count} processes: start at most {max(num_images, 1)}, or evaluate "
+            f"more images."
+        )
+    batches = list(batches_of(num_images, batch_size, processes.count))
+    own = batches[processes.rank :: processes.count]
+    dimensions = int(take(own[0][:1])["levels"][0].numel())
+    with (
+        evaluating(measurement.objective),
+        torch.no_grad(),
+        _Bar(torch.cat(own), dimensions, progress and processes.is_main) as bar,
+    ):
+        worker = _Worker(measurement, take, own, Results(num_images), journal, bar)
+        fitted = processes.together(lambda: worker.fit(batches) if processes.is_main else None)
+        fitted = processes.broadcast(fitted)
+        processes.together(lambda: worker.begin(fitted))
+        done, goal = 0, stages.replicates
+        while True:
+            stage = range(done, goal)
+            fresh = processes.together(lambda: worker.run(stage))  # noqa: B023 - called before the next stage
+            for found in processes.gather(fresh):
+                worker.results.take(found)
+            report = worker.results.report(measurement, goal, dimensions)
+            following = processes.broadcast(stages.next(report))
+            if following is None:
+                break
+            done, goal = goal, following
+    report.details |= stages.describe(report)
+    return report
+
+
+def batches_of(num_images: int, batch_size: int, processes: int = 1) -> Iterable[Tensor]:
+    """Image indices in batches of nearly one size, as many for each process: batch b is for process b mod processes.
+
+    >>> [batch.tolist() for batch in batches_of(5, 2)], [len(batch) for batch in batches_of(5, 2, processes=2)]
+    ([[0, 1], [2, 3], [4]], [2, 1, 1, 1])
+    """
+    count = processes * math.ceil(num_images / (processes * batch_size))
+    return (batch for batch in torch.arange(num_images).tensor_split(count) if len(batch))
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """One process's part: its batches, and what is known of all images."""
+
+    measurement: Measurement
+    take: Take
+    batches: list[Tensor]
+    results: Results
+    journal: Journal | None
+    bar: _Bar
+
+    def fit(self, batches: list[Tensor]) -> dict[str, Any]:
+        """The pilot's findings, from the journal where it keeps them."""
+        if self.journal is not None and self.journal.state is not None:
+            return self.journal.state
+        self.measurement.fit(lambda: (self.take(indices) for indices in batches))
+        fitted = {"state": self.measurement.state(), "evaluations": self.measurement.pilot_evaluations}
+        if self.journal is not None:
+            self.journal.keep_state(fitted)
+        return fitted
+
+    def begin(self, fitted: dict[str, Any] | None) -> None:
+        """From what the pilot found, and what is finished."""
+        assert fitted is not None
+        self.measurement.load_state(fitted["state"])
+        self.measurement.pilot_evaluations = int(fitted["evaluations"])
+        if self.journal is not None:
+            self.journal.read(self.results)
+
+    def run(self, replicates: range) -> Results:
+        """This process's images in some replicates; those that are finished already are left out."""
+        fresh = Results(self.results.num_images)
+        self.bar.expect(len(replicates))
+        for replicate in replicates:
+            missing = self.results.missing(replicate)
+            for batch in self.batches:
+                indices = batch[torch.isin(batch, missing)]
+                if len(indices):
+                    measured = self.measurement.measure(self.take(indices), replicate)
+                    for results in (fresh, self.results):
+                        results.add(replicate, indices, measured)
+                    if self.journal is not None:
+                        self.journal.write(replicate, indices, measured)
+                self.bar.advance(len(batch), replicate, self.results)
+            if self.journal is not None:
+                self.journal.join(replicate, self.results.num_images)
+            self.bar.finish(replicate, self.results)
+        return fresh
+
+
+class _Bar:
+    """A progress bar over this process's images, with the estimate so far and its error."""
+
+    def __init__(self, share: Tensor, dimensions: int, shown: bool) -> None:
+        self._share, self._scale = share, dimensions * math.log(2)
+        self._means: list[float] = []
+        self._bar = tqdm(total=0, desc="evaluating", unit="image", disable=not shown, leave=False)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def expect(self, replicates: int) -> None:
+        """More replicates are coming."""
+        if not self._bar.disable:
+            self._bar.total = (self._bar.total or 0) + replicates * len(self._share)
+            self._bar.refresh()
+
+    def advance(self, images: int, replicate: int, results: Results) -> None:
+        """So many images are finished; before the first replicate is, there is no error to show."""
+        if not self._bar.disable and not self._means:
+            so_far = results.totals([replicate])[0, self._share].nanmean() / self._scale
+            self._bar.set_postfix_str(f"{float(so_far):.4f} bits/dim", refresh=False)
+        self._bar.update(images)
+
+    def finish(self, replicate: int, results: Results) -> None:
+        """A replicate of this process's images is finished: the estimate on them and its standard error."""
+        if self._bar.disable:
+            return
+        self._means.append(float(results.totals([replicate])[0, self._share].mean() / self._scale))
+        means = torch.tensor(self._means, dtype=torch.float64)
+        error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
+        self._bar.set_postfix_str(f"{float(means.mean()):.4f} ± {error:.4f} bits/dim")

@@ -1,0 +1,176 @@
+r"""The bound in its consistency form, and how much more noise it has than the denoising-matching form.
+
+With latents ``z_0..z_T`` (Luo's ``x_1..x_{T+1}``) and ``z_{-1} = x``, Luo eq. 44 reads, as a bound on ``-log p(x)``,
+
+    E[-log p(x|z_0)] + E_{q(z_{T-1}|x)} KL(q(z_T|z_{T-1}) || p(z_T))
+        + sum_{i=0}^{T-1} E_{q(z_{i-1}, z_i, z_{i+1}|x)}[log q(z_i|z_{i-1}) - log p(z_i|z_{i+1})].
+
+Its total is that of the denoising-matching form (Luo eq. 58; VDM eq. 11 to 13); its terms are not, and each needs two
+random steps, ``z_i`` from ``z_{i-1}`` and ``z_{i+1}`` from ``z_i``. What is printed as Luo eq. 45, an expectation of
+``KL(q(z_i|z_{i-1}) || p(z_i|z_{i+1}))`` over ``q(z_{i-1}, z_{i+1}|x)``, is another number: inside of the KL it draws
+``z_i`` from ``z_{i-1}`` alone, independent of ``z_{i+1}``, though ``z_{i+1}`` was made from it. Only eq. 44 is
+computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vdm_hub.diffusion import gaussian
+from vdm_hub.diffusion.draws import Generator, normal_noise
+from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
+from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
+from vdm_hub.diffusion.times import discretise
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.likelihood.per_image import CountedNetwork, evaluating, image_generator
+from vdm_hub.likelihood.probability_flow import predict_both, scalar_gaussian
+from vdm_hub.likelihood.variational_bound import Batch, Bound, VDMObjective
+
+_STEPS = ("previous", "current", "next", "last")
+_PROFILE = 105  # a stream of draws
+
+
+class ConsistencyObjective(VDMObjective):
+    """The bound of `VDMObjective` by its other decomposition: terms ``reconstruction``, ``prior``, ``consistency``.
+
+    It takes the place of a `VDMObjective` wherever the bound is estimated; it is not one to train on.
+
+    Args:
+        network: See `VDMObjective`.
+        process: Gaussian, with one gamma per time.
+        transitions: T, any whole number; continuous time has no such form.
+
+    Raises:
+        ConfigurationError: There is no T, or the process is another.
+    """
+
+    integrand = "consistency"
+
+    def __init__(self, network: nn.Module, process: ForwardProcess, transitions: int | None) -> None:
+        if transitions is None:
+            raise ConfigurationError(
+                "the consistency form of the bound is a sum over transitions, and continuous time has none: give a "
+                "number of transitions."
+            )
+        scalar_gaussian(process)
+        super().__init__(network, process, transitions)
+
+    def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
+        """The terms, each per datum, (B,), in nats; ``consistency`` is T times that of each datum's transition."""
+        assert self.transitions is not None
+        levels, network = batch["levels"], CountedNetwork(self.network, batch)
+        process = scalar_gaussian(self.process)
+        with torch.autocast(levels.device.type, enabled=False):
+            x = process.encode(levels)
+            extras, bound = process.bind(x, noise)
+            s, t = discretise(times.double(), self.transitions)
+            terms = {
+                "reconstruction": bound.reconstruction(levels, x, noise, network),
+                "prior": self._prior(x.double(), noise["last"].double()),
+                "consistency": self.transitions * self._consistency(x.double(), s, t, noise, network),
+            }
+        return Bound(terms | extras, dimensions=levels[0].numel())
+
+    def _prior(self, x: Tensor, eps: Tensor) -> Tensor:
+        """``KL(q(z_T|z_{T-1}) || N(0, I))`` at one draw of ``z_{T-1}``."""
+        assert self.transitions is not None
+        schedule = scalar_gaussian(self.process).schedule
+        ends = torch.tensor([1 - 1 / self.transitions, 1.0], dtype=torch.float64, device=x.device)
+        gamma_s, gamma_t = schedule(ends).double()
+        gain, variance = gaussian.transition(gamma_s, gamma_t)
+        mean = gain * gaussian.marginal_sample(x, gamma_s, eps)
+        one = torch.ones_like(mean)
+        return sum_dimensions(gaussian.kl_divergence(mean, variance * one, 0 * one, one))
+
+    def _consistency(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: CountedNetwork) -> Tensor:
+        """``log q(z_s|z_r) - log p(z_s|z_t)`` on one draw of all three, r one step before s, or x itself at s = 0."""
+        assert self.transitions is not None
+        process = scalar_gaussian(self.process)
+        gamma_s, gamma_t = process.schedule(s).double(), process.schedule(t).double()
+        gamma_r = process.schedule((s - 1 / self.transitions).clamp(min=0)).double()
+        gain, variance = (
+            broadcast(torch.where(s > 0, later, first), x)
+            for later, first in zip(
+                gaussian.transition(gamma_r, gamma_s),
+                (gaussian.alpha(gamma_s), torch.sigmoid(gamma_s)),
+                strict=True,
+            )
+        )
+        origin = torch.where(broadcast(s > 0, x), gaussian.marginal_sample(x, gamma_r, noise["previous"].double()), x)
+        e = noise["current"].double()
+        z_s = gain * origin + variance.sqrt() * e
+        step, step_variance = (broadcast(value, x) for value in gaussian.transition(gamma_s, gamma_t))
+        z_t = step * z_s + step_variance.sqrt() * noise["next"].double()
+        eps_hat, prediction = predict_both(process, network, z_t, gamma_t)
+        level_s, level_t = broadcast(gamma_s, x), broadcast(gamma_t, x)
+        c = -torch.expm1(level_s - level_t)
+        mean = gaussian.alpha(level_s) / gaussian.alpha(level_t) * (z_t - c * gaussian.sigma(level_t) * eps_hat)
+        log_variance = torch.log(torch.sigmoid(level_s) * c)
+        if not process.variance.is_posterior:
+            log_variance = log_variance - process.variance.log_ratio(prediction, level_s, level_t)
+        error = (z_s - mean) ** 2 * torch.exp(-log_variance)
+        return 0.5 * sum_dimensions(error + log_variance - e**2 - variance.log())
+
+    def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """That of `VDMObjective`, and of the steps of a chain."""
+        levels = batch["levels"]
+        shape = tuple(levels.shape)
+        steps = {name: normal_noise(shape, generator, levels.device) for name in _STEPS}
+        return super().draw_noise(batch, generator) | steps
+
+
+@dataclass(frozen=True)
+class TransitionProfile:
+    """Bits over t, the data of a plot; all (T,), float64.
+
+    Attributes:
+        times: The later end of each transition.
+        bits_per_dim: The term per unit of time, so that its mean over t is the term itself.
+        spread: The standard deviation of one evaluation at that t within an image, root mean square over images.
+    """
+
+    times: Tensor
+    bits_per_dim: Tensor
+    spread: Tensor
+
+
+@torch.no_grad()
+def transition_profile(objective: VDMObjective, batch: Batch, draws: int = 8, seed: int = 0) -> TransitionProfile:
+    """Bits over t with their spread, for either form of the bound: T draws evaluations of each image.
+
+    Args:
+        objective: `VDMObjective` or `ConsistencyObjective`, with a number of transitions.
+        batch: The images.
+        draws: Of each image at each transition; at least 2.
+        seed: Of all draws.
+
+    Raises:
+        ConfigurationError: The objective is in continuous time, or the draws are too few for a spread.
+    """
+    transitions = objective.transitions
+    if transitions is None or draws < 2:
+        raise ConfigurationError(
+            f"bits over transitions were asked for with transitions={transitions} and draws={draws}: give a number of "
+            f"transitions, and at least 2 draws."
+        )
+    levels = batch["levels"]
+    means, spreads = [], []
+    with evaluating(objective):
+        for i in range(transitions):
+            times = torch.full((len(levels),), (i + 0.5) / transitions, device=levels.device)
+            values = [_one_draw(objective, batch, times, (seed, i, draw)) for draw in range(draws)]
+            each = torch.stack(values) / (levels[0].numel() * math.log(2))
+            means.append(each.mean())
+            spreads.append(each.var(0).mean().sqrt())
+    ends = torch.arange(1, transitions + 1, dtype=torch.float64) / transitions
+    return TransitionProfile(ends, torch.stack(means), torch.stack(spreads))
+
+
+def _one_draw(objective: VDMObjective, batch: Batch, times: Tensor, key: Sequence[int]) -> Tensor:
+    generators = [image_generator(*key, i, _PROFILE) for i in range(len(times))]
+    return objective(batch, times, objective.draw_noise(batch, generators)).terms[objective.integrand].double().cpu()

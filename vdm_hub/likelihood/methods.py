@@ -1,0 +1,76 @@
+"""The methods by their names: ``bound``, ``ode`` and ``importance_weighted``."""
+
+from __future__ import annotations
+
+import torch
+
+from vdm_hub.diffusion.forward_process import ForwardProcess
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.likelihood.estimator import BoundEstimator
+from vdm_hub.likelihood.importance_weighted import ChainsMeasurement, WeightedFlowMeasurement
+from vdm_hub.likelihood.per_image import Measurement
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow
+from vdm_hub.likelihood.variational_bound import VDMObjective
+
+METHODS = ("bound", "ode", "importance_weighted")
+
+
+def build_measurement(
+    objective: VDMObjective,
+    num_images: int,
+    method: str = "bound",
+    *,
+    flow: ProbabilityFlow | None = None,
+    draws: int = 16,
+    seed: int = 0,
+) -> Measurement:
+    """A method on a model.
+
+    Args:
+        objective: The model, with its number of transitions.
+        num_images: How many images are to be measured: times are stratified over them.
+        method: ``bound``, the variational bound; ``ode``, the probability-flow likelihood, in continuous time;
+            ``importance_weighted``, over whole chains where there is a number of transitions, else over dequantised
+            draws of the probability flow.
+        flow: The protocol of a probability flow.
+        draws: K, of ``importance_weighted``.
+        seed: Of all draws.
+
+    Raises:
+        ConfigurationError: The name is unknown, the model has no such likelihood, or its schedule no finite endpoints.
+    """
+    if method not in METHODS:
+        raise unknown_name("likelihood method", method, METHODS)
+    check_endpoints(objective.process)
+    if method == "bound":
+        return BoundEstimator(objective, num_images, seed)
+    if method == "importance_weighted" and objective.transitions is not None:
+        return ChainsMeasurement(objective, draws, seed)
+    if objective.transitions is not None:
+        raise ConfigurationError(
+            f"transitions is {objective.transitions}, and the probability-flow ODE has none: leave it out, or ask for "
+            f"method 'bound' or 'importance_weighted'."
+        )
+    if method == "ode":
+        return FlowMeasurement(objective, flow, seed)
+    return WeightedFlowMeasurement(objective, flow, draws, seed)
+
+
+def check_endpoints(process: ForwardProcess) -> None:
+    """Refuse a schedule whose ends have no finite log-SNR: its prior or reconstruction term would have no value.
+
+    Raises:
+        ConfigurationError: gamma(0) or gamma(1) is not finite.
+    """
+    if not isinstance(process, GaussianProcess) or not process.schedule.scalar:
+        return
+    device = next((parameter.device for parameter in process.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        ends = process.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)).tolist()
+    for time, gamma in zip((0, 1), ends, strict=True):
+        if not abs(gamma) < float("inf"):
+            raise ConfigurationError(
+                f"{type(process.schedule).__name__} has gamma({time}) = {gamma}, and a bound needs finite endpoints: "
+                f"cut the schedule in t where it passes, say, gamma = -13.3 and 5."
+            )

@@ -1,0 +1,66 @@
+r"""How many replicates a target needs: evaluations are added in stages, each planned from the error so far.
+
+The error of a mean of R independent replicates falls as ``R^{-1/2}``, so a target asks for ``R (error/target)^2``. The
+error itself is uncertain, by a share of about ``(2 (R-1))^{-1/2}``, so no stage more than doubles what there is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vdm_hub.errors import ConfigurationError
+
+FEWEST_REPLICATES = 8
+"""Fewer give no standard error to stop by."""
+
+
+def next_replicates(done: int, standard_error: float, target: float, maximum: int) -> int:
+    """How many more replicates to measure: none once the target is met, or the maximum spent.
+
+    Args:
+        done: Replicates so far.
+        standard_error: Of the mean, from them; NaN or infinite where they are too few.
+        target: The standard error that is wanted, in the same units.
+        maximum: Of replicates in all.
+
+    Raises:
+        ConfigurationError: The target is not positive.
+
+    >>> [next_replicates(8, error, target=0.005, maximum=64) for error in (0.010, 0.006, 0.005)]
+    [8, 4, 0]
+    """
+    if not target > 0:
+        raise ConfigurationError(f"the target standard error is {target}: give a positive number of bits/dim.")
+    left = max(maximum - done, 0)
+    if done < FEWEST_REPLICATES:
+        return min(FEWEST_REPLICATES - done, left)
+    if standard_error <= target:
+        return 0
+    ratio = standard_error / target
+    needed = math.ceil(done * min(ratio, 2) ** 2) - done if math.isfinite(ratio) else done
+    return min(max(needed, 1), done, left)
+
+
+@dataclass(frozen=True)
+class TargetOutcome:
+    """Whether a target was reached, part of the result.
+
+    Attributes:
+        standard_error: What was wanted, bits/dim.
+        reached: Whether it was.
+        stages: Replicates after each stage.
+    """
+
+    standard_error: float
+    reached: bool
+    stages: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON.
+
+        >>> TargetOutcome(0.005, True, (8, 12)).to_json()
+        {'standard_error': 0.005, 'reached': True, 'stages': [8, 12]}
+        """
+        return asdict(self) | {"stages": list(self.stages)}
