@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.batches import ShuffledBatches, StreamedBatches, evaluation_batches, training_batches
 from vdm_hub.data.digits import digits
-from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.data.images import Decoder, ImageLevels, ImageStream
 from vdm_hub.data.loading import load_data, load_split
 from vdm_hub.errors import DataError
 from vdm_hub.pixels import image_from_levels, levels_from_image, pixel_values
@@ -287,6 +287,50 @@ def test_processes_see_the_slices_of_what_one_process_sees(
         for rank in range(world_size)
     ]
     assert torch.equal(torch.cat([part["levels"] for part in parts]), whole)
+
+
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 4), seeds)
+def test_processes_and_accumulation_steps_divide_a_global_batch_alike(
+    count: int, batch_size: int, parts: int, seed: int
+) -> None:
+    """Over several epochs; and no optimiser step holds an image twice."""
+    assume(count >= batch_size * parts)
+    images, steps = numbered(count), 3 * (count // (batch_size * parts)) + 1
+    one = ShuffledBatches(images, batch_size, seed=seed, accumulation=parts)
+    several = [ShuffledBatches(images, batch_size, seed=seed, rank=r, world_size=parts) for r in range(parts)]
+    for step in range(steps):
+        accumulated = [one.batch(step * parts + part)["class_labels"].tolist() for part in range(parts)]
+        assert accumulated == [source.batch(step)["class_labels"].tolist() for source in several]
+        numbers = [number for part in accumulated for number in part]
+        assert len(set(numbers)) == len(numbers)
+
+
+@given(sizes, seeds, st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_a_stream_is_divided_alike_whatever_its_shards(
+    size: tuple[int, int, int], seed: int, accumulation: int
+) -> None:
+    count, batch_size, world_size = size
+    assume(count >= batch_size * world_size * accumulation)
+    shards = [list(range(count))[start::3] for start in range(3)]  # unequal, some perhaps empty
+
+    def rows(shards: list[list[int]]) -> Iterator[dict[str, int]]:
+        for shard in shards:
+            yield from ({"number": number} for number in shard)
+
+    dataset = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": shards})
+    stream = ImageStream(dataset, "number", (1, 1, 1), 256, Decoder(), shuffle_buffer_size=7)
+
+    def numbers(batch: int, rank: int, world: int, parts: int) -> list[list[int]]:
+        source = StreamedBatches(stream, batch, seed=seed % 2**32, rank=rank, world_size=world, accumulation=parts)
+        steps = 2 * (count // (batch_size * world_size * accumulation)) * parts
+        return [[row["number"] for row in part] for part in islice(source._rows(), steps)]
+
+    ranks = [numbers(batch_size, rank, world_size, accumulation) for rank in range(world_size)]
+    alone = numbers(batch_size, 0, 1, accumulation * world_size)
+    assert [part for parts in zip(*ranks, strict=True) for part in parts] == alone
+    epoch = [number for part in alone[: len(alone) // 2] for number in part]
+    assert len(set(epoch)) == len(epoch) == count - count % (batch_size * world_size * accumulation)
 
 
 @given(sizes, seeds, st.integers(0, 30))

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from runs import configuration, contents, train_here
-from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, VDMHubError
+from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, NonFiniteLossError, VDMHubError
 from vdm_hub.training import loop
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
+from vdm_hub.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from vdm_hub.training.outputs import OutputFolder
 
 STEPPED: dict[str, Any] = {"checkpointing_steps": 2, "max_train_steps": 6, "logging_steps": 1}
@@ -346,3 +346,38 @@ def test_a_folder_that_may_not_be_written_is_refused_before_anything(tmp_path: P
     finally:
         parent.chmod(0o755)
         parent.rmdir()
+
+
+# ---- a run that diverges, or goes on under other circumstances ------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [30.0, 1e3, 1e20])
+@pytest.mark.parametrize("schedule", ["linear", "learned_monotone"])
+def test_a_learning_rate_that_diverges_stops_the_run_with_its_checkpoint(
+    rate: float, schedule: str, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {
+        "learning_rate": rate,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "max_train_steps": 200,
+    }
+    ends = {"gamma_min": -7.87, "gamma_max": 5.0} | ({"hidden_features": 32} if schedule != "linear" else {})
+    with pytest.raises(NonFiniteLossError, match=r"step \d+.*lower"):
+        train_here(
+            tmp_path / "run",
+            **fields
+            | {"noise_schedule": {"name": schedule, "config": ends}, "max_grad_norm": 1e9, "logging_steps": 1},
+        )
+
+
+def test_a_run_goes_on_only_with_the_images_it_began_with(tmp_path: Path) -> None:
+    train_here(tmp_path / "run", max_train_steps=2)
+    last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    checkpoint = load_checkpoint(last)
+    checkpoint.state["provenance"]["dataset"] |= {"fingerprint": "sha256:other", "images": 7}
+    checkpoint.state["provenance"]["processes"] = 2
+    shutil.rmtree(last)
+    save_checkpoint(last.parent, 2, checkpoint.tensors, checkpoint.state)
+    with pytest.raises(CheckpointError, match=r"processes was 2 and is 1; the training images are others \(7 of"):
+        train_here(tmp_path / "run", resume_from_checkpoint="latest")

@@ -57,6 +57,7 @@ def without_names_and_times(run: Path) -> dict[str, str]:
         state = load_checkpoint(checkpoint).state
         for own in ("training_seconds", "recipe"):
             del state[own]
+        del state["provenance"]["training_seconds"]
         found[f"{place}/state.json"] = json.dumps(state, sort_keys=True)
         del found[f"{place}/manifest.json"]  # `load_checkpoint` found it right
     return found

@@ -27,8 +27,7 @@ SHOWN: dict[str, Any] = {
 def events(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
     run = tmp_path_factory.mktemp("tracked") / "run"
     train_here(run, **SHOWN)
-    (file,) = run.rglob("events.out.tfevents.*.0")
-    return EventAccumulator(str(file.parent)).Reload()
+    return EventAccumulator(str(run / "logs" / "vdm_hub")).Reload()
 
 
 def test_the_bound_its_terms_and_the_speed_are_logged_at_each_step(events: EventAccumulator) -> None:

@@ -7,10 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from typing import Any, TypeAlias, TypeVar
 
-import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from torch import Tensor
 
@@ -27,7 +25,8 @@ class ShuffledBatches:
     Epoch e is a permutation of the images, drawn from (seed, e) alone. A global batch is the next ``world_size *
     batch_size`` images of it, and each process has its contiguous slice. Mirroring and crops are drawn with the
     permutation, one draw for each of its places; so N processes see, image for image, what one process with an
-    N-fold batch sees. An epoch repeats no image, and leaves out only its last, incomplete global batch.
+    N-fold batch sees. An epoch repeats no image, and leaves out only its last, incomplete global batch, which is that
+    of all accumulation steps together.
 
     Args:
         images: The training images.
@@ -36,6 +35,7 @@ class ShuffledBatches:
         rank: The number of this process.
         world_size: The number of processes.
         random_flip: Mirror each image left to right with probability 1/2.
+        accumulation: How many batches make one optimiser step.
 
     Raises:
         DataError: There are fewer images than in one global batch.
@@ -55,10 +55,13 @@ class ShuffledBatches:
         rank: int = 0,
         world_size: int = 1,
         random_flip: bool = False,
+        accumulation: int = 1,
     ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size, self.random_flip = rank, world_size, random_flip
-        self.steps_per_epoch = len(images) // (batch_size * world_size)
+        whole = len(images) // (batch_size * world_size)
+        # Fewer than one optimiser step needs are refused by whoever counts those.
+        self.steps_per_epoch = whole - whole % accumulation if whole >= accumulation else whole
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"{len(images)} training images do not fill one batch of {batch_size} on each of {world_size} "
@@ -97,8 +100,10 @@ class ShuffledBatches:
 class StreamedBatches:
     """Training batches of a stream, through a shuffle buffer.
 
-    The order depends on the seed, the epoch and the number of processes. To start at a step, the images before it are
-    read again, though not decoded, so that the shuffle buffer is what it was.
+    The order depends on the seed and the epoch alone: every process reads all of the stream, and decodes its own slice
+    of each global batch, as `ShuffledBatches` divides it. An epoch leaves out only its last, incomplete global batch.
+    To start at a step, the images before it are read again, though not decoded, so that the shuffle buffer is what it
+    was.
 
     Args:
         images: The training images.
@@ -107,6 +112,7 @@ class StreamedBatches:
         rank: The number of this process.
         world_size: The number of processes.
         random_flip: Mirror each image left to right with probability 1/2.
+        accumulation: How many batches make one optimiser step.
     """
 
     steps_per_epoch: None = None
@@ -121,37 +127,42 @@ class StreamedBatches:
         rank: int = 0,
         world_size: int = 1,
         random_flip: bool = False,
+        accumulation: int = 1,
     ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size, self.random_flip = rank, world_size, random_flip
+        self.accumulation = accumulation
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from a step on, without end; one is read ahead where the images have ``num_workers``.
 
         Raises:
-            DataError: The stream has fewer images than one batch.
+            DataError: The stream has fewer images than one global batch.
         """
         batches = (self._decode(step, rows) for step, rows in islice(enumerate(self._rows()), start_step, None))
         return _read_ahead(batches) if self.images.decoder.num_workers else batches
 
     def _rows(self) -> Iterator[list[dict[str, Any]]]:
-        """The rows of each batch, epoch after epoch; an incomplete last batch of an epoch is left out."""
-        dataset = _shuffled(self.images, self.seed, self.rank, self.world_size)
+        """The rows of this process's batches, epoch after epoch."""
+        dataset = self.images.dataset.shuffle(seed=self.seed, buffer_size=self.images.shuffle_buffer_size)
+        together = self.batch_size * self.world_size
         for epoch in count():
             dataset.set_epoch(epoch)
             rows, complete = iter(dataset), 0
-            while len(batch := self._read(rows)) == self.batch_size:
-                yield batch
+            while len(whole := self._read(rows, together * self.accumulation)) == together * self.accumulation:
+                for start in range(self.rank * self.batch_size, len(whole), together):
+                    yield whole[start : start + self.batch_size]
                 complete += 1
             if complete == 0:
                 raise DataError(
-                    f"the stream holds {len(batch)} training images for process {self.rank} of {self.world_size}, "
-                    f"which do not fill one batch of {self.batch_size}: set train_batch_size to fewer."
+                    f"the stream holds {len(whole)} training images, which do not fill one batch of "
+                    f"{self.batch_size} on each of {self.world_size} process(es), {self.accumulation} time(s) a step: "
+                    f"set train_batch_size to fewer."
                 )
 
-    def _read(self, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _read(self, rows: Iterator[dict[str, Any]], number: int) -> list[dict[str, Any]]:
         try:
-            return list(islice(rows, self.batch_size))
+            return list(islice(rows, number))
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # pyarrow's errors are of these kinds
             raise DataError(
                 f"the training stream broke off ({in_one_line(error)}): a file of the dataset is gone, or damaged, or "
@@ -159,7 +170,8 @@ class StreamedBatches:
             ) from error
 
     def _decode(self, step: int, rows: list[dict[str, Any]]) -> Batch:
-        draws = torch.rand(self.batch_size, 3, generator=_generator(self.seed, step, self.rank))
+        place = step * self.world_size + self.rank  # in the order of the images, whatever the number of processes
+        draws = torch.rand(self.batch_size, 3, generator=_generator(self.seed, place))
         levels = self.images.decode(rows, draws[:, 1:])
         return {"levels": _flip(levels, draws[:, 0]) if self.random_flip else levels}
 
@@ -196,15 +208,6 @@ def evaluation_batches(
     while batch := list(islice(numbered, batch_size)):
         indices = torch.tensor([index for index, _ in batch])
         yield {"levels": images.decode([row for _, row in batch]), "indices": indices}
-
-
-def _shuffled(images: ImageStream, seed: int, rank: int, world_size: int) -> datasets.IterableDataset:
-    dataset = images.dataset.shuffle(seed=seed, buffer_size=images.shuffle_buffer_size)
-    if world_size == 1:
-        return dataset
-    # After `skip` or `take` shards can't be dealt out: datasets would skip in each of them, so other images.
-    strategy = "auto" if images.splittable else "examples"
-    return split_dataset_by_node(dataset, rank=rank, world_size=world_size, strategy=strategy)
 
 
 def _flip(levels: Tensor, draws: Tensor) -> Tensor:

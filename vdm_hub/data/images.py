@@ -144,8 +144,6 @@ class ImageStream:
         num_levels: K.
         decoder: What turns a row into levels.
         shuffle_buffer_size: Images in the shuffle buffer of training.
-        splittable: Whether the file shards may be dealt out to processes. Not where images were skipped or taken,
-            which `datasets` counts per shard.
         resized: Whether the first image is resized or cropped.
     """
 
@@ -155,7 +153,6 @@ class ImageStream:
     num_levels: int
     decoder: Decoder
     shuffle_buffer_size: int = 1
-    splittable: bool = True
     resized: bool = False
 
     def decode(self, rows: Sequence[dict[str, Any]], offsets: Tensor | None = None) -> Tensor:

@@ -210,8 +210,7 @@ def _training_stream(dataset: datasets.IterableDataset, arguments: DataArguments
         )
         dataset = dataset.skip(size)
     dataset = dataset if limit is None else dataset.take(limit)
-    splittable = size == 0 and limit is None
-    return _stream(dataset, arguments, name, center_crop=arguments.center_crop, splittable=splittable), held_out
+    return _stream(dataset, arguments, name, center_crop=arguments.center_crop), held_out
 
 
 def _evaluation_split(arguments: DataArguments, split: str | None) -> Images | None:
@@ -251,7 +250,6 @@ def _stream(
     split: str,
     *,
     center_crop: bool,
-    splittable: bool = True,
 ) -> ImageStream:
     column, decoder = arguments.image_column, _decoder(arguments, center_crop=center_crop)
     encoded = _undecoded(dataset, column, split)
@@ -261,7 +259,7 @@ def _stream(
     levels, resized = decoder.fit(first[column], 0)
     shape, buffer = decoder.output_shape(levels), arguments.shuffle_buffer_size
     warn_if_resized(first[column], decoder)
-    return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, splittable, resized)
+    return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, resized)
 
 
 def _undecoded(dataset: Any, column: str, split: str) -> Any:

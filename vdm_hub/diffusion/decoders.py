@@ -144,7 +144,10 @@ class _LogNormalDistribution(torch.autograd.Function):
 def _reach(gamma_0: Tensor, scaling: DataScaling, dtype: torch.dtype) -> int:
     """Levels to either side of the nearest one whose weight is not below the rounding of the sum."""
     deviations = math.sqrt(-2 * math.log(torch.finfo(dtype).eps)) + 1
-    deviation = math.exp(float(gamma_0.detach().max()) / 2)
+    gamma = float(gamma_0.detach().max())
+    if not gamma < 100:  # NaN too: the bound is then not finite, and whoever asked for it says so
+        return scaling.num_levels - 1
+    deviation = math.exp(gamma / 2)
     return min(math.ceil(deviations * deviation / scaling.spacing + 0.5), scaling.num_levels - 1)
 
 

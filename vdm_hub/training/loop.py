@@ -32,7 +32,7 @@ from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
 from vdm_hub.training.early_stopping import EarlyStopping
 from vdm_hub.training.history import History
-from vdm_hub.training.losses import LossWatch
+from vdm_hub.training.losses import GRADIENT_NORM, LossWatch
 from vdm_hub.training.optimizers import build_optimizer
 from vdm_hub.training.outputs import OutputFolder, publish_locally, results, sample_images
 from vdm_hub.training.processes import build_accelerator, to_device
@@ -112,6 +112,7 @@ class Run:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             random_flip=configuration.data.random_flip,
+            accumulation=training.gradient_accumulation_steps,
         )
         self.total_steps = count_steps(training, self.source.steps_per_epoch)
         accumulation, processes = training.gradient_accumulation_steps, accelerator.num_processes
@@ -214,7 +215,7 @@ class Run:
         The gradient is the mean over all processes, so they all stop at the same step.
         """
         if self.accelerator.scaler is None:  # with fp16 it may overflow: the scaler then skips the step
-            terms = terms | {"gradient norm": gradient_norm.detach()}
+            terms = terms | {GRADIENT_NORM: gradient_norm.detach()}
         self.losses.add(self.step + 1, terms)
 
     # ---- what is seen while it runs ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -11,9 +12,14 @@ from vdm_hub.errors import NonFiniteLossError
 from vdm_hub.training.checkpoints import find_checkpoint
 from vdm_hub.training.configuration import TrainingArguments
 
+GRADIENT_NORM = "gradient norm"
+_DIVERGED = 1000.0  # a bound so many times the lowest one is no matter of which times were drawn
+
 
 class LossWatch:
-    """Stops before the weights follow a loss that is not finite; on a GPU, looks only where the host waits anyway.
+    """Stops before the weights follow a loss that is not finite, that no bound can be, or that has exploded.
+
+    On a GPU it looks only where the host waits anyway.
 
     Args:
         training: How often is logged, and what the message advises to lower.
@@ -24,6 +30,7 @@ class LossWatch:
     def __init__(self, training: TrainingArguments, checkpoints: Path, *, looks_at_once: bool) -> None:
         self._training, self._checkpoints, self._looks_at_once = training, checkpoints, looks_at_once
         self._unchecked: list[tuple[int, dict[str, Tensor]]] = []
+        self._lowest = math.inf
 
     def add(self, step: int, terms: dict[str, Tensor]) -> None:
         """The terms of a step, (), before the optimiser takes it; the same on all processes, so all stop at once."""
@@ -42,14 +49,26 @@ class LossWatch:
             return
         values = torch.stack([torch.stack(list(terms.values())) for _, terms in unchecked]).cpu()
         for (step, terms), row in zip(unchecked, values, strict=True):
-            if not bool(torch.isfinite(row).all()):
-                named = ", ".join(f"{name} {value:.6g}" for name, value in zip(terms, row.tolist(), strict=True))
+            found = dict(zip(terms, row.tolist(), strict=True))
+            if (wrong := self._what_is_wrong(found)) is not None:
+                named = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
                 raise NonFiniteLossError(
-                    f"the loss of step {step} is not finite ({named}; bits/dim). Training stopped; the last good "
+                    f"the loss of step {step} {wrong} ({named}; bits/dim). Training stopped; the last good "
                     f"checkpoint is {self._last_good()}. Resume from it with a lower learning_rate (now "
                     f"{self._training.learning_rate:g}) or max_grad_norm (now {self._training.max_grad_norm:g}), or "
                     f"use bf16 instead of fp16."
                 )
+
+    def _what_is_wrong(self, found: dict[str, float]) -> str | None:
+        if not all(map(math.isfinite, found.values())):
+            return "is not finite"
+        total = sum(value for name, value in found.items() if name != GRADIENT_NORM)
+        if total < 0:
+            return "is negative, which no bound on discrete data is: a learned noise schedule has turned over"
+        self._lowest = min(self._lowest, total)
+        if total > _DIVERGED * max(self._lowest, 1e-3):
+            return f"is more than {_DIVERGED:g} times the lowest one of this run, {self._lowest:.6g}"
+        return None
 
     def check_weights(self, step: int, model: nn.Module) -> None:
         """A finite loss can still be followed by a bad update.

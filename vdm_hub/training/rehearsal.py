@@ -27,6 +27,7 @@ def rehearse(run: Run) -> str:
     Returns:
         A table of parameters, data, memory and the estimated time.
     """
+    left = run.total_steps - run.step
     batches = next(run.batches(), None)
     if batches is None:
         return f"nothing is left to do: the run has taken its {run.step:,} steps."
@@ -41,8 +42,8 @@ def rehearse(run: Run) -> str:
         "state": f"{_bytes(run) / _MIB:,.1f} MiB: weights, gradients, the optimiser's state and the moving average",
         "peak memory": f"{_peak(device) / _MIB:,.0f} MiB of {'the GPU' if device.type == 'cuda' else 'the process'}",
         "a step": f"{seconds:.3f} s, {run.global_batch_size / seconds:,.1f} images/s",
-        "training": f"{_duration(run.total_steps * seconds)} for {run.total_steps:,} steps, without validation, "
-        "sampling and the evaluation at the end",
+        "training": f"{_duration(left * seconds)} for {left:,} steps, without reading a stream, validation, sampling "
+        "and the evaluation at the end",
     }
     return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
 

@@ -49,7 +49,8 @@ def restore_state(run: Run, path: Path, checkpoint: Checkpoint) -> None:
     """
     try:
         # Weights that fit are not enough: under another process, or with other data, they are another run's.
-        if changed := differences(checkpoint.state["recipe"], run.configuration.to_dict()):
+        changed = differences(checkpoint.state["recipe"], run.configuration.to_dict())
+        if changed := changed + _other_circumstances(checkpoint.state["provenance"], run):
             raise ValueError("; ".join(changed))
         _restore(run, checkpoint.tensors, checkpoint.state)
         if run.step > run.total_steps:
@@ -59,6 +60,17 @@ def restore_state(run: Run, path: Path, checkpoint: Checkpoint) -> None:
             f"the checkpoint {path} is of another model or recipe ({in_one_line(error)}). Resume with the recipe "
             f"it was made by ({path.parent.parent / 'recipe.yaml'}), or start anew in another output_dir."
         ) from error
+
+
+def _other_circumstances(before: dict[str, Any], run: Run) -> list[str]:
+    """What no recipe says, and yet decides which images a step sees."""
+    now = run.provenance.describe(run.step, run.seconds)
+    changed = [f"{name} was {before[name]} and is {now[name]}" for name in ("processes",) if before[name] != now[name]]
+    images = [told["dataset"] for told in (before, now)]
+    if images[0]["fingerprint"] != images[1]["fingerprint"]:
+        counts = " and ".join(f"{told['images']} of fingerprint {str(told['fingerprint'])[:20]}" for told in images)
+        changed.append(f"the training images are others ({counts})")
+    return changed
 
 
 def _restore(run: Run, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

@@ -51,8 +51,7 @@ class Trackers:
         """Picture files by name, those that exist, to the trackers that show pictures."""
         if not self.wanted:
             return
-        pictures = {name: np.asarray(Image.open(file).convert("RGB")) for name, file in files.items() if file.exists()}
-        self._each(lambda tracker: _show(tracker, pictures, step))
+        self._each(lambda tracker: _show(tracker, _read(files), step))
 
     def close(self) -> None:
         """End them, and the group of processes."""
@@ -71,6 +70,10 @@ class Trackers:
                     f"is logged is in its checkpoints and in history.json all the same.",
                     stacklevel=3,
                 )
+
+
+def _read(files: Mapping[str, Path]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(Image.open(file).convert("RGB")) for name, file in files.items() if file.exists()}
 
 
 def _show(tracker: GeneralTracker, pictures: Mapping[str, np.ndarray], step: int) -> None:
