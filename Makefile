@@ -36,7 +36,7 @@ install-plugins: install  ## Install the packages in plugins/, from where they a
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(addprefix -e ,$(PLUGINS))
 
 # The core's tests run without any plugin, also where some are installed; afterwards all are.
-test: install  ## Run the tests: the core's without plugins, then the plugins' (about 10 minutes on 2 cores).
+test: install  ## Run the tests: the core's without plugins, then the plugins' (about 15 minutes on 2 cores).
 	$(RUN)/pip uninstall -qq --yes $(notdir $(PLUGINS))
 	$(RUN)/python -m pytest -n 2
 	$(MAKE) test-plugins
