@@ -353,9 +353,7 @@ def test_a_folder_that_may_not_be_written_is_refused_before_anything(tmp_path: P
 
 @pytest.mark.parametrize("rate", [30.0, 1e3, 1e20])
 @pytest.mark.parametrize("schedule", ["linear", "learned_monotone"])
-def test_a_learning_rate_that_diverges_stops_the_run_with_its_checkpoint(
-    rate: float, schedule: str, tmp_path: Path
-) -> None:
+def test_a_learning_rate_that_diverges_stops_the_run(rate: float, schedule: str, tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "learning_rate": rate,
         "lr_scheduler": "constant",

@@ -65,7 +65,9 @@ def restore_state(run: Run, path: Path, checkpoint: Checkpoint) -> None:
 def _other_circumstances(before: dict[str, Any], run: Run) -> list[str]:
     """What no recipe says, and yet decides which images a step sees."""
     now = run.provenance.describe(run.step, run.seconds)
-    changed = [f"{name} was {before[name]} and is {now[name]}" for name in ("processes",) if before[name] != now[name]]
+    changed = []
+    if before["processes"] != now["processes"]:
+        changed.append(f"processes was {before['processes']} and is {now['processes']}")
     images = [told["dataset"] for told in (before, now)]
     if images[0]["fingerprint"] != images[1]["fingerprint"]:
         counts = " and ".join(f"{told['images']} of fingerprint {str(told['fingerprint'])[:20]}" for told in images)
