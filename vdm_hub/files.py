@@ -34,7 +34,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         yield beside
         _replace(beside, path)
     finally:
-        _remove(beside)
+        remove(beside)
 
 
 def leftovers(path: Path) -> list[Path]:
@@ -56,7 +56,7 @@ def clear_leftovers(path: Path) -> None:
         if found.suffix == ".old" and not path.exists():
             found.rename(path)
         else:
-            _remove(found)
+            remove(found)
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -75,7 +75,15 @@ def _replace(source: Path, target: Path) -> None:
             os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder; one that is not there is no error.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> remove(folder)
+    >>> folder.exists()
+    False
+    """
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from runs import ROOT, contents, environment
 from vdm_hub.errors import CheckpointError
-from vdm_hub.training.checkpoints import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
+from vdm_hub.training.checkpoints import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint, tidy
 
 FILES = ("manifest.json", "objective.safetensors", "optimizer.safetensors", "state.json")
 
@@ -140,3 +140,14 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_ones(tmp_path: 
     assert find_checkpoint(tmp_path, "latest") == found[-1]
     save(tmp_path, step + 1, keep=1)
     assert {name.split("/")[0] for name in contents(tmp_path)} == {f"step-{step + 1:08d}"}
+
+
+def test_what_a_kill_left_is_cleared_and_a_checkpoint_it_hid_comes_back(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / "step-00000010").rename(tmp_path / ".step-00000010-0123abcd.old")  # killed between two renames
+    (tmp_path / ".step-00000020-0123abcd").mkdir()
+    (tmp_path / ".step-00000005.removed").mkdir()
+    (tmp_path / ".step-00000030-0123abcd").touch()  # a file, where a folder is expected
+    tidy(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000010"}
+    assert load_checkpoint(tmp_path / "step-00000010").state["step"] == 10

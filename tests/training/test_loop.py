@@ -143,12 +143,17 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
 
 
-def test_a_run_resumes_with_a_lower_learning_rate_which_then_holds(tmp_path: Path) -> None:
+def test_a_run_resumes_with_a_lower_learning_rate_which_then_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fields: dict[str, Any] = {"max_train_steps": 4, "lr_scheduler": "constant_with_warmup", "checkpointing_steps": 2}
     train_here(tmp_path / "run", **fields)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
     run = start(tmp_path / "run", **fields | {"learning_rate": 1e-5}, resume_from_checkpoint="latest")
+    capsys.readouterr()
     run.resume()
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed from"))
+    assert line.endswith("step-00000002; learning_rate was 0.002 and is 1e-05")
     assert run.step == 2
     assert [group["lr"] for group in run.optimizer.param_groups] == [1e-5]
     run.optimise(next(run.batches()))

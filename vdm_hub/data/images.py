@@ -54,7 +54,7 @@ class Decoder:
             image = datasets.Image().decode_example(encoded)
         except _UNREADABLE as error:
             raise DataError(
-                f"{name_of_image(encoded, index)} of the dataset can't be decoded ({in_one_line(error)}): replace "
+                f"{name_of_image(encoded, index)} of the dataset can't be decoded ({_why(error)}): replace "
                 f"or remove it; of training images, --skip_corrupt_images leaves such out."
             ) from error
         levels = levels_from_image(image, self.num_levels, color=self.color, index=index)
@@ -229,6 +229,11 @@ def _resize(image: Image, resolution: int) -> Image:
     short = min(image.size)
     width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
     return image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+
+
+def _why(error: Exception) -> str:
+    # Pillow shows the buffer's address, which tells nobody anything.
+    return "no known image format" if isinstance(error, PIL.UnidentifiedImageError) else in_one_line(error)
 
 
 def name_of_image(encoded: Any, index: int | None) -> str:

@@ -121,8 +121,9 @@ class LikelihoodReport:
     def __str__(self) -> str:
         sign = "<=" if self.is_bound else "="
         lines = [
-            f"-log2 p(x) / dim {sign} {self.bits_per_dim:.4f} bits/dim   "
-            f"standard error {self.standard_error:.4f} (Monte Carlo), {self.standard_error_over_images:.4f} (images)"
+            f"-log2 p(x) / dim {sign} {self.bits_per_dim:.4f} bits/dim   standard error "
+            f"{_shown(self.standard_error, 'replicates')} (Monte Carlo), "
+            f"{_shown(self.standard_error_over_images, 'images')} (images)"
         ]
         width = max(16, *(len(name) + 2 for name in self.terms))
         lines += [f"  {name:<{width}}{value:>10.4f}" for name, value in self.terms.items()]
@@ -161,7 +162,7 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
     if clipped := details.get("clipped"):
         lines.append(
             f"the same, every estimate of the data clipped as the sampler does: {clipped['bits_per_dim']:.4f} "
-            f"bits/dim, standard error {_or_nan(clipped['standard_error']):.4f}"
+            f"bits/dim, standard error {_shown(_or_nan(clipped['standard_error']), 'replicates')}"
         )
     if dataset := details.get("dataset"):
         named = ", ".join(str(dataset[key]) for key in ("name", "config", "split") if dataset.get(key))
@@ -178,6 +179,10 @@ def _target_lines(details: Mapping[str, Any]) -> list[str]:
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _shown(error: float, of: str) -> str:
+    return f"{error:.4f}" if math.isfinite(error) else f"unknown: it needs 2 {of}"
 
 
 def _standard_error(values: Tensor) -> float:

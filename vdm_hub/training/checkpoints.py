@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vdm_hub.errors import CheckpointError
-from vdm_hub.files import written_beside
+from vdm_hub.files import clear_leftovers, remove, written_beside
 
 _FORMAT = "vdm_hub checkpoint 2"
+_REMOVED = ".removed"
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,17 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _clear(folder: Path) -> None:
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
+    for removed in folder.glob(f".step-*{_REMOVED}"):
+        remove(removed)
+    for name in {hidden.name[1:].partition("-")[2].partition("-")[0] for hidden in folder.glob(".step-*")}:
+        clear_leftovers(folder / f"step-{name}")
 
 
 def _remove(paths: list[Path]) -> None:
     for path in paths:
-        hidden = path.with_name(f".{path.name}.old")  # half removed, it is no checkpoint
+        hidden = path.with_name(f".{path.name}{_REMOVED}")  # half removed, it is no checkpoint
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        remove(hidden)
 
 
 def _to_disk(file: Path) -> None:

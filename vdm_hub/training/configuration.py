@@ -49,9 +49,22 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     >>> differences({"seed": 0, "logging_steps": 1}, {"seed": 1, "logging_steps": 50})
     ['seed was 0 and is 1']
     """
+    return _changes(before, now, set(now) - _MAY_CHANGE)
+
+
+def allowed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a resumed run does otherwise from here on, and may, in words.
+
+    >>> allowed_changes({"seed": 0, "logging_steps": 1}, {"seed": 1, "logging_steps": 50})
+    ['logging_steps was 1 and is 50']
+    """
+    return _changes(before, now, _MAY_CHANGE - {"recipe", "output_dir", "resume_from_checkpoint", "dry_run"})
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], fields: set[str]) -> list[str]:
     # A field that is younger than the recipe is not compared.
-    changed = [key for key in now if key not in _MAY_CHANGE and key in before and before[key] != now[key]]
-    return [f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed]
+    changed = [key for key in now if key in fields and key in before and before[key] != now[key]]
+    return [f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed]
 
 
 @dataclass(frozen=True)

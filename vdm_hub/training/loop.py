@@ -30,6 +30,7 @@ from vdm_hub.likelihood.variational_bound import Bound
 from vdm_hub.plots import save_grid
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
+from vdm_hub.training.configuration import allowed_changes
 from vdm_hub.training.early_stopping import EarlyStopping
 from vdm_hub.training.history import History
 from vdm_hub.training.losses import GRADIENT_NORM, LossWatch
@@ -347,7 +348,8 @@ class Run:
         if self._start is not None:
             restore_state(self, self._start.path, self._start.checkpoint)
             if self.accelerator.is_main_process:
-                tqdm.write(f"resumed from {self._start.path}")
+                changed = allowed_changes(self._start.checkpoint.state["recipe"], self.configuration.to_dict())
+                tqdm.write("; ".join([f"resumed from {self._start.path}", *changed]))
         steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:  # nodes that do not share the folder
             raise CheckpointError(
