@@ -47,6 +47,14 @@ class ConsistencyObjective(VDMObjective):
 
     Raises:
         ConfigurationError: There is no T, or the process is another.
+
+    >>> from vdm_hub import UNetVDMModel, VDMScheduler
+    >>> unet = UNetVDMModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    >>> objective = ConsistencyObjective(unet, VDMScheduler(num_levels=17).process, transitions=4)
+    >>> batch = {"levels": torch.zeros(2, 1, 8, 8, dtype=torch.long)}
+    >>> noise = objective.draw_noise(batch, torch.Generator().manual_seed(0))
+    >>> list(objective(batch, torch.tensor([0.25, 0.75]), noise).terms)
+    ['reconstruction', 'prior', 'consistency']
     """
 
     integrand = "consistency"
@@ -151,6 +159,13 @@ def transition_profile(objective: VDMObjective, batch: Batch, draws: int = 8, se
 
     Raises:
         ConfigurationError: The objective is in continuous time, or the draws are too few for a spread.
+
+    >>> from vdm_hub import UNetVDMModel, VDMScheduler
+    >>> unet = UNetVDMModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    >>> objective = VDMObjective(unet, VDMScheduler(num_levels=17).process, transitions=3)
+    >>> profile = transition_profile(objective, {"levels": torch.zeros(2, 1, 8, 8, dtype=torch.long)}, draws=2)
+    >>> profile.bits_per_dim.shape
+    torch.Size([3])
     """
     transitions = objective.transitions
     if transitions is None or draws < 2:

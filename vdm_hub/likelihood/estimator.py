@@ -66,6 +66,13 @@ class BoundEstimator(Measurement):
     Raises:
         DataError: There is no image.
         ConfigurationError: A number of evaluations is out of range.
+
+    >>> from vdm_hub import UNetVDMModel, VDMScheduler
+    >>> unet = UNetVDMModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    >>> estimator = BoundEstimator(VDMObjective(unet, VDMScheduler(num_levels=17).process), num_images=2)
+    >>> batch = {"levels": torch.zeros(2, 1, 8, 8, dtype=torch.long), "indices": torch.arange(2)}
+    >>> {name: tuple(term.shape) for name, term in estimator.measure(batch, replicate=0).terms.items()}  # nats
+    {'reconstruction': (2,), 'prior': (2,), 'diffusion': (2,)}
     """
 
     method, is_bound = "bound", True

@@ -82,6 +82,15 @@ class VDMObjective(Objective):
 
     Attributes:
         integrand: The name of the term that is an integral, or a mean, over times; the others have no time.
+
+    >>> from vdm_hub import UNetVDMModel, VDMScheduler
+    >>> unet = UNetVDMModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    >>> objective = VDMObjective(unet, VDMScheduler(num_levels=17).process)
+    >>> batch = {"levels": torch.zeros(2, 1, 8, 8, dtype=torch.long)}
+    >>> noise = objective.draw_noise(batch, torch.Generator().manual_seed(0))
+    >>> bound = objective(batch, torch.tensor([0.25, 0.75]), noise)
+    >>> {name: tuple(term.shape) for name, term in bound.terms.items()}
+    {'reconstruction': (2,), 'prior': (2,), 'diffusion': (2,)}
     """
 
     integrand: str = "diffusion"
