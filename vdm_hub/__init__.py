@@ -12,8 +12,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Parameterization
+from vdm_hub.likelihood.hierarchical import HVAEObjective
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Bound, Objective, VDMObjective
+from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.pipeline_vdm import VDMPipeline
@@ -25,7 +27,9 @@ __all__ = [
     "Bound",
     "BoundProcess",
     "ForwardProcess",
+    "HVAEObjective",
     "LikelihoodReport",
+    "MarkovianHVAE",
     "ModelMixin",
     "NoiseSchedule",
     "NoiseScheduleModel",
@@ -38,4 +42,4 @@ __all__ = [
     "VDMScheduler",
 ]
 
-register(sys.modules[__name__], [NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler])
+register(sys.modules[__name__], [MarkovianHVAE, NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler])

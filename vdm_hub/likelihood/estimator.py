@@ -76,6 +76,7 @@ class BoundEstimator(Measurement):
     """
 
     method, is_bound = "bound", True
+    objective: VDMObjective
 
     def __init__(
         self,

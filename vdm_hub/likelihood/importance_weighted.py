@@ -98,6 +98,7 @@ class ChainsMeasurement(Measurement):
     """
 
     method = "importance_weighted"
+    objective: VDMObjective
 
     def __init__(self, objective: VDMObjective, chains: int = 16, seed: int = 0) -> None:
         super().__init__(objective, seed)
@@ -106,7 +107,7 @@ class ChainsMeasurement(Measurement):
                 "importance weights need whole chains, and continuous time has none; weights from random times would "
                 "be biased upwards. Give a number of transitions."
             )
-        _check_count("chains", chains)
+        check_count("chains", chains)
         scalar_gaussian(objective.process)
         self.chains = chains
 
@@ -114,7 +115,7 @@ class ChainsMeasurement(Measurement):
         """K chains of each image."""
         network = CountedNetwork(self.objective.network, batch)
         draws = [chain_terms(self.objective, batch, (self.seed, replicate), k, network) for k in range(self.chains)]
-        terms, size = _weighted(draws)
+        terms, size = weighted(draws)
         counts = {"evaluations": network.per_image(len(size)), "effective_sample_size": size}
         return Measured(terms, counts)
 
@@ -124,7 +125,7 @@ class ChainsMeasurement(Measurement):
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
         """The protocol with the effective sample sizes."""
-        return {"importance_weights": self.protocol()["importance_weights"] | _sizes(diagnostics)}
+        return {"importance_weights": self.protocol()["importance_weights"] | effective_sizes(diagnostics)}
 
 
 def estimate_importance_weighted_flow(
@@ -176,7 +177,7 @@ class WeightedFlowMeasurement(FlowMeasurement):
     def __init__(
         self, objective: VDMObjective, flow: ProbabilityFlow | None = None, draws: int = 16, seed: int = 0
     ) -> None:
-        _check_count("draws", draws)
+        check_count("draws", draws)
         super().__init__(objective, flow, seed)
         self.draws = draws
 
@@ -185,7 +186,7 @@ class WeightedFlowMeasurement(FlowMeasurement):
         network = CountedNetwork(self.objective.network, batch)
         arguments = self.objective, batch, self.flow, (self.seed, replicate)
         solved = [draw_flow(*arguments, k, network) for k in range(self.draws)]
-        terms, size = _weighted([draw.terms | {"dequantization": draw.log_q} for draw in solved])
+        terms, size = weighted([draw.terms | {"dequantization": draw.log_q} for draw in solved])
         steps = torch.stack([draw.steps for draw in solved], dim=1)
         counts = {"evaluations": network.per_image(len(size)), "effective_sample_size": size, "steps": steps}
         return Measured(terms, counts)
@@ -196,15 +197,15 @@ class WeightedFlowMeasurement(FlowMeasurement):
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
         """The protocol with the effective sample sizes and the solver's steps."""
-        weights = self.protocol()["importance_weights"] | _sizes(diagnostics)
+        weights = self.protocol()["importance_weights"] | effective_sizes(diagnostics)
         return super().details(diagnostics) | {"importance_weights": weights}
 
-    def notes(self) -> list[str]:
+    def notes(self, report: LikelihoodReport) -> list[str]:
         """What kind of number it is."""
         if self.flow.divergence == "exact":
-            return super().notes()
+            return super().notes(report)
         return [
-            *super().notes(),
+            *super().notes(report),
             "the stochastic divergence biases importance weights; divergence='exact' does not",
         ]
 
@@ -281,7 +282,7 @@ def _log_ratio(
     return 0.5 * sum_dimensions(log_ratio.exp() * (e - shift) ** 2 - e**2 - log_ratio)
 
 
-def _weighted(draws: list[Terms]) -> tuple[Terms, Tensor]:
+def weighted(draws: list[Terms]) -> tuple[Terms, Tensor]:
     """Terms averaged over draws, and what the weights gain; and the weights' effective sample sizes, (B,)."""
     means = {name: torch.stack([terms[name] for terms in draws]).mean(0) for name in draws[0]}
     log_weights = -torch.stack([torch.stack(list(terms.values())).sum(0) for terms in draws])
@@ -289,11 +290,13 @@ def _weighted(draws: list[Terms]) -> tuple[Terms, Tensor]:
     return means | gain, effective_sample_size(log_weights)
 
 
-def _sizes(diagnostics: Mapping[str, Tensor]) -> dict[str, float]:
+def effective_sizes(diagnostics: Mapping[str, Tensor]) -> dict[str, float]:
+    """What a report says of the weights' effective sample sizes."""
     size = diagnostics["effective_sample_size"]
     return {"effective_sample_size_mean": float(size.mean()), "effective_sample_size_min": float(size.min())}
 
 
-def _check_count(name: str, count: int) -> None:
+def check_count(name: str, count: int) -> None:
+    """Refuse fewer than one draw."""
     if count < 1:
         raise ConfigurationError(f"{name} is {count}: give at least 1.")

@@ -8,16 +8,17 @@ from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.likelihood.estimator import BoundEstimator
+from vdm_hub.likelihood.hierarchical import HierarchicalObjective, hierarchical_measurement
 from vdm_hub.likelihood.importance_weighted import ChainsMeasurement, WeightedFlowMeasurement
 from vdm_hub.likelihood.per_image import Measurement
 from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow
-from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.likelihood.variational_bound import Objective, VDMObjective
 
 METHODS = ("bound", "ode", "importance_weighted")
 
 
 def build_measurement(
-    objective: VDMObjective,
+    objective: Objective,
     num_images: int,
     method: str = "bound",
     *,
@@ -28,7 +29,7 @@ def build_measurement(
     """A method on a model.
 
     Args:
-        objective: The model, with its number of transitions.
+        objective: The model: a `VDMObjective` with its number of transitions, or a hierarchical VAE's.
         num_images: How many images are to be measured: times are stratified over them.
         method: ``bound``, the variational bound; ``ode``, the probability-flow likelihood, in continuous time;
             ``importance_weighted``, over whole chains where there is a number of transitions, else over dequantised
@@ -42,6 +43,10 @@ def build_measurement(
     """
     if method not in METHODS:
         raise unknown_name("likelihood method", method, METHODS)
+    if isinstance(objective, HierarchicalObjective):
+        return hierarchical_measurement(objective, method, draws, seed)
+    if not isinstance(objective, VDMObjective):
+        raise ConfigurationError(f"{type(objective).__name__} is no objective whose likelihood is known.")
     check_endpoints(objective.process)
     if method == "bound":
         return BoundEstimator(objective, num_images, seed)

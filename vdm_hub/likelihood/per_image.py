@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vdm_hub.errors import DataError, NonFiniteLossError
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
+from vdm_hub.likelihood.variational_bound import Batch, Objective
 
 Terms = dict[str, Tensor]
 Batches = Callable[[], Iterable[Batch]]
@@ -53,7 +53,7 @@ class Measurement(ABC):
     is_bound = True
     pilot_evaluations = 0
 
-    def __init__(self, objective: VDMObjective, seed: int = 0) -> None:
+    def __init__(self, objective: Objective, seed: int = 0) -> None:
         self.objective, self.seed = objective, seed
 
     @property
@@ -83,7 +83,7 @@ class Measurement(ABC):
         """What the report says besides the protocol; each diagnostic is (replicates, images) or (..., n)."""
         return {}
 
-    def notes(self) -> list[str]:
+    def notes(self, report: LikelihoodReport) -> list[str]:
         """What a reader of the number must know, one sentence each."""
         return []
 
@@ -162,7 +162,7 @@ class Results:
         evaluations = diagnostics.get("evaluations", torch.zeros(1))
         report.network_evaluations = int(evaluations.sum()) + measurement.pilot_evaluations
         report.details |= measurement.protocol() | measurement.details(diagnostics)
-        return report.with_notes(measurement.notes())
+        return report.with_notes(measurement.notes(report))
 
     def _stacked(self, kind: str, replicates: Sequence[int]) -> Terms:
         return {

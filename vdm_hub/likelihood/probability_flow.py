@@ -311,6 +311,7 @@ class FlowMeasurement(Measurement):
     """
 
     method, is_bound, transitions = "ode", False, None
+    objective: VDMObjective
 
     def __init__(self, objective: VDMObjective, flow: ProbabilityFlow | None = None, seed: int = 0) -> None:
         super().__init__(objective, seed)
@@ -333,7 +334,7 @@ class FlowMeasurement(Measurement):
         """The protocol with the solver's steps and evaluations."""
         return {"probability_flow": asdict(self.flow) | steps_taken(diagnostics)}
 
-    def notes(self) -> list[str]:
+    def notes(self, report: LikelihoodReport) -> list[str]:
         """What kind of number it is."""
         return ["the ODE is another model than the bound's; its expectation over the dequantisation bounds -log2 p(x)"]
 

@@ -52,7 +52,18 @@ class Bound:
 
 
 class Objective(nn.Module, ABC):
-    """Network, process and encoders in one module, so that accelerate prepares one; every draw comes in explicitly."""
+    """Network, process and encoders in one module, so that accelerate prepares one; every draw comes in explicitly.
+
+    Attributes:
+        transitions: T, or ``None`` for continuous time, and where there is no time.
+    """
+
+    transitions: int | None = None
+
+    @property
+    @abstractmethod
+    def body(self) -> nn.Module:
+        """The network, or all of them: what is compiled, checkpointed and counted."""
 
     @abstractmethod
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
@@ -60,7 +71,7 @@ class Objective(nn.Module, ABC):
 
         Args:
             batch: See `Batch`.
-            times: In [0, 1), (B,).
+            times: In [0, 1), (B,); not read where there is no time.
             noise: Base noise, as `draw_noise` gives it.
         """
 
@@ -100,6 +111,11 @@ class VDMObjective(Objective):
         if transitions is not None and transitions < 1:
             raise ConfigurationError(f"transitions is {transitions}: give at least 1, or none for continuous time.")
         self.network, self.process, self.transitions = network, process, transitions
+
+    @property
+    def body(self) -> nn.Module:
+        """The network."""
+        return self.network
 
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
         """The terms ``reconstruction``, ``prior`` and ``diffusion``, and those that the process adds."""

@@ -1,0 +1,156 @@
+"""The hierarchical VAE's bound against exact answers: a linear-Gaussian chain, and a small alphabet by brute force."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from linear_gaussian import Batches
+from tiny import randomised, seeded
+from vdm_hub import HVAEObjective, MarkovianHVAE
+from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.likelihood.hierarchical import (
+    COLLAPSED,
+    HierarchicalChains,
+    HierarchicalMeasurement,
+    JointHVAEObjective,
+    hierarchical_measurement,
+    joint_terms,
+)
+from vdm_hub.likelihood.methods import build_measurement
+from vdm_hub.likelihood.per_image import collect
+from vdm_hub.likelihood.report import LikelihoodReport
+
+LEVELS = torch.randint(0, 5, (6, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+NO_TIMES = torch.empty(0)
+
+
+def hvae(depth: int = 1, **arguments: Any) -> MarkovianHVAE:
+    fields = {"sample_size": 2, "in_channels": 1, "num_levels": 5, "latent_shapes": [(1,)], "block_out_channels": (8,)}
+    model = MarkovianHVAE(**fields | {"norm_num_groups": 4, "depth": depth} | arguments)
+    return randomised(model).double().eval()
+
+
+def exact_log_likelihood(model: MarkovianHVAE, levels: Tensor, nodes: int = 400) -> Tensor:
+    """``log p(x)`` by quadrature over latents of one dimension each, (B,): a grid for z_1, and one for each above."""
+    grid = torch.linspace(-12, 12, nodes, dtype=torch.float64)
+    log_step = math.log(float(grid[1] - grid[0]))
+    log_p = -0.5 * grid**2 - 0.5 * math.log(2 * math.pi)  # of z_T
+    for t in range(model.depth - 1, 0, -1):
+        below = model.decode(t, grid[:, None])
+        transition = torch.distributions.Normal(below.mean, below.scale).log_prob(grid[None, :])
+        log_p = torch.logsumexp(log_p[:, None] + transition + log_step, 0)
+    log_levels = model.decode_levels(grid[:, None])  # (nodes, 1, 2, 2, K)
+    picked = [log_levels.gather(-1, x.expand(nodes, *x.shape)[..., None]).flatten(1).sum(1) for x in levels]
+    return torch.stack([torch.logsumexp(log_p + one + log_step, 0) for one in picked])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@torch.no_grad()
+def test_the_bound_lies_above_minus_log_p_and_importance_weights_close_the_gap(depth: int) -> None:
+    model = hvae(depth)
+    exact = -exact_log_likelihood(model, LEVELS)
+    objective = HVAEObjective(model)
+    batches = Batches(LEVELS)
+    bound = collect(HierarchicalMeasurement(objective), batches, len(LEVELS), replicates=400)
+    weighted = collect(HierarchicalChains(objective, draws=256), batches, len(LEVELS), replicates=16)
+    bits = 4 * math.log(2)
+    mean = float(exact.mean()) / bits
+    assert bound.bits_per_dim > mean - 4 * bound.standard_error
+    assert mean - 4 * weighted.standard_error < weighted.bits_per_dim < bound.bits_per_dim
+    # 256 weights leave a bias of about their relative variance over 2 x 256 (Burda et al., theorem 1: it falls to 0).
+    assert abs(weighted.bits_per_dim - mean) < 0.02 * mean + 4 * weighted.standard_error
+    assert weighted.details["importance_weights"]["draws"] == 256
+
+
+class Linear(nn.Module):
+    """``N(gain z + shift, scale^2)``, in one dimension a latent."""
+
+    def __init__(self, gain: float, scale: float, shift: float = 0.0, flat: bool = False) -> None:
+        super().__init__()
+        self.gain, self.width, self.shift, self.flat = gain, scale, shift, flat
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.gain * (z.flatten(1).mean(1, keepdim=True) if self.flat else z) + self.shift
+        return mean, torch.full_like(mean, self.width)
+
+
+@torch.no_grad()
+def test_every_term_has_its_closed_form_where_all_is_linear_and_gaussian() -> None:
+    """For z_1 = a x + s e_1, z_2 = b z_1 + t e_2 and p(z_1|z_2) = N(c z_2, u^2) the expectations are quadratic."""
+    a, s, b, t, c, u = 0.7, 0.5, 0.8, 0.6, 0.9, 0.4
+    model = hvae(2, encoders=[Linear(a, s, flat=True), Linear(b, t)], decoders=[Linear(c, u)])
+    x = model.scale(LEVELS, torch.float64).flatten(1).mean(1)
+    second = s**2 + (a * x) ** 2  # E z_1^2
+    prior = 0.5 * (b**2 * second + t**2 - 1 - math.log(t**2))
+    squares = (1 - c * b) ** 2 * second + (c * t) ** 2  # E (z_1 - c z_2)^2
+    consistency = 0.5 * (squares / u**2 - 1) + math.log(u / s)
+    replicates = 4000
+    for objective in (HVAEObjective(model), JointHVAEObjective(model)):
+        noise = objective.draw_noise({"levels": LEVELS.repeat(replicates, 1, 1, 1)}, seeded())
+        terms = objective.terms(LEVELS.repeat(replicates, 1, 1, 1), [value.double() for value in noise.values()])
+        for name, expected in (("prior", prior), ("consistency_1", consistency)):
+            each = terms[name].reshape(replicates, len(x))
+            error = each.std(0) / math.sqrt(replicates)
+            assert bool(((each.mean(0) - expected).abs() < 5 * error + 1e-12).all()), name
+
+
+def test_both_forms_agree_on_the_same_latents_but_for_the_prior() -> None:
+    model = hvae(3)
+    noise = [torch.randn(len(LEVELS), 1, dtype=torch.float64, generator=seeded()) for _ in range(3)]
+    closed, joint = HVAEObjective(model).terms(LEVELS, noise), JointHVAEObjective(model).terms(LEVELS, noise)
+    again = joint_terms(model, LEVELS, model.latents(model.scale(LEVELS, torch.float64), noise))
+    assert closed.keys() == joint.keys() == again.keys()
+    for name in closed:
+        torch.testing.assert_close(joint[name], again[name], rtol=1e-12, atol=1e-12)
+        if name != "prior":
+            torch.testing.assert_close(closed[name], joint[name], rtol=1e-10, atol=1e-10)
+
+
+def test_the_vae_has_the_two_terms_of_its_bound() -> None:
+    model = hvae(1)
+    objective = HVAEObjective(model)
+    bound = objective({"levels": LEVELS}, NO_TIMES, objective.draw_noise({"levels": LEVELS}, seeded()))
+    assert list(bound.terms) == ["reconstruction", "prior"]
+    q = model.encode(1, model.scale(LEVELS, torch.float64))
+    normal = torch.distributions.Normal(q.mean, q.scale)
+    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(bound.terms["prior"], expected)
+
+
+def report_of(model: MarkovianHVAE, method: str = "bound") -> LikelihoodReport:
+    measurement = build_measurement(HVAEObjective(model), len(LEVELS), method, draws=4)
+    return collect(measurement, Batches(LEVELS), len(LEVELS), replicates=8)
+
+
+@pytest.mark.parametrize("method", ["bound", "importance_weighted"])
+def test_a_latent_that_carries_nothing_is_named(method: str) -> None:
+    collapsed = hvae(1, encoders=[Linear(0.0, 1.0, flat=True)])
+    assert abs(report_of(collapsed, method).terms["prior"]) * 4 * math.log(2) < COLLAPSED
+    assert "posterior collapse: the term 'prior' is" in str(report_of(collapsed, method))
+    alive = hvae(1, encoders=[Linear(2.0, 0.3, flat=True)])
+    assert "collapse" not in str(report_of(alive, method))
+    middle = hvae(2, encoders=[Linear(0.0, 0.5, flat=True), Linear(1.0, 0.5)], decoders=[Linear(0.0, 0.5)])
+    assert "posterior collapse: the term 'consistency_1' is" in str(report_of(middle, method))
+
+
+def test_an_image_draws_the_same_in_any_batch() -> None:
+    model = hvae(2)
+    for method in ("bound", "importance_weighted"):
+        measurement = hierarchical_measurement(HVAEObjective(model), method, draws=3)
+        whole, parts = (collect(measurement, Batches(LEVELS, size), len(LEVELS), 2) for size in (6, 1))
+        torch.testing.assert_close(whole.per_image, parts.per_image, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_hierarchical_vae_has_not_is_refused() -> None:
+    objective = HVAEObjective(hvae(1))
+    with pytest.raises(ConfigurationError, match="a hierarchical VAE has no 'ode' likelihood"):
+        build_measurement(objective, 6, "ode")
+    with pytest.raises(ConfigurationError, match="draws is 0: give at least 1"):
+        build_measurement(objective, 6, "importance_weighted", draws=0)
+    with pytest.raises(DataError, match="the batch holds levels 0 to 5, and the model knows 0 to 4"):
+        objective({"levels": torch.tensor([[[[0, 5], [1, 1]]]])}, NO_TIMES, {})

@@ -1,0 +1,260 @@
+r"""The bound of a Markovian hierarchical VAE: the same named terms as a diffusion model's, and their other forms.
+
+With latents ``z_1..z_T`` and ``z_0 = x``, ``-log p(x) <= E_q[log q(z_1..z_T|x) - log p(x, z_1..z_T)]`` (Luo, arXiv
+2208.11970, eq. 25 to 28). Its terms, grouped by latent (as Luo eq. 44 does for a VDM):
+
+    reconstruction   E[-log p(x|z_1)]
+    consistency_t    E[log q(z_t|z_{t-1}) - log p(z_t|z_{t+1})],  t = 1..T-1
+    prior            E[KL(q(z_T|z_{T-1}) || N(0, I))]
+
+At T = 1 these are the two terms of the VAE (Luo eq. 19).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdm_hub.diffusion import gaussian
+from vdm_hub.diffusion.draws import Generator, normal_noise
+from vdm_hub.diffusion.forward_process import Noise
+from vdm_hub.diffusion.gaussian import sum_dimensions
+from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.likelihood.importance_weighted import check_count, effective_sizes, weighted
+from vdm_hub.likelihood.per_image import Measured, Measurement, Terms, image_generator
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.likelihood.variational_bound import Batch, Bound, Objective
+from vdm_hub.models.hvae import MarkovianHVAE, Normal
+
+COLLAPSED = 0.01
+"""Nats: a latent whose term is nearer to zero, over a whole evaluation, carries nothing of the data."""
+
+_NO_TIMES = torch.empty(0)
+_LATENTS, _CHAINS = 106, 107  # streams of draws that share no key
+
+
+class HierarchicalObjective(Objective):
+    """A form of a hierarchical VAE's bound; all latents are drawn in every evaluation, so times are not read."""
+
+    def __init__(self, model: MarkovianHVAE) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def body(self) -> nn.Module:
+        """The model."""
+        return self.model
+
+    def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
+        """The terms, each per datum, (B,), in nats."""
+        levels = batch["levels"]
+        _check_levels(levels, self.model.num_levels)
+        draws = [noise[f"latent_{t}"] for t in range(1, self.model.depth + 1)]
+        return Bound(self.terms(levels, draws), dimensions=levels[0].numel())
+
+    @abstractmethod
+    def terms(self, levels: Tensor, noise: Sequence[Tensor]) -> Terms:
+        """The terms from one standard normal for each latent, ``z_1`` first."""
+
+    def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """``latent_1`` to ``latent_T``, standard normal."""
+        levels = batch["levels"]
+        shapes = [(levels.shape[0], *shape) for shape in self.model.latent_shapes]
+        return {f"latent_{t}": normal_noise(shape, generator, levels.device) for t, shape in enumerate(shapes, 1)}
+
+
+class HVAEObjective(HierarchicalObjective):
+    """The bound of a hierarchical VAE, to train and to evaluate; the prior's KL in closed form.
+
+    Everything but the networks runs in float32 or better, outside autocast.
+
+    >>> model = MarkovianHVAE(sample_size=8, in_channels=1, num_levels=17, depth=2, latent_shapes=[(4,)])
+    >>> objective, batch = HVAEObjective(model), {"levels": torch.zeros(3, 1, 8, 8, dtype=torch.long)}
+    >>> bound = objective(batch, torch.zeros(3), objective.draw_noise(batch, torch.Generator().manual_seed(0)))
+    >>> {name: tuple(term.shape) for name, term in bound.terms.items()}
+    {'reconstruction': (3,), 'consistency_1': (3,), 'prior': (3,)}
+    """
+
+    def terms(self, levels: Tensor, noise: Sequence[Tensor]) -> Terms:
+        """``reconstruction``, ``consistency_1`` to ``consistency_{T-1}`` and ``prior``."""
+        model, dtype = self.model, torch.promote_types(noise[0].dtype, torch.float32)
+        climbed = list(model.climb(model.scale(levels, dtype), noise))
+        terms = {"reconstruction": reconstruction_term(model, levels, climbed[0][1])}
+        for t in range(1, model.depth):
+            (q, z), (_, above) = climbed[t - 1], climbed[t]
+            terms[f"consistency_{t}"] = log_density(q, z) - log_density(model.decode(t, above), z)
+        terms["prior"] = standard_kl(climbed[-1][0])
+        return terms
+
+
+class JointHVAEObjective(HierarchicalObjective):
+    """The same bound with nothing in closed form: ``log q(z|x) - log p(x, z)`` at one draw of all latents."""
+
+    def terms(self, levels: Tensor, noise: Sequence[Tensor]) -> Terms:
+        """As `HVAEObjective`, the prior's term sampled."""
+        model, dtype = self.model, torch.promote_types(noise[0].dtype, torch.float32)
+        return joint_terms(model, levels, model.latents(model.scale(levels, dtype), noise))
+
+
+def joint_terms(model: MarkovianHVAE, levels: Tensor, latents: Sequence[Tensor]) -> Terms:
+    """``log q(z_1..z_T|x) - log p(x, z_1..z_T)`` at given latents, in the terms of `HVAEObjective`, (B,), nats.
+
+    Args:
+        model: The model.
+        levels: x, integers, (B, C, H, W).
+        latents: ``z_1`` to ``z_T``, of whatever origin.
+    """
+    below = [model.scale(levels, latents[0].dtype), *latents]
+    terms = {"reconstruction": reconstruction_term(model, levels, latents[0])}
+    for t in range(1, model.depth + 1):
+        log_q = log_density(model.encode(t, below[t - 1]), below[t])
+        if t == model.depth:
+            zero = torch.zeros_like(below[t])
+            terms["prior"] = log_q - log_density(Normal(zero, zero + 1), below[t])
+        else:
+            terms[f"consistency_{t}"] = log_q - log_density(model.decode(t, below[t + 1]), below[t])
+    return terms
+
+
+def log_density(normal: Normal, z: Tensor) -> Tensor:
+    """``log N(z; mean, scale^2)`` in nats, (B, *latent) -> (B,)."""
+    standard = (z - normal.mean) / normal.scale
+    return -sum_dimensions(0.5 * standard**2 + normal.scale.log() + 0.5 * math.log(2 * math.pi))
+
+
+def standard_kl(normal: Normal) -> Tensor:
+    """``KL(N(mean, scale^2) || N(0, I))`` in nats, (B, *latent) -> (B,)."""
+    one = torch.ones_like(normal.mean)
+    return sum_dimensions(gaussian.kl_divergence(normal.mean, normal.scale**2, 0 * one, one))
+
+
+def reconstruction_term(model: MarkovianHVAE, levels: Tensor, z: Tensor) -> Tensor:
+    """``-log p(x|z_1)`` in nats, (B,)."""
+    log_p = model.decode_levels(z)
+    return -sum_dimensions(log_p.gather(-1, levels.long().unsqueeze(-1)))
+
+
+def _check_levels(levels: Tensor, num_levels: int) -> None:
+    """Refuse what is none of the levels; on a CPU only, where looking costs no synchronisation, and not compiled."""
+    if levels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = int(levels.min()), int(levels.max())
+    if low < 0 or high >= num_levels:
+        raise DataError(f"the batch holds levels {low} to {high}, and the model knows 0 to {num_levels - 1}.")
+
+
+class HierarchicalMeasurement(Measurement):
+    """The method ``bound`` of a hierarchical VAE: one draw of all latents an image and replicate.
+
+    A latent whose term stays at zero over the whole evaluation carries nothing of the data: the posterior collapsed.
+    The report names it.
+
+    Args:
+        objective: The model.
+        seed: Of all draws.
+
+    >>> objective = HVAEObjective(MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(4,)]))
+    >>> batch = {"levels": torch.zeros(2, 1, 8, 8, dtype=torch.long), "indices": torch.arange(2)}
+    >>> list(HierarchicalMeasurement(objective).measure(batch, replicate=0).terms)
+    ['reconstruction', 'prior']
+    """
+
+    objective: HierarchicalObjective
+
+    def __init__(self, objective: HierarchicalObjective, seed: int = 0) -> None:
+        super().__init__(objective, seed)
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        """One draw of each image."""
+        generators = [image_generator(self.seed, replicate, int(i), _LATENTS) for i in batch["indices"]]
+        bound = self.objective(batch, _NO_TIMES, self.objective.draw_noise(batch, generators))
+        return Measured(bound.terms, {"evaluations": torch.ones(len(generators), dtype=torch.float64)})
+
+    def protocol(self) -> dict[str, Any]:
+        """The form of the bound, and how many latents there are."""
+        return {"hierarchy": {"form": type(self.objective).__name__, "depth": self.objective.model.depth}}
+
+    def notes(self, report: LikelihoodReport) -> list[str]:
+        """Which latents collapsed."""
+        return [*super().notes(report), *collapsed_latents(report)]
+
+
+class HierarchicalChains(Measurement):
+    """The method ``importance_weighted`` of a hierarchical VAE: K draws of all latents, ``log 1/K sum_k w_k``.
+
+    ``w = p(x, z_1..z_T) / q(z_1..z_T|x)`` (Burda et al., arXiv 1509.00519, eq. 8); nothing is in closed form.
+
+    Args:
+        objective: The model.
+        draws: K. Draw k of an image is a function of (seed, replicate, image, k), so fewer are a part of more.
+        seed: Of all draws.
+
+    Raises:
+        ConfigurationError: K is below 1.
+    """
+
+    method = "importance_weighted"
+    objective: JointHVAEObjective
+
+    def __init__(self, objective: HierarchicalObjective, draws: int = 16, seed: int = 0) -> None:
+        check_count("draws", draws)
+        super().__init__(JointHVAEObjective(objective.model), seed)
+        self.draws = draws
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        """K draws of each image."""
+        drawn = [self._terms(batch, replicate, k) for k in range(self.draws)]
+        terms, size = weighted(drawn)
+        evaluations = torch.full((len(size),), float(self.draws), dtype=torch.float64)
+        return Measured(terms, {"evaluations": evaluations, "effective_sample_size": size})
+
+    def _terms(self, batch: Batch, replicate: int, k: int) -> Terms:
+        generators = [image_generator(self.seed, replicate, int(i), k, _CHAINS) for i in batch["indices"]]
+        noise = self.objective.draw_noise(batch, generators)
+        return {name: term.double() for name, term in self.objective(batch, _NO_TIMES, noise).terms.items()}
+
+    def protocol(self) -> dict[str, Any]:
+        """K, and over what the draws are."""
+        return {"importance_weights": {"over": "latents", "draws": self.draws}}
+
+    def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The protocol with the effective sample sizes."""
+        return {"importance_weights": self.protocol()["importance_weights"] | effective_sizes(diagnostics)}
+
+    def notes(self, report: LikelihoodReport) -> list[str]:
+        """Which latents collapsed."""
+        return [*super().notes(report), *collapsed_latents(report)]
+
+
+def hierarchical_measurement(
+    objective: HierarchicalObjective, method: str, draws: int = 16, seed: int = 0
+) -> HierarchicalMeasurement | HierarchicalChains:
+    """A likelihood method by its name.
+
+    Raises:
+        ConfigurationError: A hierarchical VAE has no such likelihood.
+    """
+    if method == "bound":
+        return HierarchicalMeasurement(objective, seed)
+    if method == "importance_weighted":
+        return HierarchicalChains(objective, draws, seed)
+    raise ConfigurationError(
+        f"a hierarchical VAE has no {method!r} likelihood, as it has no continuous time: ask for 'bound' or "
+        f"'importance_weighted'."
+    )
+
+
+def collapsed_latents(report: LikelihoodReport) -> list[str]:
+    """A sentence for each latent whose term is at zero, to less than `COLLAPSED` nats, over all images."""
+    nats = {name: bits * report.dimensions * math.log(2) for name, bits in report.terms.items()}
+    return [
+        f"posterior collapse: the term {name!r} is {value:.2g} nats over the whole evaluation, so its latent carries "
+        f"nothing of the data"
+        for name, value in nats.items()
+        if (name == "prior" or name.startswith("consistency_")) and abs(value) < COLLAPSED
+    ]
