@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import vdm_hub
 from vdm_hub.registration import INSTALL_HINT, register
 
-PUBLIC = ("NoiseScheduleModel", "UNetVDMModel", "VDMPipeline", "VDMScheduler")
+PUBLIC = ("HVAEPipeline", "MarkovianHVAE", "NoiseScheduleModel", "UNetVDMModel", "VDMPipeline", "VDMScheduler")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -18,6 +18,7 @@ from vdm_hub.likelihood.variational_bound import Bound, Objective, VDMObjective
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
+from vdm_hub.pipeline_hvae import HVAEPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.registration import register
 from vdm_hub.scheduling_vdm import VDMScheduler
@@ -28,6 +29,7 @@ __all__ = [
     "BoundProcess",
     "ForwardProcess",
     "HVAEObjective",
+    "HVAEPipeline",
     "LikelihoodReport",
     "MarkovianHVAE",
     "ModelMixin",
@@ -42,4 +44,6 @@ __all__ = [
     "VDMScheduler",
 ]
 
-register(sys.modules[__name__], [MarkovianHVAE, NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler])
+register(
+    sys.modules[__name__], [HVAEPipeline, MarkovianHVAE, NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler]
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,28 +18,23 @@ from vdm_hub.diffusers_checkpoints import (
     scheduler_of_pipeline,
     scheduler_of_repository,
 )
+from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.errors import ConfigurationError, DataError, unknown_name
-from vdm_hub.images import images_from_levels, levels_from_images
-from vdm_hub.likelihood.methods import build_measurement
-from vdm_hub.likelihood.per_image import collect
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow
-from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
-from vdm_hub.models.safetensors_only import SafetensorsOnly, WholeWeights, check_stock_weights
 from vdm_hub.models.unet_vdm import UNetVDMModel
-from vdm_hub.published_card import KeepsPublishedCard
 from vdm_hub.registry import Serialised
-from vdm_hub.repositories import HUB_ARGUMENTS, check_pipeline, open_pipeline
 from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
-class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
+class VDMPipeline(LikelihoodPipeline):
     """A variational diffusion model: call it for samples, ask it for a likelihood.
 
     The scheduler given is kept as it is, so a stock sampler may be swapped in
@@ -61,28 +56,6 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load from a folder or a Hub id, with all arguments of `DiffusionPipeline.from_pretrained`.
-
-        Files and configs are checked before any weight is downloaded, and weights before they are used: only
-        safetensors are read, and everything is of one commit.
-
-        Raises:
-            MissingPluginError: The pipeline needs a plugin that is not installed; the message says which.
-            ConfigurationError: A config names what nobody knows, or the name is neither a folder nor a Hub id.
-            CheckpointError: A file is damaged, belongs to another network, or should not be where it is.
-            OSError: There is no such pipeline, or it can't be reached.
-        """
-        place = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        files = open_pipeline(pretrained_model_name_or_path, **place)
-        check_pipeline(files, kwargs, bool(kwargs.get("trust_remote_code")))
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs | dict(files.pinned))
-        for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module) and not isinstance(part, WholeWeights) and name not in kwargs:
-                check_stock_weights(part)
-        return pipeline
 
     @classmethod
     def from_diffusers(
@@ -236,8 +209,15 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def sample(self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000) -> Tensor:
+        """`VDMPipeline.__call__` with tensors."""
+        arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
+        source: Any = generator
+        samples: Tensor = self(batch_size, source, return_dict=False, **arguments)[0]
+        return samples
+
     @property
-    def _image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the network's images."""
         size = self.unet.config.sample_size
         if size is None:
@@ -245,23 +225,31 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.unet.config.in_channels), int(height), int(width)
 
+    @property
+    def num_levels(self) -> int:
+        """K, of the scheduler's config."""
+        return self.process.num_levels
+
+    @property
+    def num_classes(self) -> int | None:
+        """The classes that the network is conditioned on."""
+        classes: int | None = self.unet.config.get("num_class_embeds")
+        return classes
+
+    @property
+    def main_model(self) -> ModelMixin:
+        """The network."""
+        return self.unet
+
     def _shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
         if batch_size < 1:
             raise ConfigurationError(f"batch_size is {batch_size}: give at least 1.")
-        shape = (batch_size, *self._image_shape) if latents is None else tuple(latents.shape)
-        if shape[1:] != self._image_shape:
-            raise ConfigurationError(f"latents have shape {shape}; the network needs (B, *{self._image_shape}).")
+        shape = (batch_size, *self.image_shape) if latents is None else tuple(latents.shape)
+        if shape[1:] != self.image_shape:
+            raise ConfigurationError(f"latents have shape {shape}; the network needs (B, *{self.image_shape}).")
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ConfigurationError(f"{len(generator)} generators for {shape[0]} images: give one each, or just one.")
         return shape
-
-    def _labels(self, class_labels: Tensor | Sequence[int] | None, batch_size: int) -> dict[str, Tensor]:
-        if class_labels is None:
-            return {}
-        labels = torch.as_tensor(class_labels, device=self._execution_device)
-        if labels.shape != (batch_size,):
-            raise ConfigurationError(f"{tuple(labels.shape)} class labels for {batch_size} images: give one each.")
-        return {"class_labels": labels}
 
     def _network(self, arguments: dict[str, Any]) -> Network:
         """The network in its own precision; latents stay in float32."""
@@ -288,82 +276,13 @@ class VDMPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
         process.clipping = scheduler.clipping
         return VDMObjective(_InOwnPrecision(self.unet), process, transitions)
 
-    @torch.no_grad()
-    def log_likelihood(
-        self,
-        images: Any,
-        method: str = "bound",
-        transitions: int | None = None,
-        replicates: int = 8,
-        seed: int = 0,
-        class_labels: Tensor | Sequence[int] | None = None,
-        *,
-        flow: ProbabilityFlow | None = None,
-        draws: int = 16,
-        batch_size: int = 256,
-        **network_arguments: Tensor,
-    ) -> LikelihoodReport:
-        """The log-likelihood of some images, per image and on average; the report says whether it is a bound.
+    def description(self) -> dict[str, Any]:
+        """The scheduler's config."""
+        return {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
 
-        Args:
-            images: PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) as the pipeline returns them (in [0, 1], on
-                the K levels), or integer tensors of levels.
-            method: ``bound``, the variational lower bound; ``ode``, the likelihood of the probability-flow ODE, which
-                needs `pip install 'vdm-hub[ode]'`; ``importance_weighted``, over ``draws`` whole chains where there is
-                a number of transitions, else over dequantised draws of the probability flow.
-            transitions: T, or ``None`` for continuous time.
-            replicates: Independent estimates per image, behind the standard error.
-            seed: Of all draws: an image's are a function of it, the replicate and the image's index.
-            class_labels: Class of each image, (B,).
-            flow: The protocol of the probability flow: dequantisation, divergence, tolerance.
-            draws: K, of ``importance_weighted``.
-            batch_size: Images at once, at most.
-            network_arguments: Passed to the network by name, each (B, ...).
-
-        Raises:
-            DataError: A pixel is none of the K levels, or the images' shape is not the network's.
-            ConfigurationError: The method is unknown, the model has no such likelihood, or torchode is missing.
-            NonFiniteLossError: A term of an image is NaN or infinite; the message names both.
-
-        Example:
-            >>> import torch
-            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
-            >>> unet = UNetVDMModel(
-            ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
-            ...     norm_num_groups=4,
-            ... )
-            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
-            >>> report = pipe.log_likelihood(torch.zeros(3, 1, 8, 8))
-            >>> report.log_likelihood.shape, report.per_image.shape, report.is_bound  # nats, bits/dim
-            (torch.Size([3]), torch.Size([3]), True)
-        """
-        process = self.process
-        levels = levels_from_images(images, process.num_levels)
-        if tuple(levels.shape[1:]) != self._image_shape:
-            raise DataError(
-                f"the images are {tuple(levels.shape[1:])} (channels, height, width); the network's are "
-                f"{self._image_shape}: resize or convert them first."
-            )
-        whole = {"levels": levels.to(self._execution_device), "indices": torch.arange(levels.shape[0])}
-        whole |= network_arguments | self._labels(class_labels, levels.shape[0])
-
-        def batches() -> Iterator[dict[str, Tensor]]:
-            parts = torch.arange(levels.shape[0]).split(batch_size)
-            return ({name: value[part.to(value.device)] for name, value in whole.items()} for part in parts)
-
-        def measured(objective: VDMObjective) -> LikelihoodReport:
-            count = levels.shape[0]
-            measurement = build_measurement(objective, count, method, flow=flow, draws=draws, seed=seed)
-            return collect(measurement, batches, count, replicates)
-
-        report, clipped = measured(self.objective(transitions)), self.clipped_objective(transitions)
-        if clipped is not None and report.is_bound:
-            report = report.with_clipped(measured(clipped))
-        return report.with_notes(notes_on_bound(self.scheduler.config, transitions))
-
-    def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
-        """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
-        return self.log_likelihood(images, **kwargs)
+    def notes(self, transitions: int | None) -> list[str]:
+        """What the scheduler's config says and the bound's process does otherwise."""
+        return notes_on_bound(self.scheduler.config, transitions)
 
 
 class _InOwnPrecision(nn.Module):

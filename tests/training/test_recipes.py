@@ -18,6 +18,8 @@ SHAPES = {
     "cifar10": (3, 32, 32),
     "cifar10_fast": (3, 32, 32),
     "digits": (1, 8, 8),
+    "digits_hvae": (1, 8, 8),
+    "digits_vae": (1, 8, 8),
     "fashion_mnist": (1, 28, 28),
     "imagenet32": (3, 32, 32),
     "mnist": (1, 28, 28),
@@ -31,8 +33,10 @@ def test_these_are_all() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_each_builds_its_network_and_process(name: str) -> None:
+    recipe = parse([name])
     with torch.device("meta"):
-        network = build_network(parse([name]), SHAPES[name])
+        is_vdm = recipe.model.model == "vdm"
+        network = build_network(recipe, SHAPES[name]) if is_vdm else build_objective(recipe, SHAPES[name]).body
     assert network.config.sample_size == SHAPES[name][1]
 
 

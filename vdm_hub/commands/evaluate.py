@@ -20,7 +20,7 @@ from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS
 from vdm_hub.likelihood.methods import METHODS
 from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.plots import plot_likelihood
 
 NOT_REACHED = 3
@@ -151,9 +151,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigurationError(f"{path} exists: name another --{name}, or replace it with --overwrite.")
 
 
-def _load(arguments: argparse.Namespace) -> tuple[VDMPipeline, ImageLevels]:
+def _load(arguments: argparse.Namespace) -> tuple[LikelihoodPipeline, ImageLevels]:
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision)
-    if arguments.label_column is not None and pipeline.unet.config.get("num_class_embeds") is None:
+    if arguments.label_column is not None and pipeline.num_classes is None:
         raise ConfigurationError(
             f"--label_column is {arguments.label_column!r}, and the network is not class-conditional: leave it out."
         )
@@ -162,7 +162,7 @@ def _load(arguments: argparse.Namespace) -> tuple[VDMPipeline, ImageLevels]:
         arguments.split,
         config_name=arguments.dataset_config_name,
         image_column=arguments.image_column,
-        num_levels=pipeline.process.num_levels,
+        num_levels=pipeline.num_levels,
         color=arguments.color,
         resolution=arguments.resolution,
         max_samples=arguments.max_images,
@@ -172,7 +172,7 @@ def _load(arguments: argparse.Namespace) -> tuple[VDMPipeline, ImageLevels]:
 
 
 def _evaluate(
-    arguments: argparse.Namespace, pipeline: VDMPipeline, images: ImageLevels, processes: Processes
+    arguments: argparse.Namespace, pipeline: LikelihoodPipeline, images: ImageLevels, processes: Processes
 ) -> LikelihoodReport:
     flow = ProbabilityFlow(
         arguments.dequantization,

@@ -6,15 +6,19 @@ from pathlib import Path
 
 import torch
 
-from vdm_hub.diffusers_checkpoints import OWN_PIPELINE, pipeline_class
+from vdm_hub.diffusers_checkpoints import pipeline_class
 from vdm_hub.errors import ConfigurationError, VDMHubError
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub.pipeline_hvae import HVAEPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.repositories import HTTP_ERROR
 from vdm_hub.scheduling_vdm import VDMScheduler
 
+_OWN: dict[str, type[LikelihoodPipeline]] = {cls.__name__: cls for cls in (VDMPipeline, HVAEPipeline)}
 
-def load_pipeline(name: str, num_levels: int | None = None, revision: str | None = None) -> VDMPipeline:
-    """Load a pipeline, ours or one of diffusers' DDPM family, onto the GPU, where there is one.
+
+def load_pipeline(name: str, num_levels: int | None = None, revision: str | None = None) -> LikelihoodPipeline:
+    """Load a pipeline, any of ours or one of diffusers' DDPM family, onto the GPU, where there is one.
 
     Args:
         name: A folder or a Hub id.
@@ -42,10 +46,16 @@ def load_pipeline(name: str, num_levels: int | None = None, revision: str | None
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load(place: str, num_levels: int | None, revision: str | None) -> VDMPipeline:
-    if pipeline_class(place, revision=revision) != OWN_PIPELINE:
+def _load(place: str, num_levels: int | None, revision: str | None) -> LikelihoodPipeline:
+    own = _OWN.get(pipeline_class(place, revision=revision))
+    if own is None:
         return VDMPipeline.from_diffusers(place, 256 if num_levels is None else num_levels, revision=revision)
-    pipeline: VDMPipeline = VDMPipeline.from_pretrained(place, revision=revision)
-    if num_levels is not None:
-        pipeline.scheduler = VDMScheduler.from_config(pipeline.scheduler.config, num_levels=num_levels)
+    pipeline: LikelihoodPipeline = own.from_pretrained(place, revision=revision)
+    if num_levels in (None, pipeline.num_levels):
+        return pipeline
+    if not isinstance(pipeline, VDMPipeline):
+        raise ConfigurationError(
+            f"num_levels is {num_levels}, and the model's decoder knows {pipeline.num_levels}: leave it out."
+        )
+    pipeline.scheduler = VDMScheduler.from_config(pipeline.scheduler.config, num_levels=num_levels)
     return pipeline

@@ -36,15 +36,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output.exists() and not arguments.overwrite:
         raise ConfigurationError(f"{arguments.output} exists: name another --output, or replace it with --overwrite.")
     pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
-    _check_steps(arguments.num_inference_steps, pipeline.scheduler)
+    _check_steps(arguments.num_inference_steps, getattr(pipeline, "scheduler", None))
     seeds = range(arguments.seed, arguments.seed + arguments.num_images)
     parts = []
     for start in range(0, arguments.num_images, arguments.batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + arguments.batch_size]]
-        steps = arguments.num_inference_steps
-        parts.append(
-            pipeline(len(generators), generators, num_inference_steps=steps, output_type="pt", return_dict=False)[0]
-        )
+        parts.append(pipeline.sample(len(generators), generators, arguments.num_inference_steps))
     with written_beside(arguments.output) as beside:
         save_grid(torch.cat(parts), beside)
     print(f"{arguments.num_images} samples: {arguments.output}")

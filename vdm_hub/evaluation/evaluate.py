@@ -15,7 +15,6 @@ from torch import Tensor
 
 from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.images import ImageLevels, ImageStream
-from vdm_hub.diffusers_checkpoints import notes_on_bound
 from vdm_hub.errors import DataError
 from vdm_hub.evaluation.journal import Journal
 from vdm_hub.evaluation.measuring import Stages, measure
@@ -25,13 +24,13 @@ from vdm_hub.likelihood.methods import build_measurement
 from vdm_hub.likelihood.per_image import Measurement
 from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
-from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.likelihood.variational_bound import Batch, Objective
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.version import __version__
 
 
 def evaluate(
-    pipeline: VDMPipeline,
+    pipeline: LikelihoodPipeline,
     images: ImageLevels | ImageStream,
     transitions: int | None = None,
     replicates: int = 8,
@@ -89,7 +88,7 @@ def evaluate(
     started = time.perf_counter()
     processes = processes or Processes()
     levels, labels = _read(images, batch_size, max_images)
-    _check(pipeline, levels, images.num_levels, pipeline.process.num_levels)
+    _check(pipeline, levels, images.num_levels)
     labels = _check_labels(pipeline, labels)
     limit = max(256, replicates) if max_replicates is None else max_replicates
     stages = Stages(replicates, target_standard_error, limit, max_evaluations)
@@ -102,7 +101,7 @@ def evaluate(
     }
     how = _How(pipeline, levels, labels, batch_size, key, journal, processes, progress)
 
-    def one(objective: VDMObjective, stages: Stages, model: str) -> LikelihoodReport:
+    def one(objective: Objective, stages: Stages, model: str) -> LikelihoodReport:
         measurement = build_measurement(objective, len(levels), method, flow=flow, draws=draws, seed=seed)
         return how.measure(measurement, stages, model)
 
@@ -111,7 +110,7 @@ def evaluate(
     if clipped is not None and report.is_bound:
         same = replace(stages, replicates=report.replicates, target=None)
         report = report.with_clipped(one(clipped, same, "clipped"))
-    report.with_notes(notes_on_bound(pipeline.scheduler.config, transitions))
+    report.with_notes(pipeline.notes(transitions))
     report.details |= {"seed": seed, "weights": weights} | ({} if dataset is None else {"dataset": told})
     report.details |= {"processes": processes.count, "versions": library_versions()}
     report.details["seconds"] = round(time.perf_counter() - started, 3)
@@ -122,7 +121,7 @@ def evaluate(
 class _How:
     """All of an evaluation but the method: images, batches, processes, and where it is kept."""
 
-    pipeline: VDMPipeline
+    pipeline: LikelihoodPipeline
     levels: Tensor
     labels: Tensor | None
     batch_size: int
@@ -146,7 +145,7 @@ class _How:
 
     def take(self, indices: Tensor) -> Batch:
         """The images with these indices, on the pipeline's device."""
-        device = self.pipeline._execution_device
+        device = self.pipeline.device_of_latents
         batch = {"levels": self.levels[indices].to(device), "indices": indices}
         return batch if self.labels is None else batch | {"class_labels": self.labels[indices].to(device)}
 
@@ -154,11 +153,10 @@ class _How:
         """The journal of a method on one model: the main process first, so that the others find what it has made."""
         if self.journal is None:
             return None
-        config = {name: value for name, value in self.pipeline.scheduler.config.items() if not name.startswith("_")}
         # Not how many replicates, which may grow, nor batches and processes, which change nothing.
         key = self.key | {
             "vdm_hub": __version__,
-            "scheduler": config,
+            "model_config": self.pipeline.description(),
             "method": measurement.method,
             "transitions": measurement.transitions,
             "protocol": measurement.protocol(),
@@ -188,9 +186,8 @@ def _read(images: ImageLevels | ImageStream, batch_size: int, max_images: int | 
     return torch.cat([part["levels"] for part in parts])[:max_images], joined
 
 
-def _check(pipeline: VDMPipeline, levels: Tensor, given_levels: int, num_levels: int) -> None:
-    size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    height, width = levels.shape[2:] if size is None else (size, size) if isinstance(size, int) else size
+def _check(pipeline: LikelihoodPipeline, levels: Tensor, given_levels: int) -> None:
+    (channels, height, width), num_levels = pipeline.image_shape, pipeline.num_levels
     if tuple(levels.shape[1:]) != (channels, height, width):
         raise DataError(
             f"the images are {'x'.join(map(str, levels.shape[1:]))}, the model's {channels}x{height}x{width}: "
@@ -205,9 +202,9 @@ def _check(pipeline: VDMPipeline, levels: Tensor, given_levels: int, num_levels:
         )
 
 
-def _check_labels(pipeline: VDMPipeline, labels: Tensor | None) -> Tensor | None:
+def _check_labels(pipeline: LikelihoodPipeline, labels: Tensor | None) -> Tensor | None:
     """The labels that the network is to be given: none, where it is not class-conditional."""
-    classes = pipeline.unet.config.get("num_class_embeds")
+    classes = pipeline.num_classes
     if classes is None:
         return None
     if labels is None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels, ImageStream
-from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.version import __version__
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface-hub", "safetensors", "numpy")
@@ -86,7 +86,7 @@ def fingerprint(levels: Tensor | tuple[Tensor, ...]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def weights_fingerprint(pipeline: VDMPipeline) -> str:
+def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
     """SHA-256 of all weights of a pipeline: which model a figure was measured with, wherever it is saved."""
     digest = hashlib.sha256()
     for component, module in sorted(pipeline.components.items()):

@@ -154,7 +154,7 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
 
 def _facts(source: Source, pipeline: VDMPipeline, edition: Edition) -> dict[str, Any]:
     recipe, run = source.recipe, source.run
-    channels, height, width = pipeline._image_shape
+    channels, height, width = pipeline.image_shape
     kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
     on_main = edition.revision == "main"
     steps = recipe.get("num_inference_steps", 250)

@@ -204,7 +204,7 @@ def _twin_samples(
 ) -> tuple[Tensor, Tensor]:
     """``(estimate of the data, images in [0, 1])`` by the steps of `DDPMPipeline`, which returns only the latter."""
     twin.scheduler.set_timesteps(steps)
-    z = normal_noise((len(generators), *pipeline._image_shape), generators, pipeline._execution_device)
+    z = normal_noise((len(generators), *pipeline.image_shape), generators, pipeline._execution_device)
     for timestep in twin.scheduler.timesteps:
         z = twin.scheduler.step(twin.unet(z, timestep).sample, timestep, z, generator=generators).prev_sample
     return z, (z / 2 + 0.5).clamp(0, 1)  # its last step leaves the network's estimate
@@ -233,7 +233,7 @@ def _chain(pipeline: VDMPipeline, times: list[float], generators: list[torch.Gen
     """
     _, bound = pipeline.process.bind(None, {})
     network = pipeline._network({})
-    z = bound.prior_sample((len(generators), *pipeline._image_shape), generators, pipeline._execution_device)
+    z = bound.prior_sample((len(generators), *pipeline.image_shape), generators, pipeline._execution_device)
     estimate = z
     for first, second in itertools.pairwise(times):
         t, s = time_tensor(first, z), time_tensor(second, z)

@@ -176,8 +176,8 @@ class HierarchicalMeasurement(Measurement):
         return Measured(bound.terms, {"evaluations": torch.ones(len(generators), dtype=torch.float64)})
 
     def protocol(self) -> dict[str, Any]:
-        """The form of the bound, and how many latents there are."""
-        return {"hierarchy": {"form": type(self.objective).__name__, "depth": self.objective.model.depth}}
+        """How many latents there are."""
+        return {"hierarchy": {"depth": self.objective.model.depth}}
 
     def notes(self, report: LikelihoodReport) -> list[str]:
         """Which latents collapsed."""
@@ -220,11 +220,13 @@ class HierarchicalChains(Measurement):
 
     def protocol(self) -> dict[str, Any]:
         """K, and over what the draws are."""
-        return {"importance_weights": {"over": "latents", "draws": self.draws}}
+        weights = {"importance_weights": {"over": "latents", "draws": self.draws}}
+        return weights | {"hierarchy": {"depth": self.objective.model.depth}}
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
         """The protocol with the effective sample sizes."""
-        return {"importance_weights": self.protocol()["importance_weights"] | effective_sizes(diagnostics)}
+        protocol = self.protocol()
+        return protocol | {"importance_weights": protocol["importance_weights"] | effective_sizes(diagnostics)}
 
     def notes(self, report: LikelihoodReport) -> list[str]:
         """Which latents collapsed."""

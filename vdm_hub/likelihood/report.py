@@ -136,6 +136,8 @@ class LikelihoodReport:
 
     @property
     def _time(self) -> str:
+        if hierarchy := self.details.get("hierarchy"):
+            return f"{hierarchy['depth']} latent{'s' if hierarchy['depth'] > 1 else ''}"
         if self.method == "bound" or self.transitions is not None:
             return "continuous time" if self.transitions is None else f"{self.transitions} transitions"
         return "probability-flow ODE"

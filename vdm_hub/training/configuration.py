@@ -24,6 +24,8 @@ Serialised = NewType("Serialised", str)
 """Text that is a name or a JSON object; in a recipe it may be written as a YAML mapping."""
 
 UNET_CLASSES = ("UNetVDMModel", "UNet2DModel")
+FIRST_STAGE_CLASSES = ("MarkovianHVAE", "AutoencoderKL")
+MODELS = ("vdm", "hvae", "latent_vdm")
 OPTIMIZERS = ("adamw", "adamw_8bit", "prodigy")
 TRACKERS = ("none", *sorted(LOGGER_TYPE_TO_CLASS))
 # Of diffusers' schedulers, piecewise_constant alone needs an argument (step_rules) that no field gives.
@@ -104,10 +106,30 @@ class DiffusionArguments:
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """The network."""
+    """The rung of the ladder, and its networks."""
 
     _argument_group_name = "model"
 
+    model: Literal["vdm", "hvae", "latent_vdm"] = option(
+        "vdm",
+        "What is trained: vdm, a diffusion of the images; hvae, a hierarchical VAE (of depth 1, the VAE); latent_vdm, "
+        "a diffusion of a VAE's latents.",
+    )
+    hvae: Serialised = option(
+        Serialised("{}"), "With model hvae: the arguments of MarkovianHVAE, as a mapping in YAML or JSON here."
+    )
+    first_stage: Serialised = option(
+        Serialised("{}"),
+        "With model latent_vdm: the first stage, as a mapping in YAML or JSON here: '_class_name' (MarkovianHVAE, the "
+        "default, or diffusers' AutoencoderKL) and the arguments of that class.",
+    )
+    first_stage_from: str | None = option(
+        None, "With model latent_vdm: start from a trained first stage, a folder or a Hub id, instead of a new one."
+    )
+    freeze_first_stage: bool = option(False, "With model latent_vdm: train the diffusion alone.")
+    scale_latents: bool = option(
+        True, "With model latent_vdm: shift and scale latents to mean 0 and deviation 1, as measured at the start."
+    )
     unet: Serialised = option(
         Serialised("{}"),
         "The network, as a mapping in YAML or JSON here: '_class_name' (UNetVDMModel, the default, or diffusers' "
@@ -115,31 +137,74 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise unknown_name("model", self.model, MODELS)
         if self.unet_class not in UNET_CLASSES:
             raise unknown_name("_class_name of unet", self.unet_class, UNET_CLASSES)
+        for name, models in _FIELDS_OF_MODELS.items():
+            value = getattr(self, name)
+            require(
+                self.model in models or value == type(self).__dataclass_fields__[name].default,
+                name,
+                value,
+                f"it acts only with model {' or '.join(models)}, and model is {self.model}, so leave it out",
+            )
+        if self.first_stage_class not in FIRST_STAGE_CLASSES:
+            raise unknown_name("_class_name of first_stage", self.first_stage_class, FIRST_STAGE_CLASSES)
+        require(
+            self.first_stage_from is not None or not self.freeze_first_stage,
+            "freeze_first_stage",
+            self.freeze_first_stage,
+            "a first stage that never learned anything is of no use, so give first_stage_from, or leave it out",
+        )
 
     @property
     def unet_class(self) -> str:
         """The name of the network's class."""
-        return str(self._mapping().get("_class_name", UNET_CLASSES[0]))
+        return str(self._mapping("unet").get("_class_name", UNET_CLASSES[0]))
 
     @property
     def unet_config(self) -> dict[str, Any]:
         """The arguments of the network's class.
 
-        >>> ModelArguments(Serialised('{"_class_name": "UNet2DModel", "sample_size": 8}')).unet_config
+        >>> ModelArguments(unet=Serialised('{"_class_name": "UNet2DModel", "sample_size": 8}')).unet_config
         {'sample_size': 8}
         """
-        return {key: value for key, value in self._mapping().items() if key != "_class_name"}
+        return {key: value for key, value in self._mapping("unet").items() if key != "_class_name"}
 
-    def _mapping(self) -> dict[str, Any]:
-        remedy = 'write a mapping in YAML, or JSON such as {"block_out_channels": [64, 96]}'
+    @property
+    def hvae_config(self) -> dict[str, Any]:
+        """The arguments of `MarkovianHVAE`."""
+        return self._mapping("hvae")
+
+    @property
+    def first_stage_class(self) -> str:
+        """The name of the first stage's class."""
+        return str(self._mapping("first_stage").get("_class_name", FIRST_STAGE_CLASSES[0]))
+
+    @property
+    def first_stage_config(self) -> dict[str, Any]:
+        """The arguments of the first stage's class."""
+        return {key: value for key, value in self._mapping("first_stage").items() if key != "_class_name"}
+
+    def _mapping(self, field: str) -> dict[str, Any]:
+        text, remedy = (
+            getattr(self, field),
+            'write a mapping in YAML, or JSON such as {"block_out_channels": [64, 96]}',
+        )
         try:
-            mapping = json.loads(self.unet)
+            mapping = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ConfigurationError(f"unet is {self.unet!r}, not JSON ({error}): {remedy}.") from error
-        require(isinstance(mapping, dict), "unet", self.unet, remedy)
+            raise ConfigurationError(f"{field} is {text!r}, not JSON ({error}): {remedy}.") from error
+        require(isinstance(mapping, dict), field, text, remedy)
         return dict(mapping)
+
+
+_FIELDS_OF_MODELS = {
+    "unet": ("vdm", "latent_vdm"),
+    "hvae": ("hvae",),
+    **dict.fromkeys(("first_stage", "first_stage_from", "freeze_first_stage", "scale_latents"), ("latent_vdm",)),
+}
 
 
 @dataclass(frozen=True)

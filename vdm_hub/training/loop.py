@@ -167,7 +167,7 @@ class Run:
         Returns:
             The bound's terms in bits per dimension, their means over this process's images.
         """
-        if not (self.model.training and self.model.network.training):
+        if not (self.model.training and self.model.body.training):
             self.objective.train()
         parts: list[dict[str, Tensor]] = []
         for part, batch in enumerate(batches):

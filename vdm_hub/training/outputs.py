@@ -16,8 +16,8 @@ from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import VDMObjective
-from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.likelihood.variational_bound import Objective
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.plots import plot_schedule, plot_training_curve, save_grid
 from vdm_hub.training.arguments import Configuration, parse
 from vdm_hub.training.checkpoints import checkpoints, tidy
@@ -138,16 +138,16 @@ def results(folder: OutputFolder) -> Iterator[None]:
         ) from error
 
 
-def sample_images(pipeline: VDMPipeline, configuration: Configuration, count: int) -> Any:
+def sample_images(pipeline: LikelihoodPipeline, configuration: Configuration, count: int) -> Any:
     """Samples in [0, 1], (B, C, H, W), from the run's seed."""
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     generator = torch.Generator().manual_seed(configuration.training.seed)
     steps = configuration.training.num_inference_steps
-    return pipeline(count, generator=generator, num_inference_steps=steps, output_type="pt", return_dict=False)[0]
+    return pipeline.sample(count, generator, steps)
 
 
 def publish_locally(
-    objective: VDMObjective, configuration: Configuration, folder: OutputFolder, test: Any
+    objective: Objective, configuration: Configuration, folder: OutputFolder, test: Any
 ) -> LikelihoodReport | None:
     """Save the pipeline, then its pictures and its bound on the test split, each whole or not at all."""
     pipeline = build_pipeline(objective.eval())
@@ -167,8 +167,9 @@ def publish_locally(
         )
         with written_beside(folder.evaluation) as beside:
             beside.write_text(json.dumps(report.to_dict(), indent=1))
-    with written_beside(folder.schedule) as beside:
-        plot_schedule(pipeline.process, report, beside)
+    if pipeline.process is not None:
+        with written_beside(folder.schedule) as beside:
+            plot_schedule(pipeline.process, report, beside)
     if training.num_sample_images > 0:
         images = sample_images(pipeline, configuration, training.num_sample_images)
         with written_beside(folder.samples) as beside:

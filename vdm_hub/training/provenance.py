@@ -14,7 +14,7 @@ from vdm_hub import registry
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.loading import Data, Images
 from vdm_hub.evaluation.provenance import describe_images, library_versions
-from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.configuration import DiffusionArguments
 
@@ -25,15 +25,16 @@ class Provenance:
     Args:
         configuration: The recipe.
         accelerator: The processes, their device and precision.
-        objective: Network and process.
+        objective: All that is trained.
         data: The training images among them.
     """
 
     def __init__(
-        self, configuration: Configuration, accelerator: Accelerator, objective: VDMObjective, data: Data
+        self, configuration: Configuration, accelerator: Accelerator, objective: Objective, data: Data
     ) -> None:
         self._configuration, self._accelerator, self._data = configuration, accelerator, data
-        self._parameters = {"network": _size(objective.network), "schedule": _size(objective.process)}
+        network = _size(objective.body)
+        self._parameters = {"network": network, "schedule": _size(objective) - network}
 
     def describe(self, steps: int, seconds: float) -> dict[str, Any]:
         """The run as it is now.
@@ -122,5 +123,5 @@ def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _size(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters()) if isinstance(module, nn.Module) else 0
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -33,10 +33,11 @@ def rehearse(run: Run) -> str:
         return f"nothing is left to do: the run has taken its {run.step:,} steps."
     run.optimise(batches)
     seconds = _seconds(run, batches)
-    device, schedule = run.accelerator.device, _count(run.model.process)
+    device, network = run.accelerator.device, _count(run.model.body)
+    schedule = _count(run.model) - network
     rows = {
-        "network": f"{type(run.model.network).__name__}, {_count(run.model.network):,} parameters",
-        "noise schedule": f"learned, {schedule:,} parameters" if schedule else "fixed",
+        "network": f"{type(run.model.body).__name__}, {network:,} parameters",
+        "beside it": f"{schedule:,} learned parameters" if schedule else "nothing is learned",
         "images": f"{_number_of_images(run)}, {'x'.join(map(str, run.data.image_shape))}",
         "global batch": f"{run.global_batch_size} images on {run.accelerator.num_processes} x {device.type}",
         "state": f"{_bytes(run) / _MIB:,.1f} MiB: weights, gradients, the optimiser's state and the moving average",

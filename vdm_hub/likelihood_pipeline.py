@@ -1,0 +1,200 @@
+"""What every pipeline of the ladder offers: a likelihood, samples, and what measuring and publishing ask of it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from vdm_hub.diffusion.draws import Generator
+from vdm_hub.diffusion.forward_process import ForwardProcess
+from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.images import levels_from_images
+from vdm_hub.likelihood.methods import build_measurement
+from vdm_hub.likelihood.per_image import collect
+from vdm_hub.likelihood.probability_flow import ProbabilityFlow
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.likelihood.variational_bound import Objective
+from vdm_hub.models.safetensors_only import SafetensorsOnly, WholeWeights, check_stock_weights
+from vdm_hub.published_card import KeepsPublishedCard
+from vdm_hub.repositories import HUB_ARGUMENTS, check_pipeline, open_pipeline
+
+
+class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
+    """A generative model of K-level images that knows their likelihood, on whichever rung of the ladder."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of its images."""
+
+    @property
+    @abstractmethod
+    def num_levels(self) -> int:
+        """K, the levels of its images."""
+
+    @property
+    def process(self) -> ForwardProcess | None:
+        """What corrupts the images; ``None`` where nothing does, as in a hierarchical VAE."""
+        return None
+
+    @property
+    def num_classes(self) -> int | None:
+        """The classes that it is conditioned on; ``None`` for an unconditional model."""
+        return None
+
+    @property
+    @abstractmethod
+    def main_model(self) -> ModelMixin:
+        """The component that the model is named by."""
+
+    @property
+    def device_of_latents(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self._execution_device
+        return device
+
+    @abstractmethod
+    def objective(self, transitions: int | None = None) -> Objective:
+        """The bound of this pipeline as a module.
+
+        Args:
+            transitions: T, or ``None`` for continuous time.
+
+        Raises:
+            ConfigurationError: The model has no such transitions.
+        """
+
+    def clipped_objective(self, transitions: int | None) -> Objective | None:
+        """The bound of the model that its sampler makes of it by clipping, where it does."""
+        return None
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """All that decides a likelihood besides the weights, as plain JSON."""
+
+    def notes(self, transitions: int | None) -> list[str]:
+        """What a reader of its bound must know, one sentence each."""
+        return []
+
+    @abstractmethod
+    def sample(self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000) -> Tensor:
+        """Samples in [0, 1], (B, C, H, W).
+
+        Args:
+            batch_size: How many.
+            generator: One, or a list with one per image.
+            num_inference_steps: Evaluations of the network, where the model may take more or fewer.
+        """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load from a folder or a Hub id, with all arguments of `DiffusionPipeline.from_pretrained`.
+
+        Files and configs are checked before any weight is downloaded, and weights before they are used: only
+        safetensors are read, and everything is of one commit.
+
+        Raises:
+            MissingPluginError: The pipeline needs a plugin that is not installed; the message says which.
+            ConfigurationError: A config names what nobody knows, or the name is neither a folder nor a Hub id.
+            CheckpointError: A file is damaged, belongs to another network, or should not be where it is.
+            OSError: There is no such pipeline, or it can't be reached.
+        """
+        place = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        files = open_pipeline(pretrained_model_name_or_path, **place)
+        check_pipeline(files, kwargs, bool(kwargs.get("trust_remote_code")))
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs | dict(files.pinned))
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and not isinstance(part, WholeWeights) and name not in kwargs:
+                check_stock_weights(part)
+        return pipeline
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        images: Any,
+        method: str = "bound",
+        transitions: int | None = None,
+        replicates: int = 8,
+        seed: int = 0,
+        class_labels: Tensor | Sequence[int] | None = None,
+        *,
+        flow: ProbabilityFlow | None = None,
+        draws: int = 16,
+        batch_size: int = 256,
+        **network_arguments: Tensor,
+    ) -> LikelihoodReport:
+        """The log-likelihood of some images, per image and on average; the report says whether it is a bound.
+
+        Args:
+            images: PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) as the pipeline returns them (in [0, 1], on
+                the K levels), or integer tensors of levels.
+            method: ``bound``, the variational lower bound; ``ode``, the likelihood of the probability-flow ODE, which
+                needs `pip install 'vdm-hub[ode]'`; ``importance_weighted``, over ``draws`` whole chains where there is
+                a number of transitions, or a hierarchy of latents, else over dequantised draws of the probability
+                flow.
+            transitions: T, or ``None`` for continuous time.
+            replicates: Independent estimates per image, behind the standard error.
+            seed: Of all draws: an image's are a function of it, the replicate and the image's index.
+            class_labels: Class of each image, (B,).
+            flow: The protocol of the probability flow: dequantisation, divergence, tolerance.
+            draws: K, of ``importance_weighted``.
+            batch_size: Images at once, at most.
+            network_arguments: Passed to the network by name, each (B, ...).
+
+        Raises:
+            DataError: A pixel is none of the K levels, or the images' shape is not the network's.
+            ConfigurationError: The method is unknown, the model has no such likelihood, or torchode is missing.
+            NonFiniteLossError: A term of an image is NaN or infinite; the message names both.
+
+        Example:
+            >>> import torch
+            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> unet = UNetVDMModel(
+            ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+            ...     norm_num_groups=4,
+            ... )
+            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
+            >>> report = pipe.log_likelihood(torch.zeros(3, 1, 8, 8))
+            >>> report.log_likelihood.shape, report.per_image.shape, report.is_bound  # nats, bits/dim
+            (torch.Size([3]), torch.Size([3]), True)
+        """
+        levels = levels_from_images(images, self.num_levels)
+        if tuple(levels.shape[1:]) != self.image_shape:
+            raise DataError(
+                f"the images are {tuple(levels.shape[1:])} (channels, height, width); the network's are "
+                f"{self.image_shape}: resize or convert them first."
+            )
+        whole = {"levels": levels.to(self.device_of_latents), "indices": torch.arange(levels.shape[0])}
+        whole |= network_arguments | self._labels(class_labels, levels.shape[0])
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            parts = torch.arange(levels.shape[0]).split(batch_size)
+            return ({name: value[part.to(value.device)] for name, value in whole.items()} for part in parts)
+
+        def measured(objective: Objective) -> LikelihoodReport:
+            count = levels.shape[0]
+            measurement = build_measurement(objective, count, method, flow=flow, draws=draws, seed=seed)
+            return collect(measurement, batches, count, replicates)
+
+        report, clipped = measured(self.objective(transitions)), self.clipped_objective(transitions)
+        if clipped is not None and report.is_bound:
+            report = report.with_clipped(measured(clipped))
+        return report.with_notes(self.notes(transitions))
+
+    def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
+        """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
+        return self.log_likelihood(images, **kwargs)
+
+    def _labels(self, class_labels: Tensor | Sequence[int] | None, batch_size: int) -> dict[str, Tensor]:
+        if class_labels is None:
+            return {}
+        labels = torch.as_tensor(class_labels, device=self.device_of_latents)
+        if labels.shape != (batch_size,):
+            raise ConfigurationError(f"{tuple(labels.shape)} class labels for {batch_size} images: give one each.")
+        return {"class_labels": labels}
