@@ -26,6 +26,7 @@ from transformers import HfArgumentParser
 
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.errors import ConfigurationError, VDMHubError, unknown_name
+from vdm_hub.fields import require
 from vdm_hub.training.configuration import (
     DiffusionArguments,
     ModelArguments,
@@ -69,6 +70,14 @@ class Configuration:
     diffusion: DiffusionArguments
     model: ModelArguments
     training: TrainingArguments
+
+    def __post_init__(self) -> None:
+        if self.model.model == "hvae":  # nothing diffuses: what would have no effect is refused
+            for field in fields(self.diffusion):
+                value = getattr(self.diffusion, field.name)
+                require(
+                    value == field.default, field.name, value, "model is hvae, which has no diffusion: leave it out"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], recipe: str = "recipe", where: str = "in the values") -> Self:
