@@ -83,13 +83,16 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
         return []
 
     @abstractmethod
-    def sample(self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000) -> Tensor:
+    def sample(
+        self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000, **arguments: Any
+    ) -> Tensor:
         """Samples in [0, 1], (B, C, H, W).
 
         Args:
             batch_size: How many.
             generator: One, or a list with one per image.
             num_inference_steps: Evaluations of the network, where the model may take more or fewer.
+            arguments: Of the pipeline's own ``__call__``.
         """
 
     @classmethod

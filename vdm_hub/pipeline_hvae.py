@@ -79,9 +79,11 @@ class HVAEPipeline(LikelihoodPipeline):
         """The model's config."""
         return {name: value for name, value in self.hvae.config.items() if not name.startswith("_")}
 
-    def sample(self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000) -> Tensor:
+    def sample(
+        self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000, **arguments: Any
+    ) -> Tensor:
         """Samples in [0, 1], (B, C, H, W); a hierarchy has as many steps as latents, whatever is asked for."""
-        samples: Tensor = self(batch_size, generator, output_type="pt", return_dict=False)[0]
+        samples: Tensor = self(batch_size, generator, **arguments, output_type="pt", return_dict=False)[0]
         return samples
 
     # ---- samples and latents ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from vdm_hub.diffusers_checkpoints import (
 )
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
+from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
@@ -146,6 +148,7 @@ class VDMPipeline(LikelihoodPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        sampler: str | Sampler = ANCESTRAL,
         **network_arguments: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample images: z_1 from the prior, ``num_inference_steps`` reverse steps, then ``p(x|z_0)``.
@@ -162,6 +165,9 @@ class VDMPipeline(LikelihoodPipeline):
             callback_on_step_end: Called as ``callback(pipe, step, timestep, {"latents": ...})``; it may return changed
                 latents.
             callback_on_step_end_tensor_inputs: Which tensors the callback gets; there is only ``latents``.
+            sampler: ``ancestral``, the scheduler's own steps; or, by the score, ``reverse_sde``, ``probability_flow``,
+                ``predictor_corrector``, ``annealed_langevin``, or one of `vdm_hub.diffusion.samplers`. Those that
+                evaluate the network several times a step take so many steps fewer.
             network_arguments: Passed to the network by name.
 
         Example:
@@ -184,14 +190,20 @@ class VDMPipeline(LikelihoodPipeline):
         shape = self._shape(batch_size, latents, generator)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
         network = self._network(network_arguments | self._labels(class_labels, shape[0]))
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        by_score = self._score_sampler(sampler, bound)
+        steps = num_inference_steps if by_score is None else num_inference_steps // by_score.evaluations
+        self.scheduler.set_timesteps(max(steps, 1), device=device)
         if latents is None:
             latents = bound.prior_sample(shape, generator, device)
         latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
         latents = latents * self.scheduler.init_noise_sigma
         is_vdm = isinstance(self.scheduler, VDMScheduler)
         for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            if is_vdm:
+            if by_score is not None:
+                assert isinstance(bound, BoundGaussian)
+                s, t = (time_tensor(self.scheduler.times[j], latents) for j in (i + 1, i))
+                latents = by_score.step(partial(bound.score, network), bound.sde, latents, s, t, generator)
+            elif is_vdm:
                 output = bound.predict(network, latents, time_tensor(self.scheduler.times[i], latents))
                 latents = self.scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
             else:
@@ -203,15 +215,17 @@ class VDMPipeline(LikelihoodPipeline):
         if output_type == "latent":
             images = latents
         else:
-            decodes = is_vdm and not self.scheduler.ends_at_data
+            decodes = by_score is not None or (is_vdm and not self.scheduler.ends_at_data)
             levels = bound.decode(latents, network, generator) if decodes else process.quantise(latents)
             images = images_from_levels(levels, process.num_levels, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def sample(self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000) -> Tensor:
+    def sample(
+        self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000, **arguments: Any
+    ) -> Tensor:
         """`VDMPipeline.__call__` with tensors."""
-        arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "output_type": "pt"}
+        arguments |= {"num_inference_steps": num_inference_steps, "output_type": "pt"}
         source: Any = generator
         samples: Tensor = self(batch_size, source, return_dict=False, **arguments)[0]
         return samples
@@ -240,6 +254,18 @@ class VDMPipeline(LikelihoodPipeline):
     def main_model(self) -> ModelMixin:
         """The network."""
         return self.unet
+
+    def _score_sampler(self, sampler: str | Sampler, bound: Any) -> Sampler | None:
+        """The sampler, where it is another than the scheduler's own."""
+        by_score = build_sampler(sampler)
+        if by_score is not None and not (
+            isinstance(bound, BoundGaussian) and isinstance(self.scheduler, VDMScheduler)
+        ):
+            raise ConfigurationError(
+                f"sampler {type(by_score).__name__} needs the score of a Gaussian process and a VDMScheduler; this "
+                f"pipeline has {type(bound).__name__} and {type(self.scheduler).__name__}: leave it out."
+            )
+        return by_score
 
     def _shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
         if batch_size < 1:

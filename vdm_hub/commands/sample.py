@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from vdm_hub.commands.loading import load_pipeline
+from vdm_hub.diffusion.samplers import ANCESTRAL, SAMPLERS
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import at_least
 from vdm_hub.files import written_beside
+from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.plots import save_grid
 
 
@@ -23,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the PNG to write (default: grid.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output, where there is one")
     parser.add_argument("--num_inference_steps", type=int, default=250, help="network evaluations (default: 250)")
+    parser.add_argument(
+        "--sampler",
+        default=ANCESTRAL,
+        choices=(ANCESTRAL, *SAMPLERS),
+        help="of a diffusion: the reverse step of its bound, or one by the score (default: ancestral)",
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images at once (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: 0)")
 
@@ -36,12 +44,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output.exists() and not arguments.overwrite:
         raise ConfigurationError(f"{arguments.output} exists: name another --output, or replace it with --overwrite.")
     pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
+    chosen = {} if arguments.sampler == ANCESTRAL else {"sampler": arguments.sampler}
+    if chosen and not isinstance(pipeline, VDMPipeline):
+        raise ConfigurationError(
+            f"sampler is {arguments.sampler!r}, and a {type(pipeline).__name__} has no diffusion: leave it out."
+        )
     _check_steps(arguments.num_inference_steps, getattr(pipeline, "scheduler", None))
     seeds = range(arguments.seed, arguments.seed + arguments.num_images)
     parts = []
     for start in range(0, arguments.num_images, arguments.batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + arguments.batch_size]]
-        parts.append(pipeline.sample(len(generators), generators, arguments.num_inference_steps))
+        parts.append(pipeline.sample(len(generators), generators, arguments.num_inference_steps, **chosen))
     with written_beside(arguments.output) as beside:
         save_grid(torch.cat(parts), beside)
     print(f"{arguments.num_images} samples: {arguments.output}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vdm_hub import registry
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.conditioning import Conditioning
+from vdm_hub.diffusion.continuous_time import DiffusionSDE
 from vdm_hub.diffusion.decoders import Decoder
 from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess, Network, Noise
@@ -155,6 +156,17 @@ class BoundGaussian(BoundProcess):
 
     def __init__(self, process: GaussianProcess, gamma: Gamma) -> None:
         self.process, self.gamma = process, gamma
+
+    @property
+    def sde(self) -> DiffusionSDE:
+        """The stochastic differential equation of its latents, forward and back."""
+        return DiffusionSDE(self.gamma)
+
+    def score(self, network: Network, z_t: Tensor, t: Tensor) -> Tensor:
+        """The network's ``grad log q(z_t)`` at time t, (), whatever its target is (Luo eq. 151)."""
+        gamma = broadcast(self.gamma(t), z_t).to(torch.promote_types(z_t.dtype, torch.float32))
+        output = self.process.split(self.predict(network, z_t, t), z_t)[0]
+        return self.process.parameterization.score_hat(output, z_t, gamma)
 
     def sample(self, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
         return gaussian.marginal_sample(x, self.gamma(t), noise["marginal"])

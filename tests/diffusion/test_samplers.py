@@ -1,0 +1,178 @@
+"""Samplers by the score: with an exact score, samples of the right distribution, at the promised cost."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import registered
+from exact_denoisers import ExactDenoiser, Mixture
+from tiny import quiet, seeded, tiny_pipeline, tiny_unet
+from vdm_hub import VDMPipeline, VDMScheduler
+from vdm_hub.commands import main
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.noise_schedules import LinearSchedule
+from vdm_hub.diffusion.samplers import (
+    SAMPLERS,
+    AnnealedLangevin,
+    PredictorCorrector,
+    ReverseSDE,
+    Sampler,
+    build_sampler,
+)
+from vdm_hub.errors import ConfigurationError
+
+COUNT = 20_000
+TWO_PEAKS = Mixture(*(torch.tensor(v, dtype=torch.float64) for v in ([-0.6, 0.5], [0.02, 0.01], [0.3, 0.7])))
+MEAN, VARIANCE = -0.6 * 0.3 + 0.5 * 0.7, 0.02 * 0.3 + 0.01 * 0.7 + 0.21 * 1.1**2
+
+
+def process(target: str = "epsilon") -> GaussianProcess:
+    return registered.process(LinearSchedule(-7.0, 5.0), target)
+
+
+def draw(sampler: Sampler, steps: int, target: str = "epsilon", seed: int = 0) -> tuple[Tensor, int]:
+    """z_0 of many data of 50 independent dimensions, float64, and the evaluations of the score."""
+    chosen = process(target)
+    network = ExactDenoiser(TWO_PEAKS, chosen)
+    _, bound = chosen.bind(None, {})
+    calls = 0
+
+    def score(z: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return bound.score(network.bare, z, t)
+
+    generator = seeded(seed)
+    z = torch.randn(COUNT // 50, 50, dtype=torch.float64, generator=generator)
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    with torch.no_grad():
+        for t, s in pairwise(times):
+            z = sampler.step(score, bound.sde, z, s, t, generator)
+    return z, calls
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_have_the_distribution_of_the_data(name: str) -> None:
+    """Mean, variance and the weight of a peak, within 4.5 standard errors and the bias of 200 or 250 steps, 0.02.
+
+    The bias: a step is 12/200 in gamma, and all samplers but Heun's are of first order in it.
+    """
+    sampler = SAMPLERS[name]()
+    z, calls = draw(sampler, steps := 250 if name == "annealed_langevin" else 200)
+    assert calls == steps * sampler.evaluations
+    x = z.flatten() / math.sqrt(1 / (1 + math.exp(-7.0)))
+    assert abs(float(x.mean()) - MEAN) < 0.02 + 4.5 * math.sqrt(VARIANCE / COUNT)
+    assert abs(float(x.var()) - VARIANCE) < 0.02 + 4.5 * VARIANCE * math.sqrt(2 / COUNT)
+    assert abs(float((x < 0).double().mean()) - 0.3) < 0.02 + 4.5 * math.sqrt(0.21 / COUNT)
+
+
+@pytest.mark.parametrize("target", registered.names("parameterizations"))
+def test_every_target_gives_the_same_samples(target: str) -> None:
+    torch.testing.assert_close(draw(ReverseSDE(), 20, target)[0], draw(ReverseSDE(), 20)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_wrong_score_is_found() -> None:
+    """The test above can fail: a score twice too large narrows the peaks."""
+    sampler = ReverseSDE()
+    chosen = process()
+    _, bound = chosen.bind(None, {})
+    network = ExactDenoiser(TWO_PEAKS, chosen)
+    z, generator = torch.randn(2000, 1, dtype=torch.float64, generator=seeded()), seeded()
+    times = torch.linspace(1, 0, 101, dtype=torch.float64)
+    for t, s in pairwise(times):
+        z = sampler.step(lambda z, t: 2 * bound.score(network.bare, z, t), bound.sde, z, s, t, generator)
+    assert abs(float(z.var()) - VARIANCE) > 0.05
+
+
+def test_the_flow_maps_the_prior_by_its_quantiles() -> None:
+    """In one dimension the probability-flow ODE is monotone: z_0 and z_1 have the same ranks, so the order stays."""
+    chosen, steps = process(), 100
+    _, bound = chosen.bind(None, {})
+    network, z = ExactDenoiser(TWO_PEAKS, chosen), torch.linspace(-2.5, 2.5, 101, dtype=torch.float64)[:, None]
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    sampler = SAMPLERS["probability_flow"]()
+    for t, s in pairwise(times):
+        z = sampler.step(lambda z, t: bound.score(network.bare, z, t), bound.sde, z, s, t, None)
+    assert bool((z.diff(dim=0) > 0).all())
+    # The prior's quantile of 0.3 goes between the peaks, which hold 0.3 and 0.7 of the mass: Phi^-1(0.3) = -0.5244.
+    between = z[int((-0.5244 + 2.5) / 0.05)]
+    assert -0.45 < float(between) < 0.35
+
+
+def test_the_reverse_sde_tends_to_ancestral_steps() -> None:
+    """One step of each from the same noise: their difference falls with the square of its length."""
+    chosen = process()
+    _, bound = chosen.bind(None, {})
+    network, z = ExactDenoiser(TWO_PEAKS, chosen), torch.randn(500, 1, dtype=torch.float64, generator=seeded(1))
+    t = torch.tensor(0.6, dtype=torch.float64)
+    apart = []
+    for length in (0.02, 0.01, 0.005):
+        s = t - length
+        ours = ReverseSDE().step(lambda z, t: bound.score(network.bare, z, t), bound.sde, z, s, t, seeded(2))
+        output = bound.predict(network.bare, z, t)
+        theirs, _ = bound.reverse_step(output, z, s, t, seeded(2))
+        # Beside the mean, of second order, the noises' deviations differ, by less than the length times the noise.
+        apart.append(float((ours - theirs).abs().mean()))
+    assert apart[1] < 0.45 * apart[0]
+    assert apart[2] < 0.45 * apart[1]
+
+
+@pytest.mark.parametrize("name", ["ancestral", *SAMPLERS])
+def test_the_pipeline_samples_by_each_and_images_do_not_depend_on_their_batch(name: str) -> None:
+    pipe = tiny_pipeline(tiny_unet(fourier_features=()))  # which would make rounding visible
+    arguments: dict[str, Any] = {"num_inference_steps": 8, "output_type": "pt", "sampler": name}
+    whole = pipe(3, [seeded(i) for i in range(3)], **arguments).images
+    alone = pipe(1, [seeded(2)], **arguments).images
+    assert whole.shape == (3, 1, 8, 8)
+    # A level more or less where rounding decides between two.
+    assert float((whole[2:] - alone).abs().max()) < 1.5 / 16
+
+
+def test_the_pipeline_evaluates_the_network_as_often_as_it_was_told() -> None:
+    pipe, calls = tiny_pipeline(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    pipe.unet.register_forward_hook(count)
+    for name in ("ancestral", *SAMPLERS):
+        calls = 0
+        pipe(1, seeded(), num_inference_steps=12, sampler=name, output_type="pt")
+        assert calls == 12, name
+
+
+def test_a_process_per_pixel_is_sampled_too() -> None:
+    process = GaussianProcess.from_fields({"num_levels": 17})
+    assert isinstance(process, GaussianProcess)
+    pipe = quiet(VDMPipeline(tiny_unet(), VDMScheduler(num_levels=17, prediction_type="score")))
+    images = pipe(2, seeded(), num_inference_steps=6, sampler=PredictorCorrector(2, 0.1), output_type="pt").images
+    assert bool(images.isfinite().all())
+
+
+def test_the_command_takes_a_sampler(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    words = ["sample", str(tmp_path / "pipe"), "--num_images", "2", "--num_inference_steps", "4"]
+    assert main([*words, "--sampler", "predictor_corrector", "--output", str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_what_is_out_of_range_or_unknown_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"unknown sampler 'langevin'.*annealed_langevin"):
+        build_sampler("langevin")
+    with pytest.raises(ConfigurationError, match=r"corrector_steps is 0 and ratio 0\.16: give at least 1 step"):
+        PredictorCorrector(0)
+    with pytest.raises(ConfigurationError, match="steps_per_level is 1 and step_size 5"):
+        AnnealedLangevin(1, 5)
+    pipe = tiny_pipeline()
+    from diffusers import DDIMScheduler
+
+    pipe.scheduler = pipe.scheduler.to_diffusers(DDIMScheduler)
+    with pytest.raises(ConfigurationError, match="sampler ReverseSDE needs the score of a Gaussian process and a VDM"):
+        pipe(1, num_inference_steps=4, sampler="reverse_sde")
