@@ -15,21 +15,25 @@ from vdm_hub.diffusion.parameterizations import Parameterization
 from vdm_hub.likelihood.hierarchical import HVAEObjective
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Bound, Objective, VDMObjective
+from vdm_hub.models.first_stages import AutoencoderKLFirstStage
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.pipeline_hvae import HVAEPipeline
+from vdm_hub.pipeline_latent_vdm import LatentVDMPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.registration import register
 from vdm_hub.scheduling_vdm import VDMScheduler
 from vdm_hub.version import __version__ as __version__
 
 __all__ = [
+    "AutoencoderKLFirstStage",
     "Bound",
     "BoundProcess",
     "ForwardProcess",
     "HVAEObjective",
     "HVAEPipeline",
+    "LatentVDMPipeline",
     "LikelihoodReport",
     "MarkovianHVAE",
     "ModelMixin",
@@ -45,5 +49,9 @@ __all__ = [
 ]
 
 register(
-    sys.modules[__name__], [HVAEPipeline, MarkovianHVAE, NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler]
+    sys.modules[__name__],
+    [
+        *(AutoencoderKLFirstStage, MarkovianHVAE, NoiseScheduleModel, UNetVDMModel, VDMScheduler),
+        *(HVAEPipeline, LatentVDMPipeline, VDMPipeline),
+    ],
 )

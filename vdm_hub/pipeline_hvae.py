@@ -9,7 +9,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from vdm_hub.diffusion.draws import Generator, normal_noise, uniform_noise
+from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.errors import ConfigurationError, DataError, unknown_name
 from vdm_hub.images import images_from_levels, levels_from_images
 from vdm_hub.likelihood.hierarchical import HVAEObjective
@@ -123,7 +123,7 @@ class HVAEPipeline(LikelihoodPipeline):
             )
         below = [(latents.shape[0], *shape) for shape in model.latent_shapes[-2::-1]]
         z = model.descend(latents.to(device), [normal_noise(shape, generator, device) for shape in below])
-        images = self._images(self._draw_levels(z, generator), output_type)
+        images = self._images(self.hvae.draw_levels(z, generator), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -199,14 +199,8 @@ class HVAEPipeline(LikelihoodPipeline):
         """Down the hierarchy from ``z_t`` by the means, then each pixel's likeliest level."""
         for level in range(t - 1, 0, -1):
             z = self.hvae.decode(level, z).mean
-        levels: Tensor = self.hvae.decode_levels(z).argmax(-1)
+        levels: Tensor = self.hvae.likeliest_levels(z)
         return levels
-
-    def _draw_levels(self, z: Tensor, generator: Generator) -> Tensor:
-        """Levels from ``p(x|z_1)``, by the inverse of its distribution function."""
-        cumulated = self.hvae.decode_levels(z).exp().cumsum(-1)
-        uniform = uniform_noise(tuple(cumulated.shape[:-1]), generator, z.device)
-        return (cumulated < uniform.unsqueeze(-1)).sum(-1).clamp(max=self.num_levels - 1)
 
     def _images(self, levels: Tensor, output_type: str) -> Any:
         return images_from_levels(levels, self.num_levels, output_type)

@@ -240,6 +240,11 @@ class VDMPipeline(LikelihoodPipeline):
         return int(self.unet.config.in_channels), int(height), int(width)
 
     @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of what is diffused: the images', here."""
+        return self.image_shape
+
+    @property
     def num_levels(self) -> int:
         """K, of the scheduler's config."""
         return self.process.num_levels
@@ -270,9 +275,9 @@ class VDMPipeline(LikelihoodPipeline):
     def _shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
         if batch_size < 1:
             raise ConfigurationError(f"batch_size is {batch_size}: give at least 1.")
-        shape = (batch_size, *self.image_shape) if latents is None else tuple(latents.shape)
-        if shape[1:] != self.image_shape:
-            raise ConfigurationError(f"latents have shape {shape}; the network needs (B, *{self.image_shape}).")
+        shape = (batch_size, *self.latent_shape) if latents is None else tuple(latents.shape)
+        if shape[1:] != self.latent_shape:
+            raise ConfigurationError(f"latents have shape {shape}; the network needs (B, *{self.latent_shape}).")
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ConfigurationError(f"{len(generator)} generators for {shape[0]} images: give one each, or just one.")
         return shape

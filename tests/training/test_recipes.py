@@ -12,7 +12,8 @@ from PIL import Image
 from runs import forget_accelerator
 from vdm_hub.training.arguments import parse, recipes
 from vdm_hub.training.loop import train
-from vdm_hub.training.setup import build_network, build_objective
+from vdm_hub.training.networks import build_network
+from vdm_hub.training.setup import build_objective
 
 SHAPES = {
     "cifar10": (3, 32, 32),

@@ -10,11 +10,14 @@ from vdm_hub.diffusers_checkpoints import pipeline_class
 from vdm_hub.errors import ConfigurationError, VDMHubError
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_hvae import HVAEPipeline
+from vdm_hub.pipeline_latent_vdm import LatentVDMPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.repositories import HTTP_ERROR
 from vdm_hub.scheduling_vdm import VDMScheduler
 
-_OWN: dict[str, type[LikelihoodPipeline]] = {cls.__name__: cls for cls in (VDMPipeline, HVAEPipeline)}
+_OWN: dict[str, type[LikelihoodPipeline]] = {
+    cls.__name__: cls for cls in (VDMPipeline, HVAEPipeline, LatentVDMPipeline)
+}
 
 
 def load_pipeline(name: str, num_levels: int | None = None, revision: str | None = None) -> LikelihoodPipeline:
@@ -53,7 +56,7 @@ def _load(place: str, num_levels: int | None, revision: str | None) -> Likelihoo
     pipeline: LikelihoodPipeline = own.from_pretrained(place, revision=revision)
     if num_levels in (None, pipeline.num_levels):
         return pipeline
-    if not isinstance(pipeline, VDMPipeline):
+    if type(pipeline) is not VDMPipeline:
         raise ConfigurationError(
             f"num_levels is {num_levels}, and the model's decoder knows {pipeline.num_levels}: leave it out."
         )

@@ -7,7 +7,7 @@ for one batch. Gaussian diffusion is one implementation; a process without gamma
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class BoundProcess(ABC):
 
     Times are (B,) in a bound, and (), float64, while sampling, where all data are at one time.
     """
+
+    def origin(self, x: Tensor) -> Tensor:
+        """What is corrupted: the data, or a latent of theirs."""
+        return x
 
     @abstractmethod
     def sample(self, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
@@ -93,6 +97,31 @@ class ForwardProcess(nn.Module, ABC):
     @abstractmethod
     def fields(self) -> dict[str, Any]:
         """The scheduler's config fields that rebuild this process as it is now, learned values baked in."""
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Its modules by what they are."""
+        return {"schedule": self}
+
+    def prepare(self, levels: Iterable[Tensor]) -> str | None:
+        """Before training: take from some of the data what the process is to know of them.
+
+        Args:
+            levels: Batches, (B, C, H, W), to be read only if they are needed.
+
+        Returns:
+            What is to be said of it, if anything.
+        """
+        return None
+
+    @property
+    def diffused(self) -> ForwardProcess:
+        """The process of what is corrupted: itself, or that of the data's latents."""
+        return self
+
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of ``z_t`` for data of a shape, both (B, ...)."""
+        return tuple(shape)
 
     def carried_schedule(self) -> nn.Module | None:
         """The noise schedule whose weights no config can hold; the pipeline carries it as a component."""

@@ -42,7 +42,7 @@ class ConsistencyObjective(VDMObjective):
 
     Args:
         network: See `VDMObjective`.
-        process: Gaussian, with one gamma per time.
+        process: Gaussian, with one gamma per time, of the data or of their latents.
         transitions: T, any whole number; continuous time has no such form.
 
     Raises:
@@ -65,29 +65,29 @@ class ConsistencyObjective(VDMObjective):
                 "the consistency form of the bound is a sum over transitions, and continuous time has none: give a "
                 "number of transitions."
             )
-        scalar_gaussian(process)
+        scalar_gaussian(process.diffused)
         super().__init__(network, process, transitions)
 
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
         """The terms, each per datum, (B,), in nats; ``consistency`` is T times that of each datum's transition."""
         assert self.transitions is not None
         levels, network = batch["levels"], CountedNetwork(self.network, batch)
-        process = scalar_gaussian(self.process)
         with torch.autocast(levels.device.type, enabled=False):
-            x = process.encode(levels)
-            extras, bound = process.bind(x, noise)
+            x = self.process.encode(levels)
+            extras, bound = self.process.bind(x, noise)
             s, t = discretise(times.double(), self.transitions)
+            origin = bound.origin(x).double()
             terms = {
                 "reconstruction": bound.reconstruction(levels, x, noise, network),
-                "prior": self._prior(x.double(), noise["last"].double()),
-                "consistency": self.transitions * self._consistency(x.double(), s, t, noise, network),
+                "prior": self._prior(origin, noise["last"].double()),
+                "consistency": self.transitions * self._consistency(origin, s, t, noise, network),
             }
         return Bound(terms | extras, dimensions=levels[0].numel())
 
     def _prior(self, x: Tensor, eps: Tensor) -> Tensor:
         """``KL(q(z_T|z_{T-1}) || N(0, I))`` at one draw of ``z_{T-1}``."""
         assert self.transitions is not None
-        schedule = scalar_gaussian(self.process).schedule
+        schedule = scalar_gaussian(self.process.diffused).schedule
         ends = torch.tensor([1 - 1 / self.transitions, 1.0], dtype=torch.float64, device=x.device)
         gamma_s, gamma_t = schedule(ends).double()
         gain, variance = gaussian.transition(gamma_s, gamma_t)
@@ -98,7 +98,7 @@ class ConsistencyObjective(VDMObjective):
     def _consistency(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: CountedNetwork) -> Tensor:
         """``log q(z_s|z_r) - log p(z_s|z_t)`` on one draw of all three, r one step before s, or x itself at s = 0."""
         assert self.transitions is not None
-        process = scalar_gaussian(self.process)
+        process = scalar_gaussian(self.process.diffused)
         gamma_s, gamma_t = process.schedule(s).double(), process.schedule(t).double()
         gamma_r = process.schedule((s - 1 / self.transitions).clamp(min=0)).double()
         gain, variance = (
@@ -127,7 +127,7 @@ class ConsistencyObjective(VDMObjective):
     def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         """That of `VDMObjective`, and of the steps of a chain."""
         levels = batch["levels"]
-        shape = tuple(levels.shape)
+        shape = self.process.latent_shape(levels.shape)
         steps = {name: normal_noise(shape, generator, levels.device) for name in _STEPS}
         return super().draw_noise(batch, generator) | steps
 

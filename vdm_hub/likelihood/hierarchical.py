@@ -84,7 +84,7 @@ class HVAEObjective(HierarchicalObjective):
         """``reconstruction``, ``consistency_1`` to ``consistency_{T-1}`` and ``prior``."""
         model, dtype = self.model, torch.promote_types(noise[0].dtype, torch.float32)
         climbed = list(model.climb(model.scale(levels, dtype), noise))
-        terms = {"reconstruction": reconstruction_term(model, levels, climbed[0][1])}
+        terms = {"reconstruction": -model.log_likelihood(levels, climbed[0][1])}
         for t in range(1, model.depth):
             (q, z), (_, above) = climbed[t - 1], climbed[t]
             terms[f"consistency_{t}"] = log_density(q, z) - log_density(model.decode(t, above), z)
@@ -110,7 +110,7 @@ def joint_terms(model: MarkovianHVAE, levels: Tensor, latents: Sequence[Tensor])
         latents: ``z_1`` to ``z_T``, of whatever origin.
     """
     below = [model.scale(levels, latents[0].dtype), *latents]
-    terms = {"reconstruction": reconstruction_term(model, levels, latents[0])}
+    terms = {"reconstruction": -model.log_likelihood(levels, latents[0])}
     for t in range(1, model.depth + 1):
         log_q = log_density(model.encode(t, below[t - 1]), below[t])
         if t == model.depth:
@@ -131,12 +131,6 @@ def standard_kl(normal: Normal) -> Tensor:
     """``KL(N(mean, scale^2) || N(0, I))`` in nats, (B, *latent) -> (B,)."""
     one = torch.ones_like(normal.mean)
     return sum_dimensions(gaussian.kl_divergence(normal.mean, normal.scale**2, 0 * one, one))
-
-
-def reconstruction_term(model: MarkovianHVAE, levels: Tensor, z: Tensor) -> Tensor:
-    """``-log p(x|z_1)`` in nats, (B,)."""
-    log_p = model.decode_levels(z)
-    return -sum_dimensions(log_p.gather(-1, levels.long().unsqueeze(-1)))
 
 
 def _check_levels(levels: Tensor, num_levels: int) -> None:

@@ -68,6 +68,7 @@ def check_endpoints(process: ForwardProcess) -> None:
     Raises:
         ConfigurationError: gamma(0) or gamma(1) is not finite.
     """
+    process = process.diffused
     if not isinstance(process, GaussianProcess) or not process.schedule.scalar:
         return
     device = next((parameter.device for parameter in process.parameters()), torch.device("cpu"))

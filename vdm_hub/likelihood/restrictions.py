@@ -25,7 +25,7 @@ from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.hierarchical import HierarchicalObjective, reconstruction_term
+from vdm_hub.likelihood.hierarchical import HierarchicalObjective
 from vdm_hub.likelihood.per_image import CountedNetwork, Terms
 from vdm_hub.likelihood.probability_flow import predict_both, scalar_gaussian
 from vdm_hub.likelihood.variational_bound import VDMObjective
@@ -172,7 +172,7 @@ class DenoisingHVAEObjective(HierarchicalObjective):
             variance = encoder.gain**2 * spread + encoder.variance
             z = gain * x + variance.sqrt() * eps.double()
             if t == 1:
-                terms["reconstruction"] = reconstruction_term(model, levels, z)
+                terms["reconstruction"] = -model.log_likelihood(levels, z)
                 continue
             precision = encoder.gain**2 / encoder.variance + 1 / spread
             mean = (encoder.gain / encoder.variance * z + before / spread * x) / precision

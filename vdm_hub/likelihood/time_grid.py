@@ -45,6 +45,7 @@ class TimeGrid:
     @classmethod
     def of(cls, process: ForwardProcess, transitions: int | None, cells: int = MOST_CELLS) -> TimeGrid:
         """The cells that suit a process: one a transition, or whole numbers of them where there are many."""
+        process = process.diffused
         schedule = process.schedule if isinstance(process, GaussianProcess) and process.schedule.scalar else None
         if transitions is None:
             return _continuous(schedule, cells)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,15 @@ class Objective(nn.Module, ABC):
     def body(self) -> nn.Module:
         """The network, or all of them: what is compiled, checkpointed and counted."""
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """All modules by what they are: those that are counted and, the ``schedule``, not decayed."""
+        return {"network": self.body}
+
+    def prepare(self, batches: Iterable[Batch]) -> str | None:
+        """See `ForwardProcess.prepare`."""
+        return None
+
     @abstractmethod
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
         """The bound of one batch at one time per datum.
@@ -116,6 +125,15 @@ class VDMObjective(Objective):
     def body(self) -> nn.Module:
         """The network."""
         return self.network
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The network, and those of the process."""
+        return {"network": self.network} | self.process.parts
+
+    def prepare(self, batches: Iterable[Batch]) -> str | None:
+        """See `ForwardProcess.prepare`."""
+        return self.process.prepare(batch["levels"] for batch in batches)
 
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
         """The terms ``reconstruction``, ``prior`` and ``diffusion``, and those that the process adds."""

@@ -17,6 +17,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from vdm_hub.diffusion.draws import Generator, uniform_noise
+from vdm_hub.diffusion.gaussian import sum_dimensions
 from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.models.hvae_networks import GaussianNetwork, LevelNetwork, Shape
@@ -148,6 +150,43 @@ class MarkovianHVAE(WholeWeights, ModelMixin, ConfigMixin):
                 f"channels, height, width, levels): change the module, or sample_size, in_channels and num_levels."
             )
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    # ---- as a first stage: see `vdm_hub.diffusion.first_stage.FirstStage` ------------------------------------------
+
+    @property
+    def latent_shape(self) -> Shape:
+        """Of the one latent.
+
+        Raises:
+            ConfigurationError: There are several.
+        """
+        if self.depth != 1:
+            raise ConfigurationError(
+                f"a latent VDM's first stage has one latent, and this hierarchy has {self.depth}: give one of depth 1."
+            )
+        return self.latent_shapes[0]
+
+    def posterior(self, x: Tensor) -> Normal:
+        """``q(z_1|x)``."""
+        return self.encode(1, x)
+
+    def log_likelihood(self, levels: Tensor, z: Tensor) -> Tensor:
+        """``log p(x|z_1)``, nats, (B,)."""
+        log_p = self.decode_levels(z).gather(-1, levels.long().unsqueeze(-1))
+        return sum_dimensions(log_p.squeeze(-1))
+
+    def draw_levels(self, z: Tensor, generator: Generator = None) -> Tensor:
+        """Levels from ``p(x|z_1)``, by the inverse of its distribution function."""
+        cumulated = self.decode_levels(z).exp().cumsum(-1)
+        uniform = uniform_noise(tuple(cumulated.shape[:-1]), generator, z.device, cumulated.dtype)
+        return (cumulated < uniform.unsqueeze(-1)).sum(-1).clamp(max=self.num_levels - 1)
+
+    def likeliest_levels(self, z: Tensor) -> Tensor:
+        """Each pixel's likeliest level under ``p(x|z_1)``."""
+        levels: Tensor = self.decode_levels(z).argmax(-1)
+        return levels
+
+    # ---- the hierarchy ----------------------------------------------------------------------------------------------
 
     def latents(self, x: Tensor, noise: Sequence[Tensor]) -> list[Tensor]:
         """``z_1..z_T`` from ``q(z_1..z_T|x)``, by a standard normal for each."""

@@ -126,7 +126,11 @@ class ModelArguments:
     first_stage_from: str | None = option(
         None, "With model latent_vdm: start from a trained first stage, a folder or a Hub id, instead of a new one."
     )
-    freeze_first_stage: bool = option(False, "With model latent_vdm: train the diffusion alone.")
+    freeze_first_stage: bool = option(
+        False,
+        "With model latent_vdm: train the diffusion alone, and of an AutoencoderKL the scale of its likelihood, which "
+        "it has not.",
+    )
     scale_latents: bool = option(
         True, "With model latent_vdm: shift and scale latents to mean 0 and deviation 1, as measured at the start."
     )

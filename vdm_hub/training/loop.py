@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any
 from warnings import warn
 
@@ -46,6 +47,8 @@ from vdm_hub.training.signals import StopSignals, TrainingStopped
 from vdm_hub.training.state import pack_state, restore_state
 from vdm_hub.training.tracking import Trackers
 from vdm_hub.training.weights import averaged_weights, build_ema, step_ema, these_weights
+
+_LOOKED_AT = 1024  # training images, from which a model may take how its latents are distributed
 
 
 def train(configuration: Configuration) -> LikelihoodReport | None:
@@ -119,6 +122,9 @@ class Run:
         accumulation, processes = training.gradient_accumulation_steps, accelerator.num_processes
         self.global_batch_size = training.train_batch_size * accumulation * processes
         self.model = build_objective(configuration, data.image_shape)
+        self.model.to(accelerator.device)
+        looked_at = islice(self.source.batches(), -(-_LOOKED_AT // training.train_batch_size))
+        self._said = self.model.prepare(to_device(batch, accelerator.device) for batch in looked_at)
         optimizer = build_optimizer(self.model, training, learning_rate(training, processes))
         self.ema = build_ema(training, self.model, accelerator.device)
         self.objective, self.optimizer = accelerator.prepare(self.model, optimizer)
@@ -149,6 +155,8 @@ class Run:
             if self._start is not None:
                 self._start.set_aside()
             self.folder.claim(self.configuration)
+            if self._said is not None:
+                tqdm.write(self._said)
         self.trackers.open(self.configuration.to_dict())
         self._clock = time.perf_counter()
 

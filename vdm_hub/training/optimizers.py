@@ -25,8 +25,7 @@ def build_optimizer(objective: Objective, arguments: TrainingArguments, learning
     Raises:
         ConfigurationError: Its package is not installed.
     """
-    process = getattr(objective, "process", None)
-    schedule = {id(parameter) for parameter in process.parameters()} if isinstance(process, nn.Module) else set()
+    schedule = {id(parameter) for parameter in objective.parts.get("schedule", nn.Module()).parameters()}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in objective.parameters() if id(p) not in schedule]},
         {"params": [p for p in objective.parameters() if id(p) in schedule], "weight_decay": 0.0},

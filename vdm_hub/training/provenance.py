@@ -33,8 +33,7 @@ class Provenance:
         self, configuration: Configuration, accelerator: Accelerator, objective: Objective, data: Data
     ) -> None:
         self._configuration, self._accelerator, self._data = configuration, accelerator, data
-        network = _size(objective.body)
-        self._parameters = {"network": network, "schedule": _size(objective) - network}
+        self._parameters = {name: _size(part) for name, part in objective.parts.items()}
 
     def describe(self, steps: int, seconds: float) -> dict[str, Any]:
         """The run as it is now.

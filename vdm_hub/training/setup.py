@@ -2,82 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import singledispatch
 from typing import Any
 
-import diffusers
 import torch
-from torch import nn
 
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.latent_process import LatentProcess
+from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.hierarchical import HierarchicalObjective, HVAEObjective
 from vdm_hub.likelihood.variational_bound import Objective, VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
-from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.pipeline_hvae import HVAEPipeline
+from vdm_hub.pipeline_latent_vdm import LatentVDMPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.scheduling_vdm import VDMScheduler
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.training.first_stages import build_first_stage
+from vdm_hub.training.networks import build_hvae, build_network
 
 COMPILER = "inductor"
 # UNetVDMModel's own repeated block; UNet2DModel names none, and these two are nearly all of it.
 _REPEATED_BLOCKS = (*UNetVDMModel._repeated_blocks, "ResnetBlock2D", "Attention")
-
-
-def build_network(configuration: Configuration, shape: tuple[int, int, int]) -> nn.Module:
-    """The network that the recipe describes, its channels and size taken from the data where it is silent."""
-    name = configuration.model.unet_class
-    cls = UNetVDMModel if name == "UNetVDMModel" else getattr(diffusers, name)
-    from_data = {
-        "sample_size": shape[1] if shape[1] == shape[2] else list(shape[1:]),
-        "in_channels": shape[0],
-        "out_channels": shape[0],
-    }
-    others = {"num_train_timesteps": configuration.diffusion.num_train_timesteps}
-    built: nn.Module = build_described(cls, "unet", configuration.model.unet_config, from_data, others)
-    return built
-
-
-def build_described(
-    cls: Any,
-    field: str,
-    described: Mapping[str, Any],
-    from_data: Mapping[str, Any],
-    others: Mapping[str, Any] | None = None,
-) -> Any:
-    """An instance of a class of networks as a field of the recipe describes it.
-
-    Args:
-        cls: The class.
-        field: The recipe's field, for messages.
-        described: What it says.
-        from_data: Arguments that the data decide; the field may only repeat them.
-        others: Arguments that the field may give otherwise.
-
-    Raises:
-        ConfigurationError: An argument is unknown or wrong, or contradicts the data.
-    """
-    known = [parameter for parameter in inspect.signature(cls.__init__).parameters if parameter != "self"]
-    for key in described:
-        if key not in known:
-            raise unknown_name(f"argument of {cls.__name__} in {field}", key, known)
-    for key, value in from_data.items():
-        if described.get(key) not in (None, value):
-            raise ConfigurationError(
-                f"the recipe's {field} has {key}={described[key]}, but the images are {_of_images(from_data)}: leave "
-                f"{key} out (it follows the data), or train on such images."
-            )
-    try:
-        return cls(**{**from_data, **(others or {}), **described, **from_data})
-    except ConfigurationError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{cls.__name__} can't be built from the recipe's {field}: {error}") from error
 
 
 def build_scheduler(configuration: Configuration) -> VDMScheduler:
@@ -113,29 +63,23 @@ def _build_hvae(configuration: Configuration, shape: tuple[int, int, int]) -> Ob
     return HVAEObjective(build_hvae(configuration, shape, "hvae", configuration.model.hvae_config))
 
 
-def build_hvae(
-    configuration: Configuration, shape: tuple[int, int, int], field: str, described: Mapping[str, Any]
-) -> MarkovianHVAE:
-    """The hierarchical VAE that a field of the recipe describes."""
-    from_data = {
-        "sample_size": shape[1] if shape[1] == shape[2] else list(shape[1:]),
-        "in_channels": shape[0],
-        "num_levels": configuration.data.num_levels,
-    }
-    built: MarkovianHVAE = build_described(MarkovianHVAE, field, described, from_data)
-    return built
-
-
-def _of_images(from_data: Mapping[str, Any]) -> str:
-    size = from_data["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    levels = f" of {from_data['num_levels']} levels" if "num_levels" in from_data else ""
-    return f"{from_data['in_channels']}x{height}x{width}{levels}"
+def _build_latent_vdm(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
+    gaussian = build_scheduler(configuration).build_process()
+    if not isinstance(gaussian, GaussianProcess):
+        raise ConfigurationError(
+            f"forward_process is {configuration.diffusion.forward_process!r}, and latents are diffused by gaussian."
+        )
+    process = LatentProcess(build_first_stage(configuration, shape), gaussian)
+    process.normalises = configuration.model.scale_latents
+    process.frozen = configuration.model.freeze_first_stage
+    network = build_network(configuration, process.latent_shape((1,))[1:], features=False)
+    return VDMObjective(network, process, configuration.diffusion.transitions)
 
 
 _BUILDERS: dict[str, Callable[[Configuration, tuple[int, int, int]], Objective]] = {
     "vdm": _build_vdm,
     "hvae": _build_hvae,
+    "latent_vdm": _build_latent_vdm,
 }
 
 
@@ -176,12 +120,16 @@ def _(objective: HierarchicalObjective) -> HVAEPipeline:
 
 @build_pipeline.register
 def _(objective: VDMObjective) -> VDMPipeline:
-    carried = objective.process.carried_schedule()
-    return VDMPipeline(
-        unet=objective.network,
-        scheduler=VDMScheduler(**objective.process.fields()),
-        noise_schedule=None if carried is None else NoiseScheduleModel.from_schedule(carried),
-    )
+    process = objective.process
+    carried = process.carried_schedule()
+    parts: dict[str, Any] = {
+        "unet": objective.network,
+        "scheduler": VDMScheduler(**process.fields()),
+        "noise_schedule": None if carried is None else NoiseScheduleModel.from_schedule(carried),
+    }
+    if isinstance(process, LatentProcess):
+        return LatentVDMPipeline(process.first_stage, **parts, latent_scaling=process.scaling())
+    return VDMPipeline(**parts)
 
 
 def count_steps(arguments: TrainingArguments, steps_per_epoch: int | None) -> int:

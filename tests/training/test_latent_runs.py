@@ -1,0 +1,162 @@
+"""Latent VDMs by the same training: in one stage or two, from a VAE or from diffusers' AutoencoderKL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from runs import TORCHRUN, python, recipe, start, train_here
+from tiny import randomised
+from vdm_hub import AutoencoderKLFirstStage, LatentVDMPipeline
+from vdm_hub.commands.__main__ import main
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
+
+STAGE: dict[str, Any] = {"latent_shapes": [[2, 4, 4]], "block_out_channels": [8], "norm_num_groups": 4}
+LATENT: dict[str, Any] = {"model": "latent_vdm", "first_stage": STAGE}
+KL_CONFIG: dict[str, Any] = {"block_out_channels": [8], "norm_num_groups": 4, "latent_channels": 2}
+
+
+def hvae(folder: Path, **stage: Any) -> str:
+    """The pipeline of a VAE, hardly trained."""
+    fields: dict[str, Any] = {"model": "hvae", "hvae": STAGE | stage, "unet": {}, "noise_schedule": "linear"}
+    train_here(folder, **fields)
+    return str(folder / "pipeline")
+
+
+def test_one_stage_trains_everything_and_the_result_is_measured_and_sampled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    report = train_here(run, **LATENT, evaluation_replicates=2, num_sample_images=4, learning_rate=5e-3)
+    assert report is not None
+    assert "images the latents have means" in capsys.readouterr().out
+    assert (run / "samples.png").exists()
+    told = json.loads((run / "run.json").read_text())
+    assert set(told["parameters"]) == {"network", "first_stage", "schedule"}
+    assert told["parameters"]["first_stage"] > 0
+    words = ["evaluate", str(run / "pipeline"), "--dataset_name", "digits", "--replicates", "2", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_dim"] == report.bits_per_dim
+    words = ["sample", str(run / "pipeline"), "--num_images", "3", "--num_inference_steps", "4", "--output"]
+    assert main([*words, str(tmp_path / "grid.png")]) == 0
+
+
+def test_training_lowers_the_bound(tmp_path: Path) -> None:
+    fields = LATENT | {"evaluation_replicates": 4, "learning_rate": 5e-3, "lr_warmup_steps": 0}
+    first = train_here(tmp_path / "first", **fields, max_train_steps=1)
+    last = train_here(tmp_path / "last", **fields, max_train_steps=80)
+    assert first is not None
+    assert last is not None
+    assert last.bits_per_dim < first.bits_per_dim - 0.5
+
+
+def test_a_resumed_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path: Path) -> None:
+    train_here(tmp_path / "whole", **LATENT, checkpointing_steps=3)
+    train_here(tmp_path / "parts", **LATENT, checkpointing_steps=3)
+    (tmp_path / "parts" / "pipeline").rename(tmp_path / "aside")
+    checkpoints(tmp_path / "parts" / "checkpoints")[-1].rename(tmp_path / "aside-too")
+    train_here(tmp_path / "parts", **LATENT, checkpointing_steps=3, resume_from_checkpoint="latest")
+    ends = [load_checkpoint(checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("whole", "parts")]
+    assert any("shift" in name for name in ends[0].tensors["objective"])
+    for group, tensors in ends[0].tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, ends[1].tensors[group][name]), (group, name)
+
+
+def test_two_stages_leave_the_first_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = hvae(tmp_path / "vae")
+    capsys.readouterr()
+    fields = {"model": "latent_vdm", "first_stage_from": source, "freeze_first_stage": True}
+    train_here(tmp_path / "run", **fields)
+    assert "they are shifted and scaled to 0 and 1" in capsys.readouterr().out
+    pipe = LatentVDMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    run = start(tmp_path / "again", **fields)
+    before = run.model.process.first_stage.state_dict()
+    for name, tensor in pipe.first_stage.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    run.objective.train()
+    assert not run.model.process.first_stage.training
+    levels = torch.stack([torch.as_tensor(image) for image in run.data.train.levels])
+    latents = pipe.encode(levels[:1024])
+    assert float(latents.mean((0, 2, 3)).abs().max()) < 0.1  # the sample was 1,024 images of the same set
+    assert float((latents.std((0, 2, 3)) - 1).abs().max()) < 0.1
+
+
+def test_latents_that_are_not_normalised_are_measured_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = {**KL_CONFIG, "in_channels": 1, "out_channels": 1}
+    autoencoder = randomised(AutoencoderKL(**config))
+    with torch.no_grad():
+        autoencoder.quant_conv.bias[:2] += 30
+    autoencoder.save_pretrained(tmp_path / "vae")
+    fields = {"model": "latent_vdm", "first_stage_from": str(tmp_path / "vae"), "freeze_first_stage": True}
+    train_here(tmp_path / "run", **fields, scale_latents=False)
+    assert "warning: the first stage's latents are not normalised: over " in capsys.readouterr().out
+    pipe = LatentVDMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.config.latent_scaling == {"shift": [0.0, 0.0], "scale": [1.0, 1.0]}
+    assert isinstance(pipe.first_stage, AutoencoderKLFirstStage)
+    for name, tensor in autoencoder.state_dict().items():
+        assert torch.equal(tensor, pipe.first_stage.autoencoder.state_dict()[name]), name
+    # The likelihood's own scale was not in it, so it is learned.
+    assert float((pipe.first_stage.log_scale - torch.log(torch.tensor(0.1))).abs()) > 1e-4
+
+
+def test_an_autoencoder_kl_is_trained_from_its_description(tmp_path: Path) -> None:
+    described = {"_class_name": "AutoencoderKL", "initial_scale": 0.3, **KL_CONFIG}
+    train_here(tmp_path / "run", model="latent_vdm", first_stage=described)
+    pipe = LatentVDMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.latent_shape == (2, 8, 8)
+    # And what came of it is a first stage to go on from.
+    again = start(tmp_path / "again", model="latent_vdm", first_stage_from=str(tmp_path / "run" / "pipeline"))
+    assert isinstance(again.model.process.first_stage, AutoencoderKLFirstStage)
+
+
+def test_two_processes_agree_on_the_scaling_and_the_weights(tmp_path: Path) -> None:
+    made = recipe(tmp_path / "recipe", tmp_path / "run", **LATENT, max_train_steps=3)
+    done = python(*TORCHRUN, "-m", "vdm_hub.train", made, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the latents have means") == 1
+    assert (tmp_path / "run" / "pipeline" / "first_stage").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"first_stage": STAGE | {"depth": 2}}, "first_stage has depth 2: a latent VDM's first stage has one latent"),
+        ({"first_stage": STAGE | {"num_levels": 5}}, "first_stage has num_levels=5, but the images are"),
+        ({"first_stage": {"_class_name": "VQModel"}}, "unknown _class_name of first_stage 'VQModel'"),
+        ({"first_stage": {"_class_name": "AutoencoderKL", "layers": 3}}, "unknown argument of AutoencoderKL"),
+        ({"freeze_first_stage": True}, "a first stage that never learned anything is of no use"),
+        ({"first_stage_from": "NOWHERE"}, "neither a folder nor a Hub id|holds neither|no such"),
+        ({"unet": {"in_channels": 1}}, "the recipe's unet has in_channels=1, but"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if fields.get("first_stage_from") == "NOWHERE":
+        (tmp_path / "empty").mkdir()
+        fields = fields | {"first_stage": {}, "first_stage_from": str(tmp_path / "empty")}
+    with pytest.raises(ConfigurationError, match=message):
+        start(tmp_path / "run", **LATENT | fields)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_first_stage_of_other_images_is_refused(tmp_path: Path) -> None:
+    source = hvae(tmp_path / "vae")
+    with pytest.raises(ConfigurationError, match="is of images 1x8x8 of 17 levels, and the data are 1x8x8 of 256"):
+        start(tmp_path / "run", model="latent_vdm", first_stage_from=source, num_levels=256, dataset_name="digits")
+    with pytest.raises(ConfigurationError, match=r"first_stage gives .*'block_out_channels'.* leave one out"):
+        start(tmp_path / "run", **LATENT, first_stage_from=source)
+    deep = hvae(tmp_path / "deep", depth=2, latent_shapes=[[2, 4, 4], [3]])
+    with pytest.raises(ConfigurationError, match="has one latent, and this hierarchy has 2"):
+        start(tmp_path / "run", model="latent_vdm", first_stage_from=deep)
+    train_here(tmp_path / "vdm")
+    with pytest.raises(ConfigurationError, match=r"\(VDMPipeline\) has no first stage: give one with a component"):
+        start(tmp_path / "run", model="latent_vdm", first_stage_from=str(tmp_path / "vdm" / "pipeline"))

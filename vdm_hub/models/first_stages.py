@@ -1,0 +1,132 @@
+"""First stages of latent VDMs besides `MarkovianHVAE` of depth 1: diffusers' `AutoencoderKL` with a likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from vdm_hub.diffusion.decoders import FactorisedDecoder
+from vdm_hub.diffusion.draws import Generator
+from vdm_hub.diffusion.gaussian import alpha
+from vdm_hub.diffusion.levels import DataScaling
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.models.hvae import Normal
+from vdm_hub.models.safetensors_only import WholeWeights
+
+
+class AutoencoderKLFirstStage(WholeWeights, ModelMixin, ConfigMixin):
+    r"""diffusers' `AutoencoderKL` with ``p(x|y)`` over K levels, which its mean squared error alone is not.
+
+    The decoder's image m is the centre of a discretised Gaussian in each channel,
+    ``p(x_i|y) \propto exp(-(x_i - m_i)^2 / (2 s_c^2))`` over the K levels, exactly normalised, with a learned scale
+    ``s_c`` (Rybkin et al., arXiv 2006.13202, section 3, learn it too; the sum over levels is VDM's eq. 7).
+
+    Args:
+        autoencoder_config: That of the `AutoencoderKL`, as its ``config.json`` has it.
+        sample_size: Side of the images, or (height, width).
+        num_levels: K.
+        data_scaling: Where the K levels lie: see `vdm_hub.diffusion.levels.DataScaling`.
+        initial_scale: ``s_c`` before training, on a range of the data from -1 to 1.
+
+    Raises:
+        ConfigurationError: The autoencoder's image is not of this size or number of channels.
+
+    Example:
+        >>> import torch
+        >>> config = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+        >>> stage = AutoencoderKLFirstStage(config | {"latent_channels": 2}, sample_size=8, num_levels=17)
+        >>> levels = torch.zeros(3, 1, 8, 8, dtype=torch.long)
+        >>> mean, scale = stage.posterior(stage.scale(levels))
+        >>> mean.shape, stage.log_likelihood(levels, mean).shape  # nats
+        (torch.Size([3, 2, 8, 8]), torch.Size([3]))
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        autoencoder_config: Mapping[str, Any],
+        sample_size: int | tuple[int, int] = 32,
+        num_levels: int = 256,
+        data_scaling: str = "bin_centers",
+        initial_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.autoencoder: Any = AutoencoderKL.from_config(dict(autoencoder_config))
+        config = self.autoencoder.config
+        if config.in_channels != config.out_channels:
+            raise ConfigurationError(
+                f"the autoencoder takes {config.in_channels} channels and gives {config.out_channels}: a likelihood "
+                f"of its images needs the same."
+            )
+        if not 0 < initial_scale < math.inf:
+            raise ConfigurationError(f"initial_scale is {initial_scale}: a standard deviation is positive.")
+        size = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if size[0] % factor or size[1] % factor:
+            raise ConfigurationError(
+                f"the autoencoder halves the image {len(config.block_out_channels) - 1} times, and "
+                f"{size[0]}x{size[1]} is no multiple of {factor}: resize the images, or give it fewer blocks."
+            )
+        self.image_shape: tuple[int, int, int] = (int(config.in_channels), int(size[0]), int(size[1]))
+        self.latent_shape = (int(config.latent_channels), size[0] // factor, size[1] // factor)
+        self.num_levels, self.scaling = num_levels, DataScaling(data_scaling, num_levels)
+        self.log_scale = nn.Parameter(torch.full((self.image_shape[0],), math.log(initial_scale)))
+
+    @classmethod
+    def from_autoencoder(cls, autoencoder: AutoencoderKL, **arguments: Any) -> AutoencoderKLFirstStage:
+        """With the weights of a trained autoencoder.
+
+        Args:
+            autoencoder: It; its own ``scaling_factor`` is not used, as the latents are measured.
+            arguments: Of this class.
+        """
+        described = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
+        stage = cls(described, **arguments)
+        stage.autoencoder.load_state_dict(autoencoder.state_dict())
+        return stage
+
+    def scale(self, levels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Levels 0..K-1 -> x in [-1, 1]."""
+        return self.scaling.encode(levels, dtype)
+
+    def posterior(self, x: Tensor) -> Normal:
+        """``q(y|x)``, of the encoder."""
+        q = self.autoencoder.encode(x.to(self.autoencoder.dtype)).latent_dist
+        dtype = torch.promote_types(q.mean.dtype, torch.float32)
+        return Normal(q.mean.to(dtype), q.std.to(dtype))
+
+    def log_likelihood(self, levels: Tensor, y: Tensor) -> Tensor:
+        """``log p(x|y)``, nats, (B,)."""
+        z_0, gamma, unused = self._as_first_latent(y)
+        return -FactorisedDecoder().negative_log_likelihood(levels, z_0, gamma, unused, unused, self.scaling)
+
+    def draw_levels(self, y: Tensor, generator: Generator = None) -> Tensor:
+        """Levels from ``p(x|y)``."""
+        z_0, gamma, unused = self._as_first_latent(y)
+        return FactorisedDecoder().sample(z_0, gamma, unused, self.scaling, generator)
+
+    def likeliest_levels(self, y: Tensor) -> Tensor:
+        """The levels nearest to the decoder's image."""
+        return self.scaling.nearest(self._mean(y))
+
+    def _as_first_latent(self, y: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """What the factorised decoder reads m and s_c from: ``z_0 = alpha_0 m`` and ``gamma_0 = 2 log s_c``.
+
+        It takes no step onto the data and asks no network, so the third stands for both.
+        """
+        gamma = 2 * self.log_scale.reshape(1, -1, 1, 1).to(torch.promote_types(self.log_scale.dtype, torch.float32))
+        return self._mean(y) * alpha(gamma), gamma, None
+
+    def _mean(self, y: Tensor) -> Tensor:
+        image: Tensor = self.autoencoder.decode(y.to(self.autoencoder.dtype)).sample
+        return image.to(torch.promote_types(image.dtype, torch.float32))
+
+
+AutoencoderKLFirstStage.__module__ = "vdm_hub"
