@@ -6,12 +6,8 @@ Each does what the published card says, word for word.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shlex
-import subprocess
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +15,7 @@ import pytest
 
 import runs
 from hub.environments import python_without_vdm_hub
+from hub.readers import Reader, reader
 from hub.server import LoopbackHub
 
 REPO = "me/story"
@@ -31,35 +28,6 @@ NETWORK = {
     "up_block_types": ["UpBlock2D"],
 }
 FIELDS = {"unet": NETWORK, "noise_schedule": runs.LEARNED, "num_sample_images": 4, "evaluation_replicates": 2}
-# What a test adds to a card's snippet: fewer steps, and an answer that can be compared.
-SHORTER = (r"num_inference_steps=\d+", "num_inference_steps=3")
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Someone with a Python, an environment and a folder of their own."""
-
-    python: Path
-    environment: Mapping[str, str]
-    home: Path
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        environment = dict(self.environment) | {"OMP_NUM_THREADS": "1"}
-        environment["PATH"] = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
-        return subprocess.run(
-            command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=600, check=False
-        )
-
-    def python_block(self, code: str) -> subprocess.CompletedProcess[str]:
-        return self.run(str(self.python), "-c", re.sub(*SHORTER, code))
-
-    def shell_block(self, code: str) -> str:
-        said = ""
-        for line in code.strip().splitlines():
-            done = self.run(*shlex.split(line))
-            assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-            said += done.stdout
-        return said
 
 
 @dataclass(frozen=True)
@@ -73,12 +41,6 @@ class Story:
 
     def blocks(self, language: str) -> list[str]:
         return re.findall(rf"```{language}\n(.*?)```", self.card, flags=re.DOTALL)
-
-
-def reader(home: Path, hub: LoopbackHub, token: str | None = None) -> Reader:
-    home.mkdir()
-    environment = hub.environment(home / "cache", token=token)
-    return Reader(Path(sys.executable), environment | {"PYTHONPATH": str(runs.ROOT)}, home)
 
 
 @pytest.fixture(scope="module")

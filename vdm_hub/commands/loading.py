@@ -9,15 +9,10 @@ import torch
 from vdm_hub.diffusers_checkpoints import pipeline_class
 from vdm_hub.errors import ConfigurationError, VDMHubError
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
-from vdm_hub.pipeline_hvae import HVAEPipeline
-from vdm_hub.pipeline_latent_vdm import LatentVDMPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.pipelines import PIPELINES
 from vdm_hub.repositories import HTTP_ERROR
 from vdm_hub.scheduling_vdm import VDMScheduler
-
-_OWN: dict[str, type[LikelihoodPipeline]] = {
-    cls.__name__: cls for cls in (VDMPipeline, HVAEPipeline, LatentVDMPipeline)
-}
 
 
 def load_pipeline(name: str, num_levels: int | None = None, revision: str | None = None) -> LikelihoodPipeline:
@@ -50,7 +45,7 @@ def load_pipeline(name: str, num_levels: int | None = None, revision: str | None
 
 
 def _load(place: str, num_levels: int | None, revision: str | None) -> LikelihoodPipeline:
-    own = _OWN.get(pipeline_class(place, revision=revision))
+    own = PIPELINES.get(pipeline_class(place, revision=revision))
     if own is None:
         return VDMPipeline.from_diffusers(place, 256 if num_levels is None else num_levels, revision=revision)
     pipeline: LikelihoodPipeline = own.from_pretrained(place, revision=revision)

@@ -71,7 +71,9 @@ class ProbabilityFlow(Sampler):
 class PredictorCorrector(Sampler):
     """A step of a predictor, the reverse SDE, then steps of Langevin dynamics at the level reached (SDE alg. 3 and 5).
 
-    A corrector's step is ``z + e score + sqrt(2 e) n`` with ``e = 2 (ratio |n| / |score|)^2``, datum by datum.
+    A corrector's step is ``z + e score + sqrt(2 e) n`` with ``e = 2 ratio^2 sigma^2``: SDE's ``2 (ratio |n| / |score|)^2``
+    for the score ``-n/sigma`` of noise alone. Of the draw itself, it would depend on z, and that is a bias: large in few
+    dimensions, where a score near a mode is small.
 
     Args:
         corrector_steps: Of Langevin dynamics, after each predictor's step.
@@ -92,10 +94,8 @@ class PredictorCorrector(Sampler):
     def step(self, score: Score, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator) -> Tensor:
         z = self.predictor.step(score, sde, z, s, t, generator)
         for _ in range(self.corrector_steps):
-            noise, slope = _noise(z, generator), score(z, s)
-            size = 2 * (self.ratio * noise.flatten(1).norm(dim=1) / slope.flatten(1).norm(dim=1)) ** 2
-            size = broadcast(size, z)
-            z = z + size * slope + (2 * size).sqrt() * noise
+            size = (2 * self.ratio**2 * torch.sigmoid(broadcast(sde.gamma(s), z))).to(z.dtype)
+            z = z + size * score(z, s) + (2 * size).sqrt() * _noise(z, generator)
         return z
 
 

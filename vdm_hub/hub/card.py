@@ -13,14 +13,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vdm_hub import registry
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.hub.contents import Source
-from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.hub.rungs import plugin_packages, rung_of, word
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.version import __version__
 
 TASK = "unconditional-image-generation"
-_TAGS = ("variational-diffusion", "vdm", "likelihood", "bits-per-dimension")
+_TAGS = ("likelihood", "bits-per-dimension")
 _COMMANDS_WORD = re.compile(r"[\w./:\[\]%+-]+")
 _DATASETS = {
     "digits": "the hand-written digits of scikit-learn ([`load_digits`]"
@@ -60,7 +59,7 @@ class Edition:
     remote_code_branch: str = "remote-code"
 
 
-def render_card(source: Source, pipeline: VDMPipeline, edition: Edition) -> str:
+def render_card(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> str:
     """The card's text, metadata included.
 
     Whatever comes from a file or a name is made harmless: no HTML, no Markdown of its own, one line each.
@@ -82,23 +81,16 @@ def plain(text: Any) -> str:
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
 
 
-def plugin_packages(pipeline: VDMPipeline) -> dict[str, str]:
-    """The plugin packages that a pipeline's config names, with the versions that it was saved with."""
-    carried = {} if pipeline.noise_schedule is None else registry.packages(pipeline.noise_schedule.config)
-    named = registry.packages(pipeline.scheduler.config) | carried
-    return {package: re.sub(r"[^\w.+!-]", "", version) for package, version in named.items()}
-
-
 # ---- metadata ---------------------------------------------------------------------------------------------------
 
 
-def _metadata(source: Source, pipeline: VDMPipeline, edition: Edition) -> ModelCardData:
+def _metadata(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> ModelCardData:
     results = _results(source.evaluation)
     return ModelCardData(
         license=edition.license,
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=[*_TAGS, *(f"{package}" for package in plugin_packages(pipeline))],
+        tags=[*rung_of(pipeline).tags, *_TAGS, *(f"{package}" for package in plugin_packages(pipeline))],
         datasets=_hub_datasets(source.recipe),
         model_name=edition.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
@@ -152,12 +144,14 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
 # ---- text -------------------------------------------------------------------------------------------------------
 
 
-def _facts(source: Source, pipeline: VDMPipeline, edition: Edition) -> dict[str, Any]:
+def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any]:
     recipe, run = source.recipe, source.run
     channels, height, width = pipeline.image_shape
     kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
     on_main = edition.revision == "main"
-    steps = recipe.get("num_inference_steps", 250)
+    steps = int(recipe.get("num_inference_steps", 250))
+    rung = rung_of(pipeline)
+    drawn = f"Drawn with {steps} network evaluations each, not selected." if rung.steps else "Not selected."
     return {
         "name": edition.repo_id.split("/")[-1],
         "version": __version__,
@@ -166,9 +160,11 @@ def _facts(source: Source, pipeline: VDMPipeline, edition: Edition) -> dict[str,
         "revision_option": "" if on_main else f" --revision {shlex.quote(edition.revision)}",
         "images": f"{height}x{width} {kind} images",
         "shape_text": f"{height}x{width} pixels, {kind}",
-        "levels": pipeline.process.num_levels,
-        "sample_steps": int(steps),
-        "samples_text": f"Drawn with {int(steps)} network evaluations each, not selected." if recipe else "",
+        "levels": pipeline.num_levels,
+        "rung": rung,
+        "pipeline": type(pipeline).__name__,
+        "steps_argument": f", num_inference_steps={steps}" if rung.steps else "",
+        "samples_text": drawn if recipe else "",
         "dataset": _dataset(recipe, run),
         "bound": _bound(source, edition),
         "pictures": {
@@ -176,9 +172,6 @@ def _facts(source: Source, pipeline: VDMPipeline, edition: Edition) -> dict[str,
             "schedule": "schedule.png" in source.pictures,
             "curve": "training_curve.png" in source.pictures,
         },
-        "process_text": _process(pipeline),
-        "network": type(pipeline.unet).__name__,
-        "parameters": f"{pipeline.unet.num_parameters():,}",
         "plugins": plugin_packages(pipeline),
         "recipe": bool(recipe),
         "own_dataset": _option(recipe.get("dataset_name") or "..."),
@@ -222,7 +215,10 @@ def _bound(source: Source, edition: Edition) -> dict[str, Any] | None:
     measured = plain(f"{report.get('num_images')} {dataset.get('split') or ''}")
     is_bound = bool(report.get("is_bound", True))
     steps = report.get("transitions")
-    time = "continuous time (infinitely many transitions)" if steps is None else f"{steps} transitions"
+    latents = (report.get("hierarchy") or {}).get("depth")
+    time = "in continuous time (infinitely many transitions)" if steps is None else f"in {steps} transitions"
+    if latents is not None:
+        time = f"over {plain(latents)} latent{'' if latents == 1 else 's'}"
     return {
         "symbol": "at most" if is_bound else "an estimated",
         "is_bound": is_bound,
@@ -233,7 +229,7 @@ def _bound(source: Source, edition: Edition) -> dict[str, Any] | None:
         "meaning": "An upper bound on the negative log-likelihood, `-log2 p(x) / dim`."
         if is_bound
         else "An estimate of the negative log-likelihood, `-log2 p(x) / dim`; no bound.",
-        "protocol": f"Method: {plain(_METHODS.get(report.get('method', 'bound'), report.get('method')))} in {time}; "
+        "protocol": f"Method: {plain(_METHODS.get(report.get('method', 'bound'), report.get('method')))} {time}; "
         f"{report.get('replicates')} replicates, "
         f"{measured} images of {plain(dataset.get('name') or 'an unnamed dataset')}, "
         f"{report.get('network_evaluations') or 0:,} network evaluations in all.",
@@ -285,26 +281,6 @@ def _method_options(report: Mapping[str, Any]) -> dict[str, Any]:
     return {"--method": None if method == "bound" else method, "--draws": weights.get("draws")} | options
 
 
-def _process(pipeline: VDMPipeline) -> str:
-    config = pipeline.scheduler.config
-    schedule = registry.parse("noise_schedules", config["noise_schedule"])[0]
-    target = registry.parse("parameterizations", config["prediction_type"])[0]
-    process = registry.parse("forward_processes", config.get("forward_process") or "gaussian")[0]
-    carried = ", with weights of its own" if pipeline.noise_schedule is not None else ""
-    gaussian, described = pipeline.process, f"{plain(process)} diffusion"
-    if "noise_schedule" not in gaussian.fields():  # a process without gamma has none, nor a target
-        return f"{described}, {gaussian.num_levels} levels."
-    described += f", noise schedule `{_word(schedule)}`{carried}"
-    if isinstance(gaussian, GaussianProcess) and gaussian.schedule.scalar:
-        least, most = (float(gamma) for gamma in gaussian.schedule.endpoints())
-        described += f" with log SNR from {-least:.2f} to {-most:.2f}"
-    return f"{described}, target `{_word(target)}`, {gaussian.num_levels} levels."
-
-
-def _word(name: str) -> str:
-    return re.sub(r"[^\w.:-]", "", name)
-
-
 def _made(run: Mapping[str, Any]) -> str:
     if not run:
         return "Trained with vdm_hub."
@@ -330,4 +306,4 @@ def _training_command(run: Mapping[str, Any]) -> str:
 def _licence(identifier: str | None) -> str:
     if identifier is None:
         return "The author has stated no licence for the weights: ask before you use them further."
-    return f"`{_word(identifier)}`. The code that trains and runs it, vdm_hub, is Apache-2.0."
+    return f"`{word(identifier)}`. The code that trains and runs it, vdm_hub, is Apache-2.0."

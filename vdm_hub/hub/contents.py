@@ -32,7 +32,7 @@ class Source:
     """A pipeline on disk, and what is known of it.
 
     Attributes:
-        pipeline: The folder that `VDMPipeline.save_pretrained` wrote.
+        pipeline: The folder that a pipeline's `save_pretrained` wrote.
         recipe: The fields of the run, or empty.
         evaluation: What ``vdm-hub evaluate --json`` printed, or empty.
         history: The course of training, or empty.
@@ -83,7 +83,7 @@ def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     {'train_data_dir': 'birds', 'seed': 1}
     """
     kept = {key: value for key, value in recipe.items() if key not in _OWN_AFFAIRS}
-    for key in ("train_data_dir", "dataset_name"):
+    for key in ("train_data_dir", "dataset_name", "first_stage_from"):
         if isinstance(kept.get(key), str):
             kept[key] = public_name(kept[key])
     return kept

@@ -24,9 +24,13 @@ from vdm_hub.hub.contents import (
 )
 from vdm_hub.hub.remote_code import add_remote_code, check_remote_code
 from vdm_hub.hub.repository import MAIN, HubRepository, check_ready, check_repo_id
+from vdm_hub.hub.rungs import rung_of
 from vdm_hub.hub.stock_twin import build_stock_twin, twin_error
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.pipelines import PIPELINES
 from vdm_hub.registration import add_install_hint
+from vdm_hub.repositories import INDEX, read_json
 from vdm_hub.version import __version__
 
 __all__ = ["Publication", "check_ready", "publish", "write_publication"]
@@ -67,7 +71,7 @@ class Prepared:
     """
 
     source: Source
-    pipeline: VDMPipeline
+    pipeline: LikelihoodPipeline
     edition: Edition
     folders: dict[str, Path]
 
@@ -165,9 +169,12 @@ def prepared_publication(
 ) -> Iterator[Prepared]:
     """Everything that is sent, on disk and checked, before anything is sent."""
     source = read_source(folder, evaluation)
-    pipeline = VDMPipeline.from_pretrained(source.pipeline)
-    if not isinstance(pipeline, VDMPipeline):
-        raise CheckpointError(f"{source.pipeline} holds a {type(pipeline).__name__}, not a VDMPipeline.")
+    pipeline = _load(source.pipeline)
+    if remote_code and type(pipeline) is not VDMPipeline:
+        raise ConfigurationError(
+            f"{source.pipeline} holds a {type(pipeline).__name__}, and code is carried for a VDMPipeline alone: leave "
+            f"--remote_code out."
+        )
     pipeline.set_progress_bar_config(disable=True)
     _check_evaluation(source, pipeline)
     with tempfile.TemporaryDirectory() as temporary:
@@ -188,7 +195,15 @@ def prepared_publication(
         yield Prepared(source, pipeline, edition, folders)
 
 
-def _check_evaluation(source: Source, pipeline: VDMPipeline) -> None:
+def _load(folder: Path) -> LikelihoodPipeline:
+    name = read_json(folder / INDEX, str(folder / INDEX)).get("_class_name")
+    if name not in PIPELINES:
+        raise CheckpointError(f"{folder} holds a {name}, not a pipeline of vdm_hub: {', '.join(PIPELINES)}.")
+    pipeline: LikelihoodPipeline = PIPELINES[name].from_pretrained(folder)
+    return pipeline
+
+
+def _check_evaluation(source: Source, pipeline: LikelihoodPipeline) -> None:
     """Refuse to put a figure on the card that other weights reached."""
     measured = source.evaluation.get("weights")
     if source.evaluation and measured != weights_fingerprint(pipeline):
@@ -199,8 +214,11 @@ def _check_evaluation(source: Source, pipeline: VDMPipeline) -> None:
         )
 
 
-def _add_twin(pipeline: VDMPipeline, folders: dict[str, Path], edition: Edition) -> Edition:
+def _add_twin(pipeline: LikelihoodPipeline, folders: dict[str, Path], edition: Edition) -> Edition:
     """Save the twin where there can be one; the edition then knows its error, or why there is none."""
+    if type(pipeline) is not VDMPipeline:
+        del folders[TWIN_BRANCH]
+        return replace(edition, no_twin=rung_of(pipeline).no_twin)
     try:
         twin = build_stock_twin(pipeline)
     except ConfigurationError as reason:

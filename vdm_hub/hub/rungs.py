@@ -1,0 +1,140 @@
+"""What a card says of a model that differs from rung to rung of the ladder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import singledispatch
+
+from vdm_hub import registry
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub.pipeline_hvae import HVAEPipeline
+from vdm_hub.pipeline_latent_vdm import LatentVDMPipeline
+from vdm_hub.pipeline_vdm import VDMPipeline
+
+_VDM_PAPER = (
+    "The model class is that of Kingma, Salimans, Poole and Ho, *Variational Diffusion Models* ([arXiv\n"
+    "2107.00630](https://arxiv.org/abs/2107.00630))"
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One model's place on the ladder, in words for a card.
+
+    Attributes:
+        kind: What the model is, with its article.
+        tags: For the Hub, besides those that all rungs share.
+        structure: Its networks, and what lies between data and prior.
+        source: Where the model class comes from.
+        steps: Whether a sample takes as many network evaluations as are asked for.
+        no_twin: Why there is no stock twin of such a model; empty where there may be one.
+    """
+
+    kind: str
+    tags: tuple[str, ...]
+    structure: str
+    source: str
+    steps: bool = True
+    no_twin: str = ""
+
+
+@singledispatch
+def rung_of(pipeline: LikelihoodPipeline) -> Rung:
+    """The words for a pipeline.
+
+    Raises:
+        ConfigurationError: Its class is none of the ladder's.
+    """
+    raise ConfigurationError(f"{type(pipeline).__name__} is no pipeline that has a card: publish one of vdm_hub.")
+
+
+@rung_of.register
+def _(pipeline: VDMPipeline) -> Rung:
+    return Rung(
+        kind="A variational diffusion model (VDM)",
+        tags=("variational-diffusion", "vdm"),
+        structure=f"{_network(pipeline)} {_process(pipeline)}",
+        source=f"{_VDM_PAPER}.",
+    )
+
+
+@rung_of.register
+def _(pipeline: LatentVDMPipeline) -> Rung:
+    stage = pipeline.first_stage
+    latents = "x".join(map(str, pipeline.latent_shape))
+    return Rung(
+        kind="A latent variational diffusion model (a VDM of an autoencoder's latents)",
+        tags=("variational-diffusion", "vdm", "latent-diffusion"),
+        structure=f"First stage: `{type(stage).__name__}`, {stage.num_parameters():,} parameters, latents of shape "
+        f"{latents}. {_network(pipeline)} {_process(pipeline)}",
+        source=f"{_VDM_PAPER}, on the latents of a\nvariational autoencoder as in Vahdat, Kreis and Kautz, *Score-"
+        f"based Generative Modeling in Latent Space* ([arXiv\n2106.05931](https://arxiv.org/abs/2106.05931)).",
+        no_twin="its pipelines of latents have no autoencoder over levels, which this model has.",
+    )
+
+
+@rung_of.register
+def _(pipeline: HVAEPipeline) -> Rung:
+    model = pipeline.hvae
+    shapes = ", ".join("x".join(map(str, shape)) for shape in model.latent_shapes)
+    one = model.depth == 1
+    return Rung(
+        kind="A variational autoencoder (VAE)"
+        if one
+        else f"A hierarchical variational autoencoder (HVAE) with {model.depth} latents",
+        tags=("variational-autoencoder", "vae" if one else "hierarchical-vae"),
+        structure=f"Network: `{type(model).__name__}`, {model.num_parameters():,} parameters; "
+        f"latent{'' if one else 's'} of shape {shapes}{'' if one else ', from the data up'}; {model.num_levels} "
+        f"levels.",
+        source="The model class is that of Kingma and Welling, *Auto-Encoding Variational Bayes* ([arXiv\n"
+        "1312.6114](https://arxiv.org/abs/1312.6114))"
+        + (
+            "."
+            if one
+            else ", in the Markovian hierarchy of Luo, *Understanding Diffusion Models: A\nUnified Perspective* "
+            "([arXiv 2208.11970](https://arxiv.org/abs/2208.11970), eq. 23 and 24)."
+        ),
+        steps=False,
+        no_twin="it has no pipeline of hierarchical VAEs.",
+    )
+
+
+def plugin_packages(pipeline: LikelihoodPipeline) -> dict[str, str]:
+    """The plugin packages that a pipeline's config names, with the versions that it was saved with."""
+    if not isinstance(pipeline, VDMPipeline):
+        return {}
+    carried = {} if pipeline.noise_schedule is None else registry.packages(pipeline.noise_schedule.config)
+    named = registry.packages(pipeline.scheduler.config) | carried
+    return {package: re.sub(r"[^\w.+!-]", "", version) for package, version in named.items()}
+
+
+def _network(pipeline: VDMPipeline) -> str:
+    return f"Network: `{type(pipeline.unet).__name__}`, {pipeline.unet.num_parameters():,} parameters."
+
+
+def _process(pipeline: VDMPipeline) -> str:
+    config = pipeline.scheduler.config
+    schedule = registry.parse("noise_schedules", config["noise_schedule"])[0]
+    target = registry.parse("parameterizations", config["prediction_type"])[0]
+    process = registry.parse("forward_processes", config.get("forward_process") or "gaussian")[0]
+    carried = ", with weights of its own" if pipeline.noise_schedule is not None else ""
+    gaussian, described = pipeline.process.diffused, f"Process: {word(process)} diffusion"
+    if "noise_schedule" not in gaussian.fields():  # a process without gamma has none, nor a target
+        return f"{described}, {gaussian.num_levels} levels."
+    described += f", noise schedule `{word(schedule)}`{carried}"
+    if isinstance(gaussian, GaussianProcess) and gaussian.schedule.scalar:
+        least, most = (float(gamma) for gamma in gaussian.schedule.endpoints())
+        described += f" with log SNR from {-least:.2f} to {-most:.2f}"
+    return f"{described}, target `{word(target)}`, {gaussian.num_levels} levels."
+
+
+def word(name: str) -> str:
+    """A name without whatever Markdown or HTML could be made of.
+
+    >>> word("a`b<c>")
+    'abc'
+    """
+    return re.sub(r"[^\w.:-]", "", name)
