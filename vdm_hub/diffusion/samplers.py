@@ -71,9 +71,9 @@ class ProbabilityFlow(Sampler):
 class PredictorCorrector(Sampler):
     """A step of a predictor, the reverse SDE, then steps of Langevin dynamics at the level reached (SDE alg. 3 and 5).
 
-    A corrector's step is ``z + e score + sqrt(2 e) n`` with ``e = 2 ratio^2 sigma^2``: SDE's ``2 (ratio |n| / |score|)^2``
-    for the score ``-n/sigma`` of noise alone. Of the draw itself, it would depend on z, and that is a bias: large in few
-    dimensions, where a score near a mode is small.
+    A corrector's step is ``z + e score + sqrt(2 e) n`` with ``e = 2 ratio^2 sigma^2``: what SDE's ``2 (ratio |n| /
+    |score|)^2`` is for the score ``-n/sigma`` of noise alone. Taken of the draw, it would depend on z, which is a
+    bias: a large one in few dimensions, where a score near a mode is small.
 
     Args:
         corrector_steps: Of Langevin dynamics, after each predictor's step.
