@@ -75,11 +75,12 @@ class LatentProcess(ForwardProcess):
             raise ConfigurationError("latents are diffused with the posterior's variance: leave variance_type out.")
         channels = self.latent_shape((0,))[1]
         for name, given in (("shift", shift), ("scale", scale)):
-            values = torch.as_tensor(given, dtype=torch.float32)
+            values = torch.as_tensor(given, dtype=torch.float32, device="cpu")
             if values.numel() not in (1, channels) or not bool(values.isfinite().all()):
                 raise ConfigurationError(f"latent_{name} is {given}: give one finite number, or {channels}.")
-            self.register_buffer(name, values.reshape(-1).expand(channels).reshape(channels, 1, 1).clone())
-        self._check_scale()
+            if name == "scale":
+                _check_positive(values)
+            self.register_buffer(name, torch.empty(channels, 1, 1).copy_(values.reshape(-1, 1, 1)))
         self.normalises, self.frozen = True, False
 
     def train(self, mode: bool = True) -> LatentProcess:
@@ -200,16 +201,17 @@ class LatentProcess(ForwardProcess):
         Raises:
             ConfigurationError: A channel is the same for all images.
         """
+        _check_positive(deviation)
         self.shift.copy_(mean.reshape(self.shift.shape))
         self.scale.copy_(deviation.reshape(self.scale.shape))
-        self._check_scale()
 
-    def _check_scale(self) -> None:
-        if not bool((self.scale > 0).all()):
-            raise ConfigurationError(
-                f"a channel of the latents would be scaled by {float(self.scale.min()):g}: a deviation is positive. "
-                f"Is the first stage trained, and does it use the channel?"
-            )
+
+def _check_positive(scale: Tensor) -> None:
+    if not bool((scale > 0).all()):
+        raise ConfigurationError(
+            f"a channel of the latents would be scaled by {float(scale.min()):g}: a deviation is positive. Is the "
+            f"first stage trained, and does it use the channel?"
+        )
 
 
 def describe_latents(mean: Tensor, deviation: Tensor, images: int) -> tuple[str, bool]:
