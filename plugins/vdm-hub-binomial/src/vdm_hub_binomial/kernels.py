@@ -80,6 +80,45 @@ def kl_rate(agrees: Tensor, logit: Tensor, lost: Tensor, lost_rate: Tensor) -> T
     return 0.5 * lost_rate / (1 - lost) * torch.exp(log_rho_q) * (difference + torch.expm1(-difference))
 
 
+def transition_matrix(lost_s: Tensor, lost_t: Tensor) -> Tensor:
+    """``q(z_t|z_s)`` of one bit, s <= t: rows by z_s, columns by z_t, both -1 then 1; (..., 2, 2) (SD15 Table 1).
+
+    It solves Kolmogorov's equations (F49, eq. 18 and 16): ``dP/dt = P Q(t)`` forward, ``dP/ds = -Q(s) P`` backward,
+    with Q of `generator`.
+
+    >>> transition_matrix(torch.tensor(0.0), torch.tensor(0.5)).tolist()
+    [[0.75, 0.25], [0.25, 0.75]]
+    """
+    flip = 0.5 * (lost_t - lost_s) / (1 - lost_s)
+    return torch.stack([torch.stack([1 - flip, flip], -1), torch.stack([flip, 1 - flip], -1)], -2)
+
+
+def generator(lost: Tensor, lost_rate: Tensor) -> Tensor:
+    """``Q(t) = beta/2 [[-1, 1], [1, -1]]``, ``beta = -a'/a``, of one bit, (..., 2, 2).
+
+    Args:
+        lost: ``1 - a_t``, below 1.
+        lost_rate: Its derivative in t.
+
+    >>> generator(torch.tensor(0.5), torch.tensor(1.0)).tolist()
+    [[-1.0, 1.0], [1.0, -1.0]]
+    """
+    rate = 0.5 * lost_rate / (1 - lost)
+    return torch.stack([torch.stack([-rate, rate], -1), torch.stack([rate, -rate], -1)], -2)
+
+
+def reverse_generator(forward: Tensor, marginal: Tensor) -> Tensor:
+    """The generator of the chain run backwards, ``R_ij = Q_ji q_t(j) / q_t(i)`` off the diagonal, (..., S, S).
+
+    Args:
+        forward: Q(t), (..., S, S).
+        marginal: ``q_t``, (..., S); given the data, that of the reverse process behind `kl_rate`.
+    """
+    rates = forward.mT * marginal.unsqueeze(-2) / marginal.unsqueeze(-1)
+    rates = rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1))
+    return rates - torch.diag_embed(rates.sum(-1))
+
+
 def mean_of_data(z_t: Tensor, output: Tensor, lost: Tensor) -> Tensor:
     """``E[x|z_t]`` of each bit, its own latent taken into account, for an output F of the network."""
     return torch.tanh(0.5 * (output + z_t * (torch.log(2 - lost) - torch.log(lost))))

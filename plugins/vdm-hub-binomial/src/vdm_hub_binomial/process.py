@@ -78,6 +78,10 @@ class BinomialProcess(ForwardProcess):
         """``a(t)``, elementwise."""
         return 1 - self.lost(t)
 
+    def lost_rate(self, t: Tensor) -> Tensor:
+        """The derivative of `lost` in t."""
+        return self.exponent * t ** (self.exponent - 1)
+
     def encode(self, levels: Tensor) -> Tensor:
         """0 and 1 -> -1 and 1."""
         return 2 * levels.float() - 1
@@ -128,8 +132,8 @@ class BoundBinomial(BoundProcess):
     def kl_rate(self, x: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
         """See `kernels.kl_rate`, summed over the bits."""
         z_t = self.sample(x, t, noise)
-        logit, exponent = z_t * self.predict(network, z_t, t), self.process.exponent
-        lost_rate = broadcast(exponent * t ** (exponent - 1), x)
+        logit = z_t * self.predict(network, z_t, t)
+        lost_rate = broadcast(self.process.lost_rate(t), x)
         return sum_dimensions(kernels.kl_rate(z_t == x, logit, self._lost(t, x), lost_rate))
 
     def prior_kl(self, x: Tensor) -> Tensor:
