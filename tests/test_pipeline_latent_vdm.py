@@ -135,6 +135,20 @@ def test_the_evaluator_and_the_pipeline_say_the_same(transitions: int | None) ->
     assert list(report.terms) == ["reconstruction", "prior", "diffusion", "latent"]
 
 
+def test_latents_that_no_level_hides_and_latents_that_carry_nothing_are_reported() -> None:
+    plain = pipeline().bits_per_dim(LEVELS, replicates=2)
+    assert "notes" not in plain.to_dict() or not plain.details["notes"]
+    far = pipeline(scaling={"shift": [30.0, -30.0], "scale": [1.0, 1.0]}).bits_per_dim(LEVELS, replicates=2)
+    (said,) = far.details["notes"]
+    assert said.startswith("the latents are not normalised: the prior term is 3")
+    assert said in str(far)
+    process = pipeline().process
+    assert process.remarks({"reconstruction": 70.0, "prior": 0.004, "diffusion": 9.0, "latent": -9.0}) == [
+        "posterior collapse: all terms but the reconstruction are 0.004 nats together over the whole evaluation, so "
+        "the latents carry nothing of the data"
+    ]
+
+
 def test_the_scaling_decides_the_likelihood_s_description() -> None:
     assert pipeline().description() != pipeline(scaling=None).description()
 

@@ -15,6 +15,7 @@ from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.images import levels_from_images
+from vdm_hub.likelihood.decompositions import form_of
 from vdm_hub.likelihood.methods import build_measurement
 from vdm_hub.likelihood.per_image import collect
 from vdm_hub.likelihood.probability_flow import ProbabilityFlow
@@ -129,6 +130,7 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
         *,
         flow: ProbabilityFlow | None = None,
         draws: int = 16,
+        decomposition: str | None = None,
         batch_size: int = 256,
         **network_arguments: Tensor,
     ) -> LikelihoodReport:
@@ -147,6 +149,8 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
             class_labels: Class of each image, (B,).
             flow: The protocol of the probability flow: dequantisation, divergence, tolerance.
             draws: K, of ``importance_weighted``.
+            decomposition: The form of the bound, where the model's has several: ``denoising_matching``,
+                ``consistency`` or ``joint``; see `vdm_hub.likelihood.decompositions.decompositions`.
             batch_size: Images at once, at most.
             network_arguments: Passed to the network by name, each (B, ...).
 
@@ -181,7 +185,7 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
             return ({name: value[part.to(value.device)] for name, value in whole.items()} for part in parts)
 
         def measured(objective: Objective) -> LikelihoodReport:
-            count = levels.shape[0]
+            count, objective = levels.shape[0], form_of(objective, decomposition, method)
             measurement = build_measurement(objective, count, method, flow=flow, draws=draws, seed=seed)
             return collect(measurement, batches, count, replicates)
 

@@ -16,6 +16,7 @@ from vdm_hub.evaluation.provenance import describe_images
 from vdm_hub.evaluation.tables import write_per_image
 from vdm_hub.fields import at_least
 from vdm_hub.files import written_beside
+from vdm_hub.likelihood.decompositions import FORMS
 from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS
 from vdm_hub.likelihood.methods import METHODS
 from vdm_hub.likelihood.probability_flow import ProbabilityFlow
@@ -69,6 +70,11 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         "--transitions, else over dequantised draws of the ODE (default: bound)",
     )
     group.add_argument("--transitions", type=int, help="T, the number of transitions; without it, continuous time")
+    group.add_argument(
+        "--decomposition",
+        choices=FORMS,
+        help="the form of the bound, where the model's has several; of one expectation and other variance",
+    )
     group.add_argument("--draws", type=int, default=16, help="importance weights: K, draws an image (default: 16)")
     flow = ProbabilityFlow()
     group.add_argument(
@@ -199,6 +205,7 @@ def _evaluate(
         method=arguments.method,
         flow=flow,
         draws=arguments.draws,
+        decomposition=arguments.decomposition,
         target_standard_error=arguments.target_standard_error,
         max_replicates=arguments.max_replicates,
         max_evaluations=arguments.max_evaluations,

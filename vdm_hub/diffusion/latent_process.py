@@ -33,6 +33,8 @@ from vdm_hub.diffusion.noise_schedules import Gamma
 from vdm_hub.errors import ConfigurationError
 
 _NORMALISED = (0.5, 2.0)  # deviations that a prior of N(0, I) and a schedule made for deviation 1 can bear
+_COLLAPSED = 0.01  # nats an image
+_KNOWN_AT_THE_END = 0.05  # nats a dimension: with log-SNR to -5, that of latents of root mean square 4
 
 
 class LatentProcess(ForwardProcess):
@@ -190,6 +192,24 @@ class LatentProcess(ForwardProcess):
             f"warning: the first stage's latents are not normalised: {found}. The prior is N(0, I), and the schedule "
             f"made for a deviation of 1: leave scale_latents at true."
         )
+
+    def remarks(self, terms: Mapping[str, float]) -> list[str]:
+        """Of latents that carry nothing, and of latents that the noisiest level still knows."""
+        found, shape = [], self.latent_shape((1,))[1:]
+        divergence = sum(terms.values()) - terms["reconstruction"]  # of q(y|x) from the prior of y
+        if abs(divergence) < _COLLAPSED:
+            found.append(
+                f"posterior collapse: all terms but the reconstruction are {divergence:.2g} nats together over the "
+                f"whole evaluation, so the latents carry nothing of the data"
+            )
+        prior = terms["prior"] / math.prod(shape)
+        if prior > _KNOWN_AT_THE_END:
+            found.append(
+                f"the latents are not normalised: the prior term is {prior:.2g} nats for each of their dimensions, as "
+                f"the schedule's noisiest level still knows them; scale them to a deviation of 1 (latent_scaling), "
+                f"and train the network on these"
+            )
+        return found
 
     def scaling(self) -> dict[str, list[float]]:
         """Shift and scale as plain numbers."""

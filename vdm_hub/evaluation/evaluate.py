@@ -20,6 +20,7 @@ from vdm_hub.evaluation.journal import Journal
 from vdm_hub.evaluation.measuring import Stages, measure
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights_fingerprint
+from vdm_hub.likelihood.decompositions import form_of
 from vdm_hub.likelihood.methods import build_measurement
 from vdm_hub.likelihood.per_image import Measurement
 from vdm_hub.likelihood.probability_flow import ProbabilityFlow
@@ -43,6 +44,7 @@ def evaluate(
     method: str = "bound",
     flow: ProbabilityFlow | None = None,
     draws: int = 16,
+    decomposition: str | None = None,
     target_standard_error: float | None = None,
     max_replicates: int | None = None,
     max_evaluations: int | None = None,
@@ -68,6 +70,8 @@ def evaluate(
         method: ``bound``, ``ode`` or ``importance_weighted``: see `vdm_hub.likelihood.methods.build_measurement`.
         flow: The protocol of a probability flow.
         draws: K, of ``importance_weighted``.
+        decomposition: The form of the bound, where the model's has several: see
+            `vdm_hub.likelihood.decompositions.decompositions`. Its own, which it trains on, where not given.
         target_standard_error: Add replicates until the Monte Carlo standard error is at most this, in bits/dim.
         max_replicates: The most of them, with a target; 256 where not given, or ``replicates`` if those are more.
         max_evaluations: The most network evaluations, with a target.
@@ -98,10 +102,12 @@ def evaluate(
         "images": told["fingerprint"],
         "weights": weights,
         "labels": None if labels is None else fingerprint(labels),
+        **({} if decomposition is None else {"decomposition": decomposition}),
     }
     how = _How(pipeline, levels, labels, batch_size, key, journal, processes, progress)
 
     def one(objective: Objective, stages: Stages, model: str) -> LikelihoodReport:
+        objective = form_of(objective, decomposition, method)
         measurement = build_measurement(objective, len(levels), method, flow=flow, draws=draws, seed=seed)
         return how.measure(measurement, stages, model)
 
@@ -113,6 +119,8 @@ def evaluate(
     report.with_notes(pipeline.notes(transitions))
     report.details |= {"seed": seed, "weights": weights} | ({} if dataset is None else {"dataset": told})
     report.details |= {"processes": processes.count, "versions": library_versions()}
+    if decomposition is not None:
+        report.details["decomposition"] = decomposition
     report.details["seconds"] = round(time.perf_counter() - started, 3)
     return report
 

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vdm_hub.hub.contents import Source
 from vdm_hub.hub.rungs import plugin_packages, rung_of, word
+from vdm_hub.likelihood.decompositions import FORMS
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.version import __version__
 
@@ -278,6 +279,8 @@ def _method_options(report: Mapping[str, Any]) -> dict[str, Any]:
     method = report.get("method", "bound")
     flow, weights = report.get("probability_flow") or {}, report.get("importance_weights") or {}
     options = {f"--{name}": flow.get(name) for name in ("dequantization", "divergence", "probes", "tolerance")}
+    form = report.get("decomposition")
+    options |= {"--decomposition": form if form in FORMS else None}
     return {"--method": None if method == "bound" else method, "--draws": weights.get("draws")} | options
 
 

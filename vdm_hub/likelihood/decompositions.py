@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.likelihood.consistency import ConsistencyObjective
 from vdm_hub.likelihood.hierarchical import HierarchicalObjective, HVAEObjective, JointHVAEObjective
 from vdm_hub.likelihood.per_image import evaluating, image_generator
 from vdm_hub.likelihood.restrictions import DenoisingHVAEObjective, has_linear_encoders
 from vdm_hub.likelihood.variational_bound import Batch, Objective, VDMObjective
+
+FORMS = ("denoising_matching", "consistency", "joint")
 
 _DRAWS = 108  # a stream of draws
 
@@ -39,6 +41,26 @@ def decompositions(objective: Objective) -> dict[str, Objective]:
     parts = objective.network, objective.process, objective.transitions
     known: dict[str, Objective] = {"denoising_matching": VDMObjective(*parts)}
     return known if objective.transitions is None else known | {"consistency": ConsistencyObjective(*parts)}
+
+
+def form_of(objective: Objective, name: str | None, method: str = "bound") -> Objective:
+    """A model's bound in one of its forms; the objective itself where no form is asked for.
+
+    Raises:
+        ConfigurationError: The model's bound has no such form, or the method is no bound of that kind.
+    """
+    if name is None:
+        return objective
+    if method != "bound":
+        raise ConfigurationError(f"decomposition is {name!r}, and method {method!r} has none: leave one of them out.")
+    known = decompositions(objective)
+    if name == "consistency" and name not in known:
+        raise ConfigurationError(
+            "the consistency form is a sum over transitions, and continuous time has none: give a number of them."
+        )
+    if name not in known:
+        raise unknown_name("decomposition", name, list(known))
+    return known[name]
 
 
 @dataclass(frozen=True)

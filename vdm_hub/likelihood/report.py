@@ -161,6 +161,8 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
     if techniques := details.get("estimator"):
         used = [f"{name}" if value is True else f"{name} {value}" for name, value in techniques.items() if value]
         lines.append(f"estimator: {', '.join(word.replace('_', ' ') for word in used)}")
+    if form := details.get("decomposition"):
+        lines.append(f"decomposition: {form.replace('_', ' ')}")
     if clipped := details.get("clipped"):
         lines.append(
             f"the same, every estimate of the data clipped as the sampler does: {clipped['bits_per_dim']:.4f} "

@@ -59,12 +59,15 @@ def test_the_generator_is_the_one_of_the_signal(process: BinomialProcess) -> Non
 
 @exponents
 @points
+@pytest.mark.parametrize("bits", [1, 3])
 def test_transitions_are_the_exponential_of_the_integrated_generator(
-    process: BinomialProcess, s: float, t: float
+    process: BinomialProcess, s: float, t: float, bits: int
 ) -> None:
+    """Of several bits, the Kronecker product of transitions is that of the Kronecker sum of generators."""
     times, weights = (torch.tensor(each) for each in _gauss_legendre(s, t))
-    integral = sum((w * generator(process, time) for w, time in zip(weights, times, strict=True)), torch.zeros(2, 2))
-    close(transition(process, scalar(s), scalar(t)), torch.matrix_exp(integral))
+    terms = (w * kronecker_sum(generator(process, time), bits) for w, time in zip(weights, times, strict=True))
+    integral = sum(terms, torch.zeros(2**bits, 2**bits, dtype=torch.float64))
+    close(several(transition(process, scalar(s), scalar(t)), bits), torch.matrix_exp(integral))
 
 
 def _gauss_legendre(s: float, t: float) -> tuple[list[float], list[float]]:
@@ -87,11 +90,9 @@ def test_both_master_equations(process: BinomialProcess, s: float, t: float, bit
 
 
 @exponents
-def test_chapman_kolmogorov_and_three_bits_by_the_kronecker_sum(process: BinomialProcess) -> None:
+def test_chapman_kolmogorov(process: BinomialProcess) -> None:
     s, u, t = (scalar(value) for value in (0.1, 0.45, 0.8))
     close(transition(process, s, u) @ transition(process, u, t), transition(process, s, t))
-    integral = -(process.signal(t) / process.signal(s)).log() / 2 * torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).double()
-    close(several(transition(process, s, t), 3), torch.matrix_exp(kronecker_sum(integral, 3)))
 
 
 @exponents
@@ -114,6 +115,36 @@ def test_the_reverse_chain_solves_its_own_master_equation(
     close(reverse.sum(-1), torch.zeros(2, dtype=torch.float64))
     close(-torch.func.jacfwd(posterior)(scalar(s)), posterior(scalar(s)) @ reverse)
     close(-torch.func.jacfwd(marginal)(scalar(s)), marginal(scalar(s)) @ reverse)
+
+
+@exponents
+def test_bits_that_depend_on_each_other_run_backwards_too(process: BinomialProcess) -> None:
+    """``-dq/ds = q Q_reverse(s)``, with the q of any data in the place of that of one bit."""
+    data = torch.rand(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
+    s = scalar(0.4)
+
+    def marginal(time: Tensor) -> Tensor:
+        return data @ several(transition(process, scalar(0.0), time), 3)
+
+    reverse = kernels.reverse_generator(kronecker_sum(generator(process, s), 3), marginal(s))
+    close(-torch.func.jacfwd(marginal)(s), marginal(s) @ reverse)
+
+
+def test_a_chain_that_is_not_symmetric_runs_backwards_too() -> None:
+    """A bit's generator is its own transpose, so it cannot tell whether the reverse one transposes it."""
+    forward = torch.tensor([[-1.5, 1.0, 0.5], [0.2, -0.3, 0.1], [2.0, 0.7, -2.7]], dtype=torch.float64)
+    data = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]], dtype=torch.float64)  # two chains at once
+    s, t = scalar(0.6), scalar(0.9)
+
+    def marginal(time: Tensor) -> Tensor:
+        return data @ torch.matrix_exp(time * forward)
+
+    def posterior(first: Tensor) -> Tensor:  # rows by z_t, columns by z_s
+        joint = marginal(first)[..., None] * torch.matrix_exp((t - first) * forward)
+        return (joint / marginal(t)[..., None, :]).mT
+
+    reverse = kernels.reverse_generator(forward, marginal(s))
+    close(-torch.func.jacfwd(posterior)(s), posterior(s) @ reverse)
 
 
 @exponents
@@ -141,3 +172,21 @@ def test_the_chain_of_steps_lies_on_the_continuous_one(transitions: int) -> None
         beta = 1 / (transitions - t + 1)
         whole = whole @ torch.tensor([[1 - beta / 2, beta / 2], [beta / 2, 1 - beta / 2]], dtype=torch.float64)
         close(whole, transition(process, scalar(0.0), scalar(t / transitions)))
+
+
+@exponents
+def test_short_steps_converge_to_the_continuous_chain(process: BinomialProcess) -> None:
+    """T of SD15's steps, ``I + Q/T``, tend to the kernel, and T (step of the process - I) to Q: both as 1/T."""
+    start, end = scalar(0.1), scalar(0.8)
+    whole, rates = transition(process, start, end), generator(process, end)
+    eye = torch.eye(2, dtype=torch.float64)
+    errors = []
+    for transitions in (200, 400, 800):
+        dt = (end - start) / transitions
+        steps = [eye + dt * generator(process, start + k * dt) for k in range(1, transitions + 1)]
+        step = transition(process, end - dt, end)
+        errors.append([torch.linalg.multi_dot(steps) - whole, (step - eye) / dt - rates])
+    for coarse, fine, finest in zip(*errors, strict=True):
+        assert finest.abs().max() < 0.02
+        torch.testing.assert_close(coarse / fine, torch.full_like(fine, 2.0), rtol=0.03, atol=0)
+        torch.testing.assert_close(fine / finest, torch.full_like(fine, 2.0), rtol=0.015, atol=0)

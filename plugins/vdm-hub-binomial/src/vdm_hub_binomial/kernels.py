@@ -94,7 +94,7 @@ def transition_matrix(lost_s: Tensor, lost_t: Tensor) -> Tensor:
 
 
 def generator(lost: Tensor, lost_rate: Tensor) -> Tensor:
-    """``Q(t) = beta/2 [[-1, 1], [1, -1]]``, ``beta = -a'/a``, of one bit, (..., 2, 2).
+    """``Q(t) = beta/2 [[-1, 1], [1, -1]]``, ``beta = -a'/a``, of one bit, (..., 2, 2): SD15's step, ``I + Q dt``.
 
     Args:
         lost: ``1 - a_t``, below 1.
@@ -109,6 +109,8 @@ def generator(lost: Tensor, lost_rate: Tensor) -> Tensor:
 
 def reverse_generator(forward: Tensor, marginal: Tensor) -> Tensor:
     """The generator of the chain run backwards, ``R_ij = Q_ji q_t(j) / q_t(i)`` off the diagonal, (..., S, S).
+
+    Source: Campbell et al., arXiv 2205.14987, Proposition 1.
 
     Args:
         forward: Q(t), (..., S, S).
