@@ -15,7 +15,6 @@ from tiny import randomised
 from vdm_hub import AutoencoderKLFirstStage, LatentVDMPipeline
 from vdm_hub.commands.__main__ import main
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
 
 STAGE: dict[str, Any] = {"latent_shapes": [[2, 4, 4]], "block_out_channels": [8], "norm_num_groups": 4}
 LATENT: dict[str, Any] = {"model": "latent_vdm", "first_stage": STAGE}
@@ -45,28 +44,6 @@ def test_one_stage_trains_everything_and_the_result_is_measured_and_sampled(
     assert json.loads(capsys.readouterr().out)["bits_per_dim"] == report.bits_per_dim
     words = ["sample", str(run / "pipeline"), "--num_images", "3", "--num_inference_steps", "4", "--output"]
     assert main([*words, str(tmp_path / "grid.png")]) == 0
-
-
-def test_training_lowers_the_bound(tmp_path: Path) -> None:
-    fields = LATENT | {"evaluation_replicates": 4, "learning_rate": 5e-3, "lr_warmup_steps": 0}
-    first = train_here(tmp_path / "first", **fields, max_train_steps=1)
-    last = train_here(tmp_path / "last", **fields, max_train_steps=80)
-    assert first is not None
-    assert last is not None
-    assert last.bits_per_dim < first.bits_per_dim - 0.5
-
-
-def test_a_resumed_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path: Path) -> None:
-    train_here(tmp_path / "whole", **LATENT, checkpointing_steps=3)
-    train_here(tmp_path / "parts", **LATENT, checkpointing_steps=3)
-    (tmp_path / "parts" / "pipeline").rename(tmp_path / "aside")
-    checkpoints(tmp_path / "parts" / "checkpoints")[-1].rename(tmp_path / "aside-too")
-    train_here(tmp_path / "parts", **LATENT, checkpointing_steps=3, resume_from_checkpoint="latest")
-    ends = [load_checkpoint(checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("whole", "parts")]
-    assert any("shift" in name for name in ends[0].tensors["objective"])
-    for group, tensors in ends[0].tensors.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, ends[1].tensors[group][name]), (group, name)
 
 
 def test_two_stages_leave_the_first_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

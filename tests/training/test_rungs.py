@@ -18,6 +18,9 @@ from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
 
 SMALL = {"latent_shapes": [[2, 4, 4], [4]], "depth": 2, "block_out_channels": [8], "norm_num_groups": 4}
 HVAE: dict[str, Any] = {"model": "hvae", "hvae": SMALL, "unet": {}, "noise_schedule": "linear"}
+STAGE = {"latent_shapes": [[2, 4, 4]], "block_out_channels": [8], "norm_num_groups": 4}
+LATENT: dict[str, Any] = {"model": "latent_vdm", "first_stage": STAGE}
+rungs = pytest.mark.parametrize("rung", [HVAE, LATENT], ids=["hvae", "latent_vdm"])
 
 
 def test_a_hierarchy_trains_and_what_it_leaves_is_measured_and_sampled(
@@ -48,29 +51,32 @@ def test_a_hierarchy_trains_and_what_it_leaves_is_measured_and_sampled(
     assert (tmp_path / "grid.png").exists()
 
 
-def test_training_lowers_the_bound(tmp_path: Path) -> None:
-    fields = HVAE | {"evaluation_replicates": 2, "learning_rate": 5e-3, "lr_warmup_steps": 0}
+@rungs
+def test_training_lowers_the_bound(rung: dict[str, Any], tmp_path: Path) -> None:
+    fields = rung | {"evaluation_replicates": 4, "learning_rate": 5e-3, "lr_warmup_steps": 0}
     first = train_here(tmp_path / "first", **fields, max_train_steps=1)
-    last = train_here(tmp_path / "last", **fields, max_train_steps=60)
+    last = train_here(tmp_path / "last", **fields, max_train_steps=80)
     assert first is not None
     assert last is not None
     assert last.bits_per_dim < first.bits_per_dim - 0.5
 
 
-def test_a_resumed_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path: Path) -> None:
-    train_here(tmp_path / "whole", **HVAE, checkpointing_steps=3)
-    train_here(tmp_path / "parts", **HVAE, checkpointing_steps=3)
+@rungs
+def test_a_resumed_run_ends_with_the_weights_of_the_undisturbed_one(rung: dict[str, Any], tmp_path: Path) -> None:
+    train_here(tmp_path / "whole", **rung, checkpointing_steps=3)
+    train_here(tmp_path / "parts", **rung, checkpointing_steps=3)
     (tmp_path / "parts" / "pipeline").rename(tmp_path / "aside")
     checkpoints(tmp_path / "parts" / "checkpoints")[-1].rename(tmp_path / "aside-too")
-    train_here(tmp_path / "parts", **HVAE, checkpointing_steps=3, resume_from_checkpoint="latest")
+    train_here(tmp_path / "parts", **rung, checkpointing_steps=3, resume_from_checkpoint="latest")
     ends = [load_checkpoint(checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("whole", "parts")]
     for group, tensors in ends[0].tensors.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, ends[1].tensors[group][name]), (group, name)
 
 
-def test_bfloat16_stays_in_the_networks(tmp_path: Path) -> None:
-    run = start(tmp_path / "run", **HVAE, mixed_precision="bf16")
+@rungs
+def test_bfloat16_stays_in_the_networks(rung: dict[str, Any], tmp_path: Path) -> None:
+    run = start(tmp_path / "run", **rung, mixed_precision="bf16")
     before = weights(run)
     terms = [run.optimise(batches) for batches in run.batches()]
     assert all(value.dtype == torch.float32 and bool(value.isfinite()) for one in terms for value in one.values())

@@ -83,7 +83,7 @@ def kl_rate(agrees: Tensor, logit: Tensor, lost: Tensor, lost_rate: Tensor) -> T
 def transition_matrix(lost_s: Tensor, lost_t: Tensor) -> Tensor:
     """``q(z_t|z_s)`` of one bit, s <= t: rows by z_s, columns by z_t, both -1 then 1; (..., 2, 2) (SD15 Table 1).
 
-    It solves Kolmogorov's equations (F49, eq. 18 and 16): ``dP/dt = P Q(t)`` forward, ``dP/ds = -Q(s) P`` backward,
+    It solves Kolmogorov's equations (F49): ``dP/dt = P Q(t)`` forward, ``dP/ds = -Q(s) P`` backward,
     with Q of `generator`.
 
     >>> transition_matrix(torch.tensor(0.0), torch.tensor(0.5)).tolist()
