@@ -47,6 +47,7 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
 
 def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
     """Gamma and SNR over t, where there is a scalar gamma, and where over t the bits are spent, where measured."""
+    process = process.diffused
     scalar = isinstance(process, GaussianProcess) and process.schedule.scalar
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 3) if scalar else (5, 3), layout="constrained")
