@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from runs import environment
 from tiny import randomised, seeded
@@ -146,3 +147,46 @@ def test_what_it_has_not_is_refused() -> None:
         pipe(output_type="latent")
     with pytest.raises(ConfigurationError, match="batch_size is 0"):
         pipe(0)
+
+
+class Linear(nn.Module):
+    """``N(gain z + offset, scale^2)`` in every dimension of the latent, of the input's mean or of the latent below."""
+
+    def __init__(self, gain: float, scale: float) -> None:
+        super().__init__()
+        self.gain, self.scale = gain, scale
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.gain * (z if z.ndim == 2 else z.flatten(1).mean(1, keepdim=True).expand(-1, 3))
+        return mean, torch.full_like(mean, self.scale)
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ([(0.0, 1.0)], r"q\(z_1\|x\) is nearly the same for all \(0 nats .* so z_1 carries nothing"),
+        (
+            [(0.0, 1.0), (0.95, 0.3)],
+            r"q\(z_1\|x\) .* so z_1 to z_2 carry nothing",
+        ),  # z_2 knows z_1 only
+        ([(3.0, 0.5), (0.0, 0.5)], r"q\(z_2\|z_1\) .* so z_2 carries nothing"),  # whatever its prior term is
+        ([(3.0, 0.5), (0.7, 0.7)], None),
+        ([(3.0, 0.5)], None),
+    ],
+)
+def test_a_latent_that_carries_nothing_is_named(gains: list[tuple[float, float]], said: str | None) -> None:
+    encoders = [Linear(*gain) for gain in gains]
+    fields = {"in_channels": 1, "num_levels": 17, "block_out_channels": (8,), "norm_num_groups": 4}
+    decoders = [Linear(0.7, 0.7) for _ in gains[1:]]
+    pipe = HVAEPipeline(
+        MarkovianHVAE(8, **fields, depth=len(gains), latent_shapes=[(3,)], encoders=encoders, decoders=decoders)
+    )
+    for method in ("bound", "importance_weighted"):
+        report = pipe.log_likelihood(LEVELS, method, replicates=2, draws=2)
+        assert len(report.details["latents"]["information"]) == len(gains)
+        if said is None:
+            assert not report.details.get("notes")
+        else:
+            (note,) = report.details["notes"]
+            assert re.search(said, note), note
+            assert note in str(report)

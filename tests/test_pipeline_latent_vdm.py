@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, UniPCMultistepScheduler
 from torch import Tensor
 
 from runs import environment
@@ -25,7 +25,7 @@ from vdm_hub import (
     VDMScheduler,
 )
 from vdm_hub.data.images import ImageLevels
-from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.images import levels_from_images
 
@@ -135,18 +135,65 @@ def test_the_evaluator_and_the_pipeline_say_the_same(transitions: int | None) ->
     assert list(report.terms) == ["reconstruction", "prior", "diffusion", "latent"]
 
 
-def test_latents_that_no_level_hides_and_latents_that_carry_nothing_are_reported() -> None:
-    plain = pipeline().bits_per_dim(LEVELS, replicates=2)
-    assert "notes" not in plain.to_dict() or not plain.details["notes"]
-    far = pipeline(scaling={"shift": [30.0, -30.0], "scale": [1.0, 1.0]}).bits_per_dim(LEVELS, replicates=2)
-    (said,) = far.details["notes"]
-    assert said.startswith("the latents are not normalised: the prior term is 3")
-    assert said in str(far)
-    process = pipeline().process
-    assert process.remarks({"reconstruction": 70.0, "prior": 0.004, "diffusion": 9.0, "latent": -9.0}) == [
-        "posterior collapse: all terms but the reconstruction are 0.004 nats together over the whole evaluation, so "
-        "the latents carry nothing of the data"
-    ]
+def test_a_report_tells_how_the_latents_lie() -> None:
+    pipe = pipeline(scaling=None)
+    mean, scale = pipe.first_stage.posterior(pipe.first_stage.scale(LEVELS))
+    told = pipe.bits_per_dim(LEVELS, replicates=2).to_dict()["latents"]
+    spread = mean.var((0, 2, 3), correction=0) + (scale**2).mean((0, 2, 3))
+    assert told["images"] == 5
+    assert told["mean"] == pytest.approx(mean.mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert told["standard_deviation"] == pytest.approx(spread.sqrt().tolist(), rel=1e-5)
+    report = evaluate(pipe, ImageLevels(LEVELS, (1, 8, 8), 17), replicates=2, progress=False)
+    assert report.details["latents"] == told
+    scaled = pipeline(scaling={"shift": told["mean"], "scale": told["standard_deviation"]})
+    again = scaled.bits_per_dim(LEVELS, replicates=2)
+    assert again.details["latents"]["standard_deviation"] == pytest.approx([1, 1], rel=1e-5)
+    assert not again.details.get("notes")
+
+
+@pytest.mark.parametrize("scaling", [{"shift": [2.5, 2.5]}, {"scale": [0.2, 0.2]}, {"scale": [50.0, 1.0]}])
+def test_latents_that_are_not_normalised_are_reported(scaling: dict[str, list[float]]) -> None:
+    (said,) = pipeline(scaling=scaling).bits_per_dim(LEVELS, replicates=2).details["notes"]
+    assert said.startswith("the latents are not normalised: over 5 images the latents have means ")
+
+
+def test_latents_that_carry_nothing_are_reported() -> None:
+    pipe = pipeline(scaling=None)
+    with torch.no_grad():
+        for parameter in pipe.first_stage.encoders[0].trunk.head.parameters():
+            parameter.zero_()
+    (said,) = pipe.bits_per_dim(LEVELS, replicates=2).details["notes"]
+    assert said.startswith("posterior collapse: over 5 images q(y|x) hardly depends on x (0 nats")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"foo": [1.0]}, "latent_scaling is {'foo'"),
+        ([1, 2], r"latent_scaling is \[1, 2\]"),
+        ({"scale": None}, "latent_scaling has scale = None: give a list of numbers"),
+        ({"shift": ["a", "b"]}, "latent_scaling has shift = "),
+    ],
+)
+def test_what_is_no_scaling_is_refused(scaling: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        pipeline(scaling=scaling)
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    pipe = pipeline()
+    for size, channels in ((8, 2), (4, 3)):
+        unet = UNetVDMModel(size, channels, channels, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
+        with pytest.raises(ConfigurationError, match=f"latents are 2x4x4 .*takes {channels}x{size}x{size}: give one"):
+            LatentVDMPipeline(pipe.first_stage, unet, pipe.scheduler)
+    bare = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    with pytest.raises(ConfigurationError, match=r"AutoencoderKL is no first stage.*from_autoencoder"):
+        LatentVDMPipeline(bare, pipe.unet, pipe.scheduler)
+
+
+def test_latents_that_are_not_finite_are_not_decoded() -> None:
+    with pytest.raises(NonFiniteLossError, match=r"the latents of 1 of 2 images \(the first: 1\) are not finite"):
+        tensors(pipeline(), latents=torch.stack([torch.zeros(2, 4, 4), torch.full((2, 4, 4), torch.nan)]))
 
 
 def test_the_scaling_decides_the_likelihood_s_description() -> None:

@@ -18,7 +18,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 import vdm_hub
 from vdm_hub.registration import INSTALL_HINT, register
 
-PUBLIC = ("HVAEPipeline", "MarkovianHVAE", "NoiseScheduleModel", "UNetVDMModel", "VDMPipeline", "VDMScheduler")
+PUBLIC = ("AutoencoderKLFirstStage", "HVAEPipeline", "LatentVDMPipeline", "MarkovianHVAE", "NoiseScheduleModel")
+PUBLIC += ("UNetVDMModel", "VDMPipeline", "VDMScheduler")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

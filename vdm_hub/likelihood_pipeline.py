@@ -83,6 +83,10 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
         """What a reader of its bound must know, one sentence each."""
         return []
 
+    def examine(self, levels: Tensor) -> tuple[dict[str, Any], list[str]]:
+        """What is to be known of a model on these images beside its bound: details for the report, and notes."""
+        return {}, []
+
     @abstractmethod
     def sample(
         self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000, **arguments: Any
@@ -192,7 +196,9 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
         report, clipped = measured(self.objective(transitions)), self.clipped_objective(transitions)
         if clipped is not None and report.is_bound:
             report = report.with_clipped(measured(clipped))
-        return report.with_notes(self.notes(transitions))
+        details, notes = self.examine(whole["levels"])
+        report.details |= details
+        return report.with_notes([*self.notes(transitions), *notes])
 
     def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
         """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""

@@ -9,6 +9,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.errors import ConfigurationError, DataError, unknown_name
 from vdm_hub.images import images_from_levels, levels_from_images
@@ -85,6 +86,28 @@ class HVAEPipeline(LikelihoodPipeline):
         """Samples in [0, 1], (B, C, H, W); a hierarchy has as many steps as latents, whatever is asked for."""
         samples: Tensor = self(batch_size, generator, **arguments, output_type="pt", return_dict=False)[0]
         return samples
+
+    @torch.no_grad()
+    def examine(self, levels: Tensor) -> tuple[dict[str, Any], list[str]]:
+        """What each latent says of the one below, and of z_1 the data; those that say nothing are named.
+
+        The latents are a Markov chain: where one says nothing of what is below it, none above it does. A term of the
+        bound would not tell: consistency terms are no divergences, and may be zero of latents that carry much.
+        """
+        source = torch.Generator().manual_seed(0)
+        noise = [normal_noise((len(levels), *shape), source, levels.device) for shape in self.hvae.latent_shapes]
+        found = [gaussian.information(q.mean, q.scale**2) for q, _ in self.hvae.climb(self.hvae.scale(levels), noise)]
+        notes = []
+        collapsed = [t for t, nats in enumerate(found, 1) if nats < gaussian.COLLAPSED]
+        if len(levels) > 1 and collapsed:
+            first, last = collapsed[0], self.hvae.depth
+            which = f"z_{first} carries" if first == last else f"z_{first} to z_{last} carry"
+            below = f"z_{first - 1}" if first > 1 else "x"
+            notes.append(
+                f"posterior collapse: over {len(levels)} images q(z_{first}|{below}) is nearly the same for all "
+                f"({found[first - 1]:.2g} nats of information by its moments), so {which} nothing of the data"
+            )
+        return {"latents": {"images": len(levels), "information": found}}, notes
 
     # ---- samples and latents ----------------------------------------------------------------------------------------
 

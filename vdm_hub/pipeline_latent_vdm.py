@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
@@ -16,6 +17,8 @@ from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.images import images_from_levels, levels_from_images
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.pipeline_vdm import VDMPipeline
+
+_INTERFACE = ("image_shape", "latent_shape", "num_levels", "posterior", "log_likelihood", "draw_levels")
 
 Scaling = dict[str, list[float]]
 """``shift`` and ``scale``, one number a channel of the latents."""
@@ -59,6 +62,9 @@ class LatentVDMPipeline(VDMPipeline):
         latent_scaling: Scaling | None = None,
     ) -> None:
         super().__init__(unet, scheduler, noise_schedule)
+        _check_first_stage(first_stage)
+        _check_scaling(latent_scaling)
+        _check_network(first_stage, unet)
         self.register_modules(first_stage=first_stage)
         # A mapping: diffusers takes a list in a pipeline's index for the library and class of a component.
         self.register_to_config(latent_scaling=None if latent_scaling is None else dict(latent_scaling))
@@ -107,6 +113,11 @@ class LatentVDMPipeline(VDMPipeline):
         scaling = self.config.get("latent_scaling")
         return super().description() | {"first_stage": stage, "latent_scaling": scaling}
 
+    def examine(self, levels: Tensor) -> tuple[dict[str, Any], list[str]]:
+        """Mean and deviation of the latents, and whether they carry anything."""
+        told, notes = self.process.examine(levels.split(256))
+        return {"latents": told}, notes
+
     @torch.no_grad()
     def encode(self, images: Any, generator: Generator = None, mean: bool = False) -> Tensor:
         """Latents of images, drawn from ``q(y|x)``, as the diffusion sees them: (B, *latent_shape).
@@ -138,6 +149,40 @@ class LatentVDMPipeline(VDMPipeline):
         """
         levels = self.process.quantise(self.encode(images, mean=True))
         return images_from_levels(levels, self.num_levels, output_type)
+
+
+def _check_first_stage(stage: Any) -> None:
+    missing = [name for name in _INTERFACE if not hasattr(stage, name)]
+    if missing:
+        remedy = " AutoencoderKLFirstStage.from_autoencoder(vae, num_levels=...) gives it one."
+        raise ConfigurationError(
+            f"{type(stage).__name__} is no first stage: it has no {', '.join(missing)}, so no likelihood over levels."
+            + (remedy if isinstance(stage, AutoencoderKL) else "")
+        )
+
+
+def _check_scaling(scaling: Any) -> None:
+    if scaling is None:
+        return
+    if not isinstance(scaling, dict) or not set(scaling) <= {"shift", "scale"}:
+        raise ConfigurationError(
+            f"latent_scaling is {scaling!r}: give a mapping with shift and scale, or leave it out."
+        )
+    for name, values in scaling.items():
+        if not isinstance(values, list | tuple) or not all(type(value) in (int, float) for value in values):
+            raise ConfigurationError(f"latent_scaling has {name} = {values!r}: give a list of numbers, one a channel.")
+
+
+def _check_network(stage: Any, unet: ModelMixin) -> None:
+    latent = tuple(stage.latent_shape)
+    latent = (*latent, *(1,) * (3 - len(latent)))
+    size = unet.config.get("sample_size")
+    size = (size, size) if isinstance(size, int) else tuple(size) if size is not None else latent[1:]
+    if (unet.config.get("in_channels"), *size) != latent:
+        raise ConfigurationError(
+            f"the first stage's latents are {'x'.join(map(str, latent))} (channels, height, width), and the network "
+            f"takes {'x'.join(map(str, (unet.config.get('in_channels'), *size)))}: give one of the latents' shape."
+        )
 
 
 LatentVDMPipeline.__module__ = "vdm_hub"

@@ -23,7 +23,7 @@ from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.errors import ConfigurationError, NonFiniteLossError, unknown_name
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
@@ -191,8 +191,7 @@ class VDMPipeline(LikelihoodPipeline):
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
         network = self._network(network_arguments | self._labels(class_labels, shape[0]))
         by_score = self._score_sampler(sampler, bound)
-        steps = num_inference_steps if by_score is None else num_inference_steps // by_score.evaluations
-        self.scheduler.set_timesteps(max(steps, 1), device=device)
+        self.scheduler.set_timesteps(_steps(num_inference_steps, by_score), device=device)
         if latents is None:
             latents = bound.prior_sample(shape, generator, device)
         latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
@@ -215,6 +214,7 @@ class VDMPipeline(LikelihoodPipeline):
         if output_type == "latent":
             images = latents
         else:
+            _check_finite(latents)
             decodes = by_score is not None or (is_vdm and not self.scheduler.ends_at_data)
             levels = bound.decode(latents, network, generator) if decodes else process.quantise(latents)
             images = images_from_levels(levels, process.num_levels, output_type)
@@ -329,6 +329,27 @@ class _InOwnPrecision(nn.Module):
         # UNetVDMModel takes float32 at any precision: its Fourier features read bits that float16 does not have.
         given = sample if isinstance(self.unet, UNetVDMModel) else sample.to(self.unet.dtype)
         return (self.unet(given, timestep, **arguments)[0].to(sample.dtype),)
+
+
+def _steps(num_inference_steps: int, sampler: Sampler | None) -> int:
+    """Steps of so many evaluations of the network in all."""
+    if sampler is None:
+        return num_inference_steps
+    if num_inference_steps < sampler.evaluations:
+        raise ConfigurationError(
+            f"num_inference_steps is {num_inference_steps}, and one step of {type(sampler).__name__} takes "
+            f"{sampler.evaluations} evaluations of the network: give at least so many."
+        )
+    return num_inference_steps // sampler.evaluations
+
+
+def _check_finite(latents: Tensor) -> None:
+    if not bool(latents.isfinite().all()):
+        broken = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        raise NonFiniteLossError(
+            f"the latents of {len(broken)} of {len(latents)} images (the first: {broken[0]}) are not finite after "
+            f"the last step: look at the model's weights, or take smaller steps."
+        )
 
 
 def _takes_generator(scheduler: Any) -> bool:

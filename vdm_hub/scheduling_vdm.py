@@ -268,8 +268,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             self._follow_ddpm(num_inference_steps, device, timesteps)
             return
         if num_inference_steps is not None:
-            if num_inference_steps < 1:
-                raise ConfigurationError(f"num_inference_steps is {num_inference_steps}: give at least 1.")
+            if num_inference_steps < 1 or num_inference_steps != int(num_inference_steps):
+                raise ConfigurationError(f"num_inference_steps is {num_inference_steps}: give a whole number from 1.")
             times = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
         elif timesteps is not None:
             times = self._times_of_timesteps(torch.as_tensor(timesteps, dtype=torch.float64))

@@ -66,8 +66,8 @@ class Exact(nn.Module):
         return (sigma * centred / (alpha**2 * self.variance + sigma**2),)
 
 
-def process(stage: nn.Module, shift: float = 0.0, scale: float = 1.0) -> LatentProcess:
-    schedule = {"name": "linear", "config": {"gamma_min": -12.0, "gamma_max": 5.0}}
+def process(stage: nn.Module, shift: float = 0.0, scale: float = 1.0, gamma_min: float = -12.0) -> LatentProcess:
+    schedule = {"name": "linear", "config": {"gamma_min": gamma_min, "gamma_max": 5.0}}
     return LatentProcess(
         stage, GaussianProcess.from_fields({"noise_schedule": schedule, "num_levels": K}), shift, scale
     )
@@ -190,18 +190,21 @@ def test_the_estimator_gives_the_same_bound_with_importance_sampling() -> None:
     assert abs(float(totals.mean() - expected.mean())) < 4 * float(totals.std()) / math.sqrt(24)
 
 
-def test_samples_have_the_model_s_distribution() -> None:
+@pytest.mark.parametrize("gamma_0", [-12.0, -1.0])
+def test_samples_have_the_model_s_distribution(gamma_0: float) -> None:
+    """``z_0 / alpha_0`` and the noise of ``p(y|z_0)`` add up: y is N(0, variance + 2 exp(gamma_0))."""
     stage = OnePixel()
-    latent = process(stage)
+    latent = process(stage, gamma_min=gamma_0)
     _, bound = latent.bind(None, {})
     generator = torch.Generator().manual_seed(0)
     # z_0 of the exact reverse process is N(0, alpha_0^2 variance + sigma_0^2).
-    alpha2, sigma2 = 1 / (1 + math.exp(-12)), 1 / (1 + math.exp(12))
+    alpha2, sigma2 = 1 / (1 + math.exp(gamma_0)), 1 / (1 + math.exp(-gamma_0))
     z_0 = math.sqrt(alpha2 * VARIANCE + sigma2) * torch.randn(20_000, 1, 1, 1, generator=generator)
     torch.manual_seed(0)
     drawn = torch.bincount(bound.decode(z_0, Exact(), generator).flatten(), minlength=K) / 20_000
     y = torch.linspace(-14, 14, 20_001, dtype=torch.float64)
-    prior = torch.exp(-0.5 * y**2 / VARIANCE) / math.sqrt(2 * math.pi * VARIANCE)
+    variance = VARIANCE + 2 * math.exp(gamma_0)
+    prior = torch.exp(-0.5 * y**2 / variance) / math.sqrt(2 * math.pi * variance)
     evidence = torch.trapezoid(stage.log_p(y).exp() * prior[:, None], y, dim=0)
     assert bool(((drawn - evidence).abs() < 4.5 * (evidence * (1 - evidence) / 20_000).sqrt()).all())
 
@@ -230,7 +233,7 @@ def test_latents_are_measured_and_normalised() -> None:
     [
         ({"shift": [0.0, 1.0]}, r"latent_shift is \[0.0, 1.0\]: give one finite number, or 1"),
         ({"shift": math.nan}, "latent_shift is nan"),
-        ({"scale": 0.0}, "would be scaled by 0: a deviation is positive"),
+        ({"scale": 0.0}, "would be scaled by 0: a deviation is positive, and not below 1e-06"),
         ({"scale": -1.0}, "would be scaled by -1"),
     ],
 )

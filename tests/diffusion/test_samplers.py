@@ -77,6 +77,47 @@ def test_every_target_gives_the_same_samples(target: str) -> None:
     torch.testing.assert_close(draw(ReverseSDE(), 20, target)[0], draw(ReverseSDE(), 20)[0], rtol=1e-6, atol=1e-6)
 
 
+def test_a_corrector_repairs_what_a_predictor_left_wrong() -> None:
+    """Latents of N(0, 1) data, spread twice as wide as they are, come back to their deviation by Langevin steps."""
+    chosen = process("epsilon")
+    _, bound = chosen.bind(None, {})
+    sampler = PredictorCorrector(corrector_steps=200, ratio=0.3)
+    sampler.predictor = Stay()
+    z = 2 * torch.randn(2000, 1, dtype=torch.float64, generator=seeded())
+    s = t = torch.tensor(0.5, dtype=torch.float64)
+    after = sampler.step(lambda z, t: -z, bound.sde, z, s, t, seeded(1))
+    # 4.5 standard errors of 2,000 draws, and the step's own bias, at most e = 2 ratio^2 sigma^2 = 0.18.
+    assert abs(float(after.std()) - 1) < 4.5 / math.sqrt(4000) + 0.18
+
+
+class Stay(ReverseSDE):
+    def step(self, score: Any, sde: Any, z: Tensor, s: Tensor, t: Tensor, generator: Any) -> Tensor:
+        return z
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PredictorCorrector(ratio=1.5), "ratio 1.5: give at least 1 step, and a ratio between 0 and 1"),
+        (lambda: PredictorCorrector(ratio=math.inf), "ratio inf"),
+        (lambda: PredictorCorrector(corrector_steps=1.5), "corrector_steps is 1.5"),
+        (lambda: AnnealedLangevin(steps_per_level=2.5), "steps_per_level is 2.5"),
+    ],
+)
+def test_steps_that_diverge_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+def test_so_few_evaluations_that_no_step_can_be_taken_are_refused() -> None:
+    pipe = tiny_pipeline()
+    with pytest.raises(ConfigurationError, match="num_inference_steps is 1, and one step of ProbabilityFlow takes 2"):
+        pipe(num_inference_steps=1, sampler="probability_flow")
+    for steps in (0, -5):
+        with pytest.raises((ConfigurationError, ValueError)):
+            pipe(num_inference_steps=steps)
+
+
 def test_a_wrong_score_is_found() -> None:
     """The test above can fail: a score twice too large narrows the peaks."""
     sampler = ReverseSDE()

@@ -14,7 +14,6 @@ from tiny import randomised, seeded
 from vdm_hub import HVAEObjective, MarkovianHVAE
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.likelihood.hierarchical import (
-    COLLAPSED,
     HierarchicalChains,
     HierarchicalMeasurement,
     JointHVAEObjective,
@@ -23,7 +22,6 @@ from vdm_hub.likelihood.hierarchical import (
 )
 from vdm_hub.likelihood.methods import build_measurement
 from vdm_hub.likelihood.per_image import collect
-from vdm_hub.likelihood.report import LikelihoodReport
 
 LEVELS = torch.randint(0, 5, (6, 1, 2, 2), generator=torch.Generator().manual_seed(0))
 NO_TIMES = torch.empty(0)
@@ -120,22 +118,6 @@ def test_the_vae_has_the_two_terms_of_its_bound() -> None:
     normal = torch.distributions.Normal(q.mean, q.scale)
     expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(1)
     torch.testing.assert_close(bound.terms["prior"], expected)
-
-
-def report_of(model: MarkovianHVAE, method: str = "bound") -> LikelihoodReport:
-    measurement = build_measurement(HVAEObjective(model), len(LEVELS), method, draws=4)
-    return collect(measurement, Batches(LEVELS), len(LEVELS), replicates=8)
-
-
-@pytest.mark.parametrize("method", ["bound", "importance_weighted"])
-def test_a_latent_that_carries_nothing_is_named(method: str) -> None:
-    collapsed = hvae(1, encoders=[Linear(0.0, 1.0, flat=True)])
-    assert abs(report_of(collapsed, method).terms["prior"]) * 4 * math.log(2) < COLLAPSED
-    assert "posterior collapse: the term 'prior' is" in str(report_of(collapsed, method))
-    alive = hvae(1, encoders=[Linear(2.0, 0.3, flat=True)])
-    assert "collapse" not in str(report_of(alive, method))
-    middle = hvae(2, encoders=[Linear(0.0, 0.5, flat=True), Linear(1.0, 0.5)], decoders=[Linear(0.0, 0.5)])
-    assert "posterior collapse: the term 'consistency_1' is" in str(report_of(middle, method))
 
 
 def test_an_image_draws_the_same_in_any_batch() -> None:

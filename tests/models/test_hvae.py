@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from runs import environment
 from tiny import randomised
-from vdm_hub import MarkovianHVAE
+from vdm_hub import HVAEObjective, MarkovianHVAE
 from vdm_hub.errors import ConfigurationError
 
 SHAPES = st.one_of(st.tuples(st.integers(1, 12)), st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)))
@@ -69,7 +69,7 @@ def test_what_is_saved_is_what_a_fresh_process_loads(tmp_path: Path) -> None:
     torch.save((z, model.decode_levels(model.descend(z, [torch.zeros(2, 2, 4, 4)]))), tmp_path / "expected.pt")
     script = """
 import sys, torch
-from vdm_hub import MarkovianHVAE
+from vdm_hub import HVAEObjective, MarkovianHVAE
 model = MarkovianHVAE.from_pretrained(sys.argv[1])
 z, expected = torch.load(sys.argv[1] + "/expected.pt")
 assert torch.equal(model.decode_levels(model.descend(z, [torch.zeros(2, 2, 4, 4)])), expected)
@@ -142,3 +142,68 @@ def test_a_decoder_that_breaks_its_contract_is_named() -> None:
 def test_an_image_of_another_size_does_not_chain() -> None:
     with pytest.raises(ConfigurationError, match=r"a network for the shape \(1, 8, 8\) was given \(1, 6, 6\)"):
         hvae().encode(1, torch.zeros(2, 1, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_out_channels": []}, r"block_out_channels is \[\]"),
+        ({"norm_num_groups": 0}, "norm_num_groups is 0: give a whole number of at least 1"),
+        ({"layers_per_block": -1}, "layers_per_block is -1"),
+        ({"num_levels": 1}, "num_levels is 1: give a whole number of at least 2"),
+        ({"depth": 1.5}, "depth is 1.5"),
+        ({"depth": "2"}, "depth is '2'"),
+        ({"latent_shapes": [4]}, r"latent_shapes is \[4\]: give a list of whole numbers for each latent"),
+        ({"latent_shapes": [[4.7]]}, "latent_shapes is"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_arguments_that_describe_no_network_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        MarkovianHVAE(8, **{"in_channels": 1, "latent_shapes": [(4,)]} | fields)
+
+
+class Gives(nn.Module):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, z: Tensor) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (torch.zeros(2, 3), "the encoder of z_1 gives a Tensor, and two tensors are needed"),
+        (torch.distributions.Normal(torch.zeros(2, 3), 1.0), "gives a Normal, and two tensors"),
+        ((torch.full((2, 3), torch.nan), torch.ones(2, 3)), "a mean or a scale that is not finite"),
+        ((torch.zeros(2, 3), torch.full((2, 3), torch.inf)), "a mean or a scale that is not finite"),
+        ((torch.zeros(2, 3), -torch.ones(2, 3)), "gives a scale of -1"),
+    ],
+)
+def test_an_encoder_that_gives_no_gaussian_is_named(answer: Any, message: str) -> None:
+    model = MarkovianHVAE(8, in_channels=1, latent_shapes=[(3,)], encoders=[Gives(answer)])
+    with pytest.raises(ConfigurationError, match=message):
+        model.encode(1, torch.zeros(2, 1, 8, 8))
+
+
+def test_a_negative_scale_in_a_compiled_graph_makes_the_bound_nan() -> None:
+    """There nobody looks at values; squared in the prior's divergence it would go unseen."""
+    fields = {"in_channels": 1, "num_levels": 5, "latent_shapes": [(3,)], "block_out_channels": (8,)}
+    encoder = Gives((torch.zeros(2, 3), -torch.ones(2, 3)))
+    objective = HVAEObjective(MarkovianHVAE(8, **fields, encoders=[encoder]))
+    batch = {"levels": torch.zeros(2, 1, 8, 8, dtype=torch.long)}
+    noise = objective.draw_noise(batch, torch.Generator().manual_seed(0))
+    bound = torch.compile(objective, backend="eager")(batch, torch.empty(0), noise)
+    assert bool(bound.total.isnan().all())
+
+
+@pytest.mark.parametrize("shapes", [[(5,), (4,)], [(3, 1, 1), (4,)], [(3, 1, 1), (2, 1, 1)]])
+def test_a_network_between_latents_of_one_pixel_sees_what_it_is_given(shapes: list[Any]) -> None:
+    """With as many groups as channels, a group would be a single number, and normalised to nothing."""
+    fields = {"in_channels": 1, "num_levels": 5, "block_out_channels": (8,), "norm_num_groups": 8}
+    model = MarkovianHVAE(8, **fields, depth=2, latent_shapes=shapes).eval()
+    for network, shape in ((model.encoders[1], shapes[0]), (model.decoders[0], shapes[1])):
+        one, other = (network(torch.full((1, *shape), value))[0] for value in (-1.0, 2.0))
+        assert float((one - other).detach().abs().max()) > 1e-3

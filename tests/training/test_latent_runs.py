@@ -83,7 +83,7 @@ def test_latents_that_are_not_normalised_are_measured_and_said(
     for name, tensor in autoencoder.state_dict().items():
         assert torch.equal(tensor, pipe.first_stage.autoencoder.state_dict()[name]), name
     # The likelihood's own scale was not in it, so it is learned.
-    assert float((pipe.first_stage.log_scale - torch.log(torch.tensor(0.1))).abs()) > 1e-4
+    assert float((pipe.first_stage.log_scale.detach() - torch.log(torch.tensor(0.1))).abs()) > 1e-4
 
 
 def test_an_autoencoder_kl_is_trained_from_its_description(tmp_path: Path) -> None:
@@ -131,6 +131,11 @@ def test_a_first_stage_of_other_images_is_refused(tmp_path: Path) -> None:
         start(tmp_path / "run", model="latent_vdm", first_stage_from=source, num_levels=256, dataset_name="digits")
     with pytest.raises(ConfigurationError, match=r"first_stage gives .*'block_out_channels'.* leave one out"):
         start(tmp_path / "run", **LATENT, first_stage_from=source)
+    with pytest.raises(
+        ConfigurationError, match="first_stage says AutoencoderKL, and first_stage_from holds a Markov"
+    ):
+        fields = {"first_stage": {"_class_name": "AutoencoderKL"}, "first_stage_from": source}
+        start(tmp_path / "run", model="latent_vdm", **fields)
     deep = hvae(tmp_path / "deep", depth=2, latent_shapes=[[2, 4, 4], [3]])
     with pytest.raises(ConfigurationError, match="has one latent, and this hierarchy has 2"):
         start(tmp_path / "run", model="latent_vdm", first_stage_from=deep)

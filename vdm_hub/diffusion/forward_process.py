@@ -114,14 +114,6 @@ class ForwardProcess(nn.Module, ABC):
         """
         return None
 
-    def remarks(self, terms: Mapping[str, float]) -> list[str]:
-        """What a measured bound says of the process that its reader must know, one sentence each.
-
-        Args:
-            terms: Means over all images, in nats.
-        """
-        return []
-
     @property
     def diffused(self) -> ForwardProcess:
         """The process of what is corrupted: itself, or that of the data's latents."""

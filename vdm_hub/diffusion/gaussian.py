@@ -115,3 +115,25 @@ def sde_coefficients(gamma: Tensor, gamma_prime: Tensor) -> tuple[Tensor, Tensor
     """
     g_squared = torch.sigmoid(gamma) * gamma_prime
     return -0.5 * g_squared, g_squared
+
+
+COLLAPSED = 0.01
+"""Nats: a latent that says less of what it was encoded from carries nothing."""
+
+
+def information(mean: Tensor, variance: Tensor) -> float:
+    """What draws of ``N(mean, variance)`` say of which one it was, in nats, by their moments; zero where nothing.
+
+    ``1/2 sum log(1 + var(mean) / E[variance])``, over dimensions: exact where the means are Gaussian and independent,
+    and zero only where the means are all the same, so it tells a latent that has collapsed.
+
+    Args:
+        mean: One for each datum, (N, *latent).
+        variance: As mean.
+
+    >>> one = torch.ones(2, 1)
+    >>> information(one, one), round(information(torch.tensor([[-1.0], [1.0]]), one), 4)
+    (0.0, 0.3466)
+    """
+    spread = mean.double().var(0, correction=0) / variance.double().mean(0)
+    return float(0.5 * torch.log1p(spread).sum())

@@ -91,8 +91,8 @@ class GaussianProcess(ForwardProcess):
         published = self.schedule.bake()
         return published if published.state_dict() else None
 
-    def encode(self, levels: Tensor) -> Tensor:
-        return self.scaling.encode(levels)
+    def encode(self, levels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.scaling.encode(levels, dtype)
 
     def quantise(self, x: Tensor) -> Tensor:
         return self.scaling.nearest(x)

@@ -33,8 +33,7 @@ from vdm_hub.diffusion.noise_schedules import Gamma
 from vdm_hub.errors import ConfigurationError
 
 _NORMALISED = (0.5, 2.0)  # deviations that a prior of N(0, I) and a schedule made for deviation 1 can bear
-_COLLAPSED = 0.01  # nats an image
-_KNOWN_AT_THE_END = 0.05  # nats a dimension: with log-SNR to -5, that of latents of root mean square 4
+_SMALLEST = 1e-6  # deviation: what is smaller is rounding
 
 
 class LatentProcess(ForwardProcess):
@@ -163,25 +162,55 @@ class LatentProcess(ForwardProcess):
         return (y * self.scale + self.shift).reshape(y.shape[0], *self.coder.latent_shape)
 
     @torch.no_grad()
-    def measure(self, levels: Iterable[Tensor], generator: Generator = None) -> tuple[Tensor, Tensor]:
+    def measure(self, levels: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each channel of ``y ~ q(y|x)`` over images, both (C,), float64, before any scaling.
 
-        Args:
-            levels: Batches of images.
-            generator: Of the draws.
+        By the moments of q, so that nothing is drawn.
         """
-        drawn = []
-        for batch in levels:
-            mean, scale = self.coder.posterior(self.encode(batch))
-            y = mean + scale * normal_noise(mean.shape, generator, mean.device).to(mean.dtype)
-            drawn.append(y.reshape(self.latent_shape(batch.shape)).double())
-        y = torch.cat(drawn)
-        return y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0).sqrt()
+        means, variances = self._moments(levels)
+        spread = means.var((0, 2, 3), correction=0) + variances.mean((0, 2, 3))
+        return means.mean((0, 2, 3)), spread.sqrt()
+
+    def _moments(self, levels: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Means and variances of ``q(y|x)``, (N, *latent_shape), float64, without dropout."""
+        training = self.first_stage.training
+        self.first_stage.eval()
+        found = [self.coder.posterior(self.encode(batch)) for batch in levels]
+        self.first_stage.train(training)
+        mean, scale = (torch.cat([each[i] for each in found]).double() for i in (0, 1))
+        shape = self.latent_shape(mean.shape)
+        return mean.reshape(shape), scale.reshape(shape) ** 2
+
+    @torch.no_grad()
+    def examine(self, levels: Iterable[Tensor]) -> tuple[dict[str, Any], list[str]]:
+        """What the latents of images are like as the diffusion sees them, in numbers, and what must be said of it.
+
+        Where q(y|x) says nothing of x (`gaussian.information`), the posterior has collapsed.
+        """
+        means, variances = self._moments(levels)
+        information = gaussian.information(means, variances)
+        mean = (means.mean((0, 2, 3)) - self.shift.flatten()) / self.scale.flatten()
+        spread = (means.var((0, 2, 3), correction=0) + variances.mean((0, 2, 3))).sqrt() / self.scale.flatten()
+        told = {"images": len(means), "mean": mean.tolist(), "standard_deviation": spread.tolist()}
+        told["information"] = information
+        found, fits = describe_latents(mean, spread, len(means))
+        notes = []
+        if len(means) > 1 and information < gaussian.COLLAPSED:
+            notes.append(
+                f"posterior collapse: over {len(means)} images q(y|x) hardly depends on x ({information:.2g} nats of "
+                f"information by its moments), so the latents carry nothing of the data"
+            )
+        if not fits:
+            notes.append(
+                f"the latents are not normalised: {found}. Schedule and prior are made for about 0 and 1: set "
+                f"latent_scaling, and train the network on such latents"
+            )
+        return told, notes
 
     def prepare(self, levels: Iterable[Tensor]) -> str:
         """Measure the latents and, if `normalises`, shift and scale them by what was found."""
         levels = list(levels)
-        mean, deviation = self.measure(levels, torch.Generator().manual_seed(0))
+        mean, deviation = self.measure(levels)
         found, fits = describe_latents(mean, deviation, sum(len(batch) for batch in levels))
         if self.normalises:
             self.normalise(mean, deviation)
@@ -192,24 +221,6 @@ class LatentProcess(ForwardProcess):
             f"warning: the first stage's latents are not normalised: {found}. The prior is N(0, I), and the schedule "
             f"made for a deviation of 1: leave scale_latents at true."
         )
-
-    def remarks(self, terms: Mapping[str, float]) -> list[str]:
-        """Of latents that carry nothing, and of latents that the noisiest level still knows."""
-        found, shape = [], self.latent_shape((1,))[1:]
-        divergence = sum(terms.values()) - terms["reconstruction"]  # of q(y|x) from the prior of y
-        if abs(divergence) < _COLLAPSED:
-            found.append(
-                f"posterior collapse: all terms but the reconstruction are {divergence:.2g} nats together over the "
-                f"whole evaluation, so the latents carry nothing of the data"
-            )
-        prior = terms["prior"] / math.prod(shape)
-        if prior > _KNOWN_AT_THE_END:
-            found.append(
-                f"the latents are not normalised: the prior term is {prior:.2g} nats for each of their dimensions, as "
-                f"the schedule's noisiest level still knows them; scale them to a deviation of 1 (latent_scaling), "
-                f"and train the network on these"
-            )
-        return found
 
     def scaling(self) -> dict[str, list[float]]:
         """Shift and scale as plain numbers."""
@@ -227,10 +238,10 @@ class LatentProcess(ForwardProcess):
 
 
 def _check_positive(scale: Tensor) -> None:
-    if not bool((scale > 0).all()):
+    if not bool((scale >= _SMALLEST).all()):
         raise ConfigurationError(
-            f"a channel of the latents would be scaled by {float(scale.min()):g}: a deviation is positive. Is the "
-            f"first stage trained, and does it use the channel?"
+            f"a channel of the latents would be scaled by {float(scale.min()):g}: a deviation is positive, and not "
+            f"below {_SMALLEST:g}. Is the first stage trained, and does it use the channel?"
         )
 
 

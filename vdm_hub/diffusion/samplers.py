@@ -84,9 +84,10 @@ class PredictorCorrector(Sampler):
     """
 
     def __init__(self, corrector_steps: int = 1, ratio: float = 0.16) -> None:
-        if corrector_steps < 1 or not ratio > 0:
+        if type(corrector_steps) is not int or corrector_steps < 1 or not 0 < ratio < 1:  # beyond, steps diverge
             raise ConfigurationError(
-                f"corrector_steps is {corrector_steps} and ratio {ratio}: give at least 1 step and a positive ratio."
+                f"corrector_steps is {corrector_steps} and ratio {ratio}: give at least 1 step, and a ratio between 0 "
+                f"and 1."
             )
         self.corrector_steps, self.ratio, self.evaluations = corrector_steps, ratio, 1 + corrector_steps
         self.predictor = ReverseSDE()
@@ -114,7 +115,8 @@ class AnnealedLangevin(Sampler):
     """
 
     def __init__(self, steps_per_level: int = 4, step_size: float = 0.2) -> None:
-        if steps_per_level < 1 or not 0 < step_size < 4:  # beyond, the steps on a Gaussian diverge
+        # With larger steps those on a Gaussian diverge.
+        if type(steps_per_level) is not int or steps_per_level < 1 or not 0 < step_size < 4:
             raise ConfigurationError(
                 f"steps_per_level is {steps_per_level} and step_size {step_size}: give at least 1 step, and a size "
                 f"between 0 and 4."

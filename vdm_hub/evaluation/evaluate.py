@@ -29,6 +29,8 @@ from vdm_hub.likelihood.variational_bound import Batch, Objective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.version import __version__
 
+_EXAMINED = 1024  # images, whose latents are looked at
+
 
 def evaluate(
     pipeline: LikelihoodPipeline,
@@ -116,7 +118,9 @@ def evaluate(
     if clipped is not None and report.is_bound:
         same = replace(stages, replicates=report.replicates, target=None)
         report = report.with_clipped(one(clipped, same, "clipped"))
-    report.with_notes(pipeline.notes(transitions))
+    details, notes = pipeline.examine(levels[:_EXAMINED].to(pipeline.device_of_latents))
+    report.details |= details
+    report.with_notes([*pipeline.notes(transitions), *notes])
     report.details |= {"seed": seed, "weights": weights} | ({} if dataset is None else {"dataset": told})
     report.details |= {"processes": processes.count, "versions": library_versions()}
     if decomposition is not None:

@@ -76,7 +76,9 @@ class ConsistencyObjective(VDMObjective):
             x = self.process.encode(levels)
             extras, bound = self.process.bind(x, noise)
             s, t = discretise(times.double(), self.transitions)
-            origin = bound.origin(x).double()
+            origin = bound.origin(x)
+            # Of data, not what float32 kept of them: 17 levels do not lie on its grid.
+            origin = scalar_gaussian(self.process).encode(levels, torch.float64) if origin is x else origin.double()
             terms = {
                 "reconstruction": bound.reconstruction(levels, x, noise, network),
                 "prior": self._prior(origin, noise["last"].double()),

@@ -58,6 +58,11 @@ def form_of(objective: Objective, name: str | None, method: str = "bound") -> Ob
         raise ConfigurationError(
             "the consistency form is a sum over transitions, and continuous time has none: give a number of them."
         )
+    if name == "denoising_matching" and name not in known:
+        raise ConfigurationError(
+            f"the denoising-matching form needs q(z_(t-1)|z_t, x), which learned encoders do not have: this model has "
+            f"{' and '.join(known)}."
+        )
     if name not in known:
         raise unknown_name("decomposition", name, list(known))
     return known[name]

@@ -7,7 +7,6 @@ Four techniques, each unbiased and each to be switched off: times stratified ove
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,11 +112,6 @@ class BoundEstimator(Measurement):
         self.pilot_evaluations = 0
         self.network_evaluations = 0
         self._latest: tuple[int, _Draws] | None = None
-
-    def notes(self, report: LikelihoodReport) -> list[str]:
-        """What the process has to say of the terms."""
-        nats = {name: bits * report.dimensions * math.log(2) for name, bits in report.terms.items()}
-        return [*super().notes(report), *self.objective.process.remarks(nats)]
 
     def fit(self, batches: Batches) -> None:
         """The pilot: the proposal and the control variate's coefficients, from draws that nothing else uses.

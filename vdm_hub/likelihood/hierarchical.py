@@ -27,12 +27,8 @@ from vdm_hub.diffusion.gaussian import sum_dimensions
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.likelihood.importance_weighted import check_count, effective_sizes, weighted
 from vdm_hub.likelihood.per_image import Measured, Measurement, Terms, image_generator
-from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, Bound, Objective
 from vdm_hub.models.hvae import MarkovianHVAE, Normal
-
-COLLAPSED = 0.01
-"""Nats: a latent whose term is nearer to zero, over a whole evaluation, carries nothing of the data."""
 
 _NO_TIMES = torch.empty(0)
 _LATENTS, _CHAINS = 106, 107  # streams of draws that share no key
@@ -173,10 +169,6 @@ class HierarchicalMeasurement(Measurement):
         """How many latents there are."""
         return {"hierarchy": {"depth": self.objective.model.depth}}
 
-    def notes(self, report: LikelihoodReport) -> list[str]:
-        """Which latents collapsed."""
-        return [*super().notes(report), *collapsed_latents(report)]
-
 
 class HierarchicalChains(Measurement):
     """The method ``importance_weighted`` of a hierarchical VAE: K draws of all latents, ``log 1/K sum_k w_k``.
@@ -222,10 +214,6 @@ class HierarchicalChains(Measurement):
         protocol = self.protocol()
         return protocol | {"importance_weights": protocol["importance_weights"] | effective_sizes(diagnostics)}
 
-    def notes(self, report: LikelihoodReport) -> list[str]:
-        """Which latents collapsed."""
-        return [*super().notes(report), *collapsed_latents(report)]
-
 
 def hierarchical_measurement(
     objective: HierarchicalObjective, method: str, draws: int = 16, seed: int = 0
@@ -243,14 +231,3 @@ def hierarchical_measurement(
         f"a hierarchical VAE has no {method!r} likelihood, as it has no continuous time: ask for 'bound' or "
         f"'importance_weighted'."
     )
-
-
-def collapsed_latents(report: LikelihoodReport) -> list[str]:
-    """A sentence for each latent whose term is at zero, to less than `COLLAPSED` nats, over all images."""
-    nats = {name: bits * report.dimensions * math.log(2) for name, bits in report.terms.items()}
-    return [
-        f"posterior collapse: the term {name!r} is {value:.2g} nats over the whole evaluation, so its latent carries "
-        f"nothing of the data"
-        for name, value in nats.items()
-        if (name == "prior" or name.startswith("consistency_")) and abs(value) < COLLAPSED
-    ]

@@ -233,7 +233,7 @@ def chain_terms(
     process, transitions = scalar_gaussian(objective.process), objective.transitions
     assert transitions is not None
     levels = batch["levels"]
-    x = process.encode(levels).double()
+    x = process.encode(levels, torch.float64)
     generators = [image_generator(*key, int(i), chain) for i in batch["indices"]]
 
     def normal() -> Tensor:

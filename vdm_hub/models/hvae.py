@@ -9,7 +9,7 @@ are diagonal; the data have K levels, and ``p(x|z_1)`` is a categorical distribu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +91,9 @@ class MarkovianHVAE(WholeWeights, ModelMixin, ConfigMixin):
         level_decoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        counts = {"in_channels": in_channels, "num_levels": num_levels, "depth": depth}
+        counts |= {"layers_per_block": layers_per_block, "norm_num_groups": norm_num_groups}
+        _check_arguments(counts, block_out_channels, dropout)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.image_shape: tuple[int, int, int] = (in_channels, height, width)
         self.depth, self.num_levels = depth, num_levels
@@ -222,10 +225,25 @@ class MarkovianHVAE(WholeWeights, ModelMixin, ConfigMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
+def _check_arguments(counts: Mapping[str, Any], widths: Any, dropout: Any) -> None:
+    """Refuse what no network can be built of; a depth below 1 has words of its own."""
+    for name, value in counts.items():
+        least = {"num_levels": 2, "layers_per_block": 0}.get(name, 1)
+        if type(value) is not int or (value < least and name != "depth"):
+            raise ConfigurationError(f"{name} is {value!r}: give a whole number of at least {least}.")
+    are_widths = isinstance(widths, list | tuple) and all(type(width) is int and width > 0 for width in widths)
+    if not are_widths or not widths:
+        raise ConfigurationError(f"block_out_channels is {widths!r}: give one or two whole numbers.")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ConfigurationError(f"dropout is {dropout!r}: give a probability below 1.")
+
+
 def _latent_shapes(given: Sequence[Sequence[int]], depth: int) -> tuple[Shape, ...]:
     if depth < 1:
         raise ConfigurationError(f"depth is {depth}: a hierarchy has at least one latent; at depth 1 it is the VAE.")
-    shapes = tuple(tuple(int(size) for size in shape) for shape in given)
+    if not all(isinstance(shape, list | tuple) and all(type(size) is int for size in shape) for shape in given):
+        raise ConfigurationError(f"latent_shapes is {given!r}: give a list of whole numbers for each latent.")
+    shapes = tuple(tuple(shape) for shape in given)
     shapes = shapes * depth if len(shapes) == 1 else shapes
     if len(shapes) != depth:
         raise ConfigurationError(
@@ -242,6 +260,10 @@ def _latent_shapes(given: Sequence[Sequence[int]], depth: int) -> tuple[Shape, .
 
 def _checked(output: Any, given: Tensor, shape: Shape, name: str) -> Normal:
     """What a module says of a Gaussian, in at least float32; refused where it is none of this shape."""
+    if not (isinstance(output, tuple | list) and len(output) == 2 and all(torch.is_tensor(each) for each in output)):
+        raise ConfigurationError(
+            f"{name} gives a {type(output).__name__}, and two tensors are needed: the mean and the scale."
+        )
     mean, scale = output
     expected = (given.shape[0], *shape)
     for what, value in (("mean", mean), ("scale", scale)):
@@ -251,13 +273,16 @@ def _checked(output: Any, given: Tensor, shape: Shape, name: str) -> Normal:
                 f"latent_shapes asks for {expected}: the shapes do not chain."
             )
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    # On a GPU looking would make the host wait in every step; there the loss is not finite, which stops a run too.
-    if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((scale > 0).all()):
-        raise ConfigurationError(
-            f"{name} gives a scale of {float(scale.min()):g}, and a standard deviation is positive: let it end in "
-            f"softplus or exp, or look for NaN in its input."
-        )
-    return Normal(mean.to(dtype), scale.to(dtype))
+    # On a GPU, looking would make the host wait in every step; there the loss is made NaN, which stops a run too.
+    if scale.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool((scale > 0).all()):
+            raise ConfigurationError(
+                f"{name} gives a scale of {float(scale.min()):g}, and a standard deviation is positive: let it end in "
+                f"softplus or exp, or look for NaN in its input."
+            )
+        if not bool(scale.isfinite().all() and mean.isfinite().all()):
+            raise ConfigurationError(f"{name} gives a mean or a scale that is not finite: look for it in its weights.")
+    return Normal(mean.to(dtype), torch.where(scale > 0, scale, torch.nan).to(dtype))
 
 
 MarkovianHVAE.__module__ = "vdm_hub"

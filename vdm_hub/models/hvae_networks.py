@@ -47,6 +47,8 @@ class Trunk(nn.Module):
         is_flat = len(source) == len(target) == 1
         if is_flat:
             self.start_grid = self.end_grid = (1, 1)
+        if (1, 1) in (self.start_grid, self.end_grid):
+            groups = 1  # of one pixel, a group of one channel would be normalised to nothing
         spread = width * math.prod(self.start_grid)
         self.lift: nn.Module = (
             nn.Conv2d(source[0], width, 3, padding=1) if len(source) == 3 else nn.Linear(source[0], spread)

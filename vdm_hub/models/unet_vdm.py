@@ -200,9 +200,9 @@ class UNetVDMModel(WholeWeights, ModelMixin, ConfigMixin):
         height, width = sample.shape[-2:]
         if height % 2**halvings or width % 2**halvings:
             raise ConfigurationError(
-                f"images of {height}x{width} can't be halved {halvings} times, as this network's {halvings + 1} "
-                f"resolutions require: give images whose sides are multiples of {2**halvings}, or "
-                f"block_out_channels fewer entries."
+                f"an input of {height}x{width} can't be halved {halvings} times, as this network's {halvings + 1} "
+                f"resolutions require: give images, or latents, whose sides are multiples of {2**halvings}, "
+                f"or block_out_channels fewer entries."
             )
 
 

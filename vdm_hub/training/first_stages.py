@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,11 @@ def _trained(
     arguments = {**files.pinned, **({"subfolder": folder} if folder else {}), "use_safetensors": True}
     stage = _TRAINED[name].from_pretrained(source, **arguments)
     given = configuration.model.first_stage_config
+    named = json.loads(configuration.model.first_stage).get("_class_name")
+    if named is not None and named != name:
+        raise ConfigurationError(
+            f"first_stage says {named}, and first_stage_from holds a {name}: leave _class_name out, or change either."
+        )
     if isinstance(stage, AutoencoderKL):
         with_levels = _with_levels(configuration, shape, stage, given)
         return with_levels, [with_levels.log_scale]
@@ -81,7 +87,7 @@ def _find(files: PipelineFiles) -> tuple[str, str]:
     if INDEX in files.sizes:
         index = files.read_json(INDEX)
         for component in _COMPONENTS:
-            if isinstance(index.get(component), list):
+            if isinstance(index.get(component), list) and len(index[component]) == 2:
                 return component, str(index[component][1])
         raise ConfigurationError(
             f"the pipeline in {files.name} ({index.get('_class_name')}) has no first stage: give one with a component "
