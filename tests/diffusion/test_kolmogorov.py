@@ -84,18 +84,35 @@ def test_a_wrong_sign_is_found(residual: Residual, wrong: dict[str, float]) -> N
     assert float(left.detach().abs().max()) > 0.1 * float(size.detach())
 
 
+def elementwise(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The derivative of each element by its own argument, or by its datum's time."""
+    slope: Tensor = torch.func.jvp(function, (at,), (torch.ones_like(at),))[1]
+    return slope
+
+
 def test_a_gamma_per_pixel_has_an_equation_per_pixel() -> None:
     generator = torch.Generator().manual_seed(1)
     tilt, bump, *x = (torch.randn(1, 4, 4, dtype=torch.float64, generator=generator) for _ in range(4))
-    schedule, x = PerPixelSchedule(-8.0, 4.0, tilt, bump), torch.stack(x)
-    gamma: Gamma = schedule.bind(x, {})[1]
-    sde = DiffusionSDE(gamma)
-    t = torch.full((2,), 0.6, dtype=torch.float64)
-    f, g_squared = sde.coefficients(x, t)
-    assert f.shape == g_squared.shape == x.shape
-    step = 1e-5  # central differences: errors of order 1e-10
-    alpha = [torch.sigmoid(-gamma(t + sign * step)).log() / 2 for sign in (1, -1)]
-    torch.testing.assert_close(f, ((alpha[0] - alpha[1]) / (2 * step)).expand_as(f), rtol=1e-7, atol=1e-9)
+    schedule, z_s = PerPixelSchedule(-8.0, 4.0, tilt, bump), torch.stack(x)
+    gamma: Gamma = schedule.bind(z_s, {})[1]
+    sde, (s, t) = DiffusionSDE(gamma), (torch.full((2,), value, dtype=torch.float64) for value in (0.35, 0.6))
+    z_t = 0.8 * z_s + 0.5 * torch.randn(z_s.shape, dtype=torch.float64, generator=generator)
+
+    def q(to: Tensor = z_t, of: Tensor = z_s, start: Tensor = s, end: Tensor = t) -> Tensor:
+        return sde.log_transition(to, of, start, end).exp()
+
+    f, g_squared = sde.coefficients(z_t, t)
+    assert f.shape == g_squared.shape == z_t.shape
+    transport = elementwise(lambda z: f * z * q(to=z), z_t)
+    spread = 0.5 * g_squared * elementwise(lambda z: elementwise(lambda y: q(to=y), z), z_t)
+    in_time = elementwise(lambda time: q(end=time), t)
+    assert float(in_time.abs().max()) > 0.1
+    torch.testing.assert_close(in_time, spread - transport, rtol=1e-9, atol=1e-10)
+
+    f, g_squared = sde.coefficients(z_s, s)
+    drift = f * z_s * elementwise(lambda z: q(of=z), z_s)
+    spread = 0.5 * g_squared * elementwise(lambda z: elementwise(lambda y: q(of=y), z), z_s)
+    torch.testing.assert_close(elementwise(lambda time: q(start=time), s), -drift - spread, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", registered.names("noise_schedules"))
