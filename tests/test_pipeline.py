@@ -128,7 +128,7 @@ def test_latents_take_the_place_of_the_prior() -> None:
     pipe = tiny_pipeline()
     inputs = Inputs(pipe.unet)
     z_1 = torch.randn(3, 1, 8, 8, generator=seeded(9))
-    images = sampled(pipe, latents=z_1)
+    images = sampled(pipe, 1, latents=z_1)
     assert torch.equal(inputs.samples[0], z_1)
     assert images.shape[0] == 3  # the batch is that of the latents
     drawn = seeded(0)

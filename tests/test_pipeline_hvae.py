@@ -141,8 +141,10 @@ def test_what_it_has_not_is_refused() -> None:
         pipe.interpolate(LEVELS[:1], LEVELS[:1], steps=1)
     with pytest.raises(DataError, match="1 first and 2 last images were given"):
         pipe.interpolate(LEVELS[:1], LEVELS[:2])
-    with pytest.raises(ConfigurationError, match=r"latents have shape \(2, 5\); z_2 needs \(B, \*\(6,\)\)"):
+    with pytest.raises(ConfigurationError, match=r"latents have shape \(2, 5\); the model needs \(B, \*\(6,\)\)"):
         pipe(latents=torch.zeros(2, 5))
+    with pytest.raises(ConfigurationError, match="batch_size is 3, and 2 latents were given"):
+        pipe(3, latents=torch.zeros(2, 6))
     with pytest.raises(ConfigurationError, match="unknown output_type 'latent'"):
         pipe(output_type="latent")
     with pytest.raises(ConfigurationError, match="batch_size is 0"):

@@ -207,7 +207,7 @@ def test_what_it_has_not_is_refused() -> None:
             pipe.log_likelihood(LEVELS, method)
     with pytest.raises(DataError, match=r"the images are \(1, 6, 6\)"):
         pipe.encode(LEVELS[..., :6, :6])
-    with pytest.raises(ConfigurationError, match=r"latents have shape \(2, 1, 8, 8\); the network needs .*2, 4, 4"):
+    with pytest.raises(ConfigurationError, match=r"latents have shape \(2, 1, 8, 8\); the model needs .*2, 4, 4"):
         pipe(latents=torch.zeros(2, 1, 8, 8))
     with pytest.raises(ConfigurationError, match="no likelihood: build a LatentVDMPipeline"):
         LatentVDMPipeline.from_diffusers("anything")

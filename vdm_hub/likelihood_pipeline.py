@@ -35,6 +35,11 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
         """Channels, height and width of its images."""
 
     @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of what a sample starts from, without the batch; the images', unless a rung says otherwise."""
+        return self.image_shape
+
+    @property
     @abstractmethod
     def num_levels(self) -> int:
         """K, the levels of its images."""
@@ -99,6 +104,19 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
             num_inference_steps: Evaluations of the network, where the model may take more or fewer.
             arguments: Of the pipeline's own ``__call__``.
         """
+
+    def _batch_shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
+        """Of what a sample starts from, given or drawn: ``latents`` decide how many, where 1 is asked for."""
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size is {batch_size}: give at least 1.")
+        shape = (batch_size, *self.latent_shape) if latents is None else tuple(latents.shape)
+        if shape[1:] != self.latent_shape:
+            raise ConfigurationError(f"latents have shape {shape}; the model needs (B, *{self.latent_shape}).")
+        if batch_size not in (1, shape[0]):
+            raise ConfigurationError(f"batch_size is {batch_size}, and {shape[0]} latents were given: leave it out.")
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ConfigurationError(f"{len(generator)} generators for {shape[0]} images: give one each, or just one.")
+        return shape
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

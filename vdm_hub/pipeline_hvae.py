@@ -54,6 +54,12 @@ class HVAEPipeline(LikelihoodPipeline):
         return shape
 
     @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """That of the top latent, ``z_T``."""
+        shape: tuple[int, ...] = self.hvae.latent_shapes[-1]
+        return shape
+
+    @property
     def num_levels(self) -> int:
         """K."""
         return int(self.hvae.num_levels)
@@ -134,16 +140,10 @@ class HVAEPipeline(LikelihoodPipeline):
         """
         if output_type not in _OUTPUT_TYPES:
             raise unknown_name("output_type", output_type, _OUTPUT_TYPES)
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size is {batch_size}: give at least 1.")
         model, device = self.hvae, self.device_of_latents
-        shape = model.latent_shapes[-1]
+        shape = self._batch_shape(batch_size, latents, generator)
         if latents is None:
-            latents = normal_noise((batch_size, *shape), generator, device)
-        if tuple(latents.shape[1:]) != shape:
-            raise ConfigurationError(
-                f"latents have shape {tuple(latents.shape)}; z_{model.depth} needs (B, *{shape})."
-            )
+            latents = normal_noise(shape, generator, device)
         below = [(latents.shape[0], *shape) for shape in model.latent_shapes[-2::-1]]
         z = model.descend(latents.to(device), [normal_noise(shape, generator, device) for shape in below])
         images = self._images(self.hvae.draw_levels(z, generator), output_type)

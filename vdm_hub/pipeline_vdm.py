@@ -187,7 +187,7 @@ class VDMPipeline(LikelihoodPipeline):
         if unknown:
             raise ConfigurationError(f"the callback asks for {sorted(unknown)}; only 'latents' can be given.")
         process, device = self.process, self._execution_device
-        shape = self._shape(batch_size, latents, generator)
+        shape = self._batch_shape(batch_size, latents, generator)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
         network = self._network(network_arguments | self._labels(class_labels, shape[0]))
         by_score = self._score_sampler(sampler, bound)
@@ -240,11 +240,6 @@ class VDMPipeline(LikelihoodPipeline):
         return int(self.unet.config.in_channels), int(height), int(width)
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Of what is diffused: the images', here."""
-        return self.image_shape
-
-    @property
     def num_levels(self) -> int:
         """K, of the scheduler's config."""
         return self.process.num_levels
@@ -271,16 +266,6 @@ class VDMPipeline(LikelihoodPipeline):
                 f"pipeline has {type(bound).__name__} and {type(self.scheduler).__name__}: leave it out."
             )
         return by_score
-
-    def _shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size is {batch_size}: give at least 1.")
-        shape = (batch_size, *self.latent_shape) if latents is None else tuple(latents.shape)
-        if shape[1:] != self.latent_shape:
-            raise ConfigurationError(f"latents have shape {shape}; the network needs (B, *{self.latent_shape}).")
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ConfigurationError(f"{len(generator)} generators for {shape[0]} images: give one each, or just one.")
-        return shape
 
     def _network(self, arguments: dict[str, Any]) -> Network:
         """The network in its own precision; latents stay in float32."""

@@ -65,8 +65,8 @@ class AutoencoderKLFirstStage(WholeWeights, ModelMixin, ConfigMixin):
                 f"the autoencoder takes {config.in_channels} channels and gives {config.out_channels}: a likelihood "
                 f"of its images needs the same."
             )
-        if not 0 < initial_scale < math.inf:
-            raise ConfigurationError(f"initial_scale is {initial_scale}: a standard deviation is positive.")
+        if not (isinstance(initial_scale, (int, float)) and 0 < initial_scale < math.inf):
+            raise ConfigurationError(f"initial_scale is {initial_scale!r}: a standard deviation is a positive number.")
         size = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         factor = 2 ** (len(config.block_out_channels) - 1)
         if size[0] % factor or size[1] % factor:
