@@ -137,14 +137,14 @@ def test_what_the_sampler_adds_is_noted_and_changes_no_bound(trained: DDPMPipeli
         scheduler = DDPMScheduler.from_config(trained.scheduler.config, **changes)
         return VDMPipeline.from_diffusers(DDPMPipeline(trained.unet, scheduler), num_levels=K)
 
-    plain = taken(clip_sample=False).bits_per_dim(levels, replicates=2)
+    plain = taken(clip_sample=False).bits_per_dim(levels, replicates=8)
     assert "notes" not in plain.to_dict() and "note" not in str(plain)
     for changes, words in (
         ({"clip_sample": True}, "clips its estimates (clip_sample=True); the bound is that of the model unclipped"),
         ({"clip_sample": False, "thresholding": True}, "(thresholding=True)"),
         ({"clip_sample": False, "variance_type": "fixed_large"}, "in continuous time the bound is the same for both"),
     ):
-        report = taken(**changes).bits_per_dim(levels, replicates=2)
+        report = taken(**changes).bits_per_dim(levels, replicates=8)
         assert torch.equal(report.per_image, plain.per_image)
         (note,) = report.to_dict()["notes"]
         assert words in note and f"note: {note}" in str(report)

@@ -57,6 +57,13 @@ def test_the_report_adds_up_and_counts_everything(pipeline: VDMPipeline, images:
     assert figures["is_bound"] is True
 
 
+def test_an_error_from_few_replicates_says_what_it_is_worth(pipeline: VDMPipeline, images: ImageLevels) -> None:
+    words = "the Monte Carlo error is itself uncertain by"
+    shown = {count: str(evaluate(pipeline, images, replicates=count, progress=False)) for count in (1, 2, 7, 8)}
+    assert [words in text for text in shown.values()] == [False, True, True, False]
+    assert f"{words} 71 %" in shown[2] and f"{words} 29 %" in shown[7]  # (2 (R - 1))^(-1/2)
+
+
 def test_the_seed_decides(pipeline: VDMPipeline, images: ImageLevels) -> None:
     first, same, other = (
         evaluate(pipeline, images, replicates=1, seed=seed, progress=False).bits_per_dim for seed in (5, 5, 6)

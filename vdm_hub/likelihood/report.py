@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdm_hub.likelihood.stages import FEWEST_REPLICATES
+
 
 @dataclass
 class LikelihoodReport:
@@ -132,7 +134,8 @@ class LikelihoodReport:
             f"evaluations, {self._time}"
         )
         lines += [f"  {line}" for line in (*_protocol_lines(self.details), *_target_lines(self.details))]
-        return "\n".join(lines + [f"  note: {note}" for note in self.details.get("notes", [])])
+        notes = [*_few_replicates(self.replicates), *self.details.get("notes", [])]
+        return "\n".join(lines + [f"  note: {note}" for note in notes])
 
     @property
     def _time(self) -> str:
@@ -179,6 +182,17 @@ def _target_lines(details: Mapping[str, Any]) -> list[str]:
         return []
     reached = "reached" if target["reached"] else "NOT REACHED within the budget: raise --max_replicates"
     return [f"target standard error {target['standard_error']:g}: {reached}"]
+
+
+def _few_replicates(replicates: int) -> list[str]:
+    """What a standard error from so few numbers is worth."""
+    if not 2 <= replicates < FEWEST_REPLICATES:
+        return []
+    share = 100 / math.sqrt(2 * (replicates - 1))
+    return [
+        f"the Monte Carlo error is itself uncertain by {share:.0f} %, as {replicates} replicates gave it: measure at "
+        f"least {FEWEST_REPLICATES}."
+    ]
 
 
 def _or_nan(value: float | None) -> float:
