@@ -15,6 +15,7 @@ from ddpm import BETAS, K, T, digits_levels, ho_et_al, new_network, trained_ddpm
 from tiny import quiet, seeded
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 
 
@@ -148,7 +149,7 @@ def test_what_the_sampler_adds_is_noted_and_changes_no_bound(trained: DDPMPipeli
         assert torch.equal(report.per_image, plain.per_image)
         (note,) = report.to_dict()["notes"]
         assert words in note and f"note: {note}" in str(report)
-        assert "clipped" not in report.details, "only steps are clipped, and continuous time has none"
+        assert ("clipped" in report.details) is ("clips" in note), "another model, in continuous time as well"
 
 
 def test_where_the_sampler_clips_both_models_are_named_and_reported(trained: DDPMPipeline, levels: Tensor) -> None:
@@ -164,6 +165,33 @@ def test_where_the_sampler_clips_both_models_are_named_and_reported(trained: DDP
         assert "model unclipped" in shown and "clipped as the sampler does" in shown
     half = clipped_bits(trained, levels, 0.5)
     assert half > clipped_bits(trained, levels, 1.0), "digits are black and white: half of their range can't hold them"
+
+
+@pytest.mark.parametrize("method", ["bound", "ode"])
+def test_the_clipped_model_is_measured_in_continuous_time_too(
+    trained: DDPMPipeline, levels: Tensor, method: str
+) -> None:
+    """Clipping to more than the network ever says changes nothing; to half of the data's range it costs bits."""
+    found = {}
+    for most in (1e6, 0.5):
+        stock = with_variance(trained, "fixed_small", clip_sample=True, clip_sample_range=most)
+        pipe = VDMPipeline.from_diffusers(stock, num_levels=K)
+        flow = ProbabilityFlow(tolerance=1e-3)
+        found[most] = pipe.bits_per_dim(levels[:2], method=method, replicates=2, flow=flow)
+    report, half = found[1e6], found[0.5]
+    assert report.details["clipped"]["bits_per_dim"] == pytest.approx(report.bits_per_dim, rel=1e-4)
+    assert half.details["clipped"]["bits_per_dim"] > report.bits_per_dim + 0.1
+    assert half.details["clipped"]["network_evaluations"] > 0
+    assert half.bits_per_dim == report.bits_per_dim
+
+
+def test_a_chain_that_is_not_the_checkpoints_is_named(trained: DDPMPipeline, levels: Tensor) -> None:
+    pipe = VDMPipeline.from_diffusers(with_variance(trained, "fixed_small", clip_sample=False), num_levels=K)
+    own, words = T - 1, "transitions are not the checkpoint's own chain"
+    for transitions in (own, None, T, 2 * own, 3):
+        notes = " ".join(pipe.bits_per_dim(levels[:2], transitions=transitions, replicates=1).details.get("notes", []))
+        assert (f"{transitions} {words}, which has {own}" in notes) is (transitions not in (own, None))
+        assert ("interpolated" in notes) is (transitions is not None and own % transitions != 0)
 
 
 def clipped_bits(trained: DDPMPipeline, levels: Tensor, most: float) -> float:

@@ -113,20 +113,22 @@ def test_a_target_is_met_in_stages(folder: Path, capsys: pytest.CaptureFixture[s
     assert figures["target"]["reached"] is True
 
 
-@pytest.mark.parametrize("budget", [("--max_replicates", 12), ("--max_evaluations", 40)])
+@pytest.mark.parametrize("budget", [("--max_replicates", 12), ("--max_evaluations", 299)])
 def test_a_target_that_the_budget_cannot_reach_is_said_and_the_report_is_there(
     budget: tuple[str, int], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = words(folder, "--max_images", 4, "--target_standard_error", 1e-6, *budget)
     assert main([*arguments, "--per_image", str(tmp_path / "images.parquet")]) == NOT_REACHED
     shown = capsys.readouterr().out
-    assert "target standard error 1e-06: NOT REACHED" in shown and "bits/dim" in shown
+    assert f"target standard error 1e-06: NOT REACHED within the budget: raise {budget[0]}" in shown
+    assert "bits/dim" in shown
     assert (tmp_path / "images.parquet").is_file()
     assert main([*arguments, "--json"]) == NOT_REACHED
     figures = json.loads(capsys.readouterr().out)
     assert figures["target"]["reached"] is False
     assert figures["replicates"] == (12 if budget[0] == "--max_replicates" else 10)
-    assert figures["network_evaluations"] == 4 * figures["replicates"]
+    assert figures["network_evaluations"] == 256 + 4 * figures["replicates"]
+    assert figures["target"]["ended_by"] == budget[0].removeprefix("--")
 
 
 def test_stages_never_more_than_double_and_end_at_the_budget() -> None:
@@ -175,7 +177,10 @@ def test_what_the_model_has_no_likelihood_for_is_refused(folder: Path, capsys: p
         (("--method", "ode", "--transitions", 5), "the probability-flow ODE has none"),
         (("--target_standard_error", 0.1, "--replicates", 4), "give at least 8"),
         (("--label_column", "label"), "the network is not class-conditional"),
-        (("--num_levels", 16), "none of the 16 levels"),
+        (("--num_levels", 16), "num_levels is 16, and the model's decoder knows 17"),
+        (("--prediction_type", "score"), "prediction_type is for checkpoints of diffusers"),
+        (("--method", "ode", "--times_per_image", 2), "only the bound of a diffusion has times to draw"),
+        (("--target_standard_error", 0.1, "--max_evaluations", 300), "8 replicates takes "),
     ):
         assert message in refused(capsys, words(folder, *more))
 

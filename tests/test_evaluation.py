@@ -40,8 +40,8 @@ def test_the_batch_size_changes_no_figure(transitions: int | None, pipeline: VDM
     reports = [
         evaluate(pipeline, images, transitions, replicates=2, batch_size=size, progress=False) for size in (50, 16, 7)
     ]
-    for report in reports[1:]:
-        assert torch.equal(report.times, reports[0].times)
+    for report in reports[1:]:  # the pilot's sums are rounded otherwise, and with them the density of the times
+        torch.testing.assert_close(report.times, reports[0].times, rtol=1e-5, atol=1e-6)
         for name, term in report.terms_per_image.items():
             torch.testing.assert_close(term, reports[0].terms_per_image[name], rtol=1e-5, atol=1e-5)
 
@@ -51,7 +51,8 @@ def test_the_report_adds_up_and_counts_everything(pipeline: VDMPipeline, images:
     figures = report.to_dict()
     assert figures["bits_per_dim"] == pytest.approx(sum(figures["terms"].values()), rel=1e-12)
     assert list(figures["terms"]) == ["reconstruction", "prior", "diffusion"]
-    assert (figures["num_images"], figures["replicates"], figures["network_evaluations"]) == (50, 3, 150)
+    pilot = 256
+    assert (figures["num_images"], figures["replicates"], figures["network_evaluations"]) == (50, 3, pilot + 150)
     per_pass = torch.stack(list(report.terms_per_image.values())).sum(0).mean(1) / (64 * math.log(2))
     assert figures["standard_error"] == pytest.approx(float(per_pass.std() / math.sqrt(3)), rel=1e-9)
     assert figures["is_bound"] is True

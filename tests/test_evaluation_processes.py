@@ -135,6 +135,10 @@ def test_what_was_finished_before_a_kill_is_not_measured_again(folder: Path, tmp
     assert resumed.network_evaluations == whole.network_evaluations, "what was done before the kill counts"
     for name, term in whole.terms_per_image.items():
         assert torch.equal(term, resumed.terms_per_image[name])
+    assert list(resumed.terms) == list(whole.terms), "in the same order, too"
+    before, after = resumed.details["seconds_before"], resumed.details["seconds"]
+    again = evaluate(pipeline, images, **arguments, journal=journal).details["seconds_before"]
+    assert 0 < before < again <= before + after, "each image's time is kept with it"
     assert len(kept(journal)) == 8 * 360
     assert not list(journal.rglob(".*")), "and nothing half-written is left"
 

@@ -102,9 +102,13 @@ def test_the_standard_error_is_that_of_the_replicates() -> None:
 
 @pytest.mark.parametrize(("transitions", "evaluations"), [(None, 6), (5, 6)])
 def test_the_report_counts_what_was_done(transitions: int | None, evaluations: int) -> None:
-    report = tiny_pipeline().bits_per_dim(torch.zeros(2, 1, 8, 8), transitions=transitions, replicates=3)
-    counted = {"num_images": 2, "replicates": 3, "network_evaluations": evaluations, "transitions": transitions}
-    assert counted.items() <= report.to_dict().items()
+    for pilot, more in ((0, {}), (256, {}), (512, {"times_per_image": 2})):
+        report = tiny_pipeline().bits_per_dim(
+            torch.zeros(2, 1, 8, 8), transitions=transitions, replicates=3, pilot_evaluations=pilot, **more
+        )
+        counted = {"num_images": 2, "replicates": 3, "transitions": transitions}
+        counted["network_evaluations"] = pilot + evaluations * (2 if more else 1)
+        assert counted.items() <= report.to_dict().items()
 
 
 def test_terms_do_not_depend_on_the_batches() -> None:

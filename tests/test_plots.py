@@ -12,13 +12,17 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from tiny import tiny_pipeline
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.likelihood.consistency import transition_profile
+from vdm_hub.likelihood.decompositions import decompositions
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.plots import (
     _plot_bits,
     _plot_course,
     _plot_histogram,
     _plot_late_course,
+    plot_decompositions,
     plot_likelihood,
     plot_schedule,
     plot_training_curve,
@@ -181,3 +185,24 @@ def test_every_image_is_in_the_histogram() -> None:
     _plot_histogram(measured, axis)
     assert sum(bar.get_height() for bar in axis.patches) == 200
     assert list(axis.get_lines()[0].get_xdata()) == [measured.bits_per_dim] * 2
+
+
+def test_both_forms_are_drawn_over_t_and_each_has_bits_over_t_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    write = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), write(self, *a, **k)))
+    pipe, levels = tiny_pipeline(), torch.zeros(2, 1, 8, 8, dtype=torch.long)
+    forms = decompositions(pipe.objective(5))
+    profiles = {name: transition_profile(form, {"levels": levels}, 3) for name, form in forms.items()}
+    plot_decompositions(profiles, tmp_path / "forms.png")
+    for axis, field in zip(figures[0].axes, ("bits_per_dim", "spread"), strict=True):
+        for drawn, profile in zip(axis.patches, profiles.values(), strict=True):
+            assert drawn.get_data().values.tolist() == getattr(profile, field).tolist()
+            assert drawn.get_data().edges.tolist() == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    for name in forms:
+        report = pipe.bits_per_dim(levels, transitions=5, replicates=2, decomposition=name)
+        plot_likelihood(report, tmp_path / "bits.png")
+        assert len(figures[-1].axes) == 2, "bits over t, and the histogram"
+    assert "consistency term" in figures[-1].axes[0].get_title()

@@ -103,7 +103,7 @@ def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) ->
     """Which model a DDPM-family config's bound is that of, where its sampler asks for another, one sentence each.
 
     A clipped estimate of the data is another model: the bound is that of the network unclipped, and the clipped one's
-    is reported beside it for a finite number of transitions.
+    is reported beside it. So is a number of transitions that the checkpoint was not made for.
 
     >>> notes_on_bound({"noise_schedule": "linear", "clip_sample": True})  # VDMScheduler's own steps never clip
     []
@@ -115,9 +115,16 @@ def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) ->
     notes = []
     clips = [key for key in ("clip_sample", "thresholding") if config.get(key)]
     if clips:
-        beside = "give a number of transitions for that of the clipped one" if transitions is None else "see below"
         notes.append(
-            f"the sampler clips its estimates ({clips[0]}=True); the bound is that of the model unclipped ({beside})."
+            f"the sampler clips its estimates ({clips[0]}=True); the bound is that of the model unclipped, and beside "
+            f"it stands that of the clipped one."
+        )
+    own = int(config.get("num_train_timesteps", 1000)) - 1
+    if transitions not in (None, own):
+        between = " Between its betas the table is interpolated." if own % transitions else ""
+        notes.append(
+            f"{transitions} transitions are not the checkpoint's own chain, which has {own} (the first of its betas "
+            f"is the decoder's).{between}"
         )
     variance = config.get("variance_type")
     if variance in _OTHER_VARIANCES:

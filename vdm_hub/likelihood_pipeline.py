@@ -153,6 +153,8 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
         flow: ProbabilityFlow | None = None,
         draws: int = 16,
         decomposition: str | None = None,
+        times_per_image: int = 1,
+        pilot_evaluations: int | None = None,
         batch_size: int = 256,
         **network_arguments: Tensor,
     ) -> LikelihoodReport:
@@ -167,12 +169,16 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
                 flow.
             transitions: T, or ``None`` for continuous time.
             replicates: Independent estimates per image, behind the standard error.
-            seed: Of all draws: an image's are a function of it, the replicate and the image's index.
+            seed: Of all draws: an image's noise is a function of it, the replicate and the image's index; its time
+                also of how many images there are, over which times are stratified.
             class_labels: Class of each image, (B,).
             flow: The protocol of the probability flow: dequantisation, divergence, tolerance.
             draws: K, of ``importance_weighted``.
             decomposition: The form of the bound, where the model's has several: ``denoising_matching``,
                 ``consistency`` or ``joint``; see `vdm_hub.likelihood.decompositions.decompositions`.
+            times_per_image: Of ``bound``: evaluations of each image in each replicate, at stratified times.
+            pilot_evaluations: Of ``bound``: draws, in no result, from which it learns where times are best drawn and
+                what may be subtracted; 0 for none. Twice the images, from 256 to 4,096, where not given.
             batch_size: Images at once, at most.
             network_arguments: Passed to the network by name, each (B, ...).
 
@@ -206,13 +212,15 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
             parts = torch.arange(levels.shape[0]).split(batch_size)
             return ({name: value[part.to(value.device)] for name, value in whole.items()} for part in parts)
 
+        effort: dict[str, Any] = {"times_per_image": times_per_image, "pilot_evaluations": pilot_evaluations}
+
         def measured(objective: Objective) -> LikelihoodReport:
             count, objective = levels.shape[0], form_of(objective, decomposition, method)
-            measurement = build_measurement(objective, count, method, flow=flow, draws=draws, seed=seed)
+            measurement = build_measurement(objective, count, method, flow=flow, draws=draws, seed=seed, **effort)
             return collect(measurement, batches, count, replicates)
 
         report, clipped = measured(self.objective(transitions)), self.clipped_objective(transitions)
-        if clipped is not None and report.is_bound:
+        if clipped is not None:
             report = report.with_clipped(measured(clipped))
         details, notes = self.examine(whole["levels"])
         report.details |= details

@@ -281,11 +281,11 @@ class VDMPipeline(LikelihoodPipeline):
     def clipped_objective(self, transitions: int | None) -> VDMObjective | None:
         """The same where every estimate of the data is clipped as the checkpoint's sampler does, if it does.
 
-        A clipped predictor is another model, with a bound of its own. ``None`` where the sampler does not clip, or in
-        continuous time, in which it has no steps.
+        A clipped predictor is another model, with a bound and a likelihood of its own, in continuous time as well.
+        ``None`` where the sampler does not clip.
         """
         scheduler = self._vdm_scheduler
-        if scheduler.clipping is None or transitions is None:
+        if scheduler.clipping is None:
             return None
         process = scheduler.build_process().to(self._execution_device)
         assert isinstance(process, GaussianProcess)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.likelihood.consistency import TransitionProfile
 from vdm_hub.likelihood.report import LikelihoodReport
 
 _BINS = 40
@@ -63,13 +64,31 @@ def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path
 
 def plot_likelihood(report: LikelihoodReport, path: Path) -> None:
     """Where over t the bits are spent, where the method has times, and how they spread over the images."""
-    has_times = report.times is not None and "diffusion" in report.terms
+    has_times = report.times is not None
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 3.4) if has_times else (5, 3.4), layout="constrained")
         axes = figure.subplots(1, 1 + has_times, squeeze=False)[0]
         if has_times:
             _plot_bits(report, axes[0])
         _plot_histogram(report, axes[-1])
+        figure.savefig(path, dpi=150, format="png")
+
+
+def plot_decompositions(profiles: Mapping[str, TransitionProfile], path: Path) -> None:
+    """Forms of one bound, by name: where over t each spends its bits, and how much one evaluation scatters there."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        bits, spread = figure.subplots(1, 2)
+        for name, profile in profiles.items():
+            label = f"{name.replace('_', ' ')}: {float(profile.bits_per_dim.mean()):.3f} bits/dim"
+            edges = [0.0, *profile.times.tolist()]
+            bits.stairs(profile.bits_per_dim, edges, baseline=None, label=label)
+            label = f"{name.replace('_', ' ')}: {float(profile.spread.square().mean().sqrt()):.3g}, root mean square"
+            spread.stairs(profile.spread, edges, baseline=None, label=label)
+        bits.set(xlabel="t", ylabel="bits/dim per unit of t", title="the term of the transitions")
+        spread.set(xlabel="t", ylabel="bits/dim", yscale="log", title="standard deviation of one evaluation")
+        for axis in (bits, spread):
+            axis.legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=150, format="png")
 
 
@@ -182,7 +201,8 @@ def _plot_gamma(process: GaussianProcess, axes: np.ndarray) -> None:
 
 def _plot_bits(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> None:
     """The integrand of the diffusion term: its area is the term, whatever density the times were drawn from."""
-    values = report.terms_per_image["diffusion"] if report.integrand is None else report.integrand
+    name = next(name for name in ("diffusion", "consistency") if name in report.terms)
+    values = report.terms_per_image[name] if report.integrand is None else report.integrand
     assert report.times is not None
     times, bits = report.times.flatten().numpy(), (values / (report.dimensions * math.log(2))).flatten().numpy()
     index = np.minimum((times * _BINS).astype(int), _BINS - 1)
@@ -191,6 +211,5 @@ def _plot_bits(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> None:
     count = np.full(_BINS, len(times) / _BINS) if weighted else np.maximum(np.bincount(index, minlength=_BINS), 1)
     mean = np.bincount(index, bits, minlength=_BINS) / count
     axis.stairs(mean, np.linspace(0, 1, _BINS + 1), fill=True, alpha=0.6)
-    axis.set(
-        xlabel="t", ylabel="bits/dim per unit of t", title=f"diffusion term: {report.terms['diffusion']:.3f} bits/dim"
-    )
+    title = f"{name} term: {report.terms[name]:.3f} bits/dim"
+    axis.set(xlabel="t", ylabel="bits/dim per unit of t", title=title)

@@ -32,6 +32,7 @@ from vdm_hub.likelihood.estimator import BoundEstimator, _Draws, estimate_bound
 from vdm_hub.likelihood.per_image import Batches as BatchesOf
 from vdm_hub.likelihood.per_image import Measured, collect
 from vdm_hub.likelihood.proposals import Proposal
+from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 
 LEVELS, REPLICATES, PILOT = images(150), 16, 400
@@ -231,9 +232,15 @@ def test_a_gamma_per_pixel_has_no_control_variate_and_all_else() -> None:
     assert abs(difference) < 4.5 * math.hypot(report.standard_error, plain.standard_error)
 
 
-def test_few_images_take_no_pilot() -> None:
-    report = estimate_bound(objective(), Batches(LEVELS[:3]), 3, replicates=2)
-    assert report.network_evaluations == 6 and report.num_images == 3
+def test_few_images_take_a_pilot_too_and_scatter_less_for_it() -> None:
+    def estimate(**techniques: Any) -> LikelihoodReport:
+        return estimate_bound(objective(), Batches(LEVELS[:3]), 3, replicates=64, **techniques)
+
+    plain, fitted = estimate(pilot_evaluations=0), estimate()
+    assert plain.network_evaluations == 3 * 64 and fitted.network_evaluations == 256 + 3 * 64
+    ratio = plain.standard_error_per_image / fitted.standard_error_per_image
+    assert bool((ratio > 2).all()), "an eighth of the evaluations or less would do"
+    assert estimate_bound(objective(), Batches(LEVELS[:1]), 1, replicates=2).num_images == 1
 
 
 def test_nan_in_the_pilot_names_the_image() -> None:

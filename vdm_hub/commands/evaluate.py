@@ -28,6 +28,12 @@ NOT_REACHED = 3
 """Exit status where the standard error that was asked for was not reached within the budget."""
 
 _DIVERGENCES = {"hutchinson": "rademacher", "rademacher": "rademacher", "gaussian": "gaussian", "exact": "exact"}
+_OVERRIDES = {
+    "prediction_type": "what the network predicts: epsilon, sample, v_prediction, score, or a plugin's",
+    "variance_type": "of the reverse steps: fixed_small, fixed_large, learned_range, ...",
+    "data_scaling": "where the levels lie: full (from -1 to 1) or centred",
+    "decoder": "from z_0 to the levels: ddpm or factorised",
+}
 _EPILOG = (
     "Exit status: 0; 2 for an error; 3 where --target_standard_error was not reached within the budget (the report is "
     "printed and written all the same). Under `accelerate launch`, or torchrun, the processes share the images."
@@ -39,10 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("pipeline", help="a folder, or a Hub id; of a VDM, or of diffusers' DDPM family")
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
+    _add_checkpoint(parser.add_argument_group("a checkpoint of diffusers whose config is wrong"))
     _add_images(parser.add_argument_group("images"))
     _add_method(parser.add_argument_group("method"))
     _add_effort(parser.add_argument_group("effort"))
     _add_output(parser.add_argument_group("output"))
+
+
+def _add_checkpoint(group: argparse._ArgumentGroup) -> None:
+    for name, what in _OVERRIDES.items():
+        group.add_argument(f"--{name}", help=what)
 
 
 def _add_images(group: argparse._ArgumentGroup) -> None:
@@ -52,7 +64,7 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image_column", default="image", help="the column that holds the images (default: image)")
     group.add_argument("--label_column", help="the column of the classes, for a class-conditional network")
     group.add_argument(
-        "--num_levels", type=int, help="K, the images' levels (default: the model's; 256 for a diffusers checkpoint)"
+        "--num_levels", type=int, help="K, the images' levels, for a checkpoint of diffusers (default: 256)"
     )
     group.add_argument("--color", default="auto", choices=("auto", "grey", "rgb"), help="convert the images first")
     group.add_argument(
@@ -110,6 +122,18 @@ def _add_effort(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--max_replicates", type=int, help="with a target: the most replicates (default: 256)")
     group.add_argument("--max_evaluations", type=int, help="with a target: the most network evaluations")
+    group.add_argument(
+        "--times_per_image",
+        type=int,
+        default=1,
+        help="the bound: evaluations of each image in each replicate, at stratified times (default: 1)",
+    )
+    group.add_argument(
+        "--pilot_evaluations",
+        type=int,
+        help="the bound: draws, in no figure, that say where times are best drawn; 0 for none (default: twice the "
+        "images, from 256 to 4,096)",
+    )
     group.add_argument("--batch_size", type=int, default=256, help="images at once; changes no figure (default: 256)")
     group.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     group.add_argument(
@@ -141,7 +165,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     at_least(1, arguments, "resolution", "max_images", "transitions", "replicates", "batch_size", "draws")
-    at_least(0, arguments, "seed")
+    at_least(1, arguments, "times_per_image")
+    at_least(0, arguments, "seed", "pilot_evaluations")
     at_least(2, arguments, "num_levels")
     if arguments.target_standard_error is None:
         for name in ("max_replicates", "max_evaluations"):
@@ -158,7 +183,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[LikelihoodPipeline, ImageLevels]:
-    pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision)
+    overrides = {name: value for name in _OVERRIDES if (value := getattr(arguments, name)) is not None}
+    pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
     if arguments.label_column is not None and pipeline.num_classes is None:
         raise ConfigurationError(
             f"--label_column is {arguments.label_column!r}, and the network is not class-conditional: leave it out."
@@ -206,6 +232,8 @@ def _evaluate(
         flow=flow,
         draws=arguments.draws,
         decomposition=arguments.decomposition,
+        times_per_image=arguments.times_per_image,
+        pilot_evaluations=arguments.pilot_evaluations,
         target_standard_error=arguments.target_standard_error,
         max_replicates=arguments.max_replicates,
         max_evaluations=arguments.max_evaluations,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,16 +13,21 @@ from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.pipelines import PIPELINES
 from vdm_hub.repositories import HTTP_ERROR
-from vdm_hub.scheduling_vdm import VDMScheduler
 
 
-def load_pipeline(name: str, num_levels: int | None = None, revision: str | None = None) -> LikelihoodPipeline:
+def load_pipeline(
+    name: str,
+    num_levels: int | None = None,
+    revision: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> LikelihoodPipeline:
     """Load a pipeline, any of ours or one of diffusers' DDPM family, onto the GPU, where there is one.
 
     Args:
         name: A folder or a Hub id.
-        num_levels: K, instead of the model's; 256 for a pipeline of diffusers if it isn't given.
+        num_levels: K of a pipeline of diffusers, whose config does not say it; 256 if it isn't given.
         revision: A branch or commit on the Hub; main where not given.
+        overrides: What the config of a pipeline of diffusers says wrongly: see `VDMPipeline.from_diffusers`.
 
     Raises:
         ConfigurationError: There is none at that place, or it can't be loaded.
@@ -33,7 +39,7 @@ def load_pipeline(name: str, num_levels: int | None = None, revision: str | None
             f"{name} holds no pipeline (no model_index.json): give a folder such as runs/digits/pipeline, or a Hub id."
         )
     try:
-        pipeline = _load(str(folder) if looks_local else name, num_levels, revision)
+        pipeline = _load(str(folder) if looks_local else name, num_levels, revision, overrides or {})
     except VDMHubError:
         raise
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError, HTTP_ERROR) as error:
@@ -44,16 +50,22 @@ def load_pipeline(name: str, num_levels: int | None = None, revision: str | None
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load(place: str, num_levels: int | None, revision: str | None) -> LikelihoodPipeline:
+def _load(
+    place: str, num_levels: int | None, revision: str | None, overrides: Mapping[str, str]
+) -> LikelihoodPipeline:
     own = PIPELINES.get(pipeline_class(place, revision=revision))
     if own is None:
-        return VDMPipeline.from_diffusers(place, 256 if num_levels is None else num_levels, revision=revision)
-    pipeline: LikelihoodPipeline = own.from_pretrained(place, revision=revision)
-    if num_levels in (None, pipeline.num_levels):
-        return pipeline
-    if type(pipeline) is not VDMPipeline:
+        levels = 256 if num_levels is None else num_levels
+        return VDMPipeline.from_diffusers(place, levels, revision=revision, **overrides)
+    if overrides:
         raise ConfigurationError(
-            f"num_levels is {num_levels}, and the model's decoder knows {pipeline.num_levels}: leave it out."
+            f"{', '.join(overrides)} is for checkpoints of diffusers; a {own.__name__}'s own config says it: leave it "
+            f"out."
         )
-    pipeline.scheduler = VDMScheduler.from_config(pipeline.scheduler.config, num_levels=num_levels)
+    pipeline: LikelihoodPipeline = own.from_pretrained(place, revision=revision)
+    if num_levels not in (None, pipeline.num_levels):
+        raise ConfigurationError(
+            f"num_levels is {num_levels}, and the model's decoder knows {pipeline.num_levels}: with others it would "
+            f"be another model. Leave it out."
+        )
     return pipeline

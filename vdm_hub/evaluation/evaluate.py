@@ -47,6 +47,8 @@ def evaluate(
     flow: ProbabilityFlow | None = None,
     draws: int = 16,
     decomposition: str | None = None,
+    times_per_image: int = 1,
+    pilot_evaluations: int | None = None,
     target_standard_error: float | None = None,
     max_replicates: int | None = None,
     max_evaluations: int | None = None,
@@ -55,8 +57,8 @@ def evaluate(
 ) -> LikelihoodReport:
     """The likelihood of every image, by any of the methods.
 
-    Where the checkpoint's sampler clips its estimates of the data and there is a number of transitions, the bound of
-    the clipped model is measured too, on the same draws, and reported under ``clipped``.
+    Where the checkpoint's sampler clips its estimates of the data, the clipped model is measured too, on the same
+    draws, and reported under ``clipped``, with the evaluations that it took.
 
     Args:
         pipeline: The model.
@@ -74,6 +76,8 @@ def evaluate(
         draws: K, of ``importance_weighted``.
         decomposition: The form of the bound, where the model's has several: see
             `vdm_hub.likelihood.decompositions.decompositions`. Its own, which it trains on, where not given.
+        times_per_image: Of ``bound``: evaluations of each image in each replicate, at stratified times.
+        pilot_evaluations: Of ``bound``: see `vdm_hub.likelihood.estimator.BoundEstimator`.
         target_standard_error: Add replicates until the Monte Carlo standard error is at most this, in bits/dim.
         max_replicates: The most of them, with a target; 256 where not given, or ``replicates`` if those are more.
         max_evaluations: The most network evaluations, with a target.
@@ -83,7 +87,8 @@ def evaluate(
     Returns:
         The report, the same on every process. Its ``details`` are the method's protocol, ``target`` (where one was
         asked for), ``seed``, ``weights`` (their fingerprint), ``dataset`` (where given), ``processes``, ``versions``
-        of the libraries, and ``seconds`` that it took.
+        of the libraries, ``device``, ``dtype`` of the network, ``seconds`` that it took, and ``seconds_before``, what
+        a journal's images had taken.
 
     Raises:
         DataError: The images' shape, levels or labels are not the model's, or they are fewer than the processes.
@@ -108,14 +113,16 @@ def evaluate(
     }
     how = _How(pipeline, levels, labels, batch_size, key, journal, processes, progress)
 
+    effort: dict[str, Any] = {"times_per_image": times_per_image, "pilot_evaluations": pilot_evaluations}
+
     def one(objective: Objective, stages: Stages, model: str) -> LikelihoodReport:
         objective = form_of(objective, decomposition, method)
-        measurement = build_measurement(objective, len(levels), method, flow=flow, draws=draws, seed=seed)
+        measurement = build_measurement(objective, len(levels), method, flow=flow, draws=draws, seed=seed, **effort)
         return how.measure(measurement, stages, model)
 
     report = one(pipeline.objective(transitions), stages, "unclipped")
     clipped = pipeline.clipped_objective(transitions)
-    if clipped is not None and report.is_bound:
+    if clipped is not None:
         same = replace(stages, replicates=report.replicates, target=None)
         report = report.with_clipped(one(clipped, same, "clipped"))
     details, notes = pipeline.examine(levels[:_EXAMINED].to(pipeline.device_of_latents))
@@ -123,6 +130,10 @@ def evaluate(
     report.with_notes([*pipeline.notes(transitions), *notes])
     report.details |= {"seed": seed, "weights": weights} | ({} if dataset is None else {"dataset": told})
     report.details |= {"processes": processes.count, "versions": library_versions()}
+    report.details |= {
+        "device": pipeline.device_of_latents.type,
+        "dtype": str(pipeline.main_model.dtype).removeprefix("torch."),
+    }
     if decomposition is not None:
         report.details["decomposition"] = decomposition
     report.details["seconds"] = round(time.perf_counter() - started, 3)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -39,6 +41,7 @@ class Journal:
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self.folder = folder
         self._pieces: dict[int, list[Path]] = {}
+        self._marked, self.seconds_before = time.perf_counter(), 0.0
         plain = json.loads(json.dumps(key))
         if (folder / _KEY).is_file():
             self._check(plain)
@@ -67,13 +70,24 @@ class Journal:
         """Keep what the pilot found, for whoever goes on."""
         _write(self.folder / _STATE, json.dumps(state).encode())
 
-    def write(self, replicate: int, indices: Tensor, measured: Measured) -> None:
-        """Keep what was found of a batch; on the disk when this returns."""
+    def write(self, replicate: int, indices: Tensor, measured: Measured, seconds: float | None = None) -> None:
+        """Keep what was found of a batch; on the disk when this returns.
+
+        Args:
+            replicate: Of all that was found.
+            indices: Of the images.
+            measured: What was found of them.
+            seconds: What it took; the time since the last that was written, where not given.
+        """
+        if seconds is None:
+            now = time.perf_counter()
+            seconds, self._marked = now - self._marked, now
         path = self.folder / f"replicate-{replicate:05d}-{uuid.uuid4().hex[:12]}.safetensors"
         tensors = {f"term.{name}": value for name, value in measured.terms.items()}
         tensors |= {f"diagnostic.{name}": value for name, value in measured.diagnostics.items()}
         plain = {name: value.detach().double().cpu().contiguous().clone() for name, value in tensors.items()}
-        _write(path, save(plain | {_INDICES: indices.cpu().contiguous()}, {"replicate": str(replicate)}))
+        about = {"replicate": str(replicate), "seconds": repr(seconds), "terms": json.dumps(list(measured.terms))}
+        _write(path, save(plain | {_INDICES: indices.cpu().contiguous()}, about))
         self._pieces.setdefault(replicate, []).append(path)
 
     def join(self, replicate: int, num_images: int) -> None:
@@ -81,10 +95,12 @@ class Journal:
         pieces = self._pieces.pop(replicate, [])
         if len(pieces) < 2:
             return
-        own = Results(num_images)
+        own, seconds = Results(num_images), 0.0
         for piece in pieces:
-            own.add(*_read(piece))
-        self.write(replicate, *own.found(replicate))
+            took, _, indices, measured = _read(piece)
+            own.add(replicate, indices, measured)
+            seconds += took
+        self.write(replicate, *own.found(replicate), seconds)
         self._pieces.pop(replicate)
         for piece in pieces:  # a kill before this leaves the same values twice, which is harmless
             piece.unlink()
@@ -96,15 +112,20 @@ class Journal:
         return self
 
     def read(self, results: Results) -> None:
-        """Take in all that is kept, whichever process measured it."""
+        """Take in all that is kept, whichever process measured it; ``seconds_before`` is what all of it took."""
+        self.seconds_before = 0.0
         for path in sorted(self.folder.glob("replicate-*.safetensors")):
-            results.add(*_read(path))
+            seconds, replicate, indices, measured = _read(path)
+            if bool(torch.isin(indices, results.missing(replicate)).any()):  # a kill may leave the same twice
+                self.seconds_before += seconds
+            results.add(replicate, indices, measured)
 
 
-def _read(path: Path) -> tuple[int, Tensor, Measured]:
+def _read(path: Path) -> tuple[float, int, Tensor, Measured]:
     try:
         with safe_open(path, framework="pt") as file:
-            replicate = int(file.metadata()["replicate"])
+            about = file.metadata()
+            replicate, seconds, terms = int(about["replicate"]), float(about["seconds"]), json.loads(about["terms"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -115,7 +136,8 @@ def _read(path: Path) -> tuple[int, Tensor, Measured]:
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         parts[kind][rest] = tensor
-    return replicate, indices, Measured(parts["term"], parts["diagnostic"])
+    ordered = {name: parts["term"][name] for name in terms}  # a safetensors file has an order of its own
+    return seconds, replicate, indices, Measured(ordered, parts["diagnostic"])
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -32,8 +32,7 @@ class Stages:
         replicates: Those of the first stage.
         target: Monte Carlo standard error of the mean over the images, bits/dim; ``None`` stops after the first stage.
         max_replicates: The most in all.
-        max_evaluations: The most network evaluations in all, the pilot's included, as far as whole replicates after
-            the first stage allow.
+        max_evaluations: The most network evaluations in all, the pilot's included.
 
     Raises:
         ConfigurationError: A number is out of range, or too few replicates for a target.
@@ -57,28 +56,55 @@ class Stages:
                 f"is judged by them."
             )
 
-    def next(self, report: LikelihoodReport) -> int | None:
+    def check_budget(self, fewest: int) -> None:
+        """Refuse a budget that the first stage would overrun.
+
+        Args:
+            fewest: The evaluations that the first stage takes at least.
+
+        Raises:
+            ConfigurationError: It is too small; the message names the least.
+        """
+        if self.target is not None and self.max_evaluations is not None and fewest > self.max_evaluations:
+            raise ConfigurationError(
+                f"max_evaluations is {self.max_evaluations}, and the first stage of {self.replicates} replicates "
+                f"takes {fewest}, the pilot's included: give at least so many, or measure fewer images."
+            )
+
+    def next(self, report: LikelihoodReport, pilot: int = 0) -> int | None:
         """How many replicates in all are to follow these, or ``None`` where they are enough, or the budget ends.
 
         The error falls with the square root of their number; a stage at most doubles it, as the error is itself
         uncertain.
+
+        Args:
+            report: Of the replicates so far.
+            pilot: How many of its evaluations no further replicate takes.
         """
         done, error = report.replicates, report.standard_error
         if self.target is None or error <= self.target:
             return None
-        most = self.max_replicates
-        if self.max_evaluations is not None:
-            most = min(most, int(done * self.max_evaluations / max(report.network_evaluations, 1)))
+        most = self._most(report, pilot)
         more = next_replicates(done, error, self.target, most)
         return done + more if more else None
 
-    def describe(self, report: LikelihoodReport) -> dict[str, object]:
-        """What was asked for and whether it was reached, for the report."""
+    def _most(self, report: LikelihoodReport, pilot: int) -> int:
+        """The most replicates that the budget allows."""
+        if self.max_evaluations is None:
+            return self.max_replicates
+        of_one = (report.network_evaluations - pilot) / report.replicates
+        return min(self.max_replicates, int((self.max_evaluations - pilot) / max(of_one, 1e-9)))
+
+    def describe(self, report: LikelihoodReport, pilot: int = 0) -> dict[str, object]:
+        """What was asked for, whether it was reached, and if not, what ended it, for the report."""
         if self.target is None:
             return {}
-        budget = {"max_replicates": self.max_replicates, "max_evaluations": self.max_evaluations}
-        reached = report.standard_error <= self.target
-        return {"target": {"standard_error": self.target, "reached": reached, **budget}}
+        told: dict[str, object] = {"standard_error": self.target, "reached": report.standard_error <= self.target}
+        told |= {"max_replicates": self.max_replicates, "max_evaluations": self.max_evaluations}
+        if not told["reached"]:
+            by_evaluations = self._most(report, pilot) < self.max_replicates
+            told["ended_by"] = "max_evaluations" if by_evaluations else "max_replicates"
+        return {"target": told}
 
 
 def measure(
@@ -114,6 +140,7 @@ def measure(
             f"{num_images} images for {processes.count} processes: start at most {max(num_images, 1)}, or evaluate "
             f"more images."
         )
+    stages.check_budget(measurement.fewest_evaluations(stages.replicates))
     batches = list(batches_of(num_images, batch_size, processes.count))
     own = batches[processes.rank :: processes.count]
     dimensions = int(take(own[0][:1])["levels"][0].numel())
@@ -133,11 +160,13 @@ def measure(
             for found in processes.gather(fresh):
                 worker.results.take(found)
             report = worker.results.report(measurement, goal, dimensions)
-            following = processes.broadcast(stages.next(report))
+            following = processes.broadcast(stages.next(report, measurement.pilot_evaluations))
             if following is None:
                 break
             done, goal = goal, following
-    report.details |= stages.describe(report)
+    report.details |= stages.describe(report, measurement.pilot_evaluations)
+    if journal is not None:
+        report.details["seconds_before"] = round(journal.seconds_before, 3)
     return report
 
 
@@ -234,5 +263,5 @@ class _Bar:
             return
         self._means.append(float(results.totals([replicate])[0, self._share].mean() / self._scale))
         means = torch.tensor(self._means, dtype=torch.float64)
-        error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
-        self._bar.set_postfix_str(f"{float(means.mean()):.4f} ± {error:.4f} bits/dim")
+        error = f" ± {float(means.std() / math.sqrt(len(means))):.4f}" if len(means) > 1 else ""
+        self._bar.set_postfix_str(f"{float(means.mean()):.4f}{error} bits/dim")

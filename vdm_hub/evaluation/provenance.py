@@ -16,6 +16,7 @@ from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.version import __version__
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface-hub", "safetensors", "numpy")
+_WHERE_INSTALLED = ("pyarrow", "torchode")
 
 
 def library_versions() -> dict[str, str]:
@@ -25,7 +26,15 @@ def library_versions() -> dict[str, str]:
     ['vdm-hub', 'python', 'torch']
     """
     own = {"vdm-hub": __version__, "python": platform.python_version()}
-    return own | {name: metadata.version(name) for name in LIBRARIES}
+    found = {name: metadata.version(name) for name in LIBRARIES}
+    return own | found | {name: version for name in _WHERE_INSTALLED if (version := _version(name)) is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def describe_images(

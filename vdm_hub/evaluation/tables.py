@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,10 +20,7 @@ def write_per_image(report: LikelihoodReport, path: Path, labels: Tensor | None 
     bits_per_dim, over the replicates (null for one); each term in nats, such as ``term_prior``; ``class_label``, where
     there are labels.
     """
-    scale = report.dimensions * math.log(2)
-    totals = sum(report.terms_per_image.values()) / scale
-    assert isinstance(totals, Tensor)
-    error = totals.std(0) / math.sqrt(report.replicates) if report.replicates > 1 else None
+    error = report.standard_error_per_image if report.replicates > 1 else None
     columns = {
         "image": pa.array(range(report.num_images), pa.int64()),
         "bits_per_dim": pa.array(report.per_image.numpy()),

@@ -60,7 +60,7 @@ class BoundEstimator(Measurement):
         importance_sampling: Draw times where the pilot saw large values.
         control_variate: Subtract one where an exact one is known: Gaussian processes with a scalar gamma.
         times_per_image: k, evaluations of each image in each replicate, at stratified times.
-        pilot_evaluations: P; by default twice the images, at most 4,096, and none for fewer than 128 images.
+        pilot_evaluations: P; by default twice the images, from 256 to 4,096.
         defensive: The share of the uniform in the proposal.
 
     Raises:
@@ -103,7 +103,7 @@ class BoundEstimator(Measurement):
         self.num_images, self.stratified, self.times_per_image = num_images, stratified, times_per_image
         self.importance_sampling, self.defensive = importance_sampling, defensive
         self.control_variate = control_variate and _has_control_variate(objective)
-        default = min(2 * num_images, _MOST_PILOT) if num_images >= _FEWEST_PILOT // 2 else 0
+        default = min(max(2 * num_images, _FEWEST_PILOT), _MOST_PILOT)
         planned = default if pilot_evaluations is None else pilot_evaluations
         self._planned_pilot = planned if importance_sampling or self.control_variate else 0
         self.grid = TimeGrid.of(objective.process, objective.transitions)
@@ -153,12 +153,10 @@ class BoundEstimator(Measurement):
         )
         found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for batch in batches:
-            for draw in range(rounds):
-                part = batch if draw < rounds - 1 else _choose(batch, chosen)
+            for part, draw in _repeated(batch, rounds, chosen):
                 index = part["indices"].cpu()
-                if len(index) == 0:
-                    continue
-                generators = [image_generator(self.seed, 0, int(i), draw, _PILOT_NOISE) for i in index]
+                keys = zip(index.tolist(), draw.tolist(), strict=True)
+                generators = [image_generator(self.seed, 0, i, d, _PILOT_NOISE) for i, d in keys]
                 noise = self.objective.draw_noise(part, generators)
                 value = self._terms(part, times[index, draw], noise)[self.objective.integrand]
                 Results(self.num_images).add(0, index, Measured({self.objective.integrand: value}))  # names a NaN
@@ -238,6 +236,10 @@ class BoundEstimator(Measurement):
         self.variate = None if found is None else ControlVariate.from_json(self.grid, found)
         self.pilot_evaluations = int(state["pilot_evaluations"])
         self._latest = None
+
+    def fewest_evaluations(self, replicates: int) -> int:
+        """The pilot's, and one at each time of each image; a decoder may take more."""
+        return self._planned_pilot + replicates * self.num_images * self.times_per_image
 
     def protocol(self) -> dict[str, Any]:
         """The techniques."""
@@ -327,7 +329,8 @@ def _has_control_variate(objective: VDMObjective) -> bool:
     process = objective.process
     if objective.integrand != "diffusion" or not isinstance(process, GaussianProcess):
         return False
-    return process.schedule.scalar and process.variance.is_posterior
+    # In continuous time the reverse steps' variance is in no term.
+    return process.schedule.scalar and (objective.transitions is None or process.variance.is_posterior)
 
 
 def _statistics_of(objective: VDMObjective, batches: Iterable[Batch]) -> Any:
@@ -337,7 +340,13 @@ def _statistics_of(objective: VDMObjective, batches: Iterable[Batch]) -> Any:
     return collector.statistics()
 
 
-def _choose(batch: Batch, chosen: Tensor) -> dict[str, Tensor]:
-    """The part of a batch whose images were chosen."""
-    rows = chosen[batch["indices"].cpu()].nonzero().flatten()
-    return {name: values[rows.to(values.device)] for name, values in batch.items()}
+def _repeated(batch: Batch, rounds: int, chosen: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """A batch's images ``rounds`` times over, the last time only the chosen ones, and which time each is, (B,).
+
+    Few images are repeated within a batch: the network need not be called once for each.
+    """
+    index = batch["indices"].cpu()
+    rows, draws = torch.arange(len(index)).repeat(rounds), torch.arange(rounds).repeat_interleave(len(index))
+    kept = (draws < rounds - 1) | chosen[index[rows]]
+    for part in kept.nonzero().flatten().split(max(len(index), _FEWEST_PILOT)):
+        yield {name: values[rows[part].to(values.device)] for name, values in batch.items()}, draws[part]

@@ -25,6 +25,8 @@ def build_measurement(
     flow: ProbabilityFlow | None = None,
     draws: int = 16,
     seed: int = 0,
+    times_per_image: int = 1,
+    pilot_evaluations: int | None = None,
 ) -> Measurement:
     """A method on a model.
 
@@ -37,19 +39,29 @@ def build_measurement(
         flow: The protocol of a probability flow.
         draws: K, of ``importance_weighted``.
         seed: Of all draws.
+        times_per_image: Of ``bound``: evaluations of each image in each replicate, at stratified times.
+        pilot_evaluations: Of ``bound``: see `BoundEstimator`.
 
     Raises:
         ConfigurationError: The name is unknown, the model has no such likelihood, or its schedule no finite endpoints.
     """
     if method not in METHODS:
         raise unknown_name("likelihood method", method, METHODS)
+    has_times = method == "bound" and not isinstance(objective, HierarchicalObjective)
+    if not has_times and (times_per_image != 1 or pilot_evaluations is not None):
+        raise ConfigurationError(
+            f"times_per_image is {times_per_image} and pilot_evaluations {pilot_evaluations}, and only the bound of a "
+            f"diffusion has times to draw: leave them out."
+        )
     if isinstance(objective, HierarchicalObjective):
         return hierarchical_measurement(objective, method, draws, seed)
     if not isinstance(objective, VDMObjective):
         raise ConfigurationError(f"{type(objective).__name__} is no objective whose likelihood is known.")
     check_endpoints(objective.process)
     if method == "bound":
-        return BoundEstimator(objective, num_images, seed)
+        return BoundEstimator(
+            objective, num_images, seed, times_per_image=times_per_image, pilot_evaluations=pilot_evaluations
+        )
     if method == "importance_weighted" and objective.transitions is not None:
         return ChainsMeasurement(objective, draws, seed)
     if objective.transitions is not None:

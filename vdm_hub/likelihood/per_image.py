@@ -75,6 +75,10 @@ class Measurement(ABC):
     def measure(self, batch: Batch, replicate: int) -> Measured:
         """One independent estimate of each image of a batch; a function of (seed, replicate, image) alone."""
 
+    def fewest_evaluations(self, replicates: int) -> int:
+        """How often the network is called in so many replicates at least, as far as can be known beforehand."""
+        return 0
+
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """All that decides a result, besides the weights, the images and what `fit` finds, as plain JSON."""

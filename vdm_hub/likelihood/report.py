@@ -81,6 +81,13 @@ class LikelihoodReport:
         return _standard_error(self.per_image)
 
     @property
+    def standard_error_per_image(self) -> Tensor:
+        """Monte Carlo standard error of each image's `per_image`, (images,); NaN from one replicate."""
+        if self.replicates < 2:
+            return torch.full((self.num_images,), math.nan, dtype=torch.float64)
+        return self._total.std(0) / math.sqrt(self.replicates)
+
+    @property
     def reached(self) -> bool:
         """Whether the standard error that was asked for was reached; true where none was."""
         return bool(self.details.get("target", {}).get("reached", True))
@@ -180,7 +187,8 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
 def _target_lines(details: Mapping[str, Any]) -> list[str]:
     if not (target := details.get("target")):
         return []
-    reached = "reached" if target["reached"] else "NOT REACHED within the budget: raise --max_replicates"
+    limit = target.get("ended_by", "max_replicates")
+    reached = "reached" if target["reached"] else f"NOT REACHED within the budget: raise --{limit}"
     return [f"target standard error {target['standard_error']:g}: {reached}"]
 
 
