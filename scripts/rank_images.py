@@ -26,8 +26,9 @@ def measure(pipe: VDMPipeline, name: str, split: str, replicates: int) -> tuple[
     assert isinstance(levels, Tensor)
     report = pipe.log_likelihood(levels, replicates=replicates)
     print(
-        f"{Path(name).name}, {split}: {report.bits_per_dim:.3f} bits/dim, standard error {report.standard_error:.3f}; "
-        f"of one image {float(report.per_image.std()):.3f} between images"
+        f"{Path(name).name}, {split}: {report.bits_per_dim:.3f} bits/dim, standard error {report.standard_error:.3f} "
+        f"(Monte Carlo), {report.standard_error_over_images:.3f} (images); of one image "
+        f"{float(report.standard_error_per_image.mean()):.3f}, and between images {float(report.per_image.std()):.3f}"
     )
     return images_from_levels(levels, pipe.process.num_levels), report.per_image
 

@@ -166,6 +166,22 @@ def test_evaluate_prints_it(folder: Path, taken_over: VDMPipeline, capsys: pytes
     assert "note: the sampler clips" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "changes", [{"prediction_type": "score"}, {"variance_type": "fixed_large", "data_scaling": "bin_centers"}]
+)
+def test_a_config_that_is_wrong_is_set_right_on_the_command_line(
+    changes: dict[str, str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(folder), "--dataset_name", "digits", "--num_levels", "17", "--max_images", "5"]
+    words += ["--replicates", "2", "--transitions", str(T - 1), "--json"]
+    assert main([*words, *(word for name, value in changes.items() for word in (f"--{name}", value))]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    images = load_split("digits", "test", num_levels=K, max_samples=5)
+    pipe = VDMPipeline.from_diffusers(folder, K, **changes)  # type: ignore[arg-type]
+    expected = evaluate(pipe, images, transitions=T - 1, replicates=2, progress=False)
+    assert printed["terms"] == pytest.approx(expected.terms, rel=1e-6)
+
+
 def test_evaluate_takes_256_levels_and_names_the_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The digits' bytes are 256 levels too, so that is an answer; a VDM of 17 is told where images lie between."""
     words = ["evaluate", str(folder), "--dataset_name", "digits", "--max_images", "4", "--replicates", "2", "--json"]

@@ -31,7 +31,7 @@ _DIVERGENCES = {"hutchinson": "rademacher", "rademacher": "rademacher", "gaussia
 _OVERRIDES = {
     "prediction_type": "what the network predicts: epsilon, sample, v_prediction, score, or a plugin's",
     "variance_type": "of the reverse steps: fixed_small, fixed_large, learned_range, ...",
-    "data_scaling": "where the levels lie: full (from -1 to 1) or centred",
+    "data_scaling": "where the levels lie: full, from -1 to 1, or bin_centers",
     "decoder": "from z_0 to the levels: ddpm or factorised",
 }
 _EPILOG = (
