@@ -28,7 +28,7 @@ from vdm_hub.training import setup
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
 from vdm_hub.training.losses import LossWatch
-from vdm_hub.training.processes import refuse_shards
+from vdm_hub.training.processes import refuse_engine
 
 UNETS: dict[str, dict[str, Any]] = {
     "UNetVDMModel": UNET | {"_class_name": "UNetVDMModel", "dropout": 0.0},
@@ -403,13 +403,13 @@ def test_the_readme_names_each_configuration_once() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
-def test_what_shards_is_refused_and_nothing_else(path: Path) -> None:
+def test_deepspeed_is_refused_and_nothing_else(path: Path) -> None:
     kind = load_config_from_file(str(path)).distributed_type
-    if path.stem in ("fsdp2", "deepspeed_zero2"):
-        with pytest.raises(ConfigurationError, match=f"{kind.value}.*ddp.yaml"):
-            refuse_shards(kind)
+    if path.stem == "deepspeed_zero2":
+        with pytest.raises(ConfigurationError, match=f"{kind.value}.*fsdp2.yaml"):
+            refuse_engine(kind)
     else:
-        refuse_shards(kind)
+        refuse_engine(kind)
 
 
 # ---- the fields -----------------------------------------------------------------------------------------------------

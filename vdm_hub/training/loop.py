@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 from warnings import warn
@@ -27,7 +27,7 @@ from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Bound
+from vdm_hub.likelihood.variational_bound import Bound, Objective
 from vdm_hub.plots import save_grid
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
@@ -37,16 +37,17 @@ from vdm_hub.training.history import History
 from vdm_hub.training.losses import GRADIENT_NORM, LossWatch
 from vdm_hub.training.optimizers import build_optimizer
 from vdm_hub.training.outputs import OutputFolder, publish_locally, results, sample_images
-from vdm_hub.training.processes import build_accelerator, to_device
+from vdm_hub.training.processes import build_accelerator, is_sharded, to_device
 from vdm_hub.training.provenance import Provenance
 from vdm_hub.training.publishing import check_publishing, publish_run
 from vdm_hub.training.rehearsal import rehearse
 from vdm_hub.training.resuming import Start, find_start, not_saved
-from vdm_hub.training.setup import build_objective, build_pipeline, count_steps, learning_rate
+from vdm_hub.training.setup import build_objective, build_pipeline, count_steps, learning_rate, repeated_blocks
+from vdm_hub.training.shards import average_gradients, gathered, plan_shards, whole
 from vdm_hub.training.signals import StopSignals, TrainingStopped
 from vdm_hub.training.state import pack_state, restore_state
 from vdm_hub.training.tracking import Trackers
-from vdm_hub.training.weights import averaged_weights, build_ema, step_ema, these_weights
+from vdm_hub.training.weights import averages, build_ema, step_ema, these_weights
 
 _LOOKED_AT = 1024  # training images, from which a model may take how its latents are distributed
 
@@ -123,11 +124,16 @@ class Run:
         self.global_batch_size = training.train_batch_size * accumulation * processes
         self.model = build_objective(configuration, data.image_shape)
         self.model.to(accelerator.device)
-        looked_at = islice(self.source.batches(), -(-_LOOKED_AT // training.train_batch_size))
+        # The same images however many processes there are, so that all come to the same scale.
+        first = training_batches(data.train, training.train_batch_size, seed=training.seed)
+        looked_at = islice(first.batches(), -(-_LOOKED_AT // training.train_batch_size))
         self._said = self.model.prepare(to_device(batch, accelerator.device) for batch in looked_at)
         optimizer = build_optimizer(self.model, training, learning_rate(training, processes))
-        self.ema = build_ema(training, self.model, accelerator.device)
+        self._replicated: list[torch.nn.Parameter] = []
+        if is_sharded(accelerator):
+            self._replicated = plan_shards(accelerator, self.model, repeated_blocks(self.model))
         self.objective, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.ema = build_ema(training, self.model, accelerator.device)
         self._parameters = list(self.model.parameters())  # listed once: walking the modules takes 1 % of a small step
         self.lr_scheduler = get_scheduler(
             training.lr_scheduler,
@@ -181,10 +187,12 @@ class Run:
         for part, batch in enumerate(batches):
             batch = to_device(batch, self.accelerator.device)
             with self.accelerator.accumulate(self.objective):
-                bound: Bound = self.objective(batch, self._times(part), self._noise(batch, part))
+                with self.accelerator.autocast():  # FSDP2 does not bring its own
+                    bound: Bound = self.objective(batch, self._times(part), self._noise(batch, part))
                 self.accelerator.backward(bound.loss)
                 parts.append({name: value.detach().mean() for name, value in bound.bits_per_dim().items()})
                 if self.accelerator.sync_gradients:
+                    average_gradients(self.accelerator, self._replicated)
                     norm = self.accelerator.clip_grad_norm_(self._parameters, self.training.max_grad_norm)
                     terms = {name: torch.stack([one[name] for one in parts]).mean() for name in parts[0]}
                     self._watch(terms, norm)
@@ -224,7 +232,7 @@ class Run:
         The gradient is the mean over all processes, so they all stop at the same step.
         """
         if self.accelerator.scaler is None:  # with fp16 it may overflow: the scaler then skips the step
-            terms = terms | {GRADIENT_NORM: gradient_norm.detach()}
+            terms = terms | {GRADIENT_NORM: whole(gradient_norm.detach())}
         self.losses.add(self.step + 1, terms)
 
     # ---- what is seen while it runs ---------------------------------------------------------------------------------
@@ -258,18 +266,18 @@ class Run:
         if images is None:
             return
         measured = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        if self.accelerator.is_main_process:
-            with averaged_weights(self.model, self.ema):
-                measured += self._measure(images)
+        with self._averaged() as model:
+            if model is not None:
+                measured += self._measure(model, images)
                 if self.early_stopping.would_improve(float(measured)):
-                    self.early_stopping.keep(self.model)
+                    self.early_stopping.keep(model)
         if self.early_stopping.patience is not None:  # all processes stop at the same step
             self.early_stopping.look(float(broadcast(measured)), self.step)
 
-    def _measure(self, images: Images) -> float:
+    def _measure(self, model: Objective, images: Images) -> float:
         """Each held-out image at two times, stratified."""
         report = evaluate(
-            build_pipeline(self.model),
+            build_pipeline(model),
             images,
             transitions=self.configuration.diffusion.transitions,
             replicates=2,
@@ -286,12 +294,12 @@ class Run:
 
     def sample(self) -> None:
         """A grid of samples of the averaged weights, to the trackers and into the run's folder."""
-        if not self.accelerator.is_main_process or self.training.num_sample_images == 0:
+        if self.training.num_sample_images == 0:
             return
-        with averaged_weights(self.model, self.ema):
-            images = sample_images(
-                build_pipeline(self.model.eval()), self.configuration, self.training.num_sample_images
-            )
+        with self._averaged() as model:
+            if model is None:
+                return
+            images = sample_images(build_pipeline(model.eval()), self.configuration, self.training.num_sample_images)
         grid = self.folder.path / "samples" / f"step-{self.step:08d}.png"
         try:
             clear_leftovers(grid)
@@ -332,10 +340,12 @@ class Run:
         """Write a checkpoint of everything that the next step depends on."""
         self.losses.check_losses()
         self.losses.check_weights(self.step, self.model)
-        if not self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or is_sharded(self.accelerator)):
             return
         self.seconds, self._clock = self.seconds + time.perf_counter() - self._clock, time.perf_counter()
         tensors, state = pack_state(self)
+        if not self.accelerator.is_main_process:
+            return
         state["provenance"] = self.provenance.describe(self.step, self.seconds)
         folder = self.folder.checkpoints
         try:
@@ -370,11 +380,15 @@ class Run:
     def finish(self) -> LikelihoodReport | None:
         """Save the pipeline of the averaged or the best weights, its pictures and its bound on the test split."""
         self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return None
+        with self._published() as model:
+            if model is None:
+                return None
+            return self._publish(model)
+
+    def _publish(self, model: Objective) -> LikelihoodReport | None:
+        """What `finish` does, on the main process."""
         with results(self.folder):
-            with self._published_weights():
-                report = publish_locally(self.model, self.configuration, self.folder, self.data.test)
+            report = publish_locally(model, self.configuration, self.folder, self.data.test)
             self.folder.record(self.history, self.provenance.describe(self.step, self.seconds))
         if report is not None:
             measured = {"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error}
@@ -383,12 +397,31 @@ class Run:
         print(self.folder.summary(self.configuration, report))
         return report
 
-    def _published_weights(self) -> AbstractContextManager[None]:
-        if not self.early_stopping.weights:
-            return averaged_weights(self.model, self.ema)
+    def _published(self) -> AbstractContextManager[Objective | None]:
+        if not self.early_stopping.weights:  # the main process's alone: the others need not know
+            return self._averaged()
         best = f"{self.early_stopping.best:.4f} bits/dim held out"
         print(f"the weights of step {self.early_stopping.best_step} are published, the best that were seen ({best})")
-        return these_weights(self.model, self.early_stopping.weights)
+        return self._averaged(self.early_stopping.weights)
+
+    @contextmanager
+    def _averaged(self, instead: Mapping[str, Tensor] | None = None) -> Iterator[Objective | None]:
+        """The model with the moving average of its weights, or others, on the main process; ``None`` on the rest.
+
+        Where parameters are sharded it is a model of its own, and all processes take part in putting it together.
+        """
+        is_main, model = self.accelerator.is_main_process, self.model
+        weights = averages(self.model, self.ema) if is_main or is_sharded(self.accelerator) else {}
+        if is_sharded(self.accelerator):
+            own, weights = gathered(self.model.state_dict(), is_main), gathered(weights, is_main)
+            if is_main:
+                model = build_objective(self.configuration, self.data.image_shape).to(self.accelerator.device)
+                model.load_state_dict(own)
+        if not is_main:
+            yield None
+            return
+        with these_weights(model, instead or weights):
+            yield model
 
     def rehearse(self) -> None:
         """`--dry_run`: a step, and what the run will need; nothing is written."""

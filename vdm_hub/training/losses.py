@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vdm_hub.errors import NonFiniteLossError
 from vdm_hub.training.checkpoints import find_checkpoint
 from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.training.shards import whole
 
 GRADIENT_NORM = "gradient norm"
 _DIVERGED = 1000.0  # a bound so many times the lowest one is no matter of which times were drawn
@@ -77,7 +78,7 @@ class LossWatch:
             NonFiniteLossError: Naming the parameter.
         """
         for name, parameter in model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not bool(torch.isfinite(whole(parameter)).all()):
                 raise NonFiniteLossError(
                     f"the weights {name} are not finite after step {step}. Training stopped, nothing was saved; the "
                     f"last good checkpoint is {self._last_good()}. Lower the learning rate "

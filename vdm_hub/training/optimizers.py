@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.training.shards import sharded_like
 
 _ELSEWHERE = {"adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}
 # What the recipe sets anew when a run goes on; the other numbers in the groups are state, as Prodigy's d.
@@ -103,7 +104,7 @@ def load_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> 
             state = optimizer.state[parameter]
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(sharded_like(value, parameter))
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,9 +14,10 @@ from torch import Tensor
 from vdm_hub.errors import ConfigurationError, in_one_line
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.outputs import OutputFolder
+from vdm_hub.training.shards import check_shards
 
-# What they shard, nothing here gathers: see scripts/accelerate/README.md.
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+# What they shard or cast, nothing here gathers: see scripts/accelerate/README.md.
+_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Accelerator:
@@ -24,7 +25,7 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
 
     Raises:
         ConfigurationError: A tracker is not installed, the device lacks the precision, the launcher started more
-            processes than accelerate knows of, or it shards what checkpoints and the moving average need whole.
+            processes than accelerate knows of, or its engine is one that is not supported.
     """
     training = configuration.training
     if missing := set(training.trackers) - {str(tracker) for tracker in get_available_trackers()}:
@@ -47,7 +48,9 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
         ) from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigurationError("mixed_precision is fp16, which accelerate ignores on a CPU: use bf16, or no.")
-    refuse_shards(accelerator.distributed_type)
+    refuse_engine(accelerator.distributed_type)
+    if is_sharded(accelerator):
+        check_shards(accelerator, training)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigurationError(
@@ -60,17 +63,22 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
     return accelerator
 
 
-def refuse_shards(kind: DistributedType) -> None:
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of every parameter."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def refuse_engine(kind: DistributedType) -> None:
     """Refuse engines under which the moving average and the checkpoints would be those of one process's shards.
 
     Raises:
-        ConfigurationError: It is FSDP, DeepSpeed or Megatron-LM.
+        ConfigurationError: It is DeepSpeed or Megatron-LM.
     """
-    if kind in _SHARDED:
+    if kind in _ENGINES:
         raise ConfigurationError(
-            f"accelerate was configured for {kind.value}, which shards parameters or the optimiser's state: the "
-            f"moving average and the checkpoints of this trainer would hold one process's part, without an error. Use "
-            f"MULTI_GPU (scripts/accelerate/ddp.yaml), with gradient_checkpointing where memory is short."
+            f"accelerate was configured for {kind.value}, which casts the noise schedule with everything else and "
+            f"shards the optimiser's state: the moving average and the checkpoints of this trainer would be wrong, "
+            f"without an error. Use FSDP2 (scripts/accelerate/fsdp2.yaml), or MULTI_GPU (ddp.yaml)."
         )
 
 

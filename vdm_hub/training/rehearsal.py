@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels
+from vdm_hub.training.shards import own_part
 
 if TYPE_CHECKING:
     from vdm_hub.training.loop import Run
@@ -80,7 +81,8 @@ def _bytes(run: Run) -> int:
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
     averages = [] if run.ema is None else run.ema.shadow_params
     kept = [*run.model.parameters(), *run.model.parameters(), *moments, *averages]  # twice: weights and gradients
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept if isinstance(tensor, Tensor))
+    parts = [own_part(tensor) for tensor in kept if isinstance(tensor, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in parts)
 
 
 def _peak(device: torch.device) -> int:

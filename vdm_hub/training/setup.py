@@ -104,6 +104,11 @@ def speed_up(objective: Objective, arguments: TrainingArguments) -> None:
                 block.compile(backend=COMPILER, fullgraph=True)
 
 
+def repeated_blocks(objective: Objective) -> list[str]:
+    """The classes of blocks that a network repeats: what is compiled, or sharded, each for itself."""
+    return sorted({type(block).__name__ for block in objective.modules()} & set(_REPEATED_BLOCKS))
+
+
 @singledispatch
 def build_pipeline(objective: Objective) -> LikelihoodPipeline:
     """The pipeline of an objective as it is now.

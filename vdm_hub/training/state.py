@@ -12,16 +12,18 @@ from vdm_hub.training import optimizers
 from vdm_hub.training.checkpoints import Checkpoint
 from vdm_hub.training.configuration import differences
 from vdm_hub.training.history import History
+from vdm_hub.training.shards import gathered, own_part, sharded_like
+from vdm_hub.training.weights import averages
 
 if TYPE_CHECKING:
     from vdm_hub.training.loop import Run
 
 
 def pack_state(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The state of a run as groups of tensors and as JSON."""
-    names = [name for name, _ in run.model.named_parameters()]
+    """The state of a run as groups of tensors and as JSON; where they are sharded, all processes take part."""
+    keep = run.accelerator.is_main_process
     moments, numbers = optimizers.pack_state(run.optimizer)
-    tensors = {"objective": run.model.state_dict(), "optimizer": moments}
+    tensors = {"objective": gathered(run.model.state_dict(), keep), "optimizer": gathered(moments, keep)}
     state: dict[str, Any] = {
         "step": run.step,
         "lr_scheduler": run.lr_scheduler.state_dict(),
@@ -34,7 +36,7 @@ def pack_state(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     if run.early_stopping.weights:
         tensors["best"] = run.early_stopping.weights
     if run.ema is not None:
-        tensors["ema"] = dict(zip(names, run.ema.shadow_params, strict=True))
+        tensors["ema"] = gathered(averages(run.model, run.ema), keep)
         state["ema_step"] = run.ema.optimization_step
     if run.accelerator.scaler is not None:
         state["scaler"] = run.accelerator.scaler.state_dict()
@@ -76,12 +78,13 @@ def _other_circumstances(before: dict[str, Any], run: Run) -> list[str]:
 
 
 def _restore(run: Run, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    run.model.load_state_dict(tensors["objective"])
+    own = run.model.state_dict()
+    run.model.load_state_dict({name: sharded_like(value, own[name]) for name, value in tensors["objective"].items()})
     optimizers.unpack_state(run.optimizer, tensors["optimizer"], state["optimizer"])
     _resume_learning_rate(run, state["lr_scheduler"])
     if run.ema is not None:
-        for (name, _), shadow in zip(run.model.named_parameters(), run.ema.shadow_params, strict=True):
-            shadow.copy_(tensors["ema"][name])
+        for (name, parameter), shadow in zip(run.model.named_parameters(), run.ema.shadow_params, strict=True):
+            shadow.copy_(own_part(sharded_like(tensors["ema"][name], parameter)))
         run.ema.optimization_step = state["ema_step"]
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])

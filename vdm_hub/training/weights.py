@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.training.shards import own_part, put_together
 
 
 def build_ema(training: TrainingArguments, model: nn.Module, device: torch.device) -> EMAModel | None:
@@ -17,7 +18,7 @@ def build_ema(training: TrainingArguments, model: nn.Module, device: torch.devic
     if not training.use_ema:
         return None
     ema = EMAModel(
-        model.parameters(),
+        [own_part(parameter) for parameter in model.parameters()],
         decay=training.ema_max_decay,
         use_ema_warmup=True,
         inv_gamma=training.ema_inv_gamma,
@@ -30,8 +31,9 @@ def build_ema(training: TrainingArguments, model: nn.Module, device: torch.devic
     return ema
 
 
-def step_ema(ema: EMAModel, parameters: Sequence[nn.Parameter], *, offload: bool) -> None:
+def step_ema(ema: EMAModel, parameters: Sequence[Tensor], *, offload: bool) -> None:
     """Average once more; one that lives in the host's memory visits the GPU for that."""
+    parameters = [own_part(parameter) for parameter in parameters]
     device = parameters[0].device
     offload = offload and device.type == "cuda"
     if offload:
@@ -41,20 +43,20 @@ def step_ema(ema: EMAModel, parameters: Sequence[nn.Parameter], *, offload: bool
         ema.to("cpu", non_blocking=True)
 
 
-@contextmanager
-def averaged_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
-    """The model with the moving average of its weights, within the block."""
+def averages(model: nn.Module, ema: EMAModel | None) -> dict[str, Tensor]:
+    """The moving averages by name, each sharded as its parameter is; none where there are none."""
     if ema is None:
-        yield
-        return
-    averages = dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True))
-    with these_weights(model, averages):
-        yield
+        return {}
+    pairs = zip(model.named_parameters(), ema.shadow_params, strict=True)
+    return {name: put_together(average, parameter) for (name, parameter), average in pairs}
 
 
 @contextmanager
 def these_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other weights, by name, within the block."""
+    """The model with other weights, by name, within the block; with its own, where none are given."""
+    if not weights:
+        yield
+        return
     own = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
     try:
         _copy(weights, model)
