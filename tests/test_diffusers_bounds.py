@@ -185,6 +185,20 @@ def test_the_clipped_model_is_measured_in_continuous_time_too(
     assert half.bits_per_dim == report.bits_per_dim
 
 
+def test_a_flow_that_clipping_makes_too_hard_costs_no_figure() -> None:
+    def fails() -> LikelihoodReport:
+        raise ConfigurationError("the probability-flow ODE of image 0 needs more than 3 steps")
+
+    term = {"base_density": torch.ones(1, 1)}
+    report = LikelihoodReport(term, None, 1, is_bound=False, method="ode").with_clipped(fails)
+    assert "clipped" not in report.details
+    assert report.details["notes"] == [
+        "the clipped model could not be measured: the probability-flow ODE of image 0 needs more than 3 steps"
+    ]
+    with pytest.raises(ConfigurationError):  # a bound has no solver that could fail: something else is wrong
+        LikelihoodReport(term, None, 1).with_clipped(fails)
+
+
 def test_a_chain_that_is_not_the_checkpoints_is_named(trained: DDPMPipeline, levels: Tensor) -> None:
     pipe = VDMPipeline.from_diffusers(with_variance(trained, "fixed_small", clip_sample=False), num_levels=K)
     own, words = T - 1, "transitions are not the checkpoint's own chain"

@@ -221,7 +221,7 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
 
         report, clipped = measured(self.objective(transitions)), self.clipped_objective(transitions)
         if clipped is not None:
-            report = report.with_clipped(measured(clipped))
+            report = report.with_clipped(lambda: measured(clipped))
         details, notes = self.examine(whole["levels"])
         report.details |= details
         return report.with_notes([*self.notes(transitions), *notes])

@@ -21,7 +21,7 @@ from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow, estimate_probability_flow, flow_density
+from vdm_hub.likelihood.probability_flow import SOLVERS, ProbabilityFlow, estimate_probability_flow, flow_density
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
 NATS = 1e-4
@@ -105,6 +105,14 @@ def test_the_flow_has_the_density_of_gaussians_and_mixtures(dimensions: int, com
     expected = data.log_density(z, first_gamma(12))
     assert float(expected.max() - expected.min()) > 1, "points of one density would show nothing"
     assert float((density.log_density - expected).abs().max()) < NATS
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_finds_the_density_of_a_mixture(solver: str) -> None:
+    data, process, z = CorrelatedMixture.random(2, 4), registered.process(LinearSchedule(FIRST, LAST)), points(4, 2)
+    network = CorrelatedDenoiser(data, process).bare
+    density = flow_density(process, network, z, None, tolerance=1e-6, solver=solver)
+    assert float((density.log_density - data.log_density(z, first_gamma(4))).abs().max()) < NATS
 
 
 @pytest.mark.parametrize("believed_variance", [0.25, 1.0, 4.0])
@@ -408,6 +416,7 @@ def test_a_gamma_per_pixel_is_refused() -> None:
         ("divergence", "hutchinson", "rademacher"),
         ("probes", 0, "at least 1"),
         ("max_steps", 0, "at least 1"),
+        ("solver", "tsit4", "did you mean 'tsit5'"),
         ("tolerance", 0.0, "between 0 and 1"),
         ("tolerance", math.nan, "between 0 and 1"),
     ],

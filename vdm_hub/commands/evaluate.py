@@ -19,7 +19,7 @@ from vdm_hub.files import written_beside
 from vdm_hub.likelihood.decompositions import FORMS
 from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS
 from vdm_hub.likelihood.methods import METHODS
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow
+from vdm_hub.likelihood.probability_flow import SOLVERS, ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.plots import plot_likelihood
@@ -110,6 +110,9 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max_steps", type=int, default=flow.max_steps, help=f"ODE: the most steps (default: {flow.max_steps})"
+    )
+    group.add_argument(
+        "--solver", default=flow.solver, choices=SOLVERS, help=f"ODE: an adaptive method (default: {flow.solver})"
     )
 
 
@@ -212,6 +215,7 @@ def _evaluate(
         arguments.probes,
         arguments.tolerance,
         arguments.max_steps,
+        arguments.solver,
     )
     told = describe_images(
         images,

@@ -124,7 +124,7 @@ def evaluate(
     clipped = pipeline.clipped_objective(transitions)
     if clipped is not None:
         same = replace(stages, replicates=report.replicates, target=None)
-        report = report.with_clipped(one(clipped, same, "clipped"))
+        report = report.with_clipped(lambda: one(clipped, same, "clipped"))
     details, notes = pipeline.examine(levels[:_EXAMINED].to(pipeline.device_of_latents))
     report.details |= details
     report.with_notes([*pipeline.notes(transitions), *notes])

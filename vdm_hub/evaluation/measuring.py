@@ -195,6 +195,7 @@ class _Worker:
         """The pilot's findings, from the journal where it keeps them."""
         if self.journal is not None and self.journal.state is not None:
             return self.journal.state
+        self.bar.say("pilot")
         self.measurement.fit(lambda: (self.take(indices) for indices in batches))
         fitted = {"state": self.measurement.state(), "evaluations": self.measurement.pilot_evaluations}
         if self.journal is not None:
@@ -243,6 +244,10 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+    def say(self, words: str) -> None:
+        """Something beside the count."""
+        self._bar.set_postfix_str(words)
 
     def expect(self, replicates: int) -> None:
         """More replicates are coming."""

@@ -38,6 +38,8 @@ from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, 
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 
+SOLVERS = {"tsit5": "Tsit5", "dopri5": "Dopri5"}
+"""Adaptive methods, by their names and torchode's."""
 DIVERGENCES = ("rademacher", "gaussian", "exact")
 _DEQUANTIZATION_DRAWS, _PROBE_DRAWS = 0, 1
 
@@ -55,12 +57,14 @@ class ProbabilityFlow:
             log-density in nats per dimension, whichever is larger. Below 1e-6 a float32 network's rounding is in the
             way.
         max_steps: Steps that one datum may take.
+        solver: ``tsit5`` (Tsitouras) or ``dopri5`` (Dormand and Prince), both adaptive and of order 5(4).
 
     Raises:
         ConfigurationError: A name is unknown or a number out of range.
 
-    >>> ProbabilityFlow(divergence="exact")
-    ProbabilityFlow(dequantization='truncated_normal', divergence='exact', probes=1, tolerance=1e-05, max_steps=1000)
+    >>> flow = ProbabilityFlow(divergence="exact")
+    >>> flow.dequantization, flow.tolerance, flow.solver
+    ('truncated_normal', 1e-05, 'tsit5')
     """
 
     dequantization: str = "truncated_normal"
@@ -68,12 +72,15 @@ class ProbabilityFlow:
     probes: int = 1
     tolerance: float = 1e-5
     max_steps: int = 1000
+    solver: str = "tsit5"
 
     def __post_init__(self) -> None:
         if self.dequantization not in DEQUANTIZATIONS:
             raise unknown_name("dequantization", self.dequantization, DEQUANTIZATIONS)
         if self.divergence not in DIVERGENCES:
             raise unknown_name("divergence", self.divergence, DIVERGENCES)
+        if self.solver not in SOLVERS:
+            raise unknown_name("solver", self.solver, SOLVERS)
         if self.probes < 1 or self.max_steps < 1:
             raise ConfigurationError(f"probes is {self.probes} and max_steps {self.max_steps}: give at least 1 each.")
         if not 0 < self.tolerance < 1:
@@ -142,6 +149,7 @@ def flow_density(
     probes: Tensor | None,
     tolerance: float = 1e-5,
     max_steps: int = 1000,
+    solver: str = "tsit5",
     indices: Sequence[int] | None = None,
 ) -> FlowDensity:
     """``log p_0(z_0)`` of the flow that the network defines, in nats, up to the solver's tolerance.
@@ -153,6 +161,7 @@ def flow_density(
         probes: (P, B, *data), with ``E v v' = I``; ``None`` for the exact divergence.
         tolerance: See `ProbabilityFlow`.
         max_steps: See `ProbabilityFlow`.
+        solver: See `ProbabilityFlow`.
         indices: The images' numbers, (B,), for messages.
 
     Raises:
@@ -178,7 +187,7 @@ def flow_density(
 
     start = torch.cat([z_0.double().flatten(1), z_0.new_zeros(shape[0], 1, dtype=torch.float64)], dim=1)
     interval = _endpoints(process, z_0.device)
-    end, steps = _solve(field, start, interval, tolerance, max_steps, indices or range(shape[0]))
+    end, steps = _solve(field, start, interval, tolerance, max_steps, solver, indices or range(shape[0]))
     z_1 = end[:, :-1]
     base = -0.5 * (z_1**2 + math.log(2 * math.pi)).sum(1)
     return FlowDensity(base, end[:, -1] * dimensions, steps)
@@ -215,14 +224,15 @@ def _solve(
     interval: tuple[Tensor, Tensor],
     tolerance: float,
     max_steps: int,
+    method: str,
     indices: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The state at the interval's end and the steps taken, per datum, by Tsitouras' method of order 5(4)."""
+    """The state at the interval's end and the steps taken, per datum."""
     torchode = _solver_library()
     first, last = (time.expand(start.shape[0]).contiguous() for time in interval)
     term = torchode.ODETerm(field, with_stats=False)
     controller = torchode.IntegralController(tolerance, tolerance, term=term, norm=_error_norm).to(start.device)
-    solver = torchode.AutoDiffAdjoint(torchode.Tsit5(term=term), controller, max_steps=max_steps)
+    solver = torchode.AutoDiffAdjoint(getattr(torchode, SOLVERS[method])(term=term), controller, max_steps=max_steps)
     with torch.no_grad():
         solution = solver.solve(torchode.InitialValueProblem(y0=start, t_start=first, t_end=last))
     failed = (solution.status != torchode.status_codes.SUCCESS).nonzero().flatten().tolist()
@@ -389,7 +399,7 @@ def draw_flow(
     probes = _probes(flow, tuple(x.shape), [image_generator(*key, i, 0, _PROBE_DRAWS) for i in indices], x)
     with torch.autocast(x.device.type, enabled=False):
         density = flow_density(
-            process, network, dequantized.z_0, probes, flow.tolerance, flow.max_steps, indices=indices
+            process, network, dequantized.z_0, probes, flow.tolerance, flow.max_steps, flow.solver, indices
         )
     terms = {"base_density": -density.base_density, "volume_change": -density.volume_change}
     return FlowDraw(terms, dequantized.log_q, dequantized.entropy, density.steps.double())

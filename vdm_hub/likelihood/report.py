@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vdm_hub.errors import VDMHubError, in_one_line
 from vdm_hub.likelihood.stages import FEWEST_REPLICATES
 
 
@@ -104,8 +105,17 @@ class LikelihoodReport:
             self.details["notes"] = [*self.details.get("notes", []), *notes]
         return self
 
-    def with_clipped(self, clipped: LikelihoodReport) -> LikelihoodReport:
-        """The report, with that of the same model whose estimates of the data are clipped beside it."""
+    def with_clipped(self, measure: Callable[[], LikelihoodReport]) -> LikelihoodReport:
+        """The report, with that of the same model whose estimates of the data are clipped beside it.
+
+        A flow with kinks may be too much for a solver that the smooth one is not: that is said, and no figure lost.
+        """
+        try:
+            clipped = measure()
+        except VDMHubError as error:
+            if self.is_bound:
+                raise
+            return self.with_notes([f"the clipped model could not be measured: {in_one_line(error)}"])
         keys = ("bits_per_dim", "standard_error", "standard_error_over_images", "terms", "network_evaluations")
         figures = clipped.to_dict()
         self.details["clipped"] = {key: figures[key] for key in keys}
@@ -160,8 +170,8 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
         probes = "" if flow["divergence"] == "exact" else f" ({flow['probes']} {flow['divergence']} probes)"
         kind = "exact" if flow["divergence"] == "exact" else "Hutchinson"
         lines.append(
-            f"ODE: tolerance {flow['tolerance']:g}, {kind} divergence{probes}, {flow['dequantization']} "
-            f"dequantisation, {flow['evaluations_per_solve']:.1f} evaluations a solve"
+            f"ODE: {flow['solver']}, tolerance {flow['tolerance']:g}, {kind} divergence{probes}, "
+            f"{flow['dequantization']} dequantisation, {flow['evaluations_per_solve']:.1f} evaluations a solve"
         )
     if weights := details.get("importance_weights"):
         lines.append(
