@@ -26,6 +26,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[test,quality]'
 	@touch $@
 
+# Beside what is installed, for the tests that ask for it: within, it would speak in all that imports accelerate.
+$(VENV)/deepspeed: $(VENV)/.installed tests/training/deepspeed.txt
+	rm -rf $@
+	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) --target $@ -r tests/training/deepspeed.txt
+	@touch $@
+
 install: $(VENV)/.installed  ## Create .venv and install vdm_hub with its test and quality tools.
 
 quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, and load it again (about 2 minutes).
@@ -36,7 +42,7 @@ install-plugins: install  ## Install the packages in plugins/, from where they a
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(addprefix -e ,$(PLUGINS))
 
 # The core's tests run without any plugin, also where some are installed; afterwards all are.
-test: install  ## Run the tests: the core's without plugins, then the plugins' (about 15 minutes on 2 cores).
+test: install $(VENV)/deepspeed  ## Run the tests: the core's without plugins, then the plugins' (about 15 minutes on 2 cores).
 	$(RUN)/pip uninstall -qq --yes $(notdir $(PLUGINS))
 	$(RUN)/python -m pytest -n 2
 	$(MAKE) test-plugins
@@ -44,7 +50,7 @@ test: install  ## Run the tests: the core's without plugins, then the plugins' (
 test-plugins: install-plugins  ## Run the plugins' tests alone.
 	$(RUN)/python -m pytest -n 2 plugins
 
-test-slow: install  ## Run the longer checks too.
+test-slow: install $(VENV)/deepspeed  ## Run the longer checks too.
 	$(RUN)/python -m pytest -n 2 -m 'slow or not slow'
 
 test-diffusers: install  ## Run diffusers' own scheduler, model and pipeline tests: DIFFUSERS_UPSTREAM=<a checkout>.

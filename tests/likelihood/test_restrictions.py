@@ -141,11 +141,15 @@ def test_forms_are_compared_on_the_same_images() -> None:
     first, second = compared.bits_per_dim.values()
     assert abs(first - second) < 4.5 * math.hypot(*compared.standard_error.values())
     assert "variance of one evaluation" in str(compared)
+    assert list(decompositions(vdm(None))) == ["denoising_matching"]
+
+
+@pytest.mark.slow
+def test_so_are_those_of_the_hierarchy_that_a_vdm_is() -> None:
     hierarchy = HVAEObjective(as_hierarchical_vae(linear_gaussian.objective(6), linear_gaussian.SHAPE))
     # A tenth apart; of 8,000 values a variance is known to 2 %.
     variance = compare_decompositions(hierarchy, {"levels": images(4)}, draws=2000).variance
     assert variance["denoising_matching"] < variance["consistency"]
-    assert list(decompositions(vdm(None))) == ["denoising_matching"]
 
 
 @pytest.mark.parametrize(

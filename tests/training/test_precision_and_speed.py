@@ -131,7 +131,9 @@ def test_regions_are_the_repeated_blocks(network: str, tmp_path: Path) -> None:
     assert run.model._compiled_call_impl is None
 
 
-@pytest.mark.parametrize("network", UNETS)
+@pytest.mark.parametrize(
+    "network", [pytest.param(name, marks=pytest.mark.slow) if name == "UNet2DModel" else name for name in UNETS]
+)
 @pytest.mark.parametrize("compile", ["whole", "regional"])
 def test_compiled_runs_and_plain_ones_go_on_from_each_others_checkpoints(
     compile: str, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -402,14 +404,11 @@ def test_the_readme_names_each_configuration_once() -> None:
     assert {name for name, state in named.items() if state == "run"} == {"cpu.yaml"}
 
 
-@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
-def test_deepspeed_is_refused_and_nothing_else(path: Path) -> None:
-    kind = load_config_from_file(str(path)).distributed_type
-    if path.stem == "deepspeed_zero2":
-        with pytest.raises(ConfigurationError, match=f"{kind.value}.*fsdp2.yaml"):
-            refuse_engine(kind)
-    else:
-        refuse_engine(kind)
+def test_megatron_is_refused_and_nothing_that_lies_ready() -> None:
+    for path in CONFIGURATIONS:
+        refuse_engine(load_config_from_file(str(path)).distributed_type)
+    with pytest.raises(ConfigurationError, match=r"MEGATRON_LM.*fsdp2\.yaml"):
+        refuse_engine(DistributedType.MEGATRON_LM)
 
 
 # ---- the fields -----------------------------------------------------------------------------------------------------

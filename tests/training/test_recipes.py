@@ -49,7 +49,9 @@ def test_the_network_of_the_paper_has_its_size() -> None:
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == 30.58
 
 
-@pytest.mark.parametrize("name", ["cifar10_fast", "fashion_mnist", "mnist", "template"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("cifar10_fast", marks=pytest.mark.slow), "fashion_mnist", "mnist", "template"]
+)
 def test_each_small_one_takes_a_step_that_learns(name: str, tmp_path: Path) -> None:
     """With the recipe's own network and precision; only the images are few, and nothing is compiled."""
     channels, height, width = SHAPES[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
@@ -48,6 +48,7 @@ from vdm_hub.training.signals import StopSignals, TrainingStopped
 from vdm_hub.training.state import pack_state, restore_state
 from vdm_hub.training.tracking import Trackers
 from vdm_hub.training.weights import averages, build_ema, step_ema, these_weights
+from vdm_hub.training.zero import gradient_norm, has_zero, prepare_zero
 
 _LOOKED_AT = 1024  # training images, from which a model may take how its latents are distributed
 
@@ -132,7 +133,8 @@ class Run:
         self._replicated: list[torch.nn.Parameter] = []
         if is_sharded(accelerator):
             self._replicated = plan_shards(accelerator, self.model, repeated_blocks(self.model))
-        self.objective, self.optimizer = accelerator.prepare(self.model, optimizer)
+        prepare: Callable[..., Any] = prepare_zero if has_zero(accelerator) else Accelerator.prepare
+        self.objective, self.optimizer = prepare(accelerator, self.model, optimizer)
         self.ema = build_ema(training, self.model, accelerator.device)
         self._parameters = list(self.model.parameters())  # listed once: walking the modules takes 1 % of a small step
         self.lr_scheduler = get_scheduler(
@@ -192,10 +194,8 @@ class Run:
                 self.accelerator.backward(bound.loss)
                 parts.append({name: value.detach().mean() for name, value in bound.bits_per_dim().items()})
                 if self.accelerator.sync_gradients:
-                    average_gradients(self.accelerator, self._replicated)
-                    norm = self.accelerator.clip_grad_norm_(self._parameters, self.training.max_grad_norm)
                     terms = {name: torch.stack([one[name] for one in parts]).mean() for name in parts[0]}
-                    self._watch(terms, norm)
+                    self._watch(terms, self._clip())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.lr_scheduler.step()
@@ -203,6 +203,14 @@ class Run:
             step_ema(self.ema, self._parameters, offload=self.training.offload_ema)
         self.step += 1
         return terms
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient, and its norm before that; DeepSpeed has done so, and taken the step."""
+        if has_zero(self.accelerator):
+            return gradient_norm(self.accelerator)
+        average_gradients(self.accelerator, self._replicated)
+        norm: Tensor = self.accelerator.clip_grad_norm_(self._parameters, self.training.max_grad_norm)
+        return norm
 
     def _place(self, part: int) -> int:
         """The number of this process's micro-batch among those of the global batch.
@@ -340,7 +348,7 @@ class Run:
         """Write a checkpoint of everything that the next step depends on."""
         self.losses.check_losses()
         self.losses.check_weights(self.step, self.model)
-        if not (self.accelerator.is_main_process or is_sharded(self.accelerator)):
+        if not (self.accelerator.is_main_process or is_sharded(self.accelerator) or has_zero(self.accelerator)):
             return
         self.seconds, self._clock = self.seconds + time.perf_counter() - self._clock, time.perf_counter()
         tensors, state = pack_state(self)

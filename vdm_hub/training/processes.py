@@ -15,9 +15,7 @@ from vdm_hub.errors import ConfigurationError, in_one_line
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.outputs import OutputFolder
 from vdm_hub.training.shards import check_shards
-
-# What they shard or cast, nothing here gathers: see scripts/accelerate/README.md.
-_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+from vdm_hub.training.zero import check_zero, has_zero
 
 
 def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Accelerator:
@@ -41,6 +39,8 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
             log_with=list(training.trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
         )
+    except ImportError as error:
+        raise ConfigurationError(f"accelerate can't run this ({in_one_line(error)}).") from error
     except ValueError as error:
         raise ConfigurationError(
             f"accelerate can't run this ({in_one_line(error)}): change mixed_precision, which is "
@@ -51,6 +51,8 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
     refuse_engine(accelerator.distributed_type)
     if is_sharded(accelerator):
         check_shards(accelerator, training)
+    if has_zero(accelerator):
+        check_zero(accelerator, training)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigurationError(
@@ -69,16 +71,15 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def refuse_engine(kind: DistributedType) -> None:
-    """Refuse engines under which the moving average and the checkpoints would be those of one process's shards.
+    """Refuse an engine under which the moving average and the checkpoints would be those of one process's shards.
 
     Raises:
-        ConfigurationError: It is DeepSpeed or Megatron-LM.
+        ConfigurationError: It is Megatron-LM.
     """
-    if kind in _ENGINES:
+    if kind == DistributedType.MEGATRON_LM:
         raise ConfigurationError(
-            f"accelerate was configured for {kind.value}, which casts the noise schedule with everything else and "
-            f"shards the optimiser's state: the moving average and the checkpoints of this trainer would be wrong, "
-            f"without an error. Use FSDP2 (scripts/accelerate/fsdp2.yaml), or MULTI_GPU (ddp.yaml)."
+            f"accelerate was configured for {kind.value}, which shards networks of its own kinds only. Use FSDP2 "
+            f"(scripts/accelerate/fsdp2.yaml), or MULTI_GPU (ddp.yaml)."
         )
 
 

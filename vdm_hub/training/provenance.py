@@ -17,6 +17,7 @@ from vdm_hub.evaluation.provenance import describe_images, library_versions
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.configuration import DiffusionArguments
+from vdm_hub.training.zero import precision
 
 
 class Provenance:
@@ -52,7 +53,7 @@ class Provenance:
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "global_batch_size": batch,
             "device": _device(accelerator.device),
-            "mixed_precision": accelerator.mixed_precision,
+            "mixed_precision": precision(accelerator),
             "parameters": self._parameters,
         }
 
@@ -113,9 +114,9 @@ def _git(*arguments: str) -> str | None:
 
 def _command(configuration: Configuration, accelerator: Accelerator) -> str:
     """With the recipe that lies beside; a precision that the launcher chose is no part of that recipe."""
-    chosen = configuration.training.mixed_precision is None and accelerator.mixed_precision != "no"
-    precision = f" --mixed_precision {accelerator.mixed_precision}" if chosen else ""
-    return f"accelerate launch --num_processes {accelerator.num_processes}{precision} -m vdm_hub.train recipe.yaml"
+    chosen = configuration.training.mixed_precision is None and precision(accelerator) != "no"
+    flag = f" --mixed_precision {precision(accelerator)}" if chosen else ""
+    return f"accelerate launch --num_processes {accelerator.num_processes}{flag} -m vdm_hub.train recipe.yaml"
 
 
 def _device(device: torch.device) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.training.shards import own_part
+from vdm_hub.training.zero import has_zero
 
 if TYPE_CHECKING:
     from vdm_hub.training.loop import Run
@@ -80,7 +81,10 @@ def _number_of_images(run: Run) -> str:
 def _bytes(run: Run) -> int:
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
     averages = [] if run.ema is None else run.ema.shadow_params
-    kept = [*run.model.parameters(), *run.model.parameters(), *moments, *averages]  # twice: weights and gradients
+    weights = list(run.model.parameters())
+    gradients = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]  # of their sizes
+    copies = gradients if has_zero(run.accelerator) else []  # ZeRO's, of this process's part
+    kept = [*weights, *gradients, *copies, *moments, *averages]
     parts = [own_part(tensor) for tensor in kept if isinstance(tensor, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in parts)
 
