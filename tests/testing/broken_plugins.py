@@ -13,7 +13,7 @@ from vdm_hub.diffusion.conditioning import AffineConditioning, Conditioning
 from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.diffusion.forward_process import Network, Noise
-from vdm_hub.diffusion.gaussian import alpha, sigma
+from vdm_hub.diffusion.gaussian import alpha, broadcast, sigma
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule
 from vdm_hub.diffusion.levels import DataScaling
@@ -128,6 +128,52 @@ class LooksAtTheData(Bent):
         return torch.zeros(1, 1, 1, 1) if x is None else x.mean((1, 2, 3), keepdim=True)
 
 
+class LooksOnceTrained(LearnedLinearSchedule):
+    """At the data, by a weight that is zero at first."""
+
+    scalar = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
+
+    def bake(self) -> NoiseSchedule:
+        return self
+
+    def variance_parameters(self) -> set[str]:
+        return set()
+
+    def bind(self, x: Tensor | None, noise: Noise) -> tuple[dict[str, Tensor], Gamma]:
+        seen = torch.zeros(1, 1, 1, 1) if x is None else x.mean((1, 2, 3), keepdim=True)
+        return {}, lambda t: self(t).reshape(-1, 1, 1, 1) + self.weight.to(t.dtype) * seen.to(t.dtype)
+
+
+class MixesOnceTrained(LooksOnceTrained):
+    """The data of a batch, by a weight that is zero at first."""
+
+    def draw_noise(self, batch_size: int, generator: Any, device: torch.device) -> dict[str, Tensor]:
+        return {"shift": normal_noise((batch_size, 1, 1, 1), generator, device)}
+
+    def bind(self, x: Tensor | None, noise: Noise) -> tuple[dict[str, Tensor], Gamma]:
+        shift = noise["shift"].mean(0, keepdim=True)
+        return {}, lambda t: self(t).reshape(-1, 1, 1, 1) + self.weight.to(t.dtype) * shift.to(t.dtype)
+
+
+class PaysNothing(Bent):
+    """For what its latent tells of the data."""
+
+    def bend(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> Tensor:
+        return noise["bend"] + (0 if x is None else x.mean((1, 2, 3), keepdim=True))
+
+
+class IsPaid(PaysNothing):
+    def bind(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Gamma]:
+        return ({} if x is None else {"latent": -torch.ones(len(x))}), super().bind(x, noise)[1]
+
+
 class UndeclaredSchedule(Linear):
     pass
 
@@ -162,7 +208,7 @@ class WrongNoise(Epsilon):
         return 0.99 * output
 
     def score_hat(self, output: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
-        return -output / sigma(gamma).reshape(-1, *(1,) * (z.ndim - 1))
+        return -output / broadcast(sigma(gamma), z)
 
 
 class ScoreOfTheWrongSign(Epsilon):
@@ -173,6 +219,11 @@ class ScoreOfTheWrongSign(Epsilon):
 class RobustLoss(Epsilon):
     def eps_error(self, output: Tensor, x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
         return super().eps_error(output, x, eps, gamma).clamp(max=36)
+
+
+class GammaOfTheFirstPixel(Epsilon):
+    def x_hat(self, output: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
+        return super().x_hat(output, z, gamma.flatten(1)[:, 0] if gamma.ndim > 1 else gamma)
 
 
 class NegativeScale(Epsilon):
@@ -210,6 +261,8 @@ class UndeclaredTarget(Epsilon):
 class FarFromZero(AffineConditioning):
     """Timesteps between which float32 sees no difference."""
 
+    integer_timesteps = False
+
     def __call__(self, gamma: Tensor) -> Tensor:
         return super().__call__(gamma) + 1e9
 
@@ -230,6 +283,14 @@ class WrongInverse(AffineConditioning):
 class ForgetsItsConstants(AffineConditioning):
     def to_config(self) -> dict[str, Any]:
         return {}
+
+
+class SaysItHasIntegers(AffineConditioning):
+    """And they are half of them: what a schedule spans is 0 to 499."""
+
+    @classmethod
+    def from_schedule(cls, schedule: NoiseSchedule, num_train_timesteps: int) -> AffineConditioning:
+        return cls(num_train_timesteps=num_train_timesteps // 2)
 
 
 class MakesAnother(AffineConditioning):
@@ -282,9 +343,17 @@ class PriorWithAnAxisTooMany(Process):
 
 
 class NegativePrior(Process):
+    """Less than nothing by a hundredth of a nat, where nothing is right."""
+
+    def __init__(self, *parts: Any, **more: Any) -> None:
+        if not parts and not more:
+            parts = (LinearSchedule(-7.87, 13.0), Epsilon(), AffineConditioning(-7.87, 13.0), FactorisedDecoder())
+            parts += (DataScaling("bin_centers", 17),)
+        super().__init__(*parts, **more)
+
     class bound(BoundGaussian):
         def prior_kl(self, x: Tensor) -> Tensor:
-            return super().prior_kl(x) - 5
+            return super().prior_kl(x) - 0.01
 
 
 class MeanPrior(Process):
@@ -322,6 +391,15 @@ class AnotherModelsVariance(Process):
             return super().kl_rate(x, t, noise, network) + 64
 
 
+class StepsAside(Process):
+    class bound(BoundGaussian):
+        def reverse_step(
+            self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Any
+        ) -> tuple[Tensor, Tensor]:
+            z_s, x_hat = super().reverse_step(output, z_t, s, t, generator)
+            return z_s + 0.3, x_hat
+
+
 class StepWithoutNoise(Process):
     class bound(BoundGaussian):
         def reverse_step(
@@ -331,6 +409,63 @@ class StepWithoutNoise(Process):
             eps = normal_noise(z_t.shape, torch.Generator().manual_seed(0), z_t.device, z_t.dtype)
             gamma_s, gamma_t = self.gamma(s), self.gamma(t)
             return one - (torch.sigmoid(gamma_s) * -torch.expm1(gamma_s - gamma_t)).sqrt() * eps, x_hat
+
+
+class TenthOfTheDiffusion(Process):
+    class bound(BoundGaussian):
+        def transition_kl(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+            return 0.1 * super().transition_kl(x, s, t, noise, network)
+
+        def kl_rate(self, x: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+            return 0.1 * super().kl_rate(x, t, noise, network)
+
+
+class NoPrior(Process):
+    class bound(BoundGaussian):
+        def prior_kl(self, x: Tensor) -> Tensor:
+            return x.new_zeros(len(x))
+
+
+class WidePrior(Process):
+    class bound(BoundGaussian):
+        def prior_sample(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
+            return 5 * super().prior_sample(shape, generator, device)
+
+
+class NoReconstruction(Process):
+    class bound(BoundGaussian):
+        def reconstruction(self, levels: Tensor, x: Tensor, noise: Noise, network: Network) -> Tensor:
+            return x.new_zeros(len(x))
+
+
+class ScoresBlackImages(Process):
+    class bound(BoundGaussian):
+        def reconstruction(self, levels: Tensor, x: Tensor, noise: Noise, network: Network) -> Tensor:
+            return super().reconstruction(torch.zeros_like(levels), x, noise, network)
+
+
+class DecodesToTheNegative(Process):
+    class bound(BoundGaussian):
+        def decode(self, z_0: Tensor, network: Network, generator: Any) -> Tensor:
+            return 16 - super().decode(z_0, network, generator)
+
+
+class NoEstimate(Process):
+    class bound(BoundGaussian):
+        def reverse_step(
+            self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Any
+        ) -> tuple[Tensor, Tensor]:
+            z_s, x_hat = super().reverse_step(output, z_t, s, t, generator)
+            return z_s, torch.zeros_like(x_hat)
+
+
+class TrainedBackwards(Process):
+    class bound(BoundGaussian):
+        def transition_kl(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+            return super().transition_kl(x, s, t, noise, lambda sample, timestep: network(sample, 999 - timestep))
+
+        def kl_rate(self, x: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
+            return super().kl_rate(x, t, noise, lambda sample, timestep: network(sample, 999 - timestep))
 
 
 class DecodesToPixels(Process):
@@ -375,6 +510,7 @@ BROKEN: dict[str, dict[str, Callable[[], object]]] = {
         "draws_follow_their_generator": OneGeneratorForAll,
         "data_do_not_mix": MeanOverTheBatch,
         "no_peeking": LooksAtTheData,
+        "what_data_tell_is_paid_for": PaysNothing,
     },
     "parameterizations": {
         "coefficients": ScaledByTheBatch,
@@ -384,6 +520,7 @@ BROKEN: dict[str, dict[str, Callable[[], object]]] = {
         "eps_hat": WrongNoise,
         "score_hat": ScoreOfTheWrongSign,
         "eps_error": RobustLoss,
+        "gamma_per_dimension": GammaOfTheFirstPixel,
         "scales": NegativeScale,
         "sizes": RawScore,
         "one_loss": AlmostTheLatent,
@@ -396,6 +533,7 @@ BROKEN: dict[str, dict[str, Callable[[], object]]] = {
         "inverse": WrongInverse,
         "json_config": lambda: ForgetsItsConstants(-9.0),
         "suits_a_schedule": MakesAnother,
+        "integer_timesteps": SaysItHasIntegers,
         "registered": UndeclaredConditioning,
     },
     "forward_processes": {
@@ -408,13 +546,29 @@ BROKEN: dict[str, dict[str, Callable[[], object]]] = {
         "gradients_reach_the_network": RateWithoutGradient,
         "rate_is_the_limit": TwiceTheRate,
         "best_output_has_no_kl": AnotherModelsVariance,
-        "reverse_step_follows_the_marginal": StepWithoutNoise,
+        "reverse_step_follows_the_marginal": StepsAside,
         "sampling": DecodesToPixels,
         "times": TimestepsFromTheEnd,
         "json_config": ForgetsItsDecoder,
+        "transition_kl_is_seen": TenthOfTheDiffusion,
+        "prior_kl_is_seen": NoPrior,
+        "decoder": NoReconstruction,
+        "estimate": NoEstimate,
+        "one_timestep": TrainedBackwards,
         "registered": UndeclaredProcess,
     },
 }
+
+OTHERWISE_BROKEN: dict[Callable[[], object], set[str]] = {
+    LooksOnceTrained: {"no_peeking"},
+    MixesOnceTrained: {"data_do_not_mix"},
+    IsPaid: {"what_data_tell_is_paid_for"},
+    StepWithoutNoise: {"reverse_step_follows_the_marginal", "transition_kl_is_seen"},
+    WidePrior: {"prior_kl_is_seen"},
+    ScoresBlackImages: {"decoder"},
+    DecodesToTheNegative: {"decoder"},
+}
+"""More ways to break a law than one."""
 
 SOUND: dict[str, Callable[[], object]] = {
     "noise_schedules": Bent,

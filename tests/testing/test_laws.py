@@ -87,6 +87,12 @@ def test_each_is_caught_by_exactly_that_law(broken: ModuleType, kind: str, law: 
     CHECKS[kind](instance, expected_failures={law: "it is broken"})
 
 
+@pytest.mark.parametrize("name", [cls.__name__ for cls in broken_plugins.OTHERWISE_BROKEN])
+def test_so_are_other_ways_to_break_one(broken: ModuleType, name: str) -> None:
+    cls = getattr(broken, name)
+    assert set(broken_laws(cls())) == broken.OTHERWISE_BROKEN[cls]
+
+
 @pytest.mark.parametrize("kind", LAWS)
 def test_what_they_are_derived_from_keeps_all_laws(broken: ModuleType, kind: str) -> None:
     assert broken_laws(broken.SOUND[kind]()) == {}

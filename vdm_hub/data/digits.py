@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datasets
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from vdm_hub.pixels import image_from_levels
 
@@ -28,6 +26,9 @@ def digits() -> datasets.DatasetDict:
         num_rows: 360
     })
     """
+    from sklearn.datasets import load_digits  # here, as it takes half a second that other data need not
+    from sklearn.model_selection import train_test_split
+
     loaded = load_digits()
     levels, labels = loaded.images.astype(np.uint8), loaded.target
     train, test, train_labels, test_labels = train_test_split(levels, labels, test_size=TEST_SIZE, random_state=0)

@@ -11,6 +11,7 @@ from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Parameterization
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.testing import probability_laws  # noqa: F401  (the other half of PROCESS_LAWS)
 from vdm_hub.testing.conditioning_laws import CONDITIONING_LAWS
 from vdm_hub.testing.laws import Law, Laws, LawViolation, check_reasons
 from vdm_hub.testing.parameterization_laws import PARAMETERIZATION_LAWS

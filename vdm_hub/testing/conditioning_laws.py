@@ -75,6 +75,19 @@ def suits_a_schedule(conditioning: Conditioning) -> None:
 
 
 @CONDITIONING_LAWS.add
+def integer_timesteps(conditioning: Conditioning) -> None:
+    """Where it says that the integers from 0 stand for noise levels, they do: for those between data and noise."""
+    if not conditioning.integer_timesteps:
+        return
+    made = type(conditioning).from_schedule(LinearSchedule(), 1000)
+    ends = made(torch.tensor([-13.3, 5.0], dtype=torch.float64))
+    require(
+        float((ends - torch.tensor([0.0, 999.0])).abs().max()) < 0.5,
+        f"integer_timesteps is True, and those of a schedule's ends are {ends.tolist()}, not 0 and 999: say False",
+    )
+
+
+@CONDITIONING_LAWS.add
 def registered(conditioning: Conditioning) -> None:
     """The class is the entry point of an installed package, so that a config can name it."""
     require_registered("conditionings", type(conditioning))

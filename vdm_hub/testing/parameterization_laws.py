@@ -92,8 +92,6 @@ def coefficients(parameterization: Parameterization) -> None:
             require(whole.dtype == dtype, f"the coefficient {name} of gammas in {dtype} is {whole.dtype}")
             require_finite(whole, f"the coefficient {name} for gamma in {list(GAMMAS)}")
             require_close(whole[7:8], alone, f"the coefficient {name} of one gamma among others, against alone,")
-    per_pixel = _gammas().reshape(3, 1, 6, 3)
-    require_shape(parameterization.coefficients(per_pixel)[0], (3, 1, 6, 3), "the coefficient a of a gamma per pixel")
 
 
 @PARAMETERIZATION_LAWS.add
@@ -150,6 +148,34 @@ def eps_error(parameterization: Parameterization) -> None:
     actual = parameterization.eps_error(case.output, case.x, case.eps, case.gamma)
     error = case.a * case.x + case.b * case.eps - case.output
     require_close(actual, (case.alpha / case.d * error) ** 2, "eps_error()", rtol=1e-7, atol=1e-9)
+
+
+@PARAMETERIZATION_LAWS.add
+def gamma_per_dimension(parameterization: Parameterization) -> None:
+    """With a gamma for each pixel, every pixel gets what it gets alone."""
+    shape, case = (3, 1, 6, 3), _Case.of(parameterization)
+    alone = {name: getattr(case, name)[:, :1] for name in ("x", "eps", "output", "z")}
+    pixels = {name: value.reshape(shape) for name, value in alone.items()}
+    for name in ("coefficients", "input_scale", "output_scale"):
+        one, all_ = (torch.stack([*getattr(parameterization, name)(gamma)]) for gamma in _by_shape(case.gamma, shape))
+        require(one.numel() == all_.numel(), f"{name}() of a gamma per pixel has the shape {tuple(all_.shape)}")
+        require_close(all_.flatten(), one.flatten(), f"{name}() of a gamma per pixel, against alone,", 1e-9, 1e-12)
+    for name, words in (
+        ("target", ("x", "eps")),
+        ("x_hat", ("output", "z")),
+        ("eps_hat", ("output", "z")),
+        ("score_hat", ("output", "z")),
+        ("eps_error", ("output", "x", "eps")),
+    ):
+        method, (flat, whole) = getattr(parameterization, name), _by_shape(case.gamma, shape)
+        found = method(*(pixels[word] for word in words), whole)
+        require_shape(found, shape, f"{name}() of a gamma per pixel")
+        wanted = method(*(alone[word] for word in words), flat)
+        require_close(found.flatten(), wanted.flatten(), f"{name}() of a gamma per pixel, against alone,", 1e-7, 1e-9)
+
+
+def _by_shape(gamma: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return gamma, gamma.reshape(shape)
 
 
 @PARAMETERIZATION_LAWS.add

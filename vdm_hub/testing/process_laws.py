@@ -41,7 +41,7 @@ def network(sample: Tensor, timestep: Tensor) -> Tensor:
     return torch.tanh(0.7 * sample + 0.3 * torch.sin(level / 300).to(sample.dtype))
 
 
-class _Batch:
+class Batch:
     """Levels, data, noise, and the process bound to them."""
 
     def __init__(self, process: ForwardProcess, size: int = BATCH, dtype: torch.dtype = torch.float32) -> None:
@@ -52,13 +52,15 @@ class _Batch:
         self.s = torch.linspace(0.2, 0.6, size, dtype=dtype)
         self.t = self.s + 0.2
 
-    def rows(self, rows: slice) -> _Batch:
-        part = object.__new__(_Batch)
+    def rows(self, rows: slice) -> Batch:
+        """Some of its data."""
+        part = object.__new__(Batch)
         part.process, part.noise = self.process, {name: value[rows] for name, value in self.noise.items()}
         part.levels, part.x, part.s, part.t = self.levels[rows], self.x[rows], self.s[rows], self.t[rows]
         return part
 
     def bind(self) -> tuple[dict[str, Tensor], BoundProcess]:
+        """The extras, and the process bound to the batch."""
         return self.process.bind(self.x, self.noise)
 
     def terms(self) -> dict[str, Tensor]:
@@ -113,7 +115,7 @@ def draws_follow_their_generator(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def terms(process: ForwardProcess) -> None:
     """Every term of the bound is one finite number a datum, and an extra one has a name of its own."""
-    batch = _Batch(process)
+    batch = Batch(process)
     for name, term in batch.terms().items():
         require_shape(term, (BATCH,), name)
         require(term.is_floating_point(), f"{name} is {term.dtype}")
@@ -125,7 +127,7 @@ def terms(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def never_negative(process: ForwardProcess) -> None:
     """The KLs and -log p(x|z_0) are never negative: a probability of K levels is at most one."""
-    for name, term in _Batch(process).terms().items():
+    for name, term in Batch(process).terms().items():
         if not name.startswith("the extra "):
             require(not bool((term < -1e-3).any()), f"{name} is {term.min().item():.6g} nats")
 
@@ -133,7 +135,7 @@ def never_negative(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def data_do_not_mix(process: ForwardProcess) -> None:
     """The terms and the latent of a datum do not depend on the others in its batch."""
-    batch = _Batch(process)
+    batch = Batch(process)
     last = slice(BATCH - 1, None)
     whole, alone = batch.terms(), batch.rows(last).terms()
     for name, term in alone.items():
@@ -146,7 +148,7 @@ def data_do_not_mix(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def network_inputs(process: ForwardProcess) -> None:
     """The network is called with a finite (B, *data) and one timestep a datum, in float32 or better."""
-    batch = _Batch(process)
+    batch = Batch(process)
 
     def listen(sample: Tensor, timestep: Tensor) -> Tensor:
         require_shape(sample, (BATCH, *SHAPE), "the sample that the network is given")
@@ -170,7 +172,7 @@ def network_inputs(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def gradients_reach_the_network(process: ForwardProcess) -> None:
     """Both forms of the diffusion term train the network."""
-    batch = _Batch(process)
+    batch = Batch(process)
     weight = torch.ones(SHAPE, requires_grad=True)
     bound = batch.bind()[1]
     emit: Network = lambda sample, timestep: weight * network(sample, timestep)  # noqa: E731
@@ -186,7 +188,7 @@ def gradients_reach_the_network(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def rate_is_the_limit(process: ForwardProcess) -> None:
     """Its `kl_rate` is what T transition KLs tend to as the number of transitions T grows."""
-    batch, transitions = _Batch(process, dtype=torch.float64), 4096
+    batch, transitions = Batch(process, dtype=torch.float64), 4096
     bound = batch.bind()[1]
     with torch.no_grad():
         rate = batch.rate(bound, network)
@@ -200,7 +202,7 @@ def rate_is_the_limit(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def best_output_has_no_kl(process: ForwardProcess) -> None:
     """With the best output for a known datum, p(z_s|z_t) is q(z_s|z_t, x): the transition KL vanishes."""
-    fitted = _Fitted(process)
+    fitted = Fitted(process)
     per_dimension = fitted.kl / fitted.x[0].numel()
     require(
         per_dimension < 1e-3,
@@ -212,7 +214,7 @@ def best_output_has_no_kl(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def reverse_step_follows_the_marginal(process: ForwardProcess) -> None:
     """From z_t ~ q(z_t|x), a reverse step with the best output for x gives z_s ~ q(z_s|x)."""
-    fitted = _Fitted(process)
+    fitted = Fitted(process)
     z_s, estimate = fitted.step()
     require_shape(z_s, tuple(fitted.x.shape), "z_s of reverse_step()")
     require_shape(estimate, tuple(fitted.x.shape), "the estimate of reverse_step()")
@@ -231,22 +233,25 @@ def reverse_step_follows_the_marginal(process: ForwardProcess) -> None:
             )
 
 
-class _Fitted:
+class Fitted:
     """Data at the lowest and highest level, and the output of a network that knows them: that of the least KL."""
 
-    s, t = 0.4, 0.6
-
-    def __init__(self, process: ForwardProcess, size: int = 64) -> None:
-        self.process, shape = evaluated(process, torch.float64), (size, *SHAPE)
+    def __init__(self, process: ForwardProcess, s: float = 0.4, t: float = 0.6, size: int = 64) -> None:
+        self.process, self.s, self.t, shape = evaluated(process, torch.float64), s, t, (size, *SHAPE)
         for parameter in self.process.parameters():
             parameter.requires_grad_(False)
         self.levels = torch.randint(0, 2, shape, generator=seeded(2)) * (process.num_levels - 1)
+        self.levels[:, 0, 0, 0] = 0  # the same for all data, so that what is drawn of it is of one distribution
         self.x = self.process.encode(self.levels).double()
         self.noise = cast(self.process.draw_noise(shape, seeded(3), CPU), torch.float64)
         self.bound = self.process.bind(self.x, self.noise)[1]
-        self.kl_at_zero = float(self._kl(torch.zeros(shape, dtype=torch.float64)).detach())
+        self.kl_at_zero = self.kl_of(torch.zeros(shape, dtype=torch.float64))
         self.output = self._fit(torch.zeros(shape, dtype=torch.float64, requires_grad=True))
-        self.kl = float(self._kl(self.output).detach())
+        self.kl = self.kl_of(self.output)
+
+    def kl_of(self, output: Tensor) -> float:
+        """The transition KL of an output of the network, nats per datum."""
+        return float(self._kl(output).detach())
 
     def _kl(self, output: Tensor) -> Tensor:
         s, t = (torch.full((len(self.x),), time, dtype=torch.float64) for time in (self.s, self.t))
@@ -336,7 +341,7 @@ def json_config(process: ForwardProcess) -> None:
     for name in ("num_levels", "num_train_timesteps"):
         after, before = getattr(again, name), getattr(process, name)
         require(after == before, f"{name} of the process rebuilt from its fields is {after}, and was {before}")
-    batch, same = _Batch(process), _Batch(again)
+    batch, same = Batch(process), Batch(again)
     require_close(same.x, batch.x, "encode() of the process rebuilt from its fields", rtol=0, atol=0)
     after, before = same.terms(), batch.terms()
     require(after.keys() == before.keys(), f"the rebuilt process has the terms {sorted(after)}, not {sorted(before)}")

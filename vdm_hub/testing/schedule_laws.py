@@ -6,7 +6,7 @@ the same laws as a scalar one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -256,14 +256,13 @@ def draws_follow_their_generator(schedule: NoiseSchedule) -> None:
 @SCHEDULE_LAWS.add
 def data_do_not_mix(schedule: NoiseSchedule) -> None:
     """The gamma and the extra terms of a datum do not depend on the others in its batch."""
-    state, times = evaluated(schedule), torch.full((BATCH,), 0.37)
-    noise, x = state.draw_noise(BATCH, one_each(*range(BATCH)), CPU), _data()
-    evaluate: Callable[[slice], dict[str, Tensor]] = lambda rows: _at(  # noqa: E731
-        state, x[rows], {name: value[rows] for name, value in noise.items()}, times[rows]
-    )
-    whole, alone = evaluate(slice(None)), evaluate(slice(BATCH - 1, None))
-    for name, value in alone.items():
-        require_close(whole[name][-1:], value, f"{name} of a datum in a batch, against alone,", rtol=1e-4, atol=1e-4)
+    times, x = torch.full((BATCH,), 0.37), _data()
+    noise = schedule.draw_noise(BATCH, one_each(*range(BATCH)), CPU)
+    last = {name: value[-1:] for name, value in noise.items()}
+    for state in _states(schedule, torch.float32):
+        whole, alone = _at(state, x, noise, times), _at(state, x[-1:], last, times[-1:])
+        for name, value in alone.items():
+            require_close(whole[name][-1:], value, f"{name} of a datum in a batch, against alone,", 1e-4, 1e-4)
 
 
 def _at(schedule: NoiseSchedule, x: Tensor | None, noise: dict[str, Tensor], times: Tensor) -> dict[str, Tensor]:
@@ -277,6 +276,27 @@ def no_peeking(schedule: NoiseSchedule) -> None:
     """Without a latent of its own, drawn by draw_noise, gamma does not depend on the data."""
     if schedule.draw_noise(BATCH, seeded(0), CPU):
         return
-    state, times = evaluated(schedule), torch.full((BATCH,), 0.37)
-    bounding, sampling = _at(state, _data(), {}, times)["gamma"], _at(state, None, {}, times)["gamma"]
-    require_close(bounding, sampling, "gamma given the data, against gamma while sampling,", rtol=0, atol=1e-6)
+    times = torch.full((BATCH,), 0.37)
+    for state in _states(schedule, torch.float32):
+        bounding, sampling = _at(state, _data(), {}, times)["gamma"], _at(state, None, {}, times)["gamma"]
+        require_close(bounding, sampling, "gamma given the data, against gamma while sampling,", rtol=0, atol=1e-6)
+
+
+@SCHEDULE_LAWS.add
+def what_data_tell_is_paid_for(schedule: NoiseSchedule) -> None:
+    """Where gamma follows the data through a latent, its KL is among the extra terms, and is positive on average."""
+    copies = 64
+    noise = schedule.draw_noise(BATCH * copies, seeded(0), CPU)
+    if not noise:
+        return
+    times, x = torch.full((BATCH * copies,), 0.37), _data().repeat(copies, 1, 1, 1)
+    for state in _states(schedule, torch.float32):
+        given, alone = _at(state, x, noise, times), _at(state, None, noise, times)["gamma"]
+        follows = float((given.pop("gamma") - alone).abs().max())
+        paid = torch.stack([*given.values(), torch.zeros(len(x))]).sum(0).double()
+        noisy = 4 * float(paid.std()) / len(paid) ** 0.5
+        require(
+            float(paid.mean()) > (0 if follows > 1e-4 else -noisy - 1e-6),
+            f"gamma differs by up to {follows:.3g} from that of the same base noise without data, and the extra terms "
+            f"{sorted(given)} are {float(paid.mean()):.3g} nats a datum",
+        )

@@ -1,0 +1,159 @@
+"""The laws of a forward process that compare what it says with what it draws.
+
+A process that reports a KL which its own samples contradict would give a bound that is none. The KL between two sets
+of draws, seen through bins of one pixel, is at most that between the distributions (data processing inequality), so
+what is reported may be more, and not less.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
+from vdm_hub.testing.laws import require
+from vdm_hub.testing.process_laws import PROCESS_LAWS, Batch, Fitted, network
+from vdm_hub.testing.subjects import CPU, SHAPE, cast, evaluated, require_close, seeded
+
+_COPIES = 128
+_BINS = 32
+_MARGIN, _NOISE = 0.8, 0.02  # of a KL that is seen: its standard error is below 0.02 nats
+
+
+def seen_kl(ours: Tensor, theirs: Tensor) -> float:
+    """``KL(p || q)`` in nats of draws from p and q, of one dimension, through bins; that of noise taken off.
+
+    >>> p, q = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
+    >>> seen_kl(p, p.flip(0)) < 1e-9, round(seen_kl(p + 1, q), 1)
+    (True, 0.5)
+    """
+    both = torch.cat([ours, theirs]).double()
+    edges = torch.unique(both)
+    if len(edges) > _BINS:
+        edges = torch.unique(
+            torch.quantile(both[:: -(-len(both) // 100_000)], torch.linspace(0, 1, _BINS + 1).double())
+        )
+        edges = edges[1:-1]
+    counts = [
+        torch.bincount(torch.bucketize(one.double().contiguous(), edges, right=True), minlength=len(edges) + 1) + 0.5
+        for one in (ours, theirs)
+    ]
+    p, q = (count / count.sum() for count in counts)
+    bias = 0.5 * len(p) * (1 / len(ours) + 1 / len(theirs))
+    return max(float((p * (p / q).log()).sum()) - bias, 0.0)
+
+
+@PROCESS_LAWS.add
+def transition_kl_is_seen(process: ForwardProcess) -> None:
+    """Where the best output is moved in one pixel, the transition KL is at least what draws of z_s show of it."""
+    fitted = Fitted(process, s=0.5, t=1.0)
+    true = _draws(fitted, fitted.output, 4)
+    moved, seen = fitted.output, 0.0
+    for power in range(-10, 7):  # until it is seen well: too far away, draws do not meet
+        moved = fitted.output.clone()
+        moved[:, 0, 0, 0] += 2.0**power
+        seen = seen_kl(true, _draws(fitted, moved, 5))
+        if seen > 0.3:
+            break
+    told = fitted.kl_of(moved)
+    require(
+        told > _MARGIN * seen - _NOISE,
+        f"from t = 1 to s = 0.5, reverse_step() draws z_s with a KL of at least {seen:.3g} nats in one pixel, and "
+        f"transition_kl() tells {told:.3g}",
+    )
+
+
+def _draws(fitted: Fitted, output: Tensor, seed: int) -> Tensor:
+    """One pixel of many z_s for each datum, from the reverse step with an output."""
+    x, noise = _repeated(fitted.x), {name: _repeated(value) for name, value in fitted.noise.items()}
+    with torch.no_grad():
+        s, t = (torch.tensor(time, dtype=torch.float64) for time in (fitted.s, fitted.t))
+        bound = fitted.process.bind(x, noise)[1]
+        z_t = bound.sample(x, t.expand(len(x)), noise)
+        prediction = bound.predict(lambda sample, timestep: _repeated(output), z_t, t)
+        return bound.reverse_step(prediction, z_t, s, t, seeded(seed))[0][:, 0, 0, 0]
+
+
+def _repeated(value: Tensor) -> Tensor:
+    return value.repeat(_COPIES, *(1,) * (value.ndim - 1))
+
+
+@PROCESS_LAWS.add
+def prior_kl_is_seen(process: ForwardProcess) -> None:
+    """The prior KL is at least what draws of z_1 ~ q(z_1|x), against prior_sample(), show of it."""
+    process, shape = evaluated(process), (4096, *SHAPE)
+    levels = torch.randint(0, 2, shape, generator=seeded(2)) * (process.num_levels - 1)
+    x = process.encode(levels)
+    noise = cast(process.draw_noise(shape, seeded(3), CPU), x.dtype)
+    with torch.no_grad():
+        bound: BoundProcess = process.bind(x, noise)[1]
+        z_1, drawn = bound.sample(x, torch.ones(len(x)), noise), bound.prior_sample(shape, seeded(4), CPU)
+        told = float(bound.prior_kl(x).mean())
+    # Of all pixels at a level together: their mean is at most the mean of their KLs, and dimensions of p add up.
+    shares = [(levels == level) for level in levels.unique()]
+    seen = sum(float(share.double().mean()) * seen_kl(z_1[share], drawn.flatten()) for share in shares)
+    seen *= x[0].numel()
+    require(
+        told > _MARGIN * seen - 2 * _NOISE,
+        f"z_1 of data is a KL of at least {seen:.3g} nats away from prior_sample(), and prior_kl() tells {told:.3g}",
+    )
+
+
+@PROCESS_LAWS.add
+def decoder(process: ForwardProcess) -> None:
+    """What decode() gives of the data's own z_0 errs as often as the reconstruction term says, or less."""
+    batch = Batch(process, size=256)
+    with torch.no_grad():
+        bound = batch.bind()[1]
+        z_0 = bound.sample(batch.x, torch.zeros(len(batch.x)), batch.noise)
+        wrong = (bound.decode(z_0, network, seeded(6)) != batch.levels).flatten(1).sum(1).double()
+        cost = bound.reconstruction(batch.levels, batch.x, batch.noise, network).double()
+        other = bound.reconstruction(batch.levels, batch.x, batch.noise, lambda sample, timestep: -sample).double()
+    dimensions, told = batch.x[0].numel(), f"reconstruction() is {float(cost.mean()):.4g} nats a datum"
+    errors, noise = float(wrong.mean()), 4 * float((wrong.std() + cost.std()) / math.sqrt(len(wrong)))
+    # A level that another one beats, or that a draw misses, has p(x|z_0) <= 1/2, or costs -log p >= 1 - p.
+    require(
+        0.65 * errors <= float(cost.mean()) + noise,
+        f"{told}, and {errors:.4g} of {dimensions} levels are wrong after decode()",
+    )
+    # Who takes the likeliest level is right at least as often as who draws one: exp(-cost) at least, by Jensen.
+    right = 1 - errors / dimensions
+    require(
+        right > 0.75 * math.exp(-float(cost.mean()) / dimensions) - noise / dimensions,
+        f"{told}, and only {right:.4g} of the levels are right after decode()",
+    )
+    if torch.equal(cost, other):  # one that asks the network is as good as that is
+        guess = dimensions * math.log(process.num_levels)
+        require(float(cost.mean()) < guess + noise + _NOISE, f"{told}, and guessing costs {guess:.4g}")
+
+
+@PROCESS_LAWS.add
+def estimate(process: ForwardProcess) -> None:
+    """With the best output for a known datum, the estimate of reverse_step() is that datum."""
+    fitted = Fitted(process)
+    found, extent = fitted.step()[1], float(fitted.x.max() - fitted.x.min())
+    error = float((found - fitted.x).abs().mean()) / extent
+    require(error < 0.1, f"the estimate is {error:.3g} of the data's range away from them")
+
+
+@PROCESS_LAWS.add
+def one_timestep(process: ForwardProcess) -> None:
+    """The network is told the same timestep at a time, whether it is trained, measured or sampled from."""
+    batch = Batch(process)
+    told: list[Tensor] = []
+
+    def listen(sample: Tensor, timestep: Tensor) -> Tensor:
+        told.append(timestep.detach().double())
+        return network(sample, timestep)
+
+    bound = batch.bind()[1]
+    bound.predict(listen, bound.sample(batch.x, batch.t, batch.noise), batch.t)
+    (wanted,) = told
+    told.clear()
+    bound.transition_kl(batch.x, batch.s, batch.t, batch.noise, listen)
+    batch.rate(bound, listen)
+    for timestep in told:
+        if timestep.shape == wanted.shape:  # other shapes are another law's
+            require_close(timestep, wanted, "the timestep in training, against that of predict(),", 1e-4, 1e-3)
