@@ -117,7 +117,7 @@ def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
         (["linear"], ["linear", "object"]),
         (None, ["None"]),
         ({"name": "linear", "confg": {}}, ["'confg'", "did you mean 'config'"]),
-        ({"name": "linear", "config": [1]}, ["[1]", "not an object"]),
+        ({"name": "linear", "config": [1]}, ["[1]", "give an object"]),
         ({"name": "linear", "config": {"gama_min": 1}}, ["'gama_min'", "did you mean 'gamma_min'"]),
         ({"name": "linear", "config": {"gamma_min": "low"}}, ["linear", "gamma_min"]),
         ({"name": "tabulated"}, ["gammas"]),

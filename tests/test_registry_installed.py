@@ -59,6 +59,11 @@ class Raising(Steep):
         raise KeyError("a table that is not there")
 
 
+class Leaving(Steep):
+    def __init__(self):
+        raise SystemExit("no licence")
+
+
 class NoSchedule:
     pass
 
@@ -83,6 +88,7 @@ PROJECTS: list[tuple[str, str, dict[str, dict[str, str]], str]] = [
                 "not_json": "NotJSON",
                 "not_a_dict": "NotADict",
                 "raising": "Raising",
+                "leaving": "Leaving",
                 "no_schedule": "NoSchedule",
                 "function": "function",
                 "missing": "Missing",
@@ -94,7 +100,7 @@ PROJECTS: list[tuple[str, str, dict[str, dict[str, str]], str]] = [
     ),
 ]
 FAILING = {"failing", "forgetful", "not_json", "not_a_dict", "raising", "no_schedule", "function", "missing"}
-FAILING |= {"another_kind", "no_decoder"}
+FAILING |= {"another_kind", "no_decoder", "leaving"}
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +198,8 @@ def test_a_config_that_is_not_json_is_refused_when_it_is_saved(name: str, words:
     [
         ({"config": {"gamma_mx": 6.0}}, "did you mean 'gamma_max'"),
         ({"confg": {}}, "did you mean 'config'"),
-        ({"version": 3}, "has the version 3, not a string"),
+        ({"version": 3}, "has the version 3: give a string"),
+        *(({"config": wrong}, f"is {wrong!r}: give an object") for wrong in ([], 0, "", False, 3, [1])),
     ],
 )
 def test_unknown_fields_and_arguments_of_a_plugin_are_refused(form: dict[str, Any], words: str) -> None:

@@ -386,3 +386,11 @@ def test_ddpm_pipeline_runs_it_unmodified_and_takes_ddim_in_its_place() -> None:
     assert (image == expected).all()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     assert pipe(generator=seeded(), num_inference_steps=5, output_type="np").images.shape == (1, 8, 8, 1)
+
+
+def test_a_conditioning_takes_the_schedulers_number_of_timesteps_and_no_other() -> None:
+    form = {"name": "affine", "config": {"num_train_timesteps": 100}}
+    with pytest.raises(ConfigurationError, match="conditioning has num_train_timesteps 100, and the scheduler 1000"):
+        VDMScheduler(conditioning=form)
+    made = VDMScheduler(conditioning=form, num_train_timesteps=100).process
+    assert made.conditioning.to_config()["num_train_timesteps"] == 100

@@ -18,7 +18,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -84,7 +85,7 @@ SERIALISED_FIELDS = {
 
 _KIND_WORDS = {kind: (kind[:-2] if kind.endswith("sses") else kind[:-1]).replace("_", " ") for kind in BUILT_INS}
 _NAME = re.compile(r"\w([\w.+-]*\w)?", re.ASCII)
-_DISTRIBUTION_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_DISTRIBUTION_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
 
 
 class OlderPluginWarning(UserWarning):
@@ -285,11 +286,18 @@ def build(kind: str, serialised: Serialised, **defaults: Any) -> Any:
     cls, arguments = resolve(kind, serialised)
     accepted = inspect.signature(cls).parameters
     arguments = {key: value for key, value in defaults.items() if key in accepted} | arguments
-    try:
+    with building(kind, serialised, accepted):
         return cls(**arguments)
+
+
+@contextmanager
+def building(kind: str, serialised: Serialised, accepted: Iterable[str]) -> Iterator[None]:
+    """Say of an error within what could not be built: a plugin's constructor may raise anything."""
+    try:
+        yield
     except VDMHubError:
         raise
-    except Exception as error:  # a plugin's constructor may raise anything
+    except Exception as error:
         raise ConfigurationError(
             f"the {_KIND_WORDS[kind]} {_shortened(serialised)} can't be built: {in_one_line(error)}. Its arguments "
             f"are {', '.join(accepted) or 'none'}."
@@ -362,15 +370,23 @@ def _parts(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str 
     for key in serialised:
         if key not in ("name", "config", "package", "version"):
             raise unknown_name(f"field of a {word}", key, ("name", "config", "package", "version"))
-    arguments, package = serialised.get("config") or {}, serialised.get("package")
-    if not isinstance(arguments, Mapping):
-        raise ConfigurationError(f"the 'config' of the {word} {serialised['name']!r} is {arguments!r}, not an object.")
+    whose = f"the {word} {serialised['name']!r}"
+    arguments, package = serialised.get("config"), serialised.get("package")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise ConfigurationError(
+            f"the 'config' of {whose} is {_shortened(arguments)}: give an object of arguments, or leave it out."
+        )
     if package is not None and (not isinstance(package, str) or not _DISTRIBUTION_NAME.fullmatch(package)):
-        raise ConfigurationError(f"the {word} {serialised['name']!r} names the package {package!r}: no valid name.")
+        raise ConfigurationError(
+            f"{whose} names the package {_shortened(package)}: no valid name. Give that of the distribution on PyPI, "
+            f"letters, digits, '-', '_' and '.', or leave it out."
+        )
     version = serialised.get("version")
     if version is not None and not isinstance(version, str):
-        raise ConfigurationError(f"the {word} {serialised['name']!r} has the version {version!r}, not a string.")
-    return serialised["name"], dict(arguments), package, version
+        raise ConfigurationError(
+            f'{whose} has the version {_shortened(version)}: give a string such as "1.0", or leave it out.'
+        )
+    return serialised["name"], dict(arguments or {}), package, version
 
 
 def _find(kind: str, serialised: Serialised) -> tuple[Registration, dict[str, Any]]:
@@ -424,13 +440,13 @@ def _missing(kind: str, name: str, package: str, known: list[Registration]) -> M
     if not _TAKES_PLUGINS:
         return MissingPluginError(
             f"the {_KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
-            f"and code that a repository carries takes no plugins. If you trust it: pip install {BUILT_IN_PACKAGE} "
-            f"{package}, and load with vdm_hub, without trust_remote_code."
+            f"and code that a repository carries takes no plugins. If you trust it, run "
+            f"`pip install {BUILT_IN_PACKAGE} {package}` and load with vdm_hub, without trust_remote_code."
         )
     plugins = sorted({r.package for r in known if r.package != BUILT_IN_PACKAGE}) or ["none"]
     return MissingPluginError(
         f"the {_KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
-        f"which {_state_of(package)}. If you trust it: pip install {package}. Installed plugins: "
+        f"which {_state_of(package)}. If you trust it, run `pip install {package}`. Installed plugins: "
         f"{', '.join(plugins)}. {unknown_name(_KIND_WORDS[kind], name, {r.name for r in known})}"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,29 @@ _PROCESS_KEYS = {
     "beta_schedule",
     "rescale_betas_zero_snr",
 }
+
+
+_UNREAD: dict[str, Serialised] = {
+    "noise_schedule": "linear",
+    "prediction_type": "epsilon",
+    "conditioning": "affine",
+    "decoder": "factorised",
+}
+"""What stands in a config for a process that has none of these."""
+
+
+def unread_fields(process: ForwardProcess, config: Mapping[str, Any]) -> dict[str, Serialised]:
+    """What is to stand in a config in the place of what this process has no use for, with a warning for each.
+
+    No reader of the config shall be told of it, or to install it.
+    """
+    if isinstance(process, GaussianProcess):
+        return {}
+    read = process.fields()
+    unread = {key: value for key, value in _UNREAD.items() if key not in read and config[key] != value}
+    for key in unread:
+        warnings.warn(f"{type(process).__name__} reads no {key}: {config[key]!r} is left out.", stacklevel=4)
+    return unread
 
 
 def is_beta_table(noise_schedule: Serialised) -> bool:
@@ -130,6 +154,17 @@ def check_betas(given: list[float] | None, derived: list[float] | None) -> None:
             "trained_betas disagrees with the noise_schedule of the same config. Leave trained_betas out (it is "
             "derived), or set noise_schedule to 'discrete_betas' if the table is meant."
         )
+
+
+def check_steps(conditioning: Serialised | None, steps: int) -> None:
+    """Refuse a conditioning that has its own number of timesteps beside the scheduler's."""
+    if conditioning is not None:
+        own = registry.parse("conditionings", conditioning)[1].get("num_train_timesteps", steps)
+        if own != steps:
+            raise ConfigurationError(
+                f"the conditioning has num_train_timesteps {own!r}, and the scheduler {steps}: give it to the "
+                f"scheduler alone, which passes it on."
+            )
 
 
 def without_steps(conditioning: Serialised | None) -> Serialised | None:

@@ -29,8 +29,10 @@ from vdm_hub.scheduler_configs import (
     as_vdm_config,
     changes_process,
     check_betas,
+    check_steps,
     derived_betas,
     is_beta_table,
+    unread_fields,
     without_steps,
 )
 
@@ -139,12 +141,14 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             decoder=copy.deepcopy(decoder) or ("ddpm" if is_table else "factorised"),
             final_sigmas_type=final_sigmas_type or ("zero" if is_table else "sigma_min"),
             timestep_spacing=timestep_spacing or ("leading" if is_table else "trailing"),
-            conditioning=without_steps(copy.deepcopy(conditioning)) or ("table" if is_table else "affine"),
+            conditioning=without_steps(conditioning) or ("table" if is_table else "affine"),
         )
         self._name_packages()
         self._check_choices()
         self._ddpm = self._stock_ddpm() if is_table else None
+        check_steps(conditioning, self.config.num_train_timesteps)
         self.process = self.build_process()
+        self.register_to_config(**unread_fields(self.process, self.config))
         self._record_derived(given_betas)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
@@ -185,10 +189,17 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         """This config's process, new, with its own parameters; ``schedule`` stands for weights carried elsewhere."""
         fields = dict(self.config)
         fields["trained_betas"] = None if self._ddpm is None else self._ddpm.betas.tolist()
-        cls, _ = registry.resolve_class("forward_processes", fields["forward_process"])
+        form = fields["forward_process"]
+        cls, arguments = registry.resolve("forward_processes", form)
         if not issubclass(cls, ForwardProcess):
             raise ConfigurationError(f"{cls.__name__} is not a ForwardProcess: derive it from that class.")
-        return cls.from_fields(fields, schedule)
+        if taken := sorted(arguments.keys() & fields.keys()):
+            raise ConfigurationError(
+                f"the config of the forward process {registry.parse('forward_processes', form)[0]!r} holds "
+                f"{', '.join(taken)}: give it beside the process, as a field of the scheduler."
+            )
+        with registry.building("forward_processes", form, arguments):
+            return cls.from_fields(fields, schedule)
 
     def _record_derived(self, given_betas: list[float] | None) -> None:
         """Write what was derived into the config, and tell stock samplers to believe all of it."""

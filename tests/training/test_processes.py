@@ -221,6 +221,7 @@ def test_processes_that_know_nothing_of_each_other_are_refused(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_find_different_checkpoints_are_refused(tmp_path: Path) -> None:
     """As nodes do that do not share the folder: one would go on where the other begins."""
     (tmp_path / "apart.py").write_text(APART)

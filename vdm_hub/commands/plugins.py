@@ -54,7 +54,7 @@ def _status(registration: Registration, check: bool) -> dict[str, str]:
         return {"status": ("built-in" if registration.package == BUILT_IN_PACKAGE else "installed") + note}
     try:
         check_registered(registration)
-    except Exception as error:  # a plugin may raise anything; the others are checked all the same
+    except (Exception, SystemExit) as error:  # a plugin may raise anything; the others are checked all the same
         return {"status": f"FAILED{note}", "error": in_one_line(error)}
     return {"status": ("passes" if has_laws(registration.kind) else "imports") + note}
 

@@ -42,10 +42,10 @@ class Law:
                 self.test(instance)
             except LawViolation as violation:
                 self._report(instance, str(violation), violation)
-            except Exception as error:  # whatever a plugin's code may raise
+            except (Exception, SystemExit) as error:  # whatever a plugin's code may raise
                 self._report(instance, f"it raised {type(error).__name__}: {in_one_line(error)}", error)
 
-    def _report(self, instance: object, what: str, cause: Exception) -> NoReturn:
+    def _report(self, instance: object, what: str, cause: BaseException) -> NoReturn:
         raise LawViolation(
             f"{type(instance).__name__} breaks the law {self.name!r} ({self.statement}): {what}"
         ) from cause

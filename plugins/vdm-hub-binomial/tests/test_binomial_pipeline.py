@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
-from vdm_hub import VDMPipeline
+from vdm_hub import VDMPipeline, VDMScheduler
 from vdm_hub.data.loading import load_split
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.training.arguments import parse
@@ -80,6 +80,30 @@ def test_binarised_mnist(tmp_path: Path) -> None:
     fields = {"num_levels": 2, "forward_process": PROCESS, "unet": UNET | {"add_input": False}}
     run = train_a_little(tmp_path / "run", train_data_dir=str(data), max_train_steps=40, **fields)
     check_the_whole_way(run, str(data), transitions=20)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"exponnt": 2}, "did you mean 'exponent'"),
+        ({"exponent": "a"}, "exponent='a': give a number"),
+        ({"exponent": None}, "exponent=None: give a number"),
+        ({"exponent": 0.5}, "exponent=0.5: give a number of at least 1"),
+        ({"num_train_timesteps": 7}, "holds num_train_timesteps: give it beside the process"),
+    ],
+)
+def test_arguments_that_it_has_not_or_that_are_wrong_are_refused(config: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        VDMScheduler(forward_process=PROCESS | {"config": config}, num_levels=2)
+
+
+def test_what_it_does_not_read_is_left_out_and_that_is_said() -> None:
+    with pytest.warns(UserWarning, match="BinomialProcess reads no ") as said:
+        made = VDMScheduler(
+            forward_process=PROCESS, num_levels=2, noise_schedule="cosine", prediction_type="v_prediction"
+        )
+    assert len(said) == 2 and made.config.noise_schedule == "linear" and made.config.prediction_type == "epsilon"
+    assert type(made).from_config(made.config).config == made.config
 
 
 def test_the_recipe_of_the_readme_is_valid() -> None:

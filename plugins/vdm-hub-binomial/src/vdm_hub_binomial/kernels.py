@@ -4,9 +4,10 @@ Bits are x in {-1, 1}. With signal ``a_t = prod (1 - beta)`` the marginal is ``q
 ``Bernoulli(1/2 + (x_0 - 1/2) prod (1 - beta))``. Everything takes ``lost = 1 - signal``, never the signal, so that
 nothing cancels near the data, where the signal is one.
 
-The reverse kernel is the mixture ``p(z_s|z_t) = sum_x p(x|z_t) q(z_s|z_t, x)`` (SD15 section 2.2 with Table 1). A
-network that predicts the log-odds F of a bit given all other bits has ``p(x|z_t)`` proportional to
-``q(z_t|x) exp(x F / 2)``, and the mixture is the posterior of ``m = tanh(z_t F / 2)``, as if m were the bit times z_t:
+The reverse kernel is the mixture ``p(z_s|z_t) = sum_x p(x|z_t) q(z_s|z_t, x)``, between any two times; SD15's network
+gives the probability of a flip itself, for one step (Table 1). A network that predicts the log-odds F of a bit given
+all other bits has ``p(x|z_t)`` proportional to ``q(z_t|x) exp(x F / 2)``, and the mixture is the posterior of
+``m = tanh(z_t F / 2)``, as if m were the bit times z_t:
 
     p(flip) = (1 - a_t/a_s)/2 (1 - a_s m)/(1 + a_t m),   q(flip|x): the same with z_t x for m.
 

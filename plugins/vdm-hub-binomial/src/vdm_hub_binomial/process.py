@@ -17,13 +17,13 @@ from vdm_hub_binomial import kernels
 
 
 class BinomialProcess(ForwardProcess):
-    r"""Bits that are replaced by coin tosses, at the remaining signal ``a(t) = 1 - t^exponent`` (SD15 Table 1).
+    r"""Bits that are replaced by coin tosses, at the remaining signal ``a(t) = 1 - t^exponent``.
 
-    With T transitions and ``exponent`` 1 it is SD15's chain of T steps, ``beta_t = 1/(T - t + 1)``: the signal after t
-    of them is ``(T - t)/T``. z_0 is the data, z_1 all coin tosses: so the reconstruction and the prior term are zero,
-    and the first transition, from z_{1/T} to the data, is SD15's decoder. In continuous time the bound does not depend
-    on the exponent, but its estimator's variance does: with 1 it diverges logarithmically at t = 0, with 2 it is
-    finite.
+    With T transitions and ``exponent`` 1 it is SD15's chain of T steps, ``beta_t = 1/(T - t + 1)`` (SD15 Table 1): the
+    signal after t of them is ``(T - t)/T``. z_0 is the data, z_1 all coin tosses: so the reconstruction and the prior
+    term are zero, and the first transition, from z_{1/T} to the data, is SD15's decoder. In continuous time the bound
+    does not depend on the exponent, but its estimator's variance does: with 1 it diverges logarithmically at t = 0,
+    with 2 it is finite.
 
     The network reads the bits as -1 and 1 and ``(1 - a)(num_train_timesteps - 1)`` as the timestep, and its output is
     the log-odds of each bit of the data given all other bits.
@@ -43,8 +43,8 @@ class BinomialProcess(ForwardProcess):
 
     def __init__(self, exponent: float = 1.0, num_train_timesteps: int = 1000) -> None:
         super().__init__()
-        if not 1 <= exponent < float("inf"):
-            raise ConfigurationError(f"the binomial process got exponent={exponent}: give a number of at least 1.")
+        if not isinstance(exponent, int | float) or not 1 <= exponent < float("inf"):
+            raise ConfigurationError(f"the binomial process got exponent={exponent!r}: give a number of at least 1.")
         self.exponent, self.num_train_timesteps = float(exponent), num_train_timesteps
 
     @classmethod
@@ -55,7 +55,7 @@ class BinomialProcess(ForwardProcess):
                 f"the binomial process corrupts bits, and num_levels is {fields.get('num_levels', 256)}: give images "
                 f"of two levels with num_levels 2; python -m vdm_hub_binomial.binarise makes them of others."
             )
-        _, arguments, _ = registry.parse("forward_processes", fields["forward_process"])
+        _, arguments = registry.resolve("forward_processes", fields["forward_process"])
         return cls(**arguments | {"num_train_timesteps": fields.get("num_train_timesteps", 1000)})
 
     def to_config(self) -> dict[str, Any]:

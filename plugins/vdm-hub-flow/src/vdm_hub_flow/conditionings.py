@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vdm_hub.diffusion.conditioning import Conditioning
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
+from vdm_hub.errors import ConfigurationError
 
 
 class FlowTime(Conditioning):
@@ -23,6 +24,10 @@ class FlowTime(Conditioning):
     integer_timesteps = False
 
     def __init__(self, num_train_timesteps: int = 1000) -> None:
+        if not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
+            raise ConfigurationError(
+                f"flow_time got num_train_timesteps={num_train_timesteps!r}: give a whole number of at least 1."
+            )
         self.num_train_timesteps = num_train_timesteps
 
     @classmethod

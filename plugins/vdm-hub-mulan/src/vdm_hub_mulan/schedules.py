@@ -71,6 +71,8 @@ class MulanSchedule(NoiseSchedule):
         super().__init__()
         check_endpoints("mulan", gamma_min, gamma_max)
         self.shape = _checked(shape)
+        if not isinstance(learn_endpoints, bool):
+            raise ConfigurationError(f"learn_endpoints is {learn_endpoints!r}: give true or false.")
         self._config: dict[str, Any] = {
             "shape": list(self.shape),
             "gamma_min": float(gamma_min),
@@ -140,10 +142,10 @@ class MulanLatentSchedule(MulanSchedule):
         hidden_size: int = 64,
     ) -> None:
         super().__init__(shape, gamma_min, gamma_max, learn_endpoints)
-        if latent_size < 1 or hidden_size < 1:
+        if not all(isinstance(size, int) and size >= 1 for size in (latent_size, hidden_size)):
             raise ConfigurationError(
-                f"the schedule 'mulan_latent' got latent_size={latent_size} and hidden_size={hidden_size}: give at "
-                f"least 1."
+                f"the schedule 'mulan_latent' got latent_size={latent_size!r} and hidden_size={hidden_size!r}: give "
+                f"whole numbers of at least 1."
             )
         self._config |= {"latent_size": latent_size, "hidden_size": hidden_size}
         del self.coefficients
@@ -193,7 +195,7 @@ def _network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def _checked(shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ConfigurationError(f"shape is {list(shape)!r}: give channels, height and width, such as [1, 8, 8].")
+    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+        raise ConfigurationError(f"shape is {shape!r}: give channels, height and width, such as [1, 8, 8].")
     channels, height, width = shape
     return channels, height, width

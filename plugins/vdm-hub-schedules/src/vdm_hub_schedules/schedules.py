@@ -130,10 +130,10 @@ class ShiftedCosineSchedule(CutSchedule):
     def __init__(
         self, resolution: int, base_resolution: int = 64, gamma_min: float = -13.3, gamma_max: float = 5.0
     ) -> None:
-        if resolution < 1 or base_resolution < 1:
+        if not all(isinstance(pixels, int) and pixels >= 1 for pixels in (resolution, base_resolution)):
             raise ConfigurationError(
-                f"the shifted cosine schedule got resolution={resolution} and base_resolution={base_resolution}: give "
-                f"the images' pixels a side, at least 1."
+                f"the shifted cosine schedule got resolution={resolution!r} and base_resolution={base_resolution!r}: "
+                f"give the images' pixels a side, whole numbers of at least 1."
             )
         self.resolution, self.base_resolution = resolution, base_resolution
         super().__init__(gamma_min, gamma_max)
