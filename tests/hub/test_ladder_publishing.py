@@ -50,7 +50,9 @@ class Published:
         return re.findall(rf"```{language}\n(.*?)```", self.card, flags=re.DOTALL)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("vae", marks=pytest.mark.slow), "hvae", "latent"])
+@pytest.fixture(
+    scope="module", params=[*(pytest.param(rung, marks=pytest.mark.slow) for rung in ("vae", "hvae")), "latent"]
+)
 def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     folder, rung = tmp_path_factory.mktemp("ladder"), request.param
     fields = RUNGS[rung] | ({} if rung == "latent" else {"unet": {}, "noise_schedule": "linear"})

@@ -14,8 +14,8 @@ import pytest
 from hub.publications import write_run
 
 HERE = Path(__file__).resolve().parent
-ONE_ATTEMPT = ("503", "403", "dropped before", "dropped after", "truncated")
-REST = ("500", "502", "504", "401", "404", "409", "429")
+ONE_ATTEMPT = ("503", "403", "dropped after")
+REST = ("dropped before", "truncated", "500", "502", "504", "401", "404", "409", "429")
 FOR_EVER = ("503*", "dropped before*", "401*")
 
 

@@ -107,7 +107,8 @@ def kill_after(checkpoint: str, run: Path, *arguments: str) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("variant", [pytest.param("plain", marks=pytest.mark.slow), "accumulated, learned"])
+@pytest.mark.slow  # test_survival kills one process twenty times, and two
+@pytest.mark.parametrize("variant", ["plain", "accumulated, learned"])
 def test_a_killed_and_resumed_run_equals_the_undisturbed_one_bit_for_bit(variant: str, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"max_train_steps": 120, "checkpointing_steps": 3, "random_flip": True}
     fields |= {"logging_steps": 2, "validation_size": 20, "validation_steps": 30}

@@ -44,9 +44,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "evaluation_replicates": 2,
         "gradient_checkpointing": True,
     },
-    "bf16": {"noise_schedule": LEARNED, "mixed_precision": "bf16"},
 }
-RUNGS: dict[str, dict[str, Any]] = {
+BF16: dict[str, Any] = {"noise_schedule": LEARNED, "mixed_precision": "bf16"}
+MORE: dict[str, dict[str, Any]] = {
+    "bf16": BF16,
     "hvae": {"model": "hvae", "unet": {}, "noise_schedule": "linear", "hvae": STAGE},
     "latent_vdm": {"model": "latent_vdm", "first_stage": STAGE},
     "trained_first_stage": {"model": "latent_vdm", "first_stage": STAGE, "freeze_first_stage": False},
@@ -59,7 +60,7 @@ pytestmark = pytest.mark.skipif(not DEEPSPEED.is_dir(), reason=f"DeepSpeed is no
 
 
 def fields_of(name: str) -> dict[str, Any]:
-    return COMMON | (RUNS | RUNGS)[name]
+    return COMMON | (RUNS | MORE)[name]
 
 
 def carry_out(jobs: list[list[str]], file: Path) -> str:
@@ -97,16 +98,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             path = recipe(folder / f"recipe-{output.name}", output, **fields_of("everything"))
             jobs.append([engine, free_port(), path, "--resume_from_checkpoint", "latest"])
     for engine in ENGINES:
-        wide = fields_of("bf16") | {"unet": DROPOUT | {"block_out_channels": [64]}}  # so that MiB can be compared
+        wide = COMMON | BF16 | {"unet": DROPOUT | {"block_out_channels": [64]}}  # so that MiB can be compared
         dry = recipe(folder / f"recipe-dry-{engine}", folder / f"dry-{engine}", **wide)
         jobs.append([engine, free_port(), dry, "--dry_run", "true"])
     return folder, carry_out(jobs, folder / "second.json")
 
 
 @pytest.fixture(scope="module")
-def rungs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rungs")
-    carry_out(trainings(folder, RUNGS), folder / "jobs.json")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("more")
+    carry_out(trainings(folder, MORE), folder / "jobs.json")
     return folder
 
 
@@ -161,10 +162,10 @@ def test_all_engines_train_the_same_and_leave_it_whole(runs: tuple[Path, str], n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
-@pytest.mark.parametrize("name", RUNGS)
-def test_so_they_do_on_every_rung(rungs: Path, name: str, engine: str) -> None:
-    assert_alike(rungs, name, engine)
-    assert_whole(rungs, name, engine)
+@pytest.mark.parametrize("name", MORE)
+def test_so_they_do_in_bfloat16_and_on_every_rung(more: Path, name: str, engine: str) -> None:
+    assert_alike(more, name, engine)
+    assert_whole(more, name, engine)
 
 
 @pytest.mark.parametrize("engine", SHARDED)
