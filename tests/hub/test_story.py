@@ -97,6 +97,7 @@ def test_the_figure_on_the_card_can_be_measured_again(story: Story) -> None:
     assert f"standard error {error}" in said
 
 
+@pytest.mark.slow  # tests/training/test_records.py repeats a run, too
 def test_the_run_can_be_repeated_to_the_same_weights(story: Story) -> None:
     (commands,) = (block for block in story.blocks("bash") if "vdm_hub.train" in block)
     story.user.shell_block(commands)
