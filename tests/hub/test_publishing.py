@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hub.clients import Client
+from hub.faults import FAULTS
 from hub.publications import EVALUATION, tiny_pipeline, write_run
 from hub.server import LoopbackHub
 from hub.storage import Blob, Repository
@@ -266,6 +267,7 @@ REFUSED = {
     "a pull request to nobody": (("you/absent", "--create_pr"), "hf_loopback", "check the name"),
     "no such evaluation": (("me/tiny", "--evaluation", "absent.json"), "hf_loopback", "is no file"),
     "a place without a dry run": (("me/tiny", "--output_dir", "x"), "hf_loopback", "only with --dry_run"),
+    "a conflict": (("me/tiny",), "hf_loopback", "it is being changed: try again"),
 }
 
 
@@ -275,10 +277,11 @@ def refusals(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, t
         hub.tokens["hf_reader"] = "read"
         hub.repositories["you/public"] = Repository(False, {".gitattributes": Blob(b"")})
         with Client(hub.environment(tmp_path_factory.mktemp("home"))) as client:
-            answers = {
-                name: tuple(client.run(COMMAND, token, run, *arguments))
-                for name, (arguments, token, _) in REFUSED.items()
-            }
+            answers = {}
+            for name, (arguments, token, _) in REFUSED.items():
+                if name == "a conflict":
+                    hub.fail(at=0, fault=FAULTS["409"])
+                answers[name] = tuple(client.run(COMMAND, token, run, *arguments))
         left = {name: files(found) for name, found in hub.repositories.items()}
         assert left == {"you/public": {}}, "a refused publication leaves nothing"
         assert hub.leaked_tokens() == []

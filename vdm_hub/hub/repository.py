@@ -77,9 +77,14 @@ class HubRepository:
         """Create it where it does not exist.
 
         Raises:
-            PublishError: It is to be private, exists, and is public.
+            PublishError: It is to be private, exists, and is public; or something else is creating it.
         """
-        created = self._retried(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
+        try:
+            created = self._retried(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
+        except KeyError as error:  # the client took a conflict for a repository that exists, and was told of none
+            raise PublishError(
+                f"publishing to {self.repo_id} failed: the Hub says that it is being changed: try again."
+            ) from error
         self.repo_id = created.repo_id
         if private and not self._info(MAIN).private:
             raise PublishError(
