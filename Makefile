@@ -54,14 +54,14 @@ install-plugins: install  ## Install the packages in plugins/, from where they a
 # The core's tests run without any plugin, also where some are installed; afterwards all are.
 test: install $(VENV)/deepspeed  ## Run the tests: the core's without plugins, then the plugins' (under 15 minutes on 2 cores).
 	$(RUN)/pip uninstall -qq --yes $(notdir $(PLUGINS))
-	$(RUN)/python -m pytest -n 2 --dist worksteal
+	$(RUN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(MAKE) test-plugins
 
 test-plugins: install-plugins  ## Run the plugins' tests alone.
-	$(RUN)/python -m pytest -n 2 --dist worksteal plugins
+	$(RUN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS) plugins
 
-test-slow: install $(VENV)/deepspeed  ## Run the longer checks too.
-	$(RUN)/python -m pytest -n 2 --dist worksteal -m 'slow or not slow'
+test-slow:  ## Run the longer checks too.
+	$(MAKE) test PYTEST_ARGS="-m 'slow or not slow'"
 
 test-diffusers: install  ## Run diffusers' own scheduler, model and pipeline tests: DIFFUSERS_UPSTREAM=<a checkout>.
 	@test -d "$(DIFFUSERS_UPSTREAM)/tests/schedulers" || { echo "set DIFFUSERS_UPSTREAM to a checkout of huggingface/diffusers"; exit 2; }
