@@ -18,6 +18,7 @@ from vdm_hub.testing.laws import Laws, LawViolation, require
 from vdm_hub.testing.subjects import (
     BATCH,
     CPU,
+    OWN_TERMS,
     SHAPE,
     cast,
     evaluated,
@@ -31,8 +32,6 @@ from vdm_hub.testing.subjects import (
 )
 
 PROCESS_LAWS = Laws("forward_processes", ForwardProcess)
-
-_OWN_TERMS = ("reconstruction", "prior", "diffusion")
 
 
 def network(sample: Tensor, timestep: Tensor) -> Tensor:
@@ -120,7 +119,7 @@ def terms(process: ForwardProcess) -> None:
         require_shape(term, (BATCH,), name)
         require(term.is_floating_point(), f"{name} is {term.dtype}")
         require_finite(term, name)
-    clash = sorted(set(batch.bind()[0]) & set(_OWN_TERMS))
+    clash = sorted(set(batch.bind()[0]) & set(OWN_TERMS))
     require(not clash, f"the extra terms {clash} would replace the bound's own")
 
 

@@ -17,6 +17,7 @@ from vdm_hub.testing.laws import Laws, require
 from vdm_hub.testing.subjects import (
     BATCH,
     CPU,
+    OWN_TERMS,
     SHAPE,
     cast,
     evaluated,
@@ -30,8 +31,6 @@ from vdm_hub.testing.subjects import (
 )
 
 SCHEDULE_LAWS = Laws("noise_schedules", NoiseSchedule)
-
-_OWN_TERMS = ("reconstruction", "prior", "diffusion")
 
 
 def _data(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -235,7 +234,7 @@ def extra_terms(schedule: NoiseSchedule) -> None:
     """The extra terms of the bound are one finite number a datum, under names of their own."""
     for state in _states(schedule, torch.float32):
         for name, term in _bound(state)[0].items():
-            require(name not in _OWN_TERMS, f"the extra term {name!r} would replace the bound's own")
+            require(name not in OWN_TERMS, f"the extra term {name!r} would replace the bound's own")
             require(
                 tuple(term.shape) == (BATCH,), f"the extra term {name!r} has the shape {tuple(term.shape)}, not (B,)"
             )

@@ -21,6 +21,9 @@ CPU = torch.device("cpu")
 GAMMAS = (-13.3, 13.0)
 """The range of gamma in which a target and a conditioning are held to their laws."""
 
+OWN_TERMS = ("reconstruction", "prior", "diffusion")
+"""The bound's own names of its terms, which no other may bear."""
+
 M = TypeVar("M", bound=nn.Module)
 
 

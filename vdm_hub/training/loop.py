@@ -5,52 +5,41 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
 from typing import Any
 from warnings import warn
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vdm_hub.data.batches import training_batches
 from vdm_hub.data.loading import Data, Images, load_data
-from vdm_hub.diffusion.times import stratified_times
-from vdm_hub.errors import CheckpointError, ConfigurationError
+from vdm_hub.errors import CheckpointError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Bound, Objective
+from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.plots import save_grid
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
 from vdm_hub.training.configuration import allowed_changes
-from vdm_hub.training.early_stopping import EarlyStopping
-from vdm_hub.training.history import History
-from vdm_hub.training.losses import GRADIENT_NORM, LossWatch
-from vdm_hub.training.optimizers import build_optimizer
 from vdm_hub.training.outputs import OutputFolder, publish_locally, results, sample_images
-from vdm_hub.training.processes import build_accelerator, is_sharded, to_device
-from vdm_hub.training.provenance import Provenance
+from vdm_hub.training.packing import pack_state, restore_state
+from vdm_hub.training.processes import build_accelerator, is_sharded
 from vdm_hub.training.publishing import check_publishing, publish_run
 from vdm_hub.training.rehearsal import rehearse
 from vdm_hub.training.resuming import Start, find_start, not_saved
-from vdm_hub.training.setup import build_objective, build_pipeline, count_steps, learning_rate, repeated_blocks
-from vdm_hub.training.shards import average_gradients, gathered, plan_shards, whole
+from vdm_hub.training.run_state import RunState
+from vdm_hub.training.setup import build_objective, build_pipeline
+from vdm_hub.training.shards import gathered
 from vdm_hub.training.signals import StopSignals, TrainingStopped
-from vdm_hub.training.state import pack_state, restore_state
 from vdm_hub.training.tracking import Trackers
-from vdm_hub.training.weights import averages, build_ema, step_ema, these_weights
-from vdm_hub.training.zero import gradient_norm, has_zero, prepare_zero
-
-_LOOKED_AT = 1024  # training images, from which a model may take how its latents are distributed
+from vdm_hub.training.weights import averages, these_weights
+from vdm_hub.training.zero import has_zero
 
 
 def train(configuration: Configuration) -> LikelihoodReport | None:
@@ -102,60 +91,17 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
     return report
 
 
-class Run:
-    """The state of one training run: what a checkpoint holds, and the steps that change it."""
+class Run(RunState):
+    """A run with all that is seen of it while it lasts, and what is left of it."""
 
     def __init__(
         self, configuration: Configuration, accelerator: Accelerator, data: Data, folder: OutputFolder
     ) -> None:
-        training = self.training = configuration.training
-        self.configuration, self.accelerator, self.data, self.folder = configuration, accelerator, data, folder
-        self.step = 0
-        self.source = training_batches(
-            data.train,
-            training.train_batch_size,
-            seed=training.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            random_flip=configuration.data.random_flip,
-            accumulation=training.gradient_accumulation_steps,
-        )
-        self.total_steps = count_steps(training, self.source.steps_per_epoch)
-        accumulation, processes = training.gradient_accumulation_steps, accelerator.num_processes
-        self.global_batch_size = training.train_batch_size * accumulation * processes
-        self.model = build_objective(configuration, data.image_shape)
-        self.model.to(accelerator.device)
-        # The same images however many processes there are, so that all come to the same scale.
-        first = training_batches(data.train, training.train_batch_size, seed=training.seed)
-        looked_at = islice(first.batches(), -(-_LOOKED_AT // training.train_batch_size))
-        self._said = self.model.prepare(to_device(batch, accelerator.device) for batch in looked_at)
-        optimizer = build_optimizer(self.model, training, learning_rate(training, processes))
-        self._replicated: list[torch.nn.Parameter] = []
-        if is_sharded(accelerator):
-            self._replicated = plan_shards(accelerator, self.model, repeated_blocks(self.model))
-        prepare: Callable[..., Any] = prepare_zero if has_zero(accelerator) else Accelerator.prepare
-        self.objective, self.optimizer = prepare(accelerator, self.model, optimizer)
-        self.ema = build_ema(training, self.model, accelerator.device)
-        self._parameters = list(self.model.parameters())  # listed once: walking the modules takes 1 % of a small step
-        self.lr_scheduler = get_scheduler(
-            training.lr_scheduler,
-            optimizer,
-            num_warmup_steps=training.lr_warmup_steps,
-            num_training_steps=self.total_steps,
-        )
-        self.history, self.seconds = History(), 0.0  # of all parts of a run that was resumed
-        self._clock = time.perf_counter()
-        self.losses = LossWatch(training, folder.checkpoints, looks_at_once=accelerator.device.type == "cpu")
-        self.early_stopping = EarlyStopping(training.early_stopping_patience, training.early_stopping_threshold)
-        if training.early_stopping_patience is not None and data.validation is None:
-            raise ConfigurationError(
-                f"early_stopping_patience is {training.early_stopping_patience}, and nothing is held out to measure: "
-                f"give validation_split or validation_size."
-            )
-        self.provenance = Provenance(configuration, accelerator, self.model, data)
-        self.trackers = Trackers(accelerator, wanted=bool(training.trackers))
+        super().__init__(configuration, accelerator, data, folder)
+        self.trackers = Trackers(accelerator, wanted=bool(self.training.trackers))
         self.stop, self._stop_is_agreed = StopSignals(), False
         self._start: Start | None = None
+        self._clock = time.perf_counter()
 
     def announce(self) -> None:
         """Make the output folder this run's, and open the trackers."""
@@ -163,85 +109,10 @@ class Run:
             if self._start is not None:
                 self._start.set_aside()
             self.folder.claim(self.configuration)
-            if self._said is not None:
-                tqdm.write(self._said)
+            if self.said is not None:
+                tqdm.write(self.said)
         self.trackers.open(self.configuration.to_dict())
         self._clock = time.perf_counter()
-
-    # ---- one optimiser step -----------------------------------------------------------------------------------------
-
-    def batches(self) -> Iterator[list[dict[str, Tensor]]]:
-        """The micro-batches of each optimiser step that is still to be taken."""
-        accumulation = self.training.gradient_accumulation_steps
-        source = self.source.batches(start_step=self.step * accumulation)
-        while not self.is_last():
-            yield [next(source) for _ in range(accumulation)]
-
-    def optimise(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One optimiser step; every draw is a function of the seed, the step and the place in the global batch.
-
-        Returns:
-            The bound's terms in bits per dimension, their means over this process's images.
-        """
-        if not (self.model.training and self.model.body.training):
-            self.objective.train()
-        parts: list[dict[str, Tensor]] = []
-        for part, batch in enumerate(batches):
-            batch = to_device(batch, self.accelerator.device)
-            with self.accelerator.accumulate(self.objective):
-                with self.accelerator.autocast():  # FSDP2 does not bring its own
-                    bound: Bound = self.objective(batch, self._times(part), self._noise(batch, part))
-                self.accelerator.backward(bound.loss)
-                parts.append({name: value.detach().mean() for name, value in bound.bits_per_dim().items()})
-                if self.accelerator.sync_gradients:
-                    terms = {name: torch.stack([one[name] for one in parts]).mean() for name in parts[0]}
-                    self._watch(terms, self._clip())
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        self.lr_scheduler.step()
-        if self.ema is not None:
-            step_ema(self.ema, self._parameters, offload=self.training.offload_ema)
-        self.step += 1
-        return terms
-
-    def _clip(self) -> Tensor:
-        """Clip the gradient, and its norm before that; DeepSpeed has done so, and taken the step."""
-        if has_zero(self.accelerator):
-            return gradient_norm(self.accelerator)
-        average_gradients(self.accelerator, self._replicated)
-        norm: Tensor = self.accelerator.clip_grad_norm_(self._parameters, self.training.max_grad_norm)
-        return norm
-
-    def _place(self, part: int) -> int:
-        """The number of this process's micro-batch among those of the global batch.
-
-        N processes and one process with N accumulation steps share it, and so all of their draws.
-        """
-        return part * self.accelerator.num_processes + self.accelerator.process_index
-
-    def _times(self, part: int) -> Tensor:
-        """This process's share of the times, stratified over the global batch, all accumulation steps included."""
-        size, parts = self.training.train_batch_size, self.training.gradient_accumulation_steps
-        offset = np.random.default_rng([self.training.seed, self.step]).random()
-        total = size * parts * self.accelerator.num_processes
-        return stratified_times(size, offset, self._place(part) * size, total, self.accelerator.device)
-
-    def _noise(self, batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
-        """Noise of this micro-batch; dropout draws from the global generator, which is seeded alike."""
-        key = [self.training.seed, self.step, self._place(part)]
-        noise_seed, dropout_seed = np.random.SeedSequence(key).generate_state(2, np.uint64) >> np.uint64(1)
-        torch.manual_seed(int(dropout_seed))
-        generator = torch.Generator(self.accelerator.device).manual_seed(int(noise_seed))
-        return self.model.draw_noise(batch, generator)
-
-    def _watch(self, terms: dict[str, Tensor], gradient_norm: Tensor) -> None:
-        """Stop before the weights follow a loss or a gradient that is not finite.
-
-        The gradient is the mean over all processes, so they all stop at the same step.
-        """
-        if self.accelerator.scaler is None:  # with fp16 it may overflow: the scaler then skips the step
-            terms = terms | {GRADIENT_NORM: whole(gradient_norm.detach())}
-        self.losses.add(self.step + 1, terms)
 
     # ---- what is seen while it runs ---------------------------------------------------------------------------------
 
@@ -318,10 +189,6 @@ class Run:
             warn(f"the samples of step {self.step} could not be written ({error}): training goes on.", stacklevel=2)
 
     # ---- signals ----------------------------------------------------------------------------------------------------
-
-    def is_last(self) -> bool:
-        """Whether the last step has been taken, or held-out bits/dim have stopped falling."""
-        return self.step >= self.total_steps or self.early_stopping.is_over
 
     def is_asked_to_stop(self) -> bool:
         """Whether a signal asks to stop here: for one process at once; several agree where the bound is logged."""

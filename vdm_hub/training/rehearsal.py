@@ -7,23 +7,20 @@ import statistics
 import sys
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels
+from vdm_hub.training.run_state import RunState
 from vdm_hub.training.shards import own_part
 from vdm_hub.training.zero import has_zero
-
-if TYPE_CHECKING:
-    from vdm_hub.training.loop import Run
 
 _MIB = 2**20
 _REPETITIONS = 5
 
 
-def rehearse(run: Run) -> str:
+def rehearse(run: RunState) -> str:
     """Take the first step, and take it again for its time, as only the first pays for memory and compilation.
 
     Returns:
@@ -51,7 +48,7 @@ def rehearse(run: Run) -> str:
     return "\n".join(f"{name:<16}{value}" for name, value in rows.items())
 
 
-def _seconds(run: Run, batches: list[dict[str, Tensor]]) -> float:
+def _seconds(run: RunState, batches: list[dict[str, Tensor]]) -> float:
     """The median, so that one step that something else on the machine held up does not decide."""
 
     def once() -> float:
@@ -73,12 +70,12 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _number_of_images(run: Run) -> str:
+def _number_of_images(run: RunState) -> str:
     train = run.data.train
     return f"{len(train):,}" if isinstance(train, ImageLevels) else "a stream"
 
 
-def _bytes(run: Run) -> int:
+def _bytes(run: RunState) -> int:
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
     averages = [] if run.ema is None else run.ema.shadow_params
     weights = list(run.model.parameters())

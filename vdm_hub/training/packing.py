@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -12,14 +12,12 @@ from vdm_hub.training import optimizers
 from vdm_hub.training.checkpoints import Checkpoint
 from vdm_hub.training.configuration import differences
 from vdm_hub.training.history import History
+from vdm_hub.training.run_state import RunState
 from vdm_hub.training.shards import gathered, own_part, sharded_like
 from vdm_hub.training.weights import averages
 
-if TYPE_CHECKING:
-    from vdm_hub.training.loop import Run
 
-
-def pack_state(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def pack_state(run: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The state of a run as groups of tensors and as JSON; where they are sharded, all processes take part."""
     keep = run.accelerator.is_main_process
     moments, numbers = optimizers.pack_state(run.optimizer)
@@ -43,7 +41,7 @@ def pack_state(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return tensors, state
 
 
-def restore_state(run: Run, path: Path, checkpoint: Checkpoint) -> None:
+def restore_state(run: RunState, path: Path, checkpoint: Checkpoint) -> None:
     """Put a run where a checkpoint was written.
 
     Raises:
@@ -64,7 +62,7 @@ def restore_state(run: Run, path: Path, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _other_circumstances(before: dict[str, Any], run: Run) -> list[str]:
+def _other_circumstances(before: dict[str, Any], run: RunState) -> list[str]:
     """What no recipe says, and yet decides which images a step sees."""
     now = run.provenance.describe(run.step, run.seconds)
     changed = []
@@ -77,7 +75,7 @@ def _other_circumstances(before: dict[str, Any], run: Run) -> list[str]:
     return changed
 
 
-def _restore(run: Run, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+def _restore(run: RunState, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     own = run.model.state_dict()
     run.model.load_state_dict({name: sharded_like(value, own[name]) for name, value in tensors["objective"].items()})
     optimizers.unpack_state(run.optimizer, tensors["optimizer"], state["optimizer"])
@@ -93,7 +91,7 @@ def _restore(run: Run, tensors: dict[str, dict[str, Tensor]], state: dict[str, A
     run.step = int(state["step"])
 
 
-def _resume_learning_rate(run: Run, state: dict[str, Any]) -> None:
+def _resume_learning_rate(run: RunState, state: dict[str, Any]) -> None:
     """The schedule goes on where it was, from the recipe's own learning rate, which may be a lower one now."""
     scheduler = run.lr_scheduler
     scheduler.load_state_dict(state | {"base_lrs": scheduler.base_lrs})
