@@ -24,7 +24,7 @@ from tiny import tiny_pipeline, tiny_unet_2d
 from vdm_hub import VDMPipeline
 from vdm_hub.commands import main
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.hub.stock_twin import build_stock_twin
+from vdm_hub.publishing.stock_twin import build_stock_twin
 
 
 def small(network: Any, **changes: Any) -> Any:

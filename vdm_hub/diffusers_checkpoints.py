@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.repositories import HUB_ARGUMENTS, INDEX, PipelineFiles, open_pipeline
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, PipelineFiles, open_pipeline
 from vdm_hub.scheduler_configs import is_beta_table
 from vdm_hub.scheduling_vdm import VDMScheduler
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, check_pipeline, open_pipeline
 from vdm_hub.images import levels_from_images
 from vdm_hub.likelihood.decompositions import form_of
 from vdm_hub.likelihood.methods import build_measurement
@@ -23,7 +24,6 @@ from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.models.safetensors_only import SafetensorsOnly, WholeWeights, check_stock_weights
 from vdm_hub.published_card import KeepsPublishedCard
-from vdm_hub.repositories import HUB_ARGUMENTS, check_pipeline, open_pipeline
 
 
 class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):

@@ -19,7 +19,7 @@ import diffusers
 import diffusers.pipelines
 
 from vdm_hub.files import written_beside
-from vdm_hub.repositories import INDEX, read_json
+from vdm_hub.hub.repositories import INDEX, read_json
 
 HINT_KEY = "_requires"
 INSTALL_HINT = (

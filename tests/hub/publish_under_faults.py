@@ -30,8 +30,8 @@ class Trials:
     """What a fault at the n-th call leaves behind."""
 
     def __init__(self, hub: LoopbackHub, old: Path, new: Path, cache: Path) -> None:
-        from vdm_hub.hub.card import Edition
-        from vdm_hub.hub.publishing import prepared_publication, publish
+        from vdm_hub.publishing.card import Edition
+        from vdm_hub.publishing.publishing import prepared_publication, publish
 
         self.hub, self.cache = hub, cache
         publish(old, "old/model")
@@ -57,8 +57,8 @@ class Trials:
         return self.main(name), len(self.hub.calls) - before
 
     def send(self, name: str) -> None:
-        from vdm_hub.hub.publishing import send
-        from vdm_hub.hub.repository import HubRepository
+        from vdm_hub.publishing.publishing import send
+        from vdm_hub.publishing.repository import HubRepository
 
         edition = replace(self.prepared.edition, repo_id=name)
         send(replace(self.prepared, edition=edition), HubRepository(name))

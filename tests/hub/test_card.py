@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from hub.publications import EVALUATION, write_run
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, PublishError
-from vdm_hub.hub.card import Edition, plain, render_card
-from vdm_hub.hub.contents import copy_pipeline, copy_records, read_source, refuse_secrets
+from vdm_hub.publishing.card import Edition, plain, render_card
+from vdm_hub.publishing.contents import copy_pipeline, copy_records, read_source, refuse_secrets
 
 
 @pytest.fixture(scope="module")

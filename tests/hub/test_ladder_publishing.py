@@ -17,9 +17,9 @@ from hub.readers import Reader, reader
 from hub.server import LoopbackHub
 from vdm_hub import HVAEPipeline, LatentVDMPipeline, MarkovianHVAE
 from vdm_hub.errors import CheckpointError, ConfigurationError
-from vdm_hub.hub.contents import published_recipe
-from vdm_hub.hub.publishing import write_publication
 from vdm_hub.pipelines import PIPELINES
+from vdm_hub.publishing.contents import published_recipe
+from vdm_hub.publishing.publishing import write_publication
 
 NETWORK: dict[str, Any] = {"block_out_channels": [8], "norm_num_groups": 4}
 RUNGS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from hub.server import LoopbackHub
 from hub.storage import Blob, Repository
 from vdm_hub.errors import CheckpointError
 from vdm_hub.evaluation.provenance import weights_fingerprint
-from vdm_hub.hub.publishing import write_publication
+from vdm_hub.publishing.publishing import write_publication
 
 TOKEN = "hf_" + "loopbackSecret" * 3
 MAIN_FILES = {
@@ -171,7 +171,7 @@ def test_a_pull_request_changes_no_branch(run: Path, tmp_path: Path) -> None:
 
 PUBLISH = """
 from pathlib import Path
-from vdm_hub.hub.publishing import publish
+from vdm_hub.publishing.publishing import publish
 folder, name, how = sys.argv[1:]
 answer(publish(Path(folder), name, create_pr=how == "pr", remote_code=how == "code").commit)
 """

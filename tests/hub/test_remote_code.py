@@ -20,9 +20,9 @@ from hub.test_loading import MEASURE, PIPELINES, REPOSITORY, build_pipeline
 from tiny import tiny_pipeline, tiny_unet_2d
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError
-from vdm_hub.hub import remote_code, remote_code_reader
-from vdm_hub.hub.carried_code import PUBLIC_CLASSES, carried_sources, pinned_name
-from vdm_hub.hub.remote_code import add_remote_code, check_remote_code
+from vdm_hub.publishing import remote_code, remote_code_reader
+from vdm_hub.publishing.carried_code import PUBLIC_CLASSES, carried_sources, pinned_name
+from vdm_hub.publishing.remote_code import add_remote_code, check_remote_code
 from vdm_hub.registration import add_install_hint
 
 KINDS = (*PIPELINES, "stock network")
@@ -94,7 +94,7 @@ print(json.dumps(measure(DiffusionPipeline.from_pretrained(folder, trust_remote_
 
 ADD = """
 import pathlib, sys
-from vdm_hub.hub.remote_code import add_remote_code
+from vdm_hub.publishing.remote_code import add_remote_code
 print(add_remote_code(pathlib.Path(sys.argv[1])))
 """
 
@@ -365,7 +365,7 @@ def test_the_carried_sources_are_complete_and_need_nothing_that_diffusers_does_n
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 unknown = {name.split(".")[0] for name in names} - PROVIDED - sys.stdlib_module_names
                 assert not unknown, f"{module} imports {unknown}"
-    assert not {"training", "data", "hub", "evaluation", "commands"} & {module.split(".")[0] for module in sources}
+    assert not {"training", "data", "publishing", "evaluation", "commands"} & {module.split(".")[0] for module in sources}
     assert set(PUBLIC_CLASSES.values()) <= set(sources)
 
 

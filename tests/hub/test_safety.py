@@ -20,7 +20,7 @@ from hub.test_idioms import blobs, carried_pipeline, run, weights_asked_for
 from tiny import quiet, sampled, tiny_pipeline, tiny_unet_2d
 from vdm_hub import UNetVDMModel, VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError, VDMHubError
-from vdm_hub.repositories import INDEX, MAX_JSON_BYTES, MAX_JSON_DEPTH
+from vdm_hub.hub.repositories import INDEX, MAX_JSON_BYTES, MAX_JSON_DEPTH
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SHARDS = "unet/diffusion_pytorch_model.safetensors.index.json"

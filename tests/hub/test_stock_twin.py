@@ -21,7 +21,7 @@ from tiny import LEVELS, quiet, sampled, seeded, tiny_pipeline, tiny_unet, tiny_
 from vdm_hub import NoiseScheduleModel, VDMPipeline, VDMScheduler
 from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.hub.stock_twin import TwinError, build_stock_twin, twin_error
+from vdm_hub.publishing.stock_twin import TwinError, build_stock_twin, twin_error
 
 TARGETS = ("epsilon", "sample", "v_prediction")
 CONTINUOUS: dict[str, Any] = {

@@ -9,10 +9,10 @@ import torch
 
 from vdm_hub.diffusers_checkpoints import pipeline_class
 from vdm_hub.errors import ConfigurationError, VDMHubError
+from vdm_hub.hub.repositories import HTTP_ERROR
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.pipelines import PIPELINES
-from vdm_hub.repositories import HTTP_ERROR
 
 
 def load_pipeline(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.hub.publishing import publish, write_publication
+from vdm_hub.publishing.publishing import publish, write_publication
 
 _TOKEN_HELP = "The token is the one of `hf auth login`, or HF_TOKEN; it is never an argument."
 

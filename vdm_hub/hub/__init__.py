@@ -1,1 +1,1 @@
-"""Floor 4, publication: a pipeline on the Hugging Face Hub, for readers with and without vdm_hub."""
+"""What others wrote, read with care: where files come from, and what they may say."""

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.hub.repositories import INDEX, PipelineFiles, open_pipeline
 from vdm_hub.models.first_stages import AutoencoderKLFirstStage
 from vdm_hub.models.hvae import MarkovianHVAE
-from vdm_hub.repositories import INDEX, PipelineFiles, open_pipeline
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.networks import build_described, build_hvae
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from vdm_hub.errors import PublishError
-from vdm_hub.hub.publishing import check_ready, publish
+from vdm_hub.publishing.publishing import check_ready, publish
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.outputs import OutputFolder
 from vdm_hub.training.secrets import without_tokens

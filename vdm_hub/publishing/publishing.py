@@ -12,8 +12,12 @@ from pathlib import Path
 from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.evaluation.provenance import weights_fingerprint
 from vdm_hub.files import written_beside
-from vdm_hub.hub.card import Edition, render_card
-from vdm_hub.hub.contents import (
+from vdm_hub.hub.repositories import INDEX, read_json
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.pipelines import PIPELINES
+from vdm_hub.publishing.card import Edition, render_card
+from vdm_hub.publishing.contents import (
     Source,
     components_of,
     copy_pipeline,
@@ -22,15 +26,11 @@ from vdm_hub.hub.contents import (
     read_source,
     refuse_secrets,
 )
-from vdm_hub.hub.remote_code import add_remote_code, check_remote_code
-from vdm_hub.hub.repository import MAIN, HubRepository, check_ready, check_repo_id
-from vdm_hub.hub.rungs import rung_of
-from vdm_hub.hub.stock_twin import build_stock_twin, twin_error
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
-from vdm_hub.pipeline_vdm import VDMPipeline
-from vdm_hub.pipelines import PIPELINES
+from vdm_hub.publishing.remote_code import add_remote_code, check_remote_code
+from vdm_hub.publishing.repository import MAIN, HubRepository, check_ready, check_repo_id
+from vdm_hub.publishing.rungs import rung_of
+from vdm_hub.publishing.stock_twin import build_stock_twin, twin_error
 from vdm_hub.registration import add_install_hint
-from vdm_hub.repositories import INDEX, read_json
 from vdm_hub.version import __version__
 
 __all__ = ["Publication", "check_ready", "publish", "write_publication"]

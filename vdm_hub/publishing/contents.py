@@ -14,7 +14,7 @@ from huggingface_hub import get_token
 
 from vdm_hub.errors import CheckpointError, PublishError
 from vdm_hub.evaluation.provenance import public_name
-from vdm_hub.hub.records import read_evaluation, read_object, read_recipe, read_run
+from vdm_hub.publishing.records import read_evaluation, read_object, read_recipe, read_run
 
 INDEX = "model_index.json"
 _COMPONENT_FILE = re.compile(r"(scheduler_)?config\.json|diffusion_pytorch_model[\w.-]*\.(json|safetensors)")

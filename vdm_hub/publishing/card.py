@@ -13,10 +13,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from vdm_hub.hub.contents import Source
-from vdm_hub.hub.rungs import plugin_packages, rung_of, word
 from vdm_hub.likelihood.decompositions import FORMS
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub.publishing.contents import Source
+from vdm_hub.publishing.rungs import plugin_packages, rung_of, word
 from vdm_hub.version import __version__
 
 TASK = "unconditional-image-generation"

@@ -1,4 +1,4 @@
-"""Imports a package from text. A generated ``pipeline.py`` starts with this code; see `vdm_hub.hub.remote_code`."""
+"""Imports a package from text. A generated ``pipeline.py`` starts with this code; see `publishing.remote_code`."""
 
 from __future__ import annotations
 

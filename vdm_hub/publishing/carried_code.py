@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vdm_hub import registry
 from vdm_hub.errors import CheckpointError
-from vdm_hub.hub import carrier
+from vdm_hub.publishing import carrier
 from vdm_hub.version import __version__
 
 PACKAGE = "vdm_hub"

@@ -29,7 +29,7 @@ MAX_JSON_BYTES = 10_000_000
 MAX_JSON_DEPTH = 64
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # A copy of this package under another name, as a repository may carry it, is named so in its own index.
-_PACKAGE = __name__.rpartition(".")[0]
+_PACKAGE = __name__.partition(".")[0]
 _LIBRARIES = ("diffusers", "transformers", _PACKAGE)
 _COMPONENT_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 # What the client's HTTP library raises without an answer, whichever library its version stands on.
