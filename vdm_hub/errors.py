@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+from vdm_hub.secret_values import mask
 
 
 class VDMHubError(Exception):
-    """Base of all errors that are the user's to mend. The doors print it as one paragraph, without a traceback."""
+    """Base of all errors that are the user's to mend. The doors print it as one paragraph, without a traceback.
+
+    No message holds a secret, whatever it was made of.
+
+    >>> print(VDMHubError("https://ada:tiger@example.org/x is not there."))
+    https://***@example.org/x is not there.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(mask(argument) if isinstance(argument, str) else argument for argument in args))
 
 
 class ConfigurationError(VDMHubError, ValueError):
@@ -35,12 +47,12 @@ class MissingPluginError(VDMHubError, ImportError):
 
 
 def in_one_line(error: BaseException) -> str:
-    r"""What an error says, or its name where it says nothing; at most 1,000 characters.
+    r"""What an error says, without secrets, or its name where it says nothing; at most 1,000 characters.
 
     >>> in_one_line(ValueError("two\n  lines")), in_one_line(ValueError())
     ('two lines', 'ValueError')
     """
-    return (" ".join(str(error).split()) or type(error).__name__)[:1000]
+    return mask(" ".join(str(error).split()) or type(error).__name__)[:1000]  # before the cut: half a secret shows
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigurationError:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vdm_hub.data.arguments import DataArguments
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, MissingPluginError
 from vdm_hub.training.arguments import FIELDS, GROUPS, Configuration, load_recipe, parse, recipes
 from vdm_hub.training.configuration import TrainingArguments
 
@@ -26,7 +26,7 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
 
 
 def refused(argv: list[str]) -> str:
-    with pytest.raises(ConfigurationError) as error:
+    with pytest.raises((ConfigurationError, MissingPluginError)) as error:
         parse(argv)
     message = str(error.value)
     assert "\n" not in message

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vdm_hub.commands import evaluate, plugins, publish, sample
-from vdm_hub.errors import VDMHubError
+from vdm_hub.errors import VDMHubError, in_one_line
 
 # At exit, a last look for garbage among all that was imported takes two seconds and finds nothing that matters.
 atexit.register(gc.freeze)
@@ -36,6 +36,6 @@ def report_errors(run: Callable[[], object]) -> int:
     try:
         status = run()
     except (VDMHubError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0

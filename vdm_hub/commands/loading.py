@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vdm_hub.diffusers_checkpoints import pipeline_class
-from vdm_hub.errors import ConfigurationError, VDMHubError
+from vdm_hub.errors import ConfigurationError, VDMHubError, in_one_line
 from vdm_hub.hub.repositories import HTTP_ERROR
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
@@ -43,7 +43,7 @@ def load_pipeline(
     except VDMHubError:
         raise
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError, HTTP_ERROR) as error:
-        cause = " ".join(str(error).split())[:400].rstrip(".")
+        cause = in_one_line(error)[:400].rstrip(".")
         raise ConfigurationError(
             f"the pipeline {name!r} can't be loaded: {cause}. Check the folder or the Hub id, and the network."
         ) from error

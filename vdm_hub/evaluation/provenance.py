@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.secret_values import masked_values
 from vdm_hub.version import __version__
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface-hub", "safetensors", "numpy")
@@ -64,7 +65,7 @@ def describe_images(
     >>> described["images"], described["shape"], described["resized"], described["fingerprint"][:12]
     (360, [1, 8, 8], False, 'sha256:8c431')
     """
-    return {
+    described = {
         "name": public_name(name),
         "config": config,
         "split": split,
@@ -75,6 +76,7 @@ def describe_images(
         "resized": images.resized,
         "fingerprint": fingerprint(images.levels) if isinstance(images, ImageLevels) else None,
     }
+    return masked_values(described)
 
 
 def fingerprint(levels: Tensor | tuple[Tensor, ...]) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import get_token
+from PIL import Image
 
 from vdm_hub.errors import CheckpointError, PublishError
 from vdm_hub.evaluation.provenance import public_name
 from vdm_hub.publishing.records import read_evaluation, read_object, read_recipe, read_run
+from vdm_hub.secret_values import find_secret, find_secret_in_bytes
 
 INDEX = "model_index.json"
 _COMPONENT_FILE = re.compile(r"(scheduler_)?config\.json|diffusion_pytorch_model[\w.-]*\.(json|safetensors)")
@@ -22,9 +24,10 @@ RECORDS = ("evaluation.json", "history.json", "run.json")
 PICTURES = ("samples.png", "schedule.png", "training_curve.png")
 RECIPE = "recipe.yaml"
 
+_PARSERS: Mapping[str, Callable[[str], object]] = {".json": json.loads, ".yaml": yaml.safe_load}
+
 # Of a recipe, what says where this run lay and what it sent, rather than what it did.
 _OWN_AFFAIRS = ("recipe", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo")
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 
 @dataclass(frozen=True)
@@ -117,24 +120,46 @@ def copy_records(source: Source, destination: Path) -> None:
 
 
 def refuse_secrets(folder: Path) -> None:
-    """Refuse to send a file that holds a token, in its text or in what a picture or weights say of themselves.
+    """Refuse to send a file that holds a secret, in its text or in what a picture or weights say of themselves.
 
     Raises:
-        PublishError: With the file's name, and never the token.
+        PublishError: With the file's name and the kind of secret, and never the secret.
     """
-    token = get_token()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            text = _header(path) if path.suffix == ".safetensors" else path.read_bytes()
-            if _TOKEN.search(text) or (token and token.encode() in text):
-                raise PublishError(
-                    f"{path.relative_to(folder)} would hold a Hugging Face token: nothing was sent. Take it out "
-                    f"of the recipe or the file that it came from, and revoke it if others may have seen it."
-                )
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if what := find_secret(str(name)) or _secret_in(path):
+            raise PublishError(
+                f"{name} would hold {what}: nothing was sent. Take it out of the recipe or the file that it came "
+                f"from, and revoke it if others may have seen it."
+            )
+
+
+def _secret_in(path: Path) -> str | None:
+    """What a file holds that is nobody's business, read as its kind is read."""
+    if path.suffix == ".safetensors":
+        header = _header(path)
+        return find_secret_in_bytes(header) or find_secret(_parsed(header, json.loads))
+    content = path.read_bytes()
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            picture.load()  # what it says of itself may stand at its end
+            return find_secret_in_bytes(content) or find_secret([picture.info, dict(picture.getexif())])
+    if path.suffix == ".py":  # this package's own code, compared with what it is; it speaks of tokens
+        return find_secret_in_bytes(content)
+    return find_secret(_parsed(content, _PARSERS.get(path.suffix, str))) or find_secret_in_bytes(content)
+
+
+def _parsed(content: bytes, parser: Callable[[str], object]) -> object:
+    """What the content says to a parser; the text itself where it says nothing."""
+    text = content.decode("utf-8", errors="replace")
+    try:
+        return parser(text)
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return text
 
 
 def _header(weights: Path) -> bytes:
-    """The part of a safetensors file before the weights."""
+    """The JSON before the weights in a safetensors file."""
     with weights.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return file.read(min(size, 100_000_000))

@@ -25,7 +25,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from vdm_hub.data.arguments import DataArguments
-from vdm_hub.errors import ConfigurationError, VDMHubError, unknown_name
+from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.fields import require
 from vdm_hub.training.configuration import (
     DiffusionArguments,
@@ -33,7 +33,7 @@ from vdm_hub.training.configuration import (
     Serialised,
     TrainingArguments,
 )
-from vdm_hub.training.secrets import refuse_token_field, refuse_token_value, without_tokens
+from vdm_hub.training.secrets import refuse_secret, refuse_token_field
 
 GROUPS: tuple[Any, ...] = (DataArguments, DiffusionArguments, ModelArguments, TrainingArguments)
 FIELDS: dict[str, Any] = {
@@ -92,6 +92,7 @@ class Configuration:
             ConfigurationError: A field is unknown, or a value has the wrong type or range.
         """
         recipe = str(values.get("recipe", recipe))
+        refuse_secret("recipe", recipe)
         checked = _typed({key: value for key, value in values.items() if key != "recipe"}, where)
         checked["output_dir"] = checked.get("output_dir") or f"runs/{recipe}"
 
@@ -127,15 +128,6 @@ def parse(argv: Sequence[str] | None = None) -> Configuration:
             out of range. The message names the field, the value and the nearest known name.
         SystemExit: After ``--help``.
     """
-    try:
-        return _parse(argv)
-    except VDMHubError as error:
-        if (harmless := without_tokens(str(error))) != str(error):
-            raise ConfigurationError(harmless) from None
-        raise
-
-
-def _parse(argv: Sequence[str] | None) -> Configuration:
     parser = _parser()
     namespace, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     given = vars(namespace)
@@ -310,7 +302,7 @@ def _convert(name: str, value: Any, where: str) -> Any:
     >>> _convert("learning_rate", "1e-4", "in a recipe"), _convert("transitions", "none", "on the command line")
     (0.0001, None)
     """
-    refuse_token_value(name, value)
+    refuse_secret(name, value)
     annotation = FIELDS[name]
     optional = types.NoneType in _options(annotation)
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 
-from vdm_hub.errors import PublishError
+from vdm_hub.errors import PublishError, in_one_line
 from vdm_hub.publishing.publishing import check_ready, publish
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.outputs import OutputFolder
-from vdm_hub.training.secrets import without_tokens
 
 
 def check_publishing(configuration: Configuration) -> None:
@@ -34,7 +33,7 @@ def publish_run(configuration: Configuration, folder: OutputFolder) -> None:
     try:
         publication = publish(folder.pipeline, repository, private=private)
     except Exception as error:  # whatever it was, the run is whole, and its owner must hear that
-        reason = without_tokens(" ".join(str(error).split())).rstrip(".") or type(error).__name__
+        reason = in_one_line(error).rstrip(".")
         words = ["vdm-hub", "publish", str(folder.pipeline), repository, *(["--private"] if private else [])]
         raise PublishError(
             f"{reason}. The run is complete in {folder.path}, and only its publication is missing: once that is "

@@ -14,6 +14,7 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from vdm_hub.errors import ConfigurationError, in_one_line
+from vdm_hub.secret_values import masked_values
 
 
 class Trackers:
@@ -86,5 +87,6 @@ def _show(tracker: GeneralTracker, pictures: Mapping[str, np.ndarray], step: int
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Only what every tracker can hold."""
-    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in values.items()}
+    """Only what every tracker can hold, and no secrets."""
+    shown = masked_values(values)
+    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in shown.items()}

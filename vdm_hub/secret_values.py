@@ -1,0 +1,179 @@
+"""Secrets in text: what counts as one, whether a value holds one, and text without them.
+
+A secret is known by its value, as that of an environment variable or of the client's stored token, or by its form.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+MASK = "***"
+_SHORTEST = 8  # of a secret that is known by its value: shorter ones are words that occur by themselves
+_VARIABLE = re.compile(r"(?i)\w*(TOKEN|PASSWORD|PASSWD)S?|(\w*_)?(KEY|SECRET|PASSPHRASE|PAT|CREDENTIALS?)S?")
+
+# A folder may be called hf_runs: words in lower case are no token, unless the first is a kind of token.
+_WORD = r"(?:[a-z]{1,15}|[a-z]{5,15}\d{1,2}|v?\d{1,3})"
+_KIND = r"(?:oauth|jwt|app|api|org|pat|sso|secret|key|access|refresh|session)(?![a-z])"
+_NAME = rf"(?!{_KIND}|token[_-])(?=[a-z]){_WORD}(?:[_-]{_WORD})*(?![\w-])"
+_LIBRARY = r"(?:hub(?:_[a-z]+)*|xet|transfer|home|token)(?![\w-])"
+_HF = r"(?<![A-Za-z0-9])hf_"
+
+_FORMS = (
+    # scheme://user:password@host; what follows the colon may also be a port.
+    (r"(//)[^\s/?#:@'\"<>]*:(?!\d{1,5}(?:[/?#\s'\"]|$))\S*@", r"\1***@", "a password in an address"),
+    # A user alone, where services take a token for one.
+    (
+        r"(?i)((?:https?|s3|ftps?)://)(?!\*\*\*@)[^\s/?#:@'\"<>]+@",
+        r"\1***@",
+        "the user of an address, which may be a token",
+    ),
+    # Without a scheme; an address for mail is none.
+    (
+        r"(?i)(?<![\w/])(?!mailto:)[\w.+-]+:(?=[^\s/@:]*[\d\W_])[^\s/@:]{6,}@(?=[\w-]+(?:\.[\w-]+)*\.[a-z]{2,})",
+        "***@",
+        "a password in an address",
+    ),
+    (
+        r"(?i)([?&;](?:access_?token|auth|token|api_?key|key|secret|password|pwd|sig|signature|x-amz-signature"
+        r"|x-amz-security-token|x-goog-signature)=)(?!\*\*\*)[^&#\s'\";,)]+",
+        r"\1***",
+        "a key in an address",
+    ),
+    (r"(\bBearer\s+)[\w.~+/=-]{8,}", r"\1***", "a token"),
+    (r"(?<![A-Za-z0-9])(api_org_)\w+", r"\1***", "a Hugging Face token"),
+    (
+        r"(?<![A-Za-z0-9])(?:gh[opsur]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}"
+        r"|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[\w-]{20,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}[\w.-]*)",
+        MASK,
+        "a token",
+    ),
+    (r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]*-----END [A-Z ]*PRIVATE KEY-----)?", MASK, "a private key"),
+    (rf"({_HF})(?!{_NAME}|{_LIBRARY})\w[\w-]*", r"\1***", "what may be a Hugging Face token"),
+)
+_PATTERNS = [(re.compile(pattern), masked, what) for pattern, masked, what in _FORMS]
+_PERHAPS = re.compile(rf"({_HF})(?!{_LIBRARY})\w[\w-]*")
+_LONG = re.compile(rb"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}")
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
+
+
+def find_secret(value: object) -> str | None:
+    """What a value holds that is nobody's business, in words and without the secret; ``None`` where there is nothing.
+
+    Mappings and sequences are searched whole, keys included, and text also as it reads without the escapes of JSON,
+    YAML, HTML, Markdown and addresses.
+
+    >>> find_secret({"unet": {"path": "s3://ada:tiger@bucket/x"}}), find_secret("hf%5Foauth_1x")
+    ('a password in an address', 'what may be a Hugging Face token')
+    >>> find_secret(["hf_runs/one", "https://host:8080/x@v1", 0.5])
+    """
+    known = _known_values()
+    for text in _texts(value):
+        for reading in _readings(text):
+            for name, pattern in known.items():
+                if pattern.search(reading):
+                    return name
+            for pattern, _, what in _PATTERNS:
+                if pattern.search(reading):
+                    return what
+    return None
+
+
+def find_secret_in_bytes(content: bytes) -> str | None:
+    """The same of what is no text, where only what can't be chance counts: known values, and long tokens."""
+    text = content.decode("latin-1")
+    found = (name for name, pattern in _known_values().items() if pattern.search(text))
+    return next(found, "a Hugging Face token" if _LONG.search(content) else None)
+
+
+def mask(text: str) -> str:
+    """Text without secrets, nor anything that may be one.
+
+    >>> mask("unknown recipe 'hf_abc', https://ada:tiger@host/x?token=1f3c; run hf_hub_download")
+    "unknown recipe 'hf_***', https://***@host/x?token=***; run hf_hub_download"
+    """
+    return _PERHAPS.sub(r"\1***", _without_secrets(text))
+
+
+def _without_secrets(text: str) -> str:
+    """Text without what `find_secret` finds."""
+    for pattern in _known_values().values():
+        text = pattern.sub(MASK, text)
+    for pattern, masked, _ in _PATTERNS:
+        text = pattern.sub(masked, text)
+    escaped = re.compile(r"\S*[\\%&]\S*")  # whatever is hidden by escapes
+    return escaped.sub(lambda word: word[0] if find_secret(word[0].replace(MASK, "")) is None else MASK, text)
+
+
+def masked_values(value: Any) -> Any:
+    """JSON-like content with what `find_secret` finds in it masked, keys included.
+
+    >>> masked_values({"name": "ftp://ada:tiger@host", "images": 360})
+    {'name': 'ftp://***@host', 'images': 360}
+    """
+    if isinstance(value, str):
+        return _without_secrets(value)
+    if isinstance(value, Mapping):
+        return {masked_values(key): masked_values(item) for key, item in value.items()}
+    return [masked_values(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts(pair)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from _texts(item)
+    elif not isinstance(value, bool | float | None) and len(str(value)) > 2:
+        yield str(value)
+
+
+def _readings(text: str) -> set[str]:
+    """The text as it stands, and as it reads without escapes, once and twice."""
+    if not any(sign in text for sign in "\\%&"):
+        return {text}
+    once = _unescaped(text)
+    return {text, once, _unescaped(once)}
+
+
+def _unescaped(text: str) -> str:
+    def character(match: re.Match[str]) -> str:
+        code = match[1] or match[2] or match[3]
+        if code is None:
+            return " " if match[4] in "nrt" else match[4]
+        return chr(int(code, 16)) if int(code, 16) <= 0x10FFFF else ""
+
+    return unquote(html.unescape(_ESCAPE.sub(character, text)))
+
+
+def _known_values() -> dict[str, re.Pattern[str]]:
+    """The secrets of this process, longest first, by what they are."""
+    values = {f"the value of {name}": value for name, value in os.environ.items() if _VARIABLE.fullmatch(name)}
+    values |= {f"the token in {path}": token for path, token in _stored_tokens()}
+    long = {what: value for what, value in values.items() if len(value.strip()) >= _SHORTEST}
+    return {what: _exactly(value) for what, value in sorted(long.items(), key=lambda item: -len(item[1]))}
+
+
+def _exactly(value: str) -> re.Pattern[str]:
+    """A value, however its words are spaced; one of letters alone only as a word of its own."""
+    spaced = r"(?:\s|\\[nrt])+".join(map(re.escape, value.split()))
+    return re.compile(rf"(?<![A-Za-z0-9]){spaced}(?![A-Za-z0-9])" if value.isalpha() else spaced)
+
+
+def _stored_tokens() -> Iterator[tuple[Path, str]]:
+    """What ``hf auth login`` stored; read here, since asking the client may renew a token over the network."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    token = Path(os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or cache) / "token").expanduser()
+    for path in (token, token.with_name("stored_tokens")):
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            yield path, line.partition("=")[2].strip() or line.strip()
