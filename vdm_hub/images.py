@@ -53,7 +53,7 @@ def levels_from_images(images: Any, num_levels: int) -> Tensor:
     shapes = {(picture.mode, picture.size) for picture in pictures}
     if len(shapes) > 1:
         raise DataError(f"images of mixed mode or size: {sorted(shapes)[:4]}. Convert or resize them alike.")
-    levels = [levels_from_image(picture, num_levels, index=i) for i, picture in enumerate(pictures)]
+    levels = [levels_from_image(picture, num_levels, name=f"image {i}") for i, picture in enumerate(pictures)]
     return torch.from_numpy(np.stack(levels)).long().contiguous()
 
 

@@ -26,6 +26,9 @@ _MODES = {"grey": "L", "rgb": "RGB"}
 _CONVERTIBLE = frozenset({"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "CMYK", "YCbCr", "HSV"})
 
 
+_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SAMPLES_PER_PIXEL = 258, 339, 277  # tags of TIFF
+
+
 def pixel_values(num_levels: int) -> Levels:
     """The K bytes that stand for the levels 0..K-1, ``round(255 i/(K-1))``, shape (K,).
 
@@ -46,14 +49,14 @@ def _level_of_byte(num_levels: int) -> npt.NDArray[np.int16]:
     return table
 
 
-def levels_from_image(image: Image, num_levels: int, *, color: Color = "auto", index: int | None = None) -> Levels:
+def levels_from_image(image: Image, num_levels: int, *, color: Color = "auto", name: object = "the image") -> Levels:
     """The levels of an image.
 
     Args:
         image: A PIL image.
         num_levels: K, 2 to 256.
         color: ``"auto"`` takes modes L and RGB as they are and refuses others; ``"grey"`` and ``"rgb"`` convert.
-        index: The image's number in its dataset, for messages.
+        name: What to call it in messages.
 
     Returns:
         uint8 of shape (C, H, W), values 0..K-1; C is 1 (grey) or 3 (RGB).
@@ -64,7 +67,7 @@ def levels_from_image(image: Image, num_levels: int, *, color: Color = "auto", i
     >>> levels_from_image(PIL.Image.new("L", (2, 1), 255), num_levels=17).tolist()
     [[[16, 16]]]
     """
-    pixels = np.asarray(convert_color(image, color, index=index))
+    pixels = np.asarray(convert_color(image, color, name))
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     if num_levels == 256:
         return np.array(pixels, dtype=np.uint8, order="C")  # a copy: PIL's buffer is read-only
@@ -74,7 +77,7 @@ def levels_from_image(image: Image, num_levels: int, *, color: Color = "auto", i
         known = pixel_values(num_levels).tolist()
         shown = known if len(known) <= 17 else [*known[:4], "...", *known[-2:]]
         raise DataError(
-            f"{_name(index)} has the pixel value {pixels[c, h, w]} at row {h}, column {w}, which is none of the "
+            f"{name} has the pixel value {pixels[c, h, w]} at row {h}, column {w}, which is none of the "
             f"{num_levels} levels ({', '.join(map(str, shown))}): set num_levels (--num_levels) to the number of "
             "levels that the images have (256 for ordinary 8-bit images), or store level i of K as round(255 i/(K-1))."
         )
@@ -110,28 +113,24 @@ def nearest_levels(image: Image, num_levels: int) -> Levels:
     return levels[None] if levels.ndim == 2 else np.ascontiguousarray(levels.transpose(2, 0, 1))
 
 
-def convert_color(image: Image, color: Color, *, index: int | None = None) -> Image:
+def convert_color(image: Image, color: Color, name: object = "the image") -> Image:
     """The image in mode L or RGB; only transparency and more than 8 bits are never dropped.
 
     Raises:
         DataError: ``color`` is ``"auto"`` and the mode is neither L nor RGB; or the image has transparent pixels, or
             more than 8 bits a channel.
     """
-    if image.mode == _MODES.get(color, image.mode) and image.mode in ("L", "RGB"):
+    check_depth(image, name)
+    if image.mode == _MODES.get(color, image.mode) and image.mode in ("L", "RGB") and not _is_transparent(image):
         return image
-    if image.mode not in _CONVERTIBLE:
+    if color == "auto" and image.mode not in ("L", "RGB"):
         raise DataError(
-            f"{_name(index)} has mode {image.mode}, which is not 8 bits a channel: convert the images to 8-bit grey "
-            "(L) or RGB first, with the scaling that suits them."
-        )
-    if color == "auto":
-        raise DataError(
-            f"{_name(index)} has mode {image.mode}; grey (L) and RGB are taken as they are. Set color to 'grey' or "
+            f"{name} has mode {image.mode}; grey (L) and RGB are taken as they are. Set color to 'grey' or "
             "'rgb' to convert all images, or convert them yourself."
         )
     if _is_transparent(image):
         raise DataError(
-            f"{_name(index)} has mode {image.mode} with transparent pixels, which levels can't hold: put the images "
+            f"{name} has mode {image.mode} with transparent pixels, which levels can't hold: put the images "
             "on a background of your choice first."
         )
     # Via RGB, since a palette or CMYK has no direct way to grey for every mode.
@@ -139,12 +138,39 @@ def convert_color(image: Image, color: Color, *, index: int | None = None) -> Im
     return image.convert(_MODES[color])
 
 
+def check_depth(image: Image, name: object = "the image") -> None:
+    """Refuse more than 8 bits a channel, and channels that Pillow would drop, whatever the mode that Pillow gives it.
+
+    Of a file that is not loaded yet all is known: Pillow reads 16-bit colours into mode RGB, and keeps the upper 8.
+
+    Raises:
+        DataError: They would be dropped.
+    """
+    if image.mode not in _CONVERTIBLE or _is_deep(image):
+        raise DataError(
+            f"{name} is not stored in 8 bits a channel, unsigned (Pillow opens it in mode {image.mode}): convert the "
+            "images to 8-bit grey (L) or RGB first, with the scaling that suits them."
+        )
+
+
+def _is_deep(image: Any) -> bool:
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:  # TIFF
+        depths, formats, channels = (
+            tags.get(_BITS_PER_SAMPLE, (1,)),
+            tags.get(_SAMPLE_FORMAT, (1,)),
+            tags.get(_SAMPLES_PER_PIXEL, 1),
+        )
+        return max(depths) > 8 or set(formats) != {1} or channels > len(image.getbands())
+    if image.format == "PNG":
+        return any(";16" in str(tile.args) for tile in image.tile)
+    if image.format == "PPM":  # with the largest value, where it is not 255
+        return any(isinstance(tile.args, tuple) and tile.args[-1] > 255 for tile in image.tile)
+    return False
+
+
 def _is_transparent(image: Image) -> bool:
     if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA"):
         return False
     extrema: Any = image.convert("RGBA").getchannel("A").getextrema()
     return bool(extrema[0] < 255)
-
-
-def _name(index: int | None) -> str:
-    return "the image" if index is None else f"image {index}"

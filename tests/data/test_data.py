@@ -93,7 +93,7 @@ def test_a_pixel_is_a_level_or_refused(num_levels: int, value: int) -> None:
     if value in pixel_values(num_levels):
         assert pixel_values(num_levels)[levels_from_image(image, num_levels)[0, 0, 1]] == value
     else:
-        message = refused(levels_from_image, image, num_levels, index=7)
+        message = refused(levels_from_image, image, num_levels, name="image 7")
         assert (
             f"image 7 has the pixel value {value} at row 0, column 1" in message and f"{num_levels} levels" in message
         )
@@ -214,7 +214,7 @@ def test_bad_datasets_are_named(tmp_path: Path) -> None:
     assert "'tain'" in message and "it has train;" in message
     assert "'tain'" in refused(load_data, DataArguments(train_data_dir=folder, train_split="tain", streaming=True))
     assert "train, test" in refused(load_split, "digits", "tain")
-    assert "no data" in refused(load_split, folder, "train[:0]")
+    assert "no images" in refused(load_split, folder, "train[:0]")
     assert "no images" in refused(load_split, "digits", "train[:0]", num_levels=17)
     assert "nowhere" in refused(load_data, DataArguments(train_data_dir=str(tmp_path / "nowhere")))
     assert "has the pixel value" in refused(load_split, "digits", "train", num_levels=16)
@@ -225,11 +225,13 @@ def test_mixed_images_are_named_with_what_to_do(tmp_path: Path) -> None:
     small, large = Image.new("L", (4, 4)), Image.new("L", (6, 5))
     (tmp_path / "sizes").mkdir()
     message = refused(load_split, png_folder(tmp_path / "sizes", small, small, large), "train")
-    assert "image 0 is grey, 4 x 4 and image 2 is grey, 6 x 5" in message and "resolution" in message
+    assert (
+        "image 0 (000.png) is grey, 4 x 4 and image 2 (002.png) is grey, 6 x 5" in message and "resolution" in message
+    )
     (tmp_path / "modes").mkdir()
     folder = png_folder(tmp_path / "modes", small, Image.new("RGB", (4, 4)))
     message = refused(load_split, folder, "train")
-    assert "image 0 is grey" in message and "image 1 is RGB" in message and "color" in message
+    assert "image 0 (000.png) is grey" in message and "image 1 (001.png) is RGB" in message and "color" in message
     assert load_split(folder, "train", color="rgb").image_shape == (3, 4, 4)
 
 
@@ -356,7 +358,21 @@ def test_epochs_and_seeds_differ_and_half_of_the_images_are_mirrored() -> None:
 
 def test_too_few_images_for_a_batch_are_refused() -> None:
     message = refused(ShuffledBatches, numbered(7), 4, seed=0, world_size=2)
-    assert "7 training images" in message and "at most 3" in message
+    assert "7 training images" in message and "train_batch_size to at most 3" in message
+
+
+@pytest.mark.parametrize(("count", "held_out", "most"), [(45, 256, 173), (127, 1, 0), (0, 128, 0)])
+def test_too_few_images_since_others_are_held_out_names_that_field(count: int, held_out: int, most: int) -> None:
+    message = refused(ShuffledBatches, numbered(count), 128, seed=0, held_out=held_out)
+    assert f"{held_out} of the {count + held_out}" in message and "validation_size" in message
+    assert f"hold out at most {most} images" in message
+
+
+def test_no_field_is_named_that_would_not_help() -> None:
+    message = refused(ShuffledBatches, numbered(3), 128, seed=0, held_out=10)
+    assert "validation_size" not in message and "train_batch_size to at most 3" in message
+    message = refused(ShuffledBatches, numbered(1), 4, seed=0, world_size=2)
+    assert "train_batch_size" not in message and "more images" in message
 
 
 @given(st.integers(1, 30), st.integers(1, 7), st.integers(1, 4))

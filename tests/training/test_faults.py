@@ -321,7 +321,7 @@ def test_an_empty_folder_or_a_tiny_dataset_is_refused(streaming: bool, tmp_path:
         assert not list((tmp_path / "run").glob("checkpoints/*"))
 
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "doesn't contain any data files")
+    refused(tmp_path / "empty", "neither images nor Parquet files")
     refused(shards(tmp_path / "tiny"), "80 training images.* do not fill one batch of 100", train_batch_size=100)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from vdm_hub.commands.loading import load_pipeline
@@ -158,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     processes = Processes.launched()
     with processes.main_speaks():
-        pipeline, images = processes.together(lambda: _load(arguments))
+        pipeline, images = processes.together(lambda: _load(arguments, processes))
         report = _evaluate(arguments, pipeline, images, processes)
         if processes.is_main:
             _write(arguments, report, images)
@@ -185,7 +186,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigurationError(f"{path} exists: name another --{name}, or replace it with --overwrite.")
 
 
-def _load(arguments: argparse.Namespace) -> tuple[LikelihoodPipeline, ImageLevels]:
+def _load(arguments: argparse.Namespace, processes: Processes) -> tuple[LikelihoodPipeline, ImageLevels]:
     overrides = {name: value for name in _OVERRIDES if (value := getattr(arguments, name)) is not None}
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
     if arguments.label_column is not None and pipeline.num_classes is None:
@@ -202,6 +203,7 @@ def _load(arguments: argparse.Namespace) -> tuple[LikelihoodPipeline, ImageLevel
         resolution=arguments.resolution,
         max_samples=arguments.max_images,
         label_column=arguments.label_column,
+        say=lambda said: print(said, file=sys.stderr) if processes.is_main else None,
     )
     return pipeline, images
 

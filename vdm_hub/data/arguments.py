@@ -15,11 +15,15 @@ class DataArguments:
     _argument_group_name = "data"
 
     dataset_name: str | None = option(
-        None, "A dataset on the Hugging Face Hub, or 'digits' for scikit-learn's digits, which need no network."
+        None,
+        "A dataset on the Hugging Face Hub, or a folder as for train_data_dir, or 'digits' for scikit-learn's digits, "
+        "which need no network.",
     )
     dataset_config_name: str | None = option(None, "The configuration of the dataset, where it has several.")
     train_data_dir: str | None = option(
-        None, "Instead of dataset_name: a folder of images or of Parquet files, in any layout that `datasets` reads."
+        None,
+        "Instead of dataset_name: a folder of images or of Parquet files, or one Parquet file. Folders train/, "
+        "validation/ and test/ in it are splits where they hold all of the images; else all are the split 'train'.",
     )
     image_column: str = option("image", "The column that holds the images.")
     train_split: str = option("train", "The split to train on; slices such as 'train[:90%%]' are understood.")

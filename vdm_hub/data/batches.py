@@ -36,6 +36,7 @@ class ShuffledBatches:
         world_size: The number of processes.
         random_flip: Mirror each image left to right with probability 1/2.
         accumulation: How many batches make one optimiser step.
+        held_out: How many more images there would be, were none held out; for messages.
 
     Raises:
         DataError: There are fewer images than in one global batch.
@@ -56,6 +57,7 @@ class ShuffledBatches:
         world_size: int = 1,
         random_flip: bool = False,
         accumulation: int = 1,
+        held_out: int = 0,
     ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size, self.random_flip = rank, world_size, random_flip
@@ -63,10 +65,7 @@ class ShuffledBatches:
         # Fewer than one optimiser step needs are refused by whoever counts those.
         self.steps_per_epoch = whole - whole % accumulation if whole >= accumulation else whole
         if self.steps_per_epoch == 0:
-            raise DataError(
-                f"{len(images)} training images do not fill one batch of {batch_size} on each of {world_size} "
-                f"process(es): set train_batch_size to at most {len(images) // world_size}."
-            )
+            raise _too_few(len(images), batch_size, world_size, held_out)
         self._epoch: tuple[int, Tensor, Tensor] | None = None
 
     def batch(self, step: int) -> Batch:
@@ -113,6 +112,7 @@ class StreamedBatches:
         world_size: The number of processes.
         random_flip: Mirror each image left to right with probability 1/2.
         accumulation: How many batches make one optimiser step.
+        held_out: How many more images there would be, were none held out; for messages.
     """
 
     steps_per_epoch: None = None
@@ -128,10 +128,11 @@ class StreamedBatches:
         world_size: int = 1,
         random_flip: bool = False,
         accumulation: int = 1,
+        held_out: int = 0,
     ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size, self.random_flip = rank, world_size, random_flip
-        self.accumulation = accumulation
+        self.accumulation, self.held_out = accumulation, held_out
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from a step on, without end; one is read ahead where the images have ``num_workers``.
@@ -154,11 +155,7 @@ class StreamedBatches:
                     yield whole[start : start + self.batch_size]
                 complete += 1
             if complete == 0:
-                raise DataError(
-                    f"the stream holds {len(whole)} training images, which do not fill one batch of "
-                    f"{self.batch_size} on each of {self.world_size} process(es), {self.accumulation} time(s) a step: "
-                    f"set train_batch_size to fewer."
-                )
+                raise _too_few(len(whole), self.batch_size, self.world_size, self.held_out, self.accumulation)
 
     def _read(self, rows: Iterator[dict[str, Any]], number: int) -> list[dict[str, Any]]:
         try:
@@ -208,6 +205,24 @@ def evaluation_batches(
     while batch := list(islice(numbered, batch_size)):
         indices = torch.tensor([index for index, _ in batch])
         yield {"levels": images.decode([row for _, row in batch]), "indices": indices}
+
+
+def _too_few(count: int, batch_size: int, world_size: int, held_out: int, accumulation: int = 1) -> DataError:
+    """What to say where the first batch can't be filled: with the fields that would help, and how far."""
+    needed = batch_size * world_size * accumulation
+    steps = f", {accumulation} times a step" if accumulation > 1 else ""
+    remedies = []
+    if held_out and count + held_out >= needed:
+        remedies.append(
+            f"hold out at most {count + held_out - needed} images (validation_size and the test images, together)"
+        )
+    if most := count // (world_size * accumulation):
+        remedies.append(f"set train_batch_size to at most {most}")
+    taken = f", for {held_out} of the {count + held_out} images are held out," if held_out else ""
+    return DataError(
+        f"{count} training images{taken} do not fill one batch of {batch_size} on each of {world_size} process(es)"
+        f"{steps}: {', or '.join(remedies) or 'give more images'}."
+    )
 
 
 def _flip(levels: Tensor, draws: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from warnings import warn
 
 import datasets
 
-from vdm_hub.data.images import Decoder, name_of_image
+from vdm_hub.data.images import Decoder
 
 
 def without_corrupt(dataset: Any, image_column: str, decoder: Decoder) -> Any:
@@ -28,7 +28,7 @@ def without_corrupt(dataset: Any, image_column: str, decoder: Decoder) -> Any:
 
 
 def _is_whole(encoded: Any, decoder: Decoder, index: int | None = None) -> bool:
-    if decoder.can_decode(encoded):
-        return True
-    warn(f"{name_of_image(encoded, index)} of the dataset can't be decoded, and is left out.", stacklevel=2)
-    return False
+    why = decoder.check(encoded, index)
+    if why:
+        warn(f"{why}, and is left out.", stacklevel=2)
+    return not why

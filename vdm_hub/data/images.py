@@ -3,36 +3,76 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from vdm_hub.data.sources import Opener
 from vdm_hub.errors import DataError, in_one_line
-from vdm_hub.pixels import Color, Levels, convert_color, levels_from_image, nearest_levels
+from vdm_hub.pixels import Color, Levels, check_depth, convert_color, levels_from_image, nearest_levels
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may take an image for: no format that calls other programs, and none whose depth is not known here."""
 
 _CHUNK = 1024  # images decoded between two reads of the dataset
-_UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, PIL.Image.DecompressionBombError)
+
+
+class CorruptImageError(DataError):
+    """There is no image in a row, or one that can't be decoded; ``what`` says which, and why."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: replace or remove it; of training images, --skip_corrupt_images leaves such out.")
+        self.what = what
+
+
+@dataclass(frozen=True)
+class ImageName:
+    """What an image can be found by: its number and its file; else a hash of its bytes, as `sha256sum` prints it.
+
+    >>> print(ImageName({"path": "cat/1.png"}, 7))
+    image 7 (cat/1.png)
+    """
+
+    encoded: Any
+    index: int | None = None
+
+    def __str__(self) -> str:
+        """The name, made where it is needed."""
+        number = "an image" if self.index is None else f"image {self.index}"
+        parts = self.encoded if isinstance(self.encoded, dict) else {"bytes": self.encoded}
+        if parts.get("path"):
+            return f"{number} ({parts['path']})"
+        data = parts.get("bytes")
+        if self.index is None and isinstance(data, bytes):
+            return f"{number} ({len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()[:16]}...)"
+        return number
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """From an encoded image to levels, with the resizing and colour handling of `DataArguments`."""
+    """From an encoded image to levels, with the resizing and colour handling of `DataArguments`.
+
+    ``open_file`` opens the files that rows name; without it a row holds its image, and a path in it is never opened.
+    """
 
     num_levels: int = 256
     color: Color = "auto"
     resolution: int | None = None
     center_crop: bool = True
     num_workers: int = 0
+    open_file: Opener | None = None
 
     def decode(self, encoded: Any, index: int | None = None) -> Levels:
         """The levels, uint8 of shape (C, H, W).
@@ -40,24 +80,19 @@ class Decoder:
         With a resolution and no centre crop only the shorter side has that size: the crop is drawn at each use.
 
         Args:
-            encoded: A row of a `datasets.Image` column with ``decode=False``.
+            encoded: The bytes of an image file, or a mapping with its ``bytes`` or its ``path``.
             index: The image's number in its dataset, for messages.
 
         Raises:
-            DataError: The image can't be decoded, or `levels_from_image` refuses it.
+            CorruptImageError: There is no image, or it can't be decoded.
+            DataError: It has several frames, or `levels_from_image` refuses it.
         """
         return self.fit(encoded, index)[0]
 
     def fit(self, encoded: Any, index: int | None = None) -> tuple[Levels, bool]:
         """`decode`, and whether the image is resized, or cropped now or at each use."""
-        try:
-            image = datasets.Image().decode_example(encoded)
-        except _UNREADABLE as error:
-            raise DataError(
-                f"{name_of_image(encoded, index)} of the dataset can't be decoded ({_why(error)}): replace "
-                f"or remove it; of training images, --skip_corrupt_images leaves such out."
-            ) from error
-        levels = levels_from_image(image, self.num_levels, color=self.color, index=index)
+        image, name = self.open(encoded, index), ImageName(encoded, index)
+        levels = levels_from_image(image, self.num_levels, color=self.color, name=name)
         if self.resolution is None or levels.shape[1:] == (self.resolution, self.resolution):
             return levels, False
         if min(levels.shape[1:]) != self.resolution:
@@ -65,13 +100,46 @@ class Decoder:
             levels = nearest_levels(resized, self.num_levels)
         return crop(levels, self.resolution, 0.5, 0.5) if self.center_crop else levels, True
 
-    def can_decode(self, encoded: Any) -> bool:
-        """Whether `decode` finds an image, of whatever size and mode."""
+    def open(self, encoded: Any, index: int | None = None) -> Image:
+        """The one image of a file, upright, of 8 bits a channel; it raises as `decode` does."""
+        name = ImageName(encoded, index)
         try:
-            datasets.Image().decode_example(encoded)
-        except _UNREADABLE:
-            return False
-        return True
+            with self._file(encoded, name) as file:
+                image = PIL.Image.open(file, formats=FORMATS)
+                if (frames := getattr(image, "n_frames", 1)) > 1:
+                    raise DataError(f"{name} holds {frames} frames or pages: give each one as an image of its own.")
+                check_depth(image, name)
+                image.load()
+                PIL.ImageOps.exif_transpose(image, in_place=True)
+        except DataError:
+            raise
+        except Exception as error:  # whatever Pillow's readers stumble over
+            raise CorruptImageError(f"{name} of the dataset can't be decoded ({_why(error)})") from error
+        return image
+
+    def _file(self, encoded: Any, name: object) -> IO[bytes]:
+        parts = encoded if isinstance(encoded, dict) else {"bytes": encoded}
+        data, path = parts.get("bytes"), parts.get("path")
+        if data is not None:
+            return io.BytesIO(data)
+        if path is None:
+            raise ValueError("the row is null")
+        if self.open_file is None:
+            raise DataError(
+                f"{name} is not in the dataset, which names the path {path!r} instead: what a dataset names is never "
+                f"opened. Put the images themselves into it, or give the folder that they are in."
+            )
+        return self.open_file(path)
+
+    def check(self, encoded: Any, index: int | None = None) -> str:
+        """Why an image can't be decoded, of whatever size and mode; nothing where it can."""
+        try:
+            self.open(encoded, index)
+        except CorruptImageError as error:
+            return error.what
+        except DataError:  # a fault of another kind, which is for whoever decodes it
+            pass
+        return ""
 
     def fit_many(self, encoded: Sequence[Any], first_index: int | None = None) -> list[tuple[Levels, bool]]:
         """`fit` for each, in order, on ``num_workers`` threads."""
@@ -100,6 +168,7 @@ class ImageLevels:
         num_levels: K.
         labels: int64 of shape (N,), where a label column was asked for.
         resized: Whether any image was resized or cropped, or is to be cropped at each use.
+        names: The file of each image by its path in the folder, where they come from one.
     """
 
     levels: Tensor | tuple[Tensor, ...]
@@ -107,6 +176,7 @@ class ImageLevels:
     num_levels: int
     labels: Tensor | None = None
     resized: bool = False
+    names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         """N."""
@@ -169,42 +239,47 @@ class ImageStream:
 
 
 def decode_all(
-    dataset: datasets.Dataset, image_column: str, decoder: Decoder, label_column: str | None = None
+    dataset: datasets.Dataset, image_column: str, decoder: Decoder, labels: Tensor | None = None
 ) -> ImageLevels:
     """Decode a dataset once, into memory.
+
+    Args:
+        dataset: With the image column not decoded.
+        image_column: The column that holds the images.
+        decoder: What decodes them.
+        labels: The images' labels.
 
     Raises:
         DataError: It is empty, does not fit in memory, or its images differ in size or mode.
     """
     if len(dataset) == 0:
         raise DataError("the dataset has no images: name another split or folder.")
-    encoded = dataset.cast_column(image_column, datasets.Image(decode=False))
-    first = decoder.decode(encoded[0][image_column], 0)
-    shape = decoder.output_shape(first)
+    first = dataset[0][image_column]
+    shape = decoder.output_shape(decoder.decode(first, 0))
     _check_memory(len(dataset), shape)
     random_crop = decoder.resolution is not None and not decoder.center_crop
     images: list[Tensor] = []
     resized = False
     levels = np.empty((0 if random_crop else len(dataset), *shape), dtype=np.uint8)
-    for index, (one, changed) in enumerate(_decoded(encoded, image_column, decoder)):
+    for index, (one, changed) in enumerate(_decoded(dataset, image_column, decoder)):
         resized |= changed
         if decoder.output_shape(one) != shape:
-            raise _mixed("image 0", shape, f"image {index}", decoder.output_shape(one))
+            other = ImageName(dataset[index][image_column], index)
+            raise _mixed(ImageName(first, 0), shape, other, decoder.output_shape(one))
         if random_crop:
             images.append(torch.from_numpy(one))
         else:
             levels[index] = one
-    labels = None if label_column is None else torch.as_tensor(dataset[label_column][:], dtype=torch.int64)
-    if not random_crop:
-        return ImageLevels(torch.from_numpy(levels), shape, decoder.num_levels, labels, resized)
-    nothing_to_crop = all(image.shape == shape for image in images)
-    held = torch.stack(images) if nothing_to_crop else tuple(images)
+    held: Tensor | tuple[Tensor, ...] = torch.from_numpy(levels)
+    if random_crop:
+        nothing_to_crop = all(image.shape == shape for image in images)
+        held = torch.stack(images) if nothing_to_crop else tuple(images)
     return ImageLevels(held, shape, decoder.num_levels, labels, resized)
 
 
 def warn_if_resized(encoded: Any, decoder: Decoder) -> None:
     """Say so, where the resolution is not the image's own."""
-    size = datasets.Image().decode_example(encoded).size
+    size = decoder.open(encoded, 0).size
     if decoder.resolution is not None and size != (decoder.resolution, decoder.resolution):
         warnings.warn(
             f"images of {size[0]} x {size[1]} pixels are resized or cropped to resolution {decoder.resolution}: bits "
@@ -233,22 +308,13 @@ def _resize(image: Image, resolution: int) -> Image:
 
 def _why(error: Exception) -> str:
     # Pillow shows the buffer's address, which tells nobody anything.
-    return "no known image format" if isinstance(error, PIL.UnidentifiedImageError) else in_one_line(error)
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}"
+    said = in_one_line(error)
+    return said if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
 
 
-def name_of_image(encoded: Any, index: int | None) -> str:
-    """What an image can be found by: its number and its file; else a hash of its bytes, as `sha256sum` prints it."""
-    number = "an image" if index is None else f"image {index}"
-    parts = encoded if isinstance(encoded, dict) else {"bytes": encoded}
-    if parts.get("path"):
-        return f"{number} ({parts['path']})"
-    data = parts.get("bytes")
-    if index is None and isinstance(data, bytes):
-        return f"{number} ({len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()[:16]}...)"
-    return number
-
-
-def _mixed(name: str, shape: tuple[int, ...], other_name: str, other: tuple[int, ...]) -> DataError:
+def _mixed(name: object, shape: tuple[int, ...], other_name: object, other: tuple[int, ...]) -> DataError:
     if shape[0] != other[0]:
         remedy = "set color to 'grey' or 'rgb' to convert them all"
     else:

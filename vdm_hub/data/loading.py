@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from warnings import warn
 
 import datasets
 import torch
-from datasets.exceptions import DatasetsError
 
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.corrupt import without_corrupt
-from vdm_hub.data.digits import digits
+from vdm_hub.data.files import in_words, lies_in, list_folder
 from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all, warn_if_resized
+from vdm_hub.data.labels import read_labels
+from vdm_hub.data.sources import AnyDataset, Source, UnknownSplitError, is_local, local_path, open_folder, open_source
 from vdm_hub.errors import DataError
 from vdm_hub.pixels import Color
 
-AnyDataset: TypeAlias = Any  # datasets.Dataset | datasets.IterableDataset: the library has no type information
 Images: TypeAlias = ImageLevels | ImageStream
+
+_ENCODED = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of a run; ``image_shape`` is (C, H, W), the same for all."""
+    """The splits of a run; ``image_shape`` is (C, H, W), the same for all.
+
+    Args:
+        train: To train on.
+        validation: Held out, to measure while training.
+        test: To measure at the end.
+        held_out: How many images of the training split are not trained on, but held out.
+        summary: How many images each of them has, and what lies in the folder and is not used: one paragraph.
+    """
 
     train: Images
     validation: Images | None
     test: Images | None
+    held_out: int = 0
+    summary: str = ""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -43,10 +55,6 @@ class Data:
         return self.train.num_levels
 
 
-class UnknownSplitError(DataError):
-    """The dataset has no such split."""
-
-
 def load_data(arguments: DataArguments) -> Data:
     """Load and decode the splits that the arguments name.
 
@@ -57,16 +65,18 @@ def load_data(arguments: DataArguments) -> Data:
     >>> len(data.train), len(data.validation), len(data.test), data.image_shape
     (1237, 200, 360, (1, 8, 8))
     """
-    train, held_out = _training_split(arguments)
-    validation = _evaluation_split(arguments, arguments.validation_split) if held_out is None else held_out
-    test = _evaluation_split(arguments, arguments.test_split)
+    source = _source(arguments)
+    train, held_out = _training_split(source, arguments)
+    validation = _evaluation_split(source, arguments, arguments.validation_split) if held_out is None else held_out
+    test = _evaluation_split(source, arguments, arguments.test_split)
     for name, images in (("validation", validation), ("test", test)):
         if images is not None and images.image_shape != train.image_shape:
             raise DataError(
                 f"the {name} images have the shape {images.image_shape} (C, H, W) and the training images "
                 f"{train.image_shape}: set resolution and color so that they agree."
             )
-    return Data(train, validation, test)
+    summary = _summary(source, arguments, train, validation, test)
+    return Data(train, validation, test, arguments.validation_size, summary)
 
 
 def load_split(
@@ -81,6 +91,7 @@ def load_split(
     max_samples: int | None = None,
     label_column: str | None = None,
     num_workers: int = 0,
+    say: Callable[[str], None] | None = None,
 ) -> ImageLevels:
     """Load one split into memory, to evaluate on.
 
@@ -95,6 +106,7 @@ def load_split(
         max_samples: Take this many images, from the start.
         label_column: Also take the labels from this column.
         num_workers: Threads that decode; 0 decodes in the main thread.
+        say: Is called with what was read, and what lies in the folder and was not; without it the latter is a warning.
 
     Raises:
         DataError: As for `load_data`.
@@ -102,87 +114,89 @@ def load_split(
     >>> load_split("digits", "test", num_levels=17).levels.shape
     torch.Size([360, 1, 8, 8])
     """
-    dataset = read_split(source, split, config_name)
-    decoder = Decoder(num_levels, color, resolution, num_workers=num_workers)
+    opened = open_source(source, config_name)
+    dataset = opened.read(split)
     dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
-    return _in_memory(dataset, image_column, decoder, split, label_column)
+    decoder = Decoder(num_levels, color, resolution, num_workers=num_workers, open_file=opened.open_file)
+    images = _in_memory(opened, dataset, image_column, decoder, split, label_column)
+    said = _paragraph(opened, [f"{_count(images)} of {split!r}"], [split])
+    if say is not None:
+        say(said)
+    elif opened.layout is not None and (opened.layout.note or opened.layout.listing.unused):
+        warn(said, stacklevel=2)
+    return images
 
 
-def read_split(source: str, split: str, config_name: str | None = None, *, streaming: bool = False) -> AnyDataset:
-    """One split as a `datasets` dataset.
+def check_output_apart(arguments: DataArguments, output_dir: Path) -> None:
+    """Refuse to write into the folder that is read, or into one that a link in it leads to.
 
     Raises:
-        UnknownSplitError: The dataset has other splits; the message names them.
-        DataError: There is no such dataset, or it can't be read.
+        DataError: The output would be among the images of this or another run.
     """
-    if source == "digits":
-        return _digits_split(split, streaming)
-    path, files = ("parquet", source) if source.endswith(".parquet") else (source, None)
-    if (files or source.startswith((".", "/", "~"))) and not Path(source).expanduser().exists():
-        raise DataError(f"there is nothing at {source}: give a folder of images or of Parquet files.")
-    try:
-        return datasets.load_dataset(path, config_name, data_files=files, split=split, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise _unreadable(source, path, split, config_name, error) from error
+    name = arguments.train_data_dir or str(arguments.dataset_name)
+    if name == arguments.dataset_name and not is_local(name):
+        return
+    folder = local_path(name)
+    if folder.is_dir() and lies_in(output_dir, list_folder(folder)):
+        raise DataError(
+            f"output_dir {str(output_dir)!r} lies in the folder that is read, {name!r}, so that what a run writes "
+            f"would be among the images: give an --output_dir elsewhere, or name the folder of the images alone."
+        )
 
 
-def _digits_split(split: str, streaming: bool) -> AnyDataset:
-    loaded = digits()
-    try:
-        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({k: len(v) for k, v in loaded.items()})
-    except (ValueError, AssertionError) as error:
-        raise _unknown_split("digits", split, list(loaded)) from error
-    whole = loaded[part.splitname]
-    dataset = whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
-    return dataset.to_iterable_dataset() if streaming else dataset
+def _source(arguments: DataArguments) -> Source:
+    if arguments.train_data_dir is not None:
+        return open_folder(arguments.train_data_dir, arguments.dataset_config_name)
+    return open_source(str(arguments.dataset_name), arguments.dataset_config_name)
 
 
-def _unreadable(source: str, path: str, split: str, config_name: str | None, error: Exception) -> DataError:
-    """What to say when `datasets` could not load."""
-    if isinstance(error, ValueError) and "split" in str(error).lower():
-        known = re.findall(r"'([^']+)'", str(error).partition("[")[2])
-        return _unknown_split(source, split, known)
-    cause = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ConnectionError):
-        remedy = "check its name and the network, or give a local folder with --train_data_dir"
-    elif isinstance(error, FileNotFoundError):
-        remedy = "check its name, or give a folder of images or of Parquet files with --train_data_dir"
-    else:
-        remedy = "check its name and its configuration (--dataset_config_name)"
-    return DataError(f"the dataset {source!r} can't be loaded ({cause}): {remedy}.")
-
-
-def _unknown_split(source: str, split: str, known: Sequence[str]) -> UnknownSplitError:
-    return UnknownSplitError(
-        f"the dataset {source!r} has no split {split!r}: it has {', '.join(known) or 'others'}; slices are written "
-        "like 'train[:90%]', and only of datasets that are not streamed."
+def _decoder(source: Source, arguments: DataArguments, *, center_crop: bool = True) -> Decoder:
+    return Decoder(
+        arguments.num_levels,
+        arguments.color,
+        arguments.resolution,
+        center_crop,
+        arguments.num_workers,
+        source.open_file,
     )
 
 
-def _source(arguments: DataArguments) -> str:
-    if arguments.dataset_name is not None:
-        return arguments.dataset_name
-    folder = Path(str(arguments.train_data_dir)).expanduser().absolute()
-    if not folder.exists():
-        raise DataError(f"there is nothing at {folder}: give a folder of images or of Parquet files.")
-    return str(folder)
+def undecoded(source: Source, dataset: AnyDataset, column: str, split: str) -> AnyDataset:
+    """A dataset with its image column as the images' files, not decoded; the other columns as they are.
+
+    Raises:
+        DataError: There is no such column, or it holds something else.
+    """
+    with source.explained():
+        names = dataset.column_names if dataset.column_names is not None else list(next(iter(dataset), {}))
+    if column not in names:
+        raise DataError(
+            f"the split {split!r} has no column {column!r}: it has {', '.join(names)}. Name the one that holds the "
+            "images with --image_column."
+        )
+    feature = (dataset.features or {}).get(column)
+    if isinstance(feature, datasets.Image):
+        # Not Image(decode=False), which takes a file of the current folder instead where a row's path names one.
+        return dataset.cast_column(column, _ENCODED)
+    # Parquet written without `datasets` holds images as {"bytes", "path"}, or as bytes alone.
+    plain = isinstance(feature, dict) and ("bytes" in feature or source.open_file is not None)
+    binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    if feature is not None and not (plain or binary):
+        raise DataError(
+            f"the column {column!r} of the split {split!r} holds {feature}, not images. The columns are "
+            f"{', '.join(names)}: name another with --image_column, or cast it to datasets.Image."
+        )
+    return dataset
 
 
-def _decoder(arguments: DataArguments, *, center_crop: bool) -> Decoder:
-    return Decoder(arguments.num_levels, arguments.color, arguments.resolution, center_crop, arguments.num_workers)
-
-
-def _training_split(arguments: DataArguments) -> tuple[Images, Images | None]:
+def _training_split(source: Source, arguments: DataArguments) -> tuple[Images, Images | None]:
     """The training images, and those held out of them."""
-    dataset = read_split(
-        _source(arguments), arguments.train_split, arguments.dataset_config_name, streaming=arguments.streaming
-    )
+    name, column, size = arguments.train_split, arguments.image_column, arguments.validation_size
+    dataset = undecoded(source, source.read(name, streaming=arguments.streaming), column, name)
     if arguments.skip_corrupt_images:
-        undecoded = _undecoded(dataset, arguments.image_column, arguments.train_split)
-        dataset = without_corrupt(undecoded, arguments.image_column, _decoder(arguments, center_crop=True))
+        dataset = without_corrupt(dataset, column, _decoder(source, arguments))
     if isinstance(dataset, datasets.IterableDataset):
-        return _training_stream(dataset, arguments)
-    size, name, column = arguments.validation_size, arguments.train_split, arguments.image_column
+        return _training_stream(source, dataset, arguments)
     if size >= max(len(dataset), 1):
         raise DataError(f"validation_size is {size}, and {name!r} has {len(dataset)} images: hold out fewer.")
     # Seeded by a constant, so that runs with different seeds are validated on the same images.
@@ -191,69 +205,72 @@ def _training_split(arguments: DataArguments) -> tuple[Images, Images | None]:
     train = dataset.select(sorted(order[size:])) if size else dataset
     if arguments.max_train_samples is not None:
         train = train.select(range(min(arguments.max_train_samples, len(train))))
-    images = _in_memory(train, column, _decoder(arguments, center_crop=arguments.center_crop), name)
-    held_out = _in_memory(held, column, _decoder(arguments, center_crop=True), name) if size else None
+    decoder = _decoder(source, arguments, center_crop=arguments.center_crop)
+    images = _in_memory(source, train, column, decoder, name)
+    held_out = _in_memory(source, held, column, _decoder(source, arguments), name) if size else None
     return images, held_out
 
 
-def _training_stream(dataset: datasets.IterableDataset, arguments: DataArguments) -> tuple[Images, Images | None]:
+def _training_stream(
+    source: Source, dataset: datasets.IterableDataset, arguments: DataArguments
+) -> tuple[Images, Images | None]:
     """The training stream, and the images at its start that are held out, in memory."""
     size, limit, name = arguments.validation_size, arguments.max_train_samples, arguments.train_split
     held_out = None
     if size:
-        rows = datasets.Dataset.from_list(list(_undecoded(dataset, arguments.image_column, name).take(size)))
-        held_out = _in_memory(
-            rows.cast_column(arguments.image_column, datasets.Image()),
-            arguments.image_column,
-            _decoder(arguments, center_crop=True),
-            name,
-        )
+        with source.explained():
+            rows = datasets.Dataset.from_list(list(dataset.take(size)), features=dataset.features)
+        held_out = _in_memory(source, rows, arguments.image_column, _decoder(source, arguments), name)
         dataset = dataset.skip(size)
     dataset = dataset if limit is None else dataset.take(limit)
-    return _stream(dataset, arguments, name, center_crop=arguments.center_crop), held_out
+    return _stream(source, dataset, arguments, name, center_crop=arguments.center_crop), held_out
 
 
-def _evaluation_split(arguments: DataArguments, split: str | None) -> Images | None:
+def _evaluation_split(source: Source, arguments: DataArguments, split: str | None) -> Images | None:
     if split is None:
         return None
     try:
-        dataset = read_split(_source(arguments), split, arguments.dataset_config_name, streaming=arguments.streaming)
+        dataset = source.read(split, streaming=arguments.streaming)
     except UnknownSplitError as error:
         if split != "test":  # asked for by name
             raise
         warn(f"there will be no evaluation at the end: {error} Name it with --test_split.", stacklevel=3)
         return None
+    column = arguments.image_column
     if isinstance(dataset, datasets.IterableDataset):
-        return _stream(dataset, arguments, split, center_crop=True)
-    return _in_memory(dataset, arguments.image_column, _decoder(arguments, center_crop=True), split)
+        return _stream(source, undecoded(source, dataset, column, split), arguments, split, center_crop=True)
+    return _in_memory(source, dataset, column, _decoder(source, arguments), split)
 
 
 def _in_memory(
-    dataset: datasets.Dataset, column: str, decoder: Decoder, split: str, label_column: str | None = None
+    source: Source,
+    dataset: datasets.Dataset,
+    column: str,
+    decoder: Decoder,
+    split: str,
+    label_column: str | None = None,
 ) -> ImageLevels:
     if len(dataset) == 0:
         raise DataError(f"the split {split!r} has no images: name another one.")
-    encoded = _undecoded(dataset, column, split)
-    if label_column is not None and label_column not in dataset.column_names:
-        raise DataError(f"no column {label_column!r}: the columns are {', '.join(dataset.column_names)}.")
+    encoded = undecoded(source, dataset, column, split)
     try:
-        images = decode_all(encoded, column, decoder, label_column)
+        labels = None if label_column is None else read_labels(encoded, label_column)
+        images = decode_all(encoded, column, decoder, labels)
     except DataError as error:
         raise DataError(f"in the split {split!r}, {error}") from error
     warn_if_resized(encoded[0][column], decoder)
+    if source.has_names:
+        names = (row["path"] for row in encoded.select_columns([column])[:][column])
+        images = replace(images, names=tuple(names))
     return images
 
 
 def _stream(
-    dataset: datasets.IterableDataset,
-    arguments: DataArguments,
-    split: str,
-    *,
-    center_crop: bool,
+    source: Source, encoded: datasets.IterableDataset, arguments: DataArguments, split: str, *, center_crop: bool
 ) -> ImageStream:
-    column, decoder = arguments.image_column, _decoder(arguments, center_crop=center_crop)
-    encoded = _undecoded(dataset, column, split)
-    first = next(iter(encoded), None)
+    column, decoder = arguments.image_column, _decoder(source, arguments, center_crop=center_crop)
+    with source.explained():
+        first = next(iter(encoded), None)
     if first is None:
         raise DataError(f"the split {split!r} has no images: name another one.")
     levels, resized = decoder.fit(first[column], 0)
@@ -262,21 +279,30 @@ def _stream(
     return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, resized)
 
 
-def _undecoded(dataset: Any, column: str, split: str) -> Any:
-    """The dataset with its image column as encoded bytes."""
-    names = dataset.column_names if dataset.column_names is not None else list(next(iter(dataset), {}))
-    if column not in names:
-        raise DataError(
-            f"the split {split!r} has no column {column!r}: it has {', '.join(names)}. Name the one that holds the "
-            "images with --image_column."
-        )
-    feature = (dataset.features or {}).get(column)
-    # Parquet written without `datasets` holds images as {"bytes", "path"}, or as bytes alone.
-    plain = isinstance(feature, dict) and "bytes" in feature
-    binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-    if feature is not None and not (isinstance(feature, datasets.Image) or plain or binary):
-        raise DataError(
-            f"the column {column!r} of the split {split!r} holds {feature}, not images. The columns are "
-            f"{', '.join(names)}: name another with --image_column, or cast it to datasets.Image."
-        )
-    return dataset.cast_column(column, datasets.Image(decode=False))
+def _summary(source: Source, arguments: DataArguments, train: Images, held: Images | None, test: Images | None) -> str:
+    """One paragraph."""
+    own = arguments.validation_split is None
+    uses = [f"trains on {_count(train)} of {arguments.train_split!r}"]
+    if held is not None:
+        where = f"{arguments.train_split!r}" if own else f"{arguments.validation_split!r}"
+        uses.append(f"holds out {_count(held)} of {where} for validation")
+    if test is not None:
+        uses.append(f"tests on {_count(test)} of {arguments.test_split!r}")
+    splits = [arguments.train_split, arguments.validation_split, arguments.test_split]
+    return _paragraph(source, uses, [split for split in splits if split is not None])
+
+
+def _paragraph(source: Source, uses: Sequence[str], splits: Sequence[str]) -> str:
+    """What is read, and what lies in a folder and is not, where these splits, or parts of them, are."""
+    said = [f"data: {source.name!r} {', '.join(uses)}"]
+    if source.layout is not None:
+        used = {name for split in splits for name in re.findall(r"[\w.-]+", re.sub(r"\[[^\]]*\]", " ", split))}
+        others = [f"{size:,} images of the split {name!r}" for name, size in source.sizes.items() if name not in used]
+        unread = in_words(source.layout.listing.unused)
+        said += [source.layout.note] if source.layout.note else []
+        said += [f"not used: {'; '.join([*others, unread] if unread else others)}"] if others or unread else []
+    return "; ".join(said) + "."
+
+
+def _count(images: Images) -> str:
+    return f"{len(images):,} images" if isinstance(images, ImageLevels) else "a stream"

@@ -59,6 +59,8 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
         folder.check(configuration)
         check_publishing(configuration)
     data = load_data(configuration.data)
+    if accelerator.is_main_process:
+        print(data.summary)
     run = Run(configuration, accelerator, data, folder)
     run.resume()
     if configuration.training.dry_run:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from vdm_hub.data.loading import check_output_apart
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, leftovers, written_beside
@@ -44,11 +45,13 @@ class OutputFolder:
         self._written = (*results, *self.pictures.values())
 
     def check(self, configuration: Configuration) -> None:
-        """Refuse a folder that holds another run, or anything else; nothing is written.
+        """Refuse a folder that holds another run, or anything else, or that is among the data; nothing is written.
 
         Raises:
             CheckpointError: It is not empty, and not this run's own to go on with.
+            DataError: It lies in the folder of the images.
         """
+        check_output_apart(configuration.data, self.path)
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"output_dir {self.path} is a file: choose a folder.")
         self._check_writable()

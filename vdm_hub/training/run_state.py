@@ -50,6 +50,7 @@ class RunState:
             world_size=accelerator.num_processes,
             random_flip=configuration.data.random_flip,
             accumulation=training.gradient_accumulation_steps,
+            held_out=data.held_out,
         )
         self.total_steps = count_steps(training, self.source.steps_per_epoch)
         accumulation, processes = training.gradient_accumulation_steps, accelerator.num_processes

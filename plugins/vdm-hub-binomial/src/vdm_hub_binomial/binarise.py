@@ -14,8 +14,10 @@ from typing import Any
 
 import datasets
 
-from vdm_hub.data.loading import read_split
-from vdm_hub.errors import DataError, VDMHubError
+from vdm_hub.data.images import Decoder
+from vdm_hub.data.loading import undecoded
+from vdm_hub.data.sources import open_source
+from vdm_hub.errors import VDMHubError
 from vdm_hub.pixels import convert_color, image_from_levels, nearest_levels
 
 
@@ -42,17 +44,20 @@ def binarise(source: str, folder: Path, splits: list[str], image_column: str = "
     """
     folder.mkdir(parents=True, exist_ok=True)
     for split in splits:
-        dataset = read_split(source, split)
-        if image_column not in dataset.column_names:
-            raise DataError(f"{source} has no column {image_column!r}: it has {', '.join(dataset.column_names)}.")
         path = folder / f"{split.partition('[')[0]}.parquet"
-        images = dataset.cast_column(image_column, datasets.Image())
-        images.map(_in_two_levels, fn_kwargs={"column": image_column}, load_from_cache_file=False).to_parquet(path)
+        opened = open_source(source)
+        encoded = undecoded(opened, opened.read(split), image_column, split)
+        features = datasets.Features(encoded.features | {image_column: datasets.Image()})
+        told = {"column": image_column, "decoder": Decoder(open_file=opened.open_file)}
+        images = encoded.map(
+            _in_two_levels, with_indices=True, features=features, fn_kwargs=told, load_from_cache_file=False
+        )
+        images.to_parquet(path)
         yield path
 
 
-def _in_two_levels(row: dict[str, Any], column: str) -> dict[str, Any]:
-    grey = convert_color(row[column], "grey")
+def _in_two_levels(row: dict[str, Any], index: int, column: str, decoder: Decoder) -> dict[str, Any]:
+    grey = convert_color(decoder.open(row[column], index), "grey")
     return {column: image_from_levels(nearest_levels(grey, 2), 2)}
 
 

@@ -1,0 +1,415 @@
+"""A folder is read as it is named, and whole; and what lies in it and is not read is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from image_folders import folder_of, greys, parquet_of, picture, read, refused
+from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.images import ImageLevels
+from vdm_hub.data.loading import check_output_apart, load_data, load_split
+from vdm_hub.data.sources import open_folder, open_source
+
+both = pytest.mark.parametrize("streaming", [False, True], ids=["memory", "stream"])
+
+# Each beside a folder that a pattern of this name, or an address, would find instead.
+NAMES = {
+    "run[1]": "run1",
+    "set*": "set2",
+    "a?c": "abc",
+    "**": "any",
+    "{a,b}": "a",
+    "x::y": "y",
+    "~": "home",
+    "~root": "root",
+    "two words": "two",
+    "naïve-日本": "naive",
+    "a@b": "a",
+    "a#b": "a",
+    "100%": "100",
+    "%41": "A",
+    "hf:/x": "x",
+    "file:": "f",
+    "!x": "x",
+    "$HOME": "home",
+    "a\\b": "ab",
+    "[!a]": "b",
+    "train[:1]": "train",
+    "new\nline": "new",
+}
+
+
+@both
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_is_read_as_it_is_named(tmp_path: Path, name: str, streaming: bool) -> None:
+    folder_of(tmp_path / "one" / NAMES[name], "1.png", "2.png", first=100)
+    folder_of(tmp_path / "one" / name, f"{name.strip('/')}.png".replace("/", ""), "c[1].png")
+    assert sorted(greys(read(tmp_path / "one" / name, streaming=streaming).train)) == [0, 1]
+
+
+@both
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parquet_file_is_read_as_it_is_named(tmp_path: Path, name: str, streaming: bool) -> None:
+    _one_image(tmp_path / f"{NAMES[name]}.parquet", 100)
+    wanted = _one_image(tmp_path / f"{name.replace('/', '')}.parquet", 7)
+    assert greys(read(wanted, streaming=streaming).train) == [7]
+
+
+def _one_image(path: Path, grey: int) -> Path:
+    return parquet_of(path, [{"bytes": _png(grey), "path": None}])
+
+
+def _png(grey: int) -> bytes:
+    file = io.BytesIO()
+    picture(grey).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_relative_name_is_of_the_current_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("~", "one/run[1]", "digits", "a b")):
+        folder_of(tmp_path / name, "x.png", first=number)
+        assert greys(read(name).train) == [number]
+    assert len(load_split("digits", "test", num_levels=17)) == 360 and greys(load_split("./digits", "train")) == [2]
+    monkeypatch.setenv("HOME", str(tmp_path / "one"))
+    assert greys(read("~/run[1]").train) == [1]
+
+
+# --- splits ---------------------------------------------------------------------------------------------------------
+
+# Names, and the splits that they make: (split, how many images).
+SPLITS: dict[str, tuple[list[str], dict[str, int]]] = {
+    "classes, one called train": ([f"{c}/{i}.png" for c in ("car", "bus", "train") for i in range(4)], {"train": 12}),
+    "classes, one called test": ([f"{c}/{i}.png" for c in ("cat", "test") for i in range(3)], {"train": 6}),
+    "files called train and test": ([f"{s}_{i}.png" for s in ("train", "test") for i in range(3)], {"train": 6}),
+    "only files called test": (["test_0.png", "test_1.png"], {"train": 2}),
+    "one image beside train and test": (["train/0.png", "test/0.png", "preview.png"], {"train": 3}),
+    "one class of three called eval": (["cat/0.png", "eval/1.png", "dev/2.png"], {"train": 3}),
+    "train.2024": (["train.2024/0.png", "test.2024/1.png"], {"train": 2}),
+    "nested": (["a/train/x.png", "a/test/x.png", "b/train/x.png"], {"train": 3}),
+    "train and test": (["train/0.png", "train/1.png", "test/0.png"], {"train": 2, "test": 1}),
+    "other words for them": (["train/0.png", "val/0.png", "Test/1.png"], {"train": 1, "validation": 1, "test": 1}),
+    "with classes": ([f"{s}/{c}/0.png" for s in ("train", "test") for c in "ab"], {"train": 2, "test": 2}),
+    "only test": (["test/0.png", "test/1.png"], {"test": 2}),
+    "a class that says nothing": (["training wheels/0.png", "latest/1.png"], {"train": 2}),
+}
+
+
+@pytest.mark.parametrize("what", SPLITS)
+def test_splits_are_made_of_names_only_where_they_leave_no_image_out(tmp_path: Path, what: str) -> None:
+    names, splits = SPLITS[what]
+    source = open_folder(str(folder_of(tmp_path, *names)))
+    assert dict(source.sizes) == splits
+    assert sum(len(source.read(split)) for split in splits) == len(names)
+
+
+@both
+def test_a_folder_that_is_read_whole_says_so_and_how_to_name_splits(tmp_path: Path, streaming: bool) -> None:
+    names, _ = SPLITS["classes, one called train"]
+    data = read(folder_of(tmp_path, *names), streaming=streaming)
+    assert len(greys(data.train)) == 12
+    assert "train/" in data.summary and "test/" in data.summary and "at the top" in data.summary
+    assert "at the top" not in read(folder_of(tmp_path / "plain", "cat/0.png", "dog/0.png")).summary
+
+
+def test_parquet_files_are_divided_by_their_names(tmp_path: Path) -> None:
+    for name in (
+        "train-00000-of-00002",
+        "train-00001-of-00002",
+        "test-00000-of-00001-0123abcd",
+        "extra-00000-of-00001",
+    ):
+        _one_image(tmp_path / "shards" / "data" / f"{name}.parquet", 1)
+    assert dict(open_folder(str(tmp_path / "shards")).sizes) == {"train": 2, "test": 1, "extra": 1}
+    for name in ("train", "test"):
+        _one_image(tmp_path / "plain" / f"{name}.parquet", 1)
+    assert dict(open_folder(str(tmp_path / "plain")).sizes) == {"train": 1, "test": 1}
+    for name in ("train", "test_of_mine", "more"):
+        _one_image(tmp_path / "others" / f"{name}.parquet", 1)
+    assert dict(open_folder(str(tmp_path / "others")).sizes) == {"train": 3}
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_lost_parquet_file_is_named(tmp_path: Path, lost: int) -> None:
+    for number in {0, 1, 2} - {lost}:
+        _one_image(tmp_path / f"train-{number:05d}-of-00003.parquet", number)
+    assert f"train-{lost:05d}-of-00003" in refused(read, tmp_path)
+
+
+def test_slices_are_of_the_images_in_order(tmp_path: Path) -> None:
+    folder = str(folder_of(tmp_path, *(f"{i:02d}.png" for i in range(20))))
+    for split, expected in {
+        "train[:90%]": range(18),
+        "train[5:7]": range(5, 7),
+        "train[-3:]": range(17, 20),
+        "train[:2]+train[10:11]": [0, 1, 10],
+    }.items():
+        assert greys(load_split(folder, split)) == list(expected)
+    for split in ("train[", "train[30:]", "nothing", "train[:90%]x", ""):
+        assert repr(split) in refused(load_split, folder, split)
+
+
+# --- what is not used -----------------------------------------------------------------------------------------------
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        here = Path.cwd()
+        os.chdir(path.parent)  # the path of a socket has a hundred characters
+        one.bind(path.name)
+        os.chdir(here)
+
+
+UNUSED: dict[str, Callable[[Path], object]] = {
+    "a.txt": lambda path: path.write_text("a caption"),
+    "notes.md": lambda path: path.write_text("notes"),
+    ".hidden.png": lambda path: picture(9).save(path),
+    ".DS_Store": lambda path: path.write_bytes(b"x"),
+    "empty.png": lambda path: path.touch(),
+    "archive.zip": lambda path: path.write_bytes(b"PK"),
+    "broken.png": lambda path: path.symlink_to("nowhere.png"),
+    "loop.png": lambda path: path.symlink_to("loop.png"),
+    "pipe.png": _pipe,
+    "socket.png": _socket,
+    "device.png": lambda path: path.symlink_to("/dev/zero"),
+    "no_suffix": lambda path: picture(9).save(path, "PNG"),
+    "table.csv": lambda path: path.write_text("a,b\n1,2\n"),
+    "up": lambda path: path.symlink_to(".."),
+    "itself": lambda path: path.symlink_to("."),
+}
+
+
+@both
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_is_not_read_is_named(tmp_path: Path, name: str, streaming: bool) -> None:
+    folder_of(tmp_path / "data", "a.png", "b.png")
+    folder_of(tmp_path / "beside", "c.png", first=100)
+    UNUSED[name](tmp_path / "data" / name)
+    data = read(tmp_path / "data", streaming=streaming)
+    assert greys(data.train) == [0, 1] and name in data.summary and "\n" not in data.summary
+
+
+def test_many_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    folder_of(tmp_path, *(f"{i}.png" for i in range(5)))
+    for i in range(1000):
+        (tmp_path / f"{i}.txt").write_text("a caption")
+    summary = read(tmp_path).summary
+    assert "1,000" in summary and "0.txt" in summary and len(summary) < 1000
+
+
+def test_the_counts_and_the_other_splits_are_said(tmp_path: Path) -> None:
+    names = [
+        f"{split}/{i}.png" for split, size in (("train", 20), ("test", 7), ("validation", 3)) for i in range(size)
+    ]
+    folder = folder_of(tmp_path, *names)
+    summary = read(folder, validation_size=4, max_train_samples=10).summary
+    assert "10 images of 'train'" in summary and "4 images" in summary
+    assert "7 images of the split 'test'" in summary and "3 images of the split 'validation'" in summary
+    summary = read(folder, validation_split="validation", test_split="test").summary
+    assert "20 images of 'train'" in summary and "7 images of 'test'" in summary and "not used" not in summary
+
+
+def test_what_load_split_leaves_in_a_folder_is_a_warning_or_said(tmp_path: Path) -> None:
+    folder = str(folder_of(tmp_path, "train/a.png", "test/a.png"))
+    said: list[str] = []
+    load_split(folder, "test", say=said.append)
+    assert "1 images of 'test'" in said[0] and "1 images of the split 'train'" in said[0]
+    (tmp_path / "a.txt").write_text("caption")
+    with pytest.warns(UserWarning, match=r"a\.txt"):
+        load_split(folder, "test")
+
+
+@both
+def test_links_to_folders_are_followed_and_read_once(tmp_path: Path, streaming: bool) -> None:
+    folder_of(tmp_path / "elsewhere" / "cats", "1.png", "deep/2.png")
+    folder = folder_of(tmp_path / "data", "dogs/3.png", first=3)
+    (folder / "a_cats").symlink_to(tmp_path / "elsewhere" / "cats")
+    (folder / "again").symlink_to("dogs")
+    (folder / "deep").symlink_to(tmp_path / "elsewhere" / "cats" / "deep")
+    (folder / "dogs" / "back").symlink_to(folder)
+    (tmp_path / "link").symlink_to(folder)
+    data = read(tmp_path / "link", streaming=streaming)
+    assert sorted(greys(data.train)) == [0, 1, 3]
+    assert "again" in data.summary and "back" in data.summary
+    if isinstance(data.train, ImageLevels):
+        assert (
+            data.train.names == ("a_cats/1.png", "a_cats/deep/2.png", "dogs/3.png") or len(data.train.names or ()) == 3
+        )
+
+
+def test_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
+    folders = [folder_of(tmp_path / str(i), "x.png", first=i) for i in range(8)]
+    for folder in folders:
+        for other in folders:
+            (folder / f"to{other.name}").symlink_to(other)
+    assert sorted(greys(read(tmp_path).train)) == list(range(8))
+
+
+def test_suffixes_are_read_in_any_case_and_names_are_kept(tmp_path: Path) -> None:
+    names = ("A.PNG", "b.JpG", "c/D.jpeg", "c/e.Png")
+    data = read(folder_of(tmp_path, *names))
+    assert isinstance(data.train, ImageLevels) and data.train.names == names
+    assert load_split(str(tmp_path), "train[1:3]").names == names[1:3]
+    assert load_split("digits", "test[:2]", num_levels=17).names is None
+
+
+@pytest.mark.parametrize("what", ["no images", "nothing", "captions alone", "images and Parquet", "a text", "nowhere"])
+def test_what_is_no_folder_of_images_is_refused_by_name(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    name = str(folder)
+    if what in ("no images", "captions alone"):
+        (folder / "a.txt").write_text("caption")
+        name = "a.txt"
+    elif what == "images and Parquet":
+        folder_of(folder, "a.png")
+        _one_image(folder / "b.parquet", 1)
+        name = "b.parquet"
+    elif what == "a text":
+        folder.rmdir()
+        folder.write_text("text")
+    elif what == "nowhere":
+        folder.rmdir()
+    assert name in refused(read, folder)
+
+
+def test_names_that_are_no_dataset_are_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder_of(tmp_path, "a.png"))
+    for name in (
+        "imagefolder",
+        "parquet",
+        "json",
+        "",
+        "hf://datasets/a/b",
+        "https://example.org/x",
+        "a/b/c",
+        "x" * 300,
+    ):
+        refused(load_split, name, "train")
+    for name in ("./none", "~/none-of-these", "none.parquet", "/none", "a.png", "nul\0"):
+        refused(load_split, name, "train")
+    assert "dataset_config_name" in refused(open_source, str(tmp_path), "a")
+
+
+def test_a_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    folder_of(tmp_path, "a.png")
+    shutil.copy(tmp_path / "a.png", os.fsencode(tmp_path / "b") + b"\xff.png")
+    assert "udcff" in refused(read, tmp_path)
+
+
+# --- labels and columns ---------------------------------------------------------------------------------------------
+
+
+def test_classes_are_the_names_of_the_folders_in_all_splits(tmp_path: Path) -> None:
+    folder = str(folder_of(tmp_path, "train/a/1.png", "train/c/1.png", "test/b/1.png", "test/c/2.png"))
+    labels = load_split(folder, "test", label_column="label").labels
+    assert labels is not None and labels.tolist() == [1, 2]
+    flat = str(folder_of(tmp_path / "flat", "train/1.png", "test/1.png"))
+    assert "label" in refused(load_split, flat, "test", label_column="label")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_metadata_gives_columns_by_file_name(tmp_path: Path, suffix: str) -> None:
+    folder_of(tmp_path, "x/1.png", "x/2.png", "x/3.png")
+    rows = [{"file_name": "x/3.png", "digit": 3}, {"file_name": "x/1.png", "digit": 1}]
+    _write_rows(tmp_path / f"metadata.{suffix}", rows)
+    images = load_split(str(tmp_path), "train[:1]+train[2:]", label_column="digit")
+    assert images.labels is not None and images.labels.tolist() == [1, 3]
+    assert len(load_split(str(tmp_path), "train")) == 3
+    assert "row 1 " in refused(load_split, str(tmp_path), "train", label_column="digit")
+
+
+@pytest.mark.parametrize("name", ["../y.png", "/etc/passwd", "hf://datasets/a/b/c.png", "no.png", "x/1.png", None])
+def test_metadata_names_no_other_file(tmp_path: Path, name: str | None) -> None:
+    folder_of(tmp_path / "data", "x/1.png")
+    folder_of(tmp_path, "y.png")
+    _write_rows(tmp_path / "data" / "metadata.jsonl", [{"file_name": "x/1.png", "n": 1}, {"file_name": name, "n": 2}])
+    assert "row 1 " in refused(read, tmp_path / "data")
+
+
+@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe\x00", b"file_name\n1\n", b'{"file_name": '])
+def test_damaged_metadata_is_named(tmp_path: Path, content: bytes) -> None:
+    folder_of(tmp_path, "1.png")
+    for name in ("metadata.csv", "metadata.jsonl", "metadata.parquet"):
+        (tmp_path / name).write_bytes(content or b"\n")
+        assert name in refused(read, tmp_path)
+        (tmp_path / name).unlink()
+
+
+def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".csv":
+        pa.csv.write_csv(table, path)
+    elif path.suffix == ".parquet":
+        pa.parquet.write_table(table, path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+
+
+# --- an output among the data ---------------------------------------------------------------------------------------
+
+
+def test_an_output_within_the_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folder_of(tmp_path / "data", "cats/1.png")
+    folder_of(tmp_path / "more", "2.png")
+    (data / "more").symlink_to(tmp_path / "more")
+    (tmp_path / "link").symlink_to(data)
+    monkeypatch.chdir(data)
+    within = [".", "runs/x", data, data / "cats", tmp_path / "link" / "x", tmp_path / "more" / "runs" / "x"]
+    for output in map(Path, within):
+        for name in (".", str(data), str(tmp_path / "link"), "cats/.."):
+            assert "output_dir" in refused(check_output_apart, DataArguments(train_data_dir=name), output)
+            assert "output_dir" in refused(check_output_apart, DataArguments(dataset_name=name), output)
+    for output in (tmp_path / "runs" / "x", tmp_path / "data2", tmp_path):
+        check_output_apart(DataArguments(train_data_dir=str(data)), output)
+    check_output_apart(DataArguments(dataset_name="digits"), Path("runs"))
+    check_output_apart(DataArguments(dataset_name="owner/name"), Path("runs"))
+
+
+def test_streams_read_the_same_images_as_memory(tmp_path: Path) -> None:
+    folder_of(tmp_path / "images", *(f"{c}/{i}.png" for c in "ab" for i in range(5)))
+    for number in range(3):
+        parquet_of(
+            tmp_path / "parquet" / f"train-{number:05d}-of-00003.parquet",
+            [{"bytes": _png(number), "path": "0.png"}, {"bytes": _png(number + 3), "path": "images/a/0.png"}],
+        )
+    for folder in ("images", "parquet"):
+        one, other = (read(tmp_path / folder, streaming=streaming).train for streaming in (False, True))
+        assert greys(one) == greys(other) and len(greys(one)) > 5
+
+
+def test_a_path_in_a_row_never_replaces_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` takes the file instead, where a row's path is that of one, as in the current folder."""
+    monkeypatch.chdir(folder_of(tmp_path, "0.png", first=200))
+    file = parquet_of(tmp_path / "d" / "x.parquet", [{"bytes": _png(5), "path": "0.png"}] * 3)
+    for streaming in (False, True):
+        assert greys(read(file, streaming=streaming).train) == [5, 5, 5]
+        data = read(file, streaming=streaming, validation_size=1)
+        assert greys(data.validation) == [5]
+
+
+def test_rgb_folders_keep_their_bytes(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    levels = load_data(DataArguments(train_data_dir=str(tmp_path), test_split=None)).train
+    assert isinstance(levels, ImageLevels) and np.array_equal(levels.levels, pixels.transpose(0, 3, 1, 2))

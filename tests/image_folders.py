@@ -1,0 +1,62 @@
+"""Small folders of images, each image told from the others by its grey."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.data.loading import Data, load_data
+from vdm_hub.errors import DataError
+
+
+def refused(function: Any, *args: object, **kwargs: object) -> str:
+    """The one paragraph with which a call is refused."""
+    with pytest.raises(DataError) as error:
+        function(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message and len(message) <= 1000
+    return message
+
+
+def picture(grey: int) -> Image.Image:
+    return Image.new("L", (4, 4), grey)
+
+
+def folder_of(root: Path, *names: str, first: int = 0) -> Path:
+    """A folder with these image files, of greys first, first + 1, ..."""
+    for grey, name in enumerate(names, first):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(grey).save(path, "JPEG" if path.suffix.casefold() in (".jpg", ".jpeg") else "PNG")
+    return root
+
+
+def parquet_of(path: Path, rows: list[Any], **columns: list[Any]) -> Path:
+    """A Parquet file whose image column holds these rows, as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    others = datasets.Dataset.from_dict(columns).features if columns else {}
+    features = datasets.Features({"image": image, **others})
+    datasets.Dataset.from_dict({"image": rows, **columns}, features=features).to_parquet(file := io.BytesIO())
+    path.write_bytes(file.getvalue())  # `datasets` would take some names for addresses
+    return path
+
+
+def read(folder: Path | str, **arguments: Any) -> Data:
+    return load_data(DataArguments(train_data_dir=str(folder), **{"test_split": None} | arguments))
+
+
+def greys(images: ImageLevels | ImageStream | None) -> list[int]:
+    """The images that were read, each by its grey, in order."""
+    assert images is not None
+    if isinstance(images, ImageLevels):
+        assert not isinstance(images.levels, tuple)
+        return images.levels[:, 0, 0, 0].tolist()
+    return [int(images.decode([row])[0, 0, 0, 0]) for row in images.dataset]

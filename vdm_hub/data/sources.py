@@ -1,0 +1,337 @@
+"""Where images come from: scikit-learn's digits, a folder, a Parquet file or the Hub, all divided into splits."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.utils.file_utils import xopen
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
+from vdm_hub.data.digits import digits
+from vdm_hub.data.layouts import Layout, classes_of_folders, metadata_columns, read_layout
+from vdm_hub.errors import DataError, in_one_line
+
+AnyDataset: TypeAlias = Any  # datasets.Dataset | datasets.IterableDataset: the library has no type information
+Opener: TypeAlias = Callable[[str], IO[bytes]]
+
+_ROWS = 256  # read at once of a Parquet file that is streamed
+
+
+class UnknownSplitError(DataError):
+    """The dataset has no such split."""
+
+
+class Source(ABC):
+    """A dataset with its splits.
+
+    Attributes:
+        name: As it was given.
+        layout: What lies in it, where it is a folder.
+        open_file: Opens what the rows name by a path; ``None`` where rows hold the images themselves, and a path in
+            them is nothing that may be opened.
+        has_names: Whether those paths are names in a folder, which say something to whoever reads them.
+    """
+
+    open_file: Opener | None = None
+    has_names = False
+
+    def __init__(self, name: str, layout: Layout | None = None) -> None:
+        self.name, self.layout = name, layout
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Mapping[str, int]:
+        """How many images each split has."""
+
+    @abstractmethod
+    def _whole(self, split: str) -> datasets.Dataset:
+        """A split."""
+
+    @abstractmethod
+    def _stream(self, split: str) -> datasets.IterableDataset:
+        """A split as a stream."""
+
+    def read(self, split: str, *, streaming: bool = False) -> AnyDataset:
+        """A split, or a part of splits such as ``train[:90%]`` or ``train+test``.
+
+        Args:
+            split: The name, or an expression that `datasets.ReadInstruction` understands.
+            streaming: Read a stream; of whole splits only.
+
+        Raises:
+            UnknownSplitError: There are other splits; the message names them.
+            DataError: The data can't be read.
+        """
+        with self.explained():
+            if streaming:
+                if split not in self.sizes:
+                    raise self._unknown(split, self.sizes)
+                return self._stream(split)
+            parts = [self._part(one) for one in self._instructions(split)]
+            return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+    def _instructions(self, split: str) -> Sequence[Any]:
+        try:
+            instructions = datasets.ReadInstruction.from_spec(split).to_absolute(dict(self.sizes))
+            return list(instructions)
+        except (ValueError, AssertionError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise self._unknown(split, self.sizes, f" ({in_one_line(error)})") from error
+
+    def _part(self, instruction: Any) -> datasets.Dataset:
+        whole = self._whole(instruction.splitname)
+        start, stop = instruction.from_ or 0, len(whole) if instruction.to is None else instruction.to
+        return whole if (start, stop) == (0, len(whole)) else whole.select(list(range(start, stop)))
+
+    def _unknown(self, split: str, known: Iterable[str], why: str = "") -> UnknownSplitError:
+        return UnknownSplitError(
+            f"the dataset {self.name!r} has no split {split!r}{why}: it has {', '.join(known)}; slices are written "
+            "like 'train[:90%]', and only of datasets that are not streamed."
+        )
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within it, whatever `datasets` and the libraries below it raise becomes one paragraph."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:  # datasets, pyarrow, fsspec, httpx and yaml share no class
+            raise DataError(
+                f"the dataset {self.name!r} can't be read ({in_one_line(error)}): {self._remedy(error)}."
+            ) from error
+
+    def _remedy(self, error: Exception) -> str:
+        return "look whether it is whole"
+
+
+class Digits(Source):
+    """scikit-learn's digits."""
+
+    @cached_property
+    def _splits(self) -> datasets.DatasetDict:
+        return digits()
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """How many images each split has."""
+        return {name: len(split) for name, split in self._splits.items()}
+
+    def _whole(self, split: str) -> datasets.Dataset:
+        return self._splits[split]
+
+    def _stream(self, split: str) -> datasets.IterableDataset:
+        return self._splits[split].to_iterable_dataset()
+
+
+class ImageFiles(Source):
+    """The image files of a folder, with labels by the names of folders, or columns of metadata files."""
+
+    has_names = True
+
+    layout: Layout
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """How many images each split has."""
+        return {split: len(files) for split, files in self.layout.splits.items()}
+
+    def open_file(self, path: str) -> IO[bytes]:
+        """One of the files that were listed."""
+        return (self.layout.listing.root / path).open("rb")
+
+    def _whole(self, split: str) -> datasets.Dataset:
+        files = self.layout.splits[split]
+        image = pa.StructArray.from_arrays([pa.array(files, pa.string())], ["path"])
+        table = metadata_columns(self.layout, files)
+        if table is not None:
+            return datasets.Dataset(table.append_column("image", image))
+        names, labels = classes_of_folders(self.layout)
+        if not names:
+            return datasets.Dataset(pa.table({"image": image}))
+        table = pa.table({"image": image, "label": pa.array([labels[path] for path in files], pa.int64())})
+        features = datasets.Features.from_arrow_schema(table.schema) | {"label": datasets.ClassLabel(names=names)}
+        return datasets.Dataset(table, datasets.DatasetInfo(features=datasets.Features(features)))
+
+    def _stream(self, split: str) -> datasets.IterableDataset:
+        return self._whole(split).to_iterable_dataset()
+
+
+class ParquetFiles(Source):
+    """Parquet files, each opened by its own name."""
+
+    def __init__(self, name: str, splits: Mapping[str, Sequence[Path]], layout: Layout | None = None) -> None:
+        super().__init__(name, layout)
+        self._splits = splits
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """How many rows each split has."""
+        return {split: sum(map(_count_rows, files)) for split, files in self._splits.items()}
+
+    def _whole(self, split: str) -> datasets.Dataset:
+        return datasets.concatenate_datasets([datasets.Dataset(_read_table(path)) for path in self._splits[split]])
+
+    def _stream(self, split: str) -> datasets.IterableDataset:
+        files = self._splits[split]
+        with _opened(files[0]) as file:
+            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+        return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs={"files": files})
+
+
+class HubDataset(Source):
+    """A dataset on the Hugging Face Hub, or what the cache holds of it."""
+
+    def __init__(self, name: str, config_name: str | None) -> None:
+        super().__init__(name)
+        with self.explained():
+            self._builder = datasets.load_dataset_builder(name, config_name)
+        if isinstance(self._builder, ImageFolder):  # which makes its paths itself, of the repository's own files
+            self.open_file = _open_on_the_hub
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """How many rows each split has."""
+        self._builder.download_and_prepare()
+        return {split: info.num_examples for split, info in self._builder.info.splits.items()}
+
+    def _whole(self, split: str) -> datasets.Dataset:
+        return self._builder.as_dataset(split)
+
+    def read(self, split: str, *, streaming: bool = False) -> AnyDataset:
+        """As for all sources; a stream needs no download before it."""
+        if not streaming:
+            return super().read(split)
+        with self.explained():
+            streams = self._builder.as_streaming_dataset()
+        if split not in streams:
+            raise self._unknown(split, streams)
+        return streams[split]
+
+    def _stream(self, split: str) -> datasets.IterableDataset:
+        raise NotImplementedError("`read` reads streams")
+
+    def _remedy(self, error: Exception) -> str:
+        if isinstance(error, ConnectionError):
+            return "check its name and the network, or give a local folder with --train_data_dir"
+        if isinstance(error, FileNotFoundError):
+            return "check its name, or give a folder of images or of Parquet files with --train_data_dir"
+        return "check its name and its configuration (--dataset_config_name)"
+
+
+def open_source(name: str, config_name: str | None = None) -> Source:
+    """The dataset of a name: ``"digits"``, a folder of images or Parquet files, a Parquet file, or a name on the Hub.
+
+    Raises:
+        DataError: There is no such dataset, or it can't be read.
+    """
+    if name == "digits":
+        return Digits(name)
+    if is_local(name):
+        return open_folder(name, config_name)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise DataError(
+            f"{name!r} is neither a folder or a Parquet file that is there, nor a dataset's name on the Hub "
+            f"(owner/name): correct it."
+        ) from error
+    if name in _PACKAGED_DATASETS_MODULES:  # `datasets` would read the current folder
+        raise DataError(
+            f"{name!r} is a kind of files for `datasets`, not a dataset: name the folder or the file itself."
+        )
+    return HubDataset(name, config_name)
+
+
+def open_folder(name: str, config_name: str | None = None) -> Source:
+    """The dataset in a folder, or in a Parquet file. The name is that of one path, whatever characters it has.
+
+    Raises:
+        DataError: There is nothing, or no images; or a configuration is asked for, which only the Hub's datasets have.
+    """
+    path = local_path(name)
+    if config_name is not None:
+        raise DataError(
+            f"dataset_config_name is {config_name!r}, and the dataset is the folder {name!r}: only datasets on the "
+            f"Hub have configurations, so name the folder of the one that you mean."
+        )
+    if path.is_dir():
+        layout = read_layout(path)
+        if layout.is_parquet:
+            splits = {split: [path / file for file in files] for split, files in layout.splits.items()}
+            return ParquetFiles(name, splits, layout)
+        return ImageFiles(name, layout)
+    if path.suffix.casefold() != ".parquet" or not path.is_file():
+        raise DataError(f"{name!r} is no folder and no Parquet file: give a folder of images or of Parquet files.")
+    return ParquetFiles(name, {"train": [path]})
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is that of a path; what is there comes before what the Hub has of the same name.
+
+    >>> is_local("digits"), is_local("./digits"), is_local("somewhere/birds.parquet")
+    (False, True, True)
+    """
+    if name == "digits":
+        return False
+    looks = name.startswith((".", "/", "~")) or name.casefold().endswith(".parquet")
+    return looks or os.path.exists(name)  # noqa: PTH110 - of any string, too long ones too
+
+
+def local_path(name: str) -> Path:
+    """The path of a name: as it is where that is there, else with ``~`` for the home folder.
+
+    Raises:
+        DataError: There is nothing.
+    """
+    for path in (name, os.path.expanduser(name)):  # noqa: PTH111 - that of pathlib raises for unknown users
+        if name and os.path.exists(path):  # noqa: PTH110
+            return Path(path).absolute()
+    raise DataError(f"there is nothing at {name!r}: give a folder of images or of Parquet files.")
+
+
+def _open_on_the_hub(path: str) -> IO[bytes]:
+    opened: IO[bytes] = xopen(path, "rb")
+    return opened
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, and its name in whatever goes wrong."""
+    try:
+        with pa.OSFile(str(path)) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+            yield file
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(
+            f"the Parquet file {str(path)!r} can't be read ({in_one_line(error)}): put it back as it was."
+        ) from error
+
+
+def _count_rows(path: Path) -> int:
+    with _opened(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def _read_table(path: Path) -> pa.Table:
+    with _opened(path) as file:
+        return file.read()
+
+
+def _rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for path in files:
+        with _opened(path) as file:
+            for batch in file.iter_batches(_ROWS):
+                yield from batch.to_pylist()
