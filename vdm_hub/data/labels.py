@@ -35,7 +35,7 @@ def read_labels(dataset: datasets.Dataset, column: str) -> Tensor:
     limit = 2**63 if count is None else count
     wrong = next((row for row, label in enumerate(labels) if label is None or not 0 <= label < limit), None)
     if wrong is not None:
-        classes = "0 or more" if count is None else f"0 to {count - 1}, for the column says that it has {count} classes"
+        classes = "0 or more" if count is None else f"0 to {count - 1}, for the column has {count} classes"
         raise DataError(
             f"row {wrong} of the column {column!r} holds {labels[wrong]}, and labels are {classes}: leave out the "
             f"images without a label, or name another column."
