@@ -6,6 +6,7 @@ python scripts/rank_images.py PIPELINE DATASET --outliers OTHER_DATASET --pictur
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -13,24 +14,29 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from vdm_hub import VDMPipeline
-from vdm_hub.data.loading import load_split
+from vdm_hub.commands import report_errors
+from vdm_hub.commands.images import load_images
+from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.images import images_from_levels
+from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 
-SHOWN = 12
+SHOWN, MOST = 12, 500
 
 
-def measure(pipe: VDMPipeline, name: str, split: str, replicates: int) -> tuple[Tensor, Tensor]:
+def measure(pipe: LikelihoodPipeline, name: str, split: str | None, replicates: int) -> tuple[Tensor, Tensor]:
     """The images in [0, 1], and the bits/dim of each."""
-    levels = load_split(name, split, num_levels=pipe.process.num_levels).levels
+    images, told, notes = load_images(pipe, name, split, max_images=MOST if split is None else None)
+    levels = images.levels
     assert isinstance(levels, Tensor)
     report = pipe.log_likelihood(levels, replicates=replicates)
     print(
-        f"{Path(name).name}, {split}: {report.bits_per_dim:.3f} bits/dim, standard error {report.standard_error:.3f} "
-        f"(Monte Carlo), {report.standard_error_over_images:.3f} (images); of one image "
+        f"{Path(name).name}, {told['split']}: {report.bits_per_dim:.3f} bits/dim, standard error "
+        f"{report.standard_error:.3f} (Monte Carlo), {report.standard_error_over_images:.3f} (images); of one image "
         f"{float(report.standard_error_per_image.mean()):.3f}, and between images {float(report.per_image.std()):.3f}"
     )
-    return images_from_levels(levels, pipe.process.num_levels), report.per_image
+    for note in notes:
+        print(f"  note: {note}")
+    return images_from_levels(levels, pipe.num_levels), report.per_image
 
 
 def draw(path: Path, groups: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -56,28 +62,39 @@ def draw(path: Path, groups: dict[str, tuple[Tensor, Tensor]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    """Measure, print and draw."""
+def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", help="a folder, or a Hub id")
+    parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id")
     parser.add_argument("dataset", help="images of the kind that the model was trained on")
     parser.add_argument("--outliers", help="images of another kind, of the same shape and levels")
-    parser.add_argument("--split", default="test[:500]", help="of both (default: test[:500])")
+    parser.add_argument(
+        "--split",
+        help="such as 'test[:500]', or held_out, what the model's run held out of its training split (default: the "
+        f"first {MOST} of test, or of held_out where there is no test split)",
+    )
+    parser.add_argument("--outliers_split", help="of the images of another kind (default: as --split)")
     parser.add_argument("--replicates", type=int, default=8, help="estimates of each image (default: 8)")
     parser.add_argument("--picture", type=Path, default=Path("ranking.png"), help="default: ranking.png")
-    arguments = parser.parse_args()
-    pipe = VDMPipeline.from_pretrained(arguments.pipeline)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    names = [arguments.dataset] + ([arguments.outliers] if arguments.outliers else [])
-    groups = {Path(name).name: measure(pipe, name, arguments.split, arguments.replicates) for name in names}
+    return report_errors(lambda: rank(parser.parse_args()))
+
+
+def rank(arguments: argparse.Namespace) -> None:
+    """Measure, print and draw."""
+    pipe = load_pipeline(arguments.pipeline)
+    groups = {arguments.dataset: measure(pipe, arguments.dataset, arguments.split, arguments.replicates)}
+    if arguments.outliers:
+        split = arguments.outliers_split or arguments.split
+        groups[arguments.outliers] = measure(pipe, arguments.outliers, split, arguments.replicates)
     if arguments.outliers:
         (_, own), (_, other) = groups.values()
         truth = torch.cat([torch.zeros(len(own)), torch.ones(len(other))])
         area = roc_auc_score(truth.numpy(), torch.cat([own, other]).numpy())
-        print(f"AUROC of 'less likely' as a sign of {names[1]}: {area:.3f} (0.5 is chance; below, they look likelier)")
-    draw(arguments.picture, groups)
+        what = f"AUROC of 'less likely' as a sign of {arguments.outliers}"
+        print(f"{what}: {area:.3f} (0.5 is chance; below, they look likelier)")
+    draw(arguments.picture, {Path(name).name: measured for name, measured in groups.items()})
     print(f"picture: {arguments.picture}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

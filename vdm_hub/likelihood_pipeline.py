@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,29 @@ from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.models.safetensors_only import SafetensorsOnly, WholeWeights, check_stock_weights
+from vdm_hub.preprocessing import HeldOut, Preprocessing, check_mapping
 from vdm_hub.published_card import KeepsPublishedCard
 
 
 class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
     """A generative model of K-level images that knows their likelihood, on whichever rung of the ladder."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images become its levels, a copy; ``None`` where nothing is known of that."""
+        return check_mapping(Preprocessing, "preprocessing", self.config.get("preprocessing"))
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """How its test images were held out of the training split, a copy; ``None`` where none were."""
+        return check_mapping(HeldOut, "held_out", self.config.get("held_out"))
+
+    def _register_images(self, preprocessing: Mapping[str, Any] | None, held_out: Mapping[str, Any] | None) -> None:
+        """Keep both in the pipeline's own config: as mappings, since a list there is the class of a component."""
+        self.register_to_config(
+            preprocessing=check_mapping(Preprocessing, "preprocessing", preprocessing),
+            held_out=check_mapping(HeldOut, "held_out", held_out),
+        )
 
     @property
     @abstractmethod

@@ -25,6 +25,8 @@ class HVAEPipeline(LikelihoodPipeline):
 
     Args:
         hvae: The model.
+        preprocessing: How images become the model's levels, as `vdm_hub.preprocessing.Preprocessing` has it.
+        held_out: How its test images were held out, as `vdm_hub.preprocessing.HeldOut` has it.
 
     Example:
         >>> import torch
@@ -41,9 +43,15 @@ class HVAEPipeline(LikelihoodPipeline):
 
     model_cpu_offload_seq = "hvae"
 
-    def __init__(self, hvae: MarkovianHVAE) -> None:
+    def __init__(
+        self,
+        hvae: MarkovianHVAE,
+        preprocessing: dict[str, Any] | None = None,
+        held_out: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(hvae=hvae)
+        self._register_images(preprocessing, held_out)
 
     # ---- what every rung offers -------------------------------------------------------------------------------------
 

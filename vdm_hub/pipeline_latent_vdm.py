@@ -36,6 +36,8 @@ class LatentVDMPipeline(VDMPipeline):
         noise_schedule: For schedules that have weights at inference.
         latent_scaling: ``{"shift": [...], "scale": [...]}``: the diffusion sees ``(y - shift) / scale``, channel by
             channel. y itself where not given.
+        preprocessing: How images become the model's levels, as `vdm_hub.preprocessing.Preprocessing` has it.
+        held_out: How its test images were held out, as `vdm_hub.preprocessing.HeldOut` has it.
 
     Example:
         >>> from vdm_hub import LatentVDMPipeline, MarkovianHVAE, UNetVDMModel, VDMScheduler
@@ -60,8 +62,10 @@ class LatentVDMPipeline(VDMPipeline):
         scheduler: SchedulerMixin,
         noise_schedule: NoiseScheduleModel | None = None,
         latent_scaling: Scaling | None = None,
+        preprocessing: dict[str, Any] | None = None,
+        held_out: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(unet, scheduler, noise_schedule)
+        super().__init__(unet, scheduler, noise_schedule, preprocessing, held_out)
         _check_first_stage(first_stage)
         _check_scaling(latent_scaling)
         _check_network(first_stage, unet)

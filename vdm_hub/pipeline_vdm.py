@@ -47,6 +47,8 @@ class VDMPipeline(LikelihoodPipeline):
         unet: The network: `UNetVDMModel`, diffusers' `UNet2DModel`, or any model called alike.
         scheduler: `VDMScheduler`, or a stock scheduler made from its config.
         noise_schedule: For schedules that have weights at inference.
+        preprocessing: How images become the model's levels, as `vdm_hub.preprocessing.Preprocessing` has it.
+        held_out: How its test images were held out, as `vdm_hub.preprocessing.HeldOut` has it.
     """
 
     model_cpu_offload_seq = "unet"
@@ -54,10 +56,16 @@ class VDMPipeline(LikelihoodPipeline):
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
-        self, unet: ModelMixin, scheduler: SchedulerMixin, noise_schedule: NoiseScheduleModel | None = None
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        noise_schedule: NoiseScheduleModel | None = None,
+        preprocessing: dict[str, Any] | None = None,
+        held_out: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
+        self._register_images(preprocessing, held_out)
 
     @classmethod
     def from_diffusers(

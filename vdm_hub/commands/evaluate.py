@@ -6,14 +6,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from vdm_hub.commands.images import load_images
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.data.images import ImageLevels
-from vdm_hub.data.loading import load_split
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.evaluation.processes import Processes
-from vdm_hub.evaluation.provenance import describe_images
 from vdm_hub.evaluation.tables import write_per_image
 from vdm_hub.fields import at_least
 from vdm_hub.files import written_beside
@@ -44,7 +44,9 @@ _EPILOG = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vdm-hub evaluate``."""
     parser.epilog = _EPILOG
-    parser.add_argument("pipeline", help="a folder, or a Hub id; of a VDM, or of diffusers' DDPM family")
+    parser.add_argument(
+        "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or of diffusers' DDPM family"
+    )
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     _add_checkpoint(parser.add_argument_group("a checkpoint of diffusers whose config is wrong"))
     _add_images(parser.add_argument_group("images"))
@@ -61,15 +63,24 @@ def _add_checkpoint(group: argparse._ArgumentGroup) -> None:
 def _add_images(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataset_name", required=True, help="'digits', a folder, a Parquet file, or a Hub dataset")
     group.add_argument("--dataset_config_name", help="the configuration of the dataset, where it has several")
-    group.add_argument("--split", default="test", help="the split, such as test or 'test[:1000]' (default: test)")
-    group.add_argument("--image_column", default="image", help="the column that holds the images (default: image)")
+    group.add_argument(
+        "--split",
+        help="the split, such as test or 'test[:1000]'; held_out is what the model's run held out of its training "
+        "split (default: test, or held_out where there is no test split)",
+    )
+    trained = "(default: as the model was trained"
+    group.add_argument("--image_column", help=f"the column that holds the images {trained}, else image)")
     group.add_argument("--label_column", help="the column of the classes, for a class-conditional network")
     group.add_argument(
         "--num_levels", type=int, help="K, the images' levels, for a checkpoint of diffusers (default: 256)"
     )
-    group.add_argument("--color", default="auto", choices=("auto", "grey", "rgb"), help="convert the images first")
     group.add_argument(
-        "--resolution", type=int, help="resize first; such figures can't be compared with published ones"
+        "--color", choices=("auto", "grey", "rgb"), help=f"convert the images first {trained}, else auto)"
+    )
+    group.add_argument(
+        "--resolution",
+        type=int,
+        help=f"resize first; such figures can't be compared with published ones {trained}, else as they are)",
     )
     group.add_argument("--max_images", type=int, help="evaluate only the first so many images")
 
@@ -159,8 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     processes = Processes.launched()
     with processes.main_speaks():
-        pipeline, images = processes.together(lambda: _load(arguments, processes))
-        report = _evaluate(arguments, pipeline, images, processes)
+        pipeline, images, told, notes = processes.together(lambda: _load(arguments, processes))
+        report = _evaluate(arguments, pipeline, images, told, processes).with_notes(notes)
         if processes.is_main:
             _write(arguments, report, images)
             print(json.dumps(report.to_dict()) if arguments.json else report)
@@ -186,30 +197,36 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigurationError(f"{path} exists: name another --{name}, or replace it with --overwrite.")
 
 
-def _load(arguments: argparse.Namespace, processes: Processes) -> tuple[LikelihoodPipeline, ImageLevels]:
+def _load(
+    arguments: argparse.Namespace, processes: Processes
+) -> tuple[LikelihoodPipeline, ImageLevels, dict[str, Any], list[str]]:
     overrides = {name: value for name in _OVERRIDES if (value := getattr(arguments, name)) is not None}
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
     if arguments.label_column is not None and pipeline.num_classes is None:
         raise ConfigurationError(
             f"--label_column is {arguments.label_column!r}, and the network is not class-conditional: leave it out."
         )
-    images = load_split(
+    images, told, notes = load_images(
+        pipeline,
         arguments.dataset_name,
         arguments.split,
         config_name=arguments.dataset_config_name,
         image_column=arguments.image_column,
-        num_levels=pipeline.num_levels,
         color=arguments.color,
         resolution=arguments.resolution,
-        max_samples=arguments.max_images,
         label_column=arguments.label_column,
         say=lambda said: print(said, file=sys.stderr) if processes.is_main else None,
+        max_images=arguments.max_images,
     )
-    return pipeline, images
+    return pipeline, images, told, notes
 
 
 def _evaluate(
-    arguments: argparse.Namespace, pipeline: LikelihoodPipeline, images: ImageLevels, processes: Processes
+    arguments: argparse.Namespace,
+    pipeline: LikelihoodPipeline,
+    images: ImageLevels,
+    told: dict[str, Any],
+    processes: Processes,
 ) -> LikelihoodReport:
     flow = ProbabilityFlow(
         arguments.dequantization,
@@ -218,13 +235,6 @@ def _evaluate(
         arguments.tolerance,
         arguments.max_steps,
         arguments.solver,
-    )
-    told = describe_images(
-        images,
-        arguments.dataset_name,
-        arguments.split,
-        config=arguments.dataset_config_name,
-        resolution=arguments.resolution,
     )
     return evaluate(
         pipeline,
@@ -250,7 +260,7 @@ def _evaluate(
 
 def _write(arguments: argparse.Namespace, report: LikelihoodReport, images: ImageLevels) -> None:
     if arguments.per_image is not None:
-        write_per_image(report, arguments.per_image, images.labels)
+        write_per_image(report, arguments.per_image, images)
     if arguments.plot is not None:
         with written_beside(arguments.plot) as beside:
             plot_likelihood(report, beside)

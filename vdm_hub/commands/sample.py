@@ -19,7 +19,9 @@ from vdm_hub.plots import save_grid
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``vdm-hub sample``."""
-    parser.add_argument("pipeline", help="a folder, or a Hub id; of a VDM, or of diffusers' DDPM family")
+    parser.add_argument(
+        "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or of diffusers' DDPM family"
+    )
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the PNG to write (default: grid.png)")

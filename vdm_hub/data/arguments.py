@@ -1,11 +1,15 @@
 """Which images a run or an evaluation reads: the data part of a recipe."""
 
+# ruff: noqa: RUF009 - `option` is dataclasses.field with a help text
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NewType
 
 from vdm_hub.fields import at_least, option, require
+
+Share = NewType("Share", float)
+"""How many images: as a share, a number between 0 and 1; or as a whole number, an ``int``."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,19 @@ class DataArguments:
     image_column: str = option("image", "The column that holds the images.")
     train_split: str = option("train", "The split to train on; slices such as 'train[:90%%]' are understood.")
     validation_split: str | None = option(None, "The split for held-out bits/dim while training.")
-    test_split: str | None = option("test", "The split for the evaluation at the end; 'none' for no evaluation.")
-    validation_size: int = option(
-        0,
-        "Without a validation split: how many images of the training split to hold out for validation, the same ones "
-        "whatever the seed. 0 takes none.",
+    test_split: str | None = option(
+        "test", "The split for the evaluation at the end; with 'none', or where there is no test split: see test_size."
+    )
+    test_size: Share = option(
+        Share(0),
+        "Without a test split: what to hold out of the training split for the evaluation at the end, a share such as "
+        "0.1, or a number of images; the same ones whatever the seed, spread over the classes of a label column. 0 "
+        "takes none.",
+    )
+    validation_size: Share = option(
+        Share(0),
+        "Without a validation split: what to hold out of the training split for validation, a share such as 0.1 of "
+        "what test_size leaves, or a number of images; the same ones whatever the seed. 0 takes none.",
     )
     resolution: int | None = option(
         None,
@@ -66,7 +78,7 @@ class DataArguments:
         )
         require(2 <= self.num_levels <= 256, "num_levels", self.num_levels, "give 2 to 256, as 8-bit images hold")
         require(
-            self.validation_split is None or self.validation_size == 0,
+            self.validation_split is None or not self.validation_size,
             "validation_size",
             self.validation_size,
             f"validation_split is {self.validation_split!r} already, so leave one of the two out",
@@ -78,5 +90,9 @@ class DataArguments:
             "it acts only with a resolution, so give --resolution or leave it out",
         )
         require(self.color in ("auto", "grey", "rgb"), "color", self.color, "give auto, grey or rgb")
-        at_least(0, self, "validation_size", "num_workers")
+        for name in ("test_size", "validation_size"):
+            size = getattr(self, name)
+            whole_or_share = size >= 0 if isinstance(size, int) else 0 <= size < 1
+            require(whole_or_share, name, size, "give a share below 1, such as 0.1, a whole number of images, or 0")
+        at_least(0, self, "num_workers")
         at_least(1, self, "resolution", "shuffle_buffer_size", "max_train_samples")

@@ -15,11 +15,13 @@ import torch
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.corrupt import without_corrupt
 from vdm_hub.data.files import in_words, lies_in, list_folder
+from vdm_hub.data.held_out import SPLIT, choose_again, count, hold_out, names_held_out
 from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all, warn_if_resized
 from vdm_hub.data.labels import read_labels
 from vdm_hub.data.sources import AnyDataset, Source, UnknownSplitError, is_local, local_path, open_folder, open_source
 from vdm_hub.errors import DataError
 from vdm_hub.pixels import Color
+from vdm_hub.preprocessing import HeldOut
 
 Images: TypeAlias = ImageLevels | ImageStream
 
@@ -36,6 +38,7 @@ class Data:
         test: To measure at the end.
         held_out: How many images of the training split are not trained on, but held out.
         summary: How many images each of them has, and what lies in the folder and is not used: one paragraph.
+        held_out_test: How the test images were chosen, where they were held out of the training split.
     """
 
     train: Images
@@ -43,6 +46,7 @@ class Data:
     test: Images | None
     held_out: int = 0
     summary: str = ""
+    held_out_test: HeldOut | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -66,17 +70,25 @@ def load_data(arguments: DataArguments) -> Data:
     (1237, 200, 360, (1, 8, 8))
     """
     source = _source(arguments)
-    train, held_out = _training_split(source, arguments)
+    test, chosen = _evaluation_split(source, arguments, arguments.test_split), None
+    dataset = _training_rows(source, arguments)
+    if arguments.test_size and test is None:
+        dataset, test, chosen = _held_out_test(source, dataset, arguments)
+    elif arguments.test_size:
+        split, remedy = arguments.test_split, "to hold out a share all the same, set --test_split none"
+        warn(f"the split {split!r} is there to be tested on, so test_size takes nothing: {remedy}.", stacklevel=2)
+    train, held_out = _training_split(source, dataset, arguments)
     validation = _evaluation_split(source, arguments, arguments.validation_split) if held_out is None else held_out
-    test = _evaluation_split(source, arguments, arguments.test_split)
     for name, images in (("validation", validation), ("test", test)):
         if images is not None and images.image_shape != train.image_shape:
             raise DataError(
                 f"the {name} images have the shape {images.image_shape} (C, H, W) and the training images "
                 f"{train.image_shape}: set resolution and color so that they agree."
             )
-    summary = _summary(source, arguments, train, validation, test)
-    return Data(train, validation, test, arguments.validation_size, summary)
+    named = arguments.test_split if chosen is None else SPLIT
+    summary = _summary(source, arguments, train, validation, test, named)
+    sizes = (_number(held_out), 0 if chosen is None else chosen["size"])
+    return Data(train, validation, test, sum(sizes), summary, chosen)
 
 
 def load_split(
@@ -92,12 +104,14 @@ def load_split(
     label_column: str | None = None,
     num_workers: int = 0,
     say: Callable[[str], None] | None = None,
+    held_out: HeldOut | None = None,
 ) -> ImageLevels:
     """Load one split into memory, to evaluate on.
 
     Args:
         source: ``"digits"``, a folder of images or Parquet files, a Parquet file, or a dataset's name on the Hub.
-        split: The split's name; slices such as ``"test[:100]"`` are understood.
+        split: The split's name; slices such as ``"test[:100]"`` are understood. ``"held_out"`` is what a run held out
+            of its training split, where ``held_out`` says how.
         config_name: The configuration of the dataset, where it has several.
         image_column: The column that holds the images.
         num_levels: K.
@@ -107,17 +121,23 @@ def load_split(
         label_column: Also take the labels from this column.
         num_workers: Threads that decode; 0 decodes in the main thread.
         say: Is called with what was read, and what lies in the folder and was not; without it the latter is a warning.
+        held_out: How a run chose its test images: a pipeline's `held_out`.
 
     Raises:
-        DataError: As for `load_data`.
+        DataError: As for `load_data`; or the images that a run held out can't be chosen again.
 
     >>> load_split("digits", "test", num_levels=17).levels.shape
     torch.Size([360, 1, 8, 8])
     """
     opened = open_source(source, config_name)
-    dataset = opened.read(split)
-    dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
     decoder = Decoder(num_levels, color, resolution, num_workers=num_workers, open_file=opened.open_file)
+    if held_out is not None and names_held_out(split):
+        dataset = undecoded(opened, opened.read(held_out["split"]), image_column, held_out["split"])
+        dataset = choose_again(dataset, source, held_out, split)
+        dataset = without_corrupt(dataset, image_column, decoder) if held_out["skip_corrupt"] else dataset
+    else:
+        dataset = opened.read(split)
+    dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
     images = _in_memory(opened, dataset, image_column, decoder, split, label_column)
     said = _paragraph(opened, [f"{_count(images)} of {split!r}"], [split])
     if say is not None:
@@ -189,16 +209,41 @@ def undecoded(source: Source, dataset: AnyDataset, column: str, split: str) -> A
     return dataset
 
 
-def _training_split(source: Source, arguments: DataArguments) -> tuple[Images, Images | None]:
-    """The training images, and those held out of them."""
-    name, column, size = arguments.train_split, arguments.image_column, arguments.validation_size
-    dataset = undecoded(source, source.read(name, streaming=arguments.streaming), column, name)
+def _training_rows(source: Source, arguments: DataArguments) -> AnyDataset:
+    """The whole training split, or a stream of it, its images not decoded."""
+    name = arguments.train_split
+    return undecoded(source, source.read(name, streaming=arguments.streaming), arguments.image_column, name)
+
+
+def _held_out_test(
+    source: Source, dataset: AnyDataset, arguments: DataArguments
+) -> tuple[datasets.Dataset, Images, HeldOut]:
+    """The training split without the test images that are held out of it, those images, and how they were chosen."""
+    split, column, decoder = arguments.train_split, arguments.image_column, _decoder(source, arguments)
+    if isinstance(dataset, datasets.IterableDataset):
+        raise DataError(
+            f"test_size is {arguments.test_size}, and {split!r} is read as a stream, which has no length to take a "
+            f"share of: name a split with --test_split, leave --streaming out, or set --test_size 0."
+        )
+    kept, held, chosen = hold_out(dataset, split, arguments.test_size, skip_corrupt=arguments.skip_corrupt_images)
+    held = without_corrupt(held, column, decoder) if arguments.skip_corrupt_images else held
+    return kept, _in_memory(source, held, column, decoder, split), chosen
+
+
+def _training_split(
+    source: Source, dataset: AnyDataset, arguments: DataArguments
+) -> tuple[Images, ImageLevels | None]:
+    """The training images, and those held out of them for validation."""
+    name, column = arguments.train_split, arguments.image_column
     if arguments.skip_corrupt_images:
         dataset = without_corrupt(dataset, column, _decoder(source, arguments))
     if isinstance(dataset, datasets.IterableDataset):
         return _training_stream(source, dataset, arguments)
+    size = count(arguments.validation_size, len(dataset)) if arguments.validation_size else 0
     if size >= max(len(dataset), 1):
-        raise DataError(f"validation_size is {size}, and {name!r} has {len(dataset)} images: hold out fewer.")
+        raise DataError(
+            f"validation_size is {arguments.validation_size}, and {name!r} has {len(dataset)} images: hold out fewer."
+        )
     # Seeded by a constant, so that runs with different seeds are validated on the same images.
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist() if size else []
     held = dataset.select(sorted(order[:size]))
@@ -213,10 +258,15 @@ def _training_split(source: Source, arguments: DataArguments) -> tuple[Images, I
 
 def _training_stream(
     source: Source, dataset: datasets.IterableDataset, arguments: DataArguments
-) -> tuple[Images, Images | None]:
+) -> tuple[Images, ImageLevels | None]:
     """The training stream, and the images at its start that are held out, in memory."""
-    size, limit, name = arguments.validation_size, arguments.max_train_samples, arguments.train_split
-    held_out = None
+    limit, name = arguments.max_train_samples, arguments.train_split
+    if 0 < arguments.validation_size < 1:
+        raise DataError(
+            f"validation_size is {arguments.validation_size}, and {name!r} is read as a stream, which has no length "
+            f"to take a share of: give a number of images, such as --validation_size 256."
+        )
+    size, held_out = int(arguments.validation_size), None
     if size:
         with source.explained():
             rows = datasets.Dataset.from_list(list(dataset.take(size)), features=dataset.features)
@@ -234,7 +284,9 @@ def _evaluation_split(source: Source, arguments: DataArguments, split: str | Non
     except UnknownSplitError as error:
         if split != "test":  # asked for by name
             raise
-        warn(f"there will be no evaluation at the end: {error} Name it with --test_split.", stacklevel=3)
+        if not arguments.test_size:
+            remedy = "Name it with --test_split, or hold out a share with --test_size 0.1."
+            warn(f"there will be no evaluation at the end: {error} {remedy}", stacklevel=3)
         return None
     column = arguments.image_column
     if isinstance(dataset, datasets.IterableDataset):
@@ -279,7 +331,14 @@ def _stream(
     return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, resized)
 
 
-def _summary(source: Source, arguments: DataArguments, train: Images, held: Images | None, test: Images | None) -> str:
+def _summary(
+    source: Source,
+    arguments: DataArguments,
+    train: Images,
+    held: Images | None,
+    test: Images | None,
+    test_split: str | None,
+) -> str:
     """One paragraph."""
     own = arguments.validation_split is None
     uses = [f"trains on {_count(train)} of {arguments.train_split!r}"]
@@ -287,7 +346,8 @@ def _summary(source: Source, arguments: DataArguments, train: Images, held: Imag
         where = f"{arguments.train_split!r}" if own else f"{arguments.validation_split!r}"
         uses.append(f"holds out {_count(held)} of {where} for validation")
     if test is not None:
-        uses.append(f"tests on {_count(test)} of {arguments.test_split!r}")
+        where = f"held out of {arguments.train_split!r}" if test_split == SPLIT else f"of {test_split!r}"
+        uses.append(f"tests on {_count(test)} {where}")
     splits = [arguments.train_split, arguments.validation_split, arguments.test_split]
     return _paragraph(source, uses, [split for split in splits if split is not None])
 
@@ -302,6 +362,10 @@ def _paragraph(source: Source, uses: Sequence[str], splits: Sequence[str]) -> st
         said += [source.layout.note] if source.layout.note else []
         said += [f"not used: {'; '.join([*others, unread] if unread else others)}"] if others or unread else []
     return "; ".join(said) + "."
+
+
+def _number(images: ImageLevels | None) -> int:
+    return 0 if images is None else len(images)
 
 
 def _count(images: Images) -> str:

@@ -45,6 +45,8 @@ def describe_images(
     *,
     config: str | None = None,
     resolution: int | None = None,
+    color: str = "auto",
+    image_column: str = "image",
 ) -> dict[str, Any]:
     """What may be said of a dataset in public: of a local folder or file only the last part of its path.
 
@@ -54,11 +56,14 @@ def describe_images(
         split: The split that they are.
         config: The configuration of the dataset, where it has several.
         resolution: The resolution that was asked for.
+        color: How colours were converted.
+        image_column: The column that held the images.
 
     Returns:
         ``name``, ``config``, ``split``, ``images`` (how many; null for a stream), ``shape`` (C, H, W), ``levels`` (K),
-        ``resolution``, ``resized`` (whether an image was resized or cropped, so that bits/dim can't be compared with
-        published ones; of a stream the first image answers) and ``fingerprint`` (`fingerprint`; null for a stream).
+        ``resolution``, ``color``, ``image_column``, ``resized`` (whether an image was resized or cropped, so that
+        bits/dim can't be compared with published ones; of a stream the first image answers) and ``fingerprint``
+        (`fingerprint`; null for a stream).
 
     >>> from vdm_hub.data.loading import load_split
     >>> described = describe_images(load_split("digits", "test", num_levels=17), "digits", "test")
@@ -73,6 +78,8 @@ def describe_images(
         "shape": list(images.image_shape),
         "levels": images.num_levels,
         "resolution": resolution,
+        "color": color,
+        "image_column": image_column,
         "resized": images.resized,
         "fingerprint": fingerprint(images.levels) if isinstance(images, ImageLevels) else None,
     }

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
+from vdm_hub.data.images import ImageLevels
 from vdm_hub.files import written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 
 
-def write_per_image(report: LikelihoodReport, path: Path, labels: Tensor | None = None) -> None:
+def write_per_image(report: LikelihoodReport, path: Path, images: ImageLevels) -> None:
     """One row per image, in their order, and the whole report as JSON in the file's metadata, under ``vdm_hub``.
 
-    Columns: ``image``, its number in the split; ``bits_per_dim``; ``log_likelihood``, in nats; ``standard_error`` of
-    bits_per_dim, over the replicates (null for one); each term in nats, such as ``term_prior``; ``class_label``, where
-    there are labels.
+    All figures are in bits/dim, as the columns' names say; nats are ``bits_per_dim * dimensions * ln 2``, with
+    ``dimensions`` of the report.
+
+    Columns: ``image``, its number in the split; ``file``, its name in the dataset (null where it has none);
+    ``bits_per_dim``; ``bits_per_dim_standard_error``, over the replicates (null for one); each term, such as
+    ``bits_per_dim_prior``; ``class_label``, where there are labels.
     """
+    count, scale = report.num_images, report.dimensions * math.log(2)
     error = report.standard_error_per_image if report.replicates > 1 else None
+    names = getattr(images, "names", None)
     columns = {
-        "image": pa.array(range(report.num_images), pa.int64()),
+        "image": pa.array(range(count), pa.int64()),
+        "file": pa.nulls(count, pa.string()) if names is None else pa.array(names[:count], pa.string()),
         "bits_per_dim": pa.array(report.per_image.numpy()),
-        "log_likelihood": pa.array(report.log_likelihood.numpy()),
-        "standard_error": pa.nulls(report.num_images, pa.float64()) if error is None else pa.array(error.numpy()),
+        "bits_per_dim_standard_error": pa.nulls(count, pa.float64()) if error is None else pa.array(error.numpy()),
     }
-    columns |= {f"term_{name}": pa.array(term.mean(0).numpy()) for name, term in report.terms_per_image.items()}
-    if labels is not None:
-        columns["class_label"] = pa.array(labels[: report.num_images].numpy())
+    terms = {name: term.mean(0) / scale for name, term in report.terms_per_image.items()}
+    columns |= {f"bits_per_dim_{name}": pa.array(term.numpy()) for name, term in terms.items()}
+    if images.labels is not None:
+        columns["class_label"] = pa.array(images.labels[:count].numpy())
     table = pa.table(columns).replace_schema_metadata({"vdm_hub": json.dumps(report.to_dict())})
     with written_beside(path) as beside:
         pq.write_table(table, beside)

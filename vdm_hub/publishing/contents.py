@@ -15,6 +15,7 @@ from PIL import Image
 
 from vdm_hub.errors import CheckpointError, PublishError
 from vdm_hub.evaluation.provenance import public_name
+from vdm_hub.hub.places import pipeline_folder
 from vdm_hub.publishing.records import read_evaluation, read_object, read_recipe, read_run
 from vdm_hub.secret_values import find_secret, find_secret_in_bytes
 
@@ -61,7 +62,7 @@ def read_source(folder: Path, evaluation: Path | None = None) -> Source:
     Raises:
         CheckpointError: There is no pipeline, or a file is damaged.
     """
-    pipeline = folder if (folder / INDEX).is_file() else folder / "pipeline"
+    pipeline = pipeline_folder(folder)
     if not (pipeline / INDEX).is_file():
         raise CheckpointError(
             f"{folder} holds no pipeline (no {INDEX}): give a run's folder such as runs/digits, or its pipeline."

@@ -22,6 +22,8 @@ class Images(TypedDict, total=False):
     split: str | None
     images: int | None
     resolution: int | None
+    color: str
+    image_column: str
     resized: bool | None
     fingerprint: str | None
 
@@ -58,6 +60,7 @@ class Run(TypedDict, total=False):
     training_seconds: Number
     device: str
     mixed_precision: str | None
+    validation: dict[str, Any] | None
     dataset: dict[str, Any]
     augmentation: dict[str, Any]
 

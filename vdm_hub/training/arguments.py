@@ -24,7 +24,7 @@ from typing import Any, Literal, NoReturn, Self, TypeVar, Union
 import yaml
 from transformers import HfArgumentParser
 
-from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.arguments import DataArguments, Share
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.fields import require
 from vdm_hub.training.configuration import (
@@ -52,6 +52,7 @@ _EXPECTED: dict[Any, str] = {
     float: "a number",
     str: "text",
     Serialised: "a name or a mapping",
+    Share: "a share below 1 or a whole number",
 }
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -248,7 +249,8 @@ def _defaults() -> dict[str, Any]:
 def _metavar(base: Any) -> str:
     if typing.get_origin(base) is Literal:
         return "|".join(typing.get_args(base))
-    return {bool: "BOOLEAN", int: "INTEGER", float: "NUMBER", Serialised: "NAME|JSON"}.get(base, "TEXT")
+    known = {bool: "BOOLEAN", int: "INTEGER", float: "NUMBER", Share: "NUMBER", Serialised: "NAME|JSON"}
+    return known.get(base, "TEXT")
 
 
 def _positional(rest: Sequence[str]) -> str | None:
@@ -350,6 +352,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _share(value: Any) -> Share:
+    """Whole numbers as ``int``; 1.0 is neither one image nor, with nothing to train on, all."""
+    number = _number(value)
+    return Share(_integer(value) if number == 0 or number > 1 or str(value) == "1" else number)
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
@@ -372,4 +380,5 @@ _CONVERTERS: dict[Any, Any] = {
     float: _number,
     str: _text,
     Serialised: _serialised,
+    Share: _share,
 }

@@ -31,6 +31,17 @@ class History:
         for name, value in {"step": step, **values}.items():
             columns.setdefault(name, []).append(value)
 
+    def last(self, part: str, step: int) -> dict[str, float] | None:
+        """What was measured last, at a step or before it; ``None`` where nothing was.
+
+        >>> history = History({"validation": {"step": [10, 20], "bits_per_dim": [3.5, 3.25]}})
+        >>> history.last("validation", 15), history.last("validation", 5)
+        ({'step': 10, 'bits_per_dim': 3.5}, None)
+        """
+        columns = self._parts[part]
+        until = [row for row, at in enumerate(columns["step"]) if at <= step]
+        return {name: values[until[-1]] for name, values in columns.items()} if until else None
+
     def to_dict(self) -> dict[str, Any]:
         """``{"train": {"step": [...], "bits_per_dim": [...], ...}, "validation": {...}}``, a copy."""
         return {

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import Data, Images, load_data
 from vdm_hub.errors import CheckpointError
 from vdm_hub.evaluation.evaluate import evaluate
@@ -27,7 +28,7 @@ from vdm_hub.plots import save_grid
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
 from vdm_hub.training.configuration import allowed_changes
-from vdm_hub.training.outputs import OutputFolder, publish_locally, results, sample_images
+from vdm_hub.training.outputs import OutputFolder, Validation, publish_locally, results, sample_images
 from vdm_hub.training.packing import pack_state, restore_state
 from vdm_hub.training.processes import build_accelerator, is_sharded
 from vdm_hub.training.publishing import check_publishing, publish_run
@@ -265,14 +266,24 @@ class Run(RunState):
     def _publish(self, model: Objective) -> LikelihoodReport | None:
         """What `finish` does, on the main process."""
         with results(self.folder):
-            report = publish_locally(model, self.configuration, self.folder, self.data.test)
-            self.folder.record(self.history, self.provenance.describe(self.step, self.seconds))
+            report, validation = publish_locally(model, self.configuration, self.folder, self.data), self._validation()
+            record = self.provenance.describe(self.step, self.seconds) | {"validation": validation}
+            self.folder.record(self.history, record)
         if report is not None:
             measured = {"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error}
             self.trackers.log(measured, self.step)
         self.trackers.log_pictures(self.folder.pictures, self.step)
-        print(self.folder.summary(self.configuration, report))
+        print(self.folder.summary(self.configuration, self.data, report, validation))
         return report
+
+    def _validation(self) -> Validation | None:
+        """The last held-out figure of the weights that are published, or of weights before them."""
+        step = self.early_stopping.best_step if self.early_stopping.weights else self.step
+        last, images = self.history.last("validation", step), self.data.validation
+        if last is None or images is None:
+            return None
+        sizes = [len(images) if isinstance(images, ImageLevels) else None, self.training.validation_images]
+        return last | {"images": min((size for size in sizes if size is not None), default=None)}
 
     def _published(self) -> AbstractContextManager[Objective | None]:
         if not self.early_stopping.weights:  # the main process's alone: the others need not know

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 
-from vdm_hub.data.loading import check_output_apart
+from vdm_hub.data.held_out_test import SPLIT
+from vdm_hub.data.loading import Data, check_output_apart
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, leftovers, written_beside
@@ -25,7 +26,10 @@ from vdm_hub.training.checkpoints import checkpoints, tidy
 from vdm_hub.training.configuration import differences
 from vdm_hub.training.history import History
 from vdm_hub.training.provenance import describe_split
-from vdm_hub.training.setup import build_pipeline
+from vdm_hub.training.setup import build_pipeline, describe_preprocessing
+
+Validation: TypeAlias = dict[str, Any]
+"""The last measurement of held-out images in training: ``step``, ``bits_per_dim``, ``standard_error``, ``images``."""
 
 
 class OutputFolder:
@@ -116,10 +120,19 @@ class OutputFolder:
         with written_beside(self.provenance) as beside:
             beside.write_text(json.dumps(provenance, indent=1, allow_nan=False))
 
-    def summary(self, configuration: Configuration, report: LikelihoodReport | None) -> str:
-        """What came out, and where it is."""
-        data = configuration.data
-        lines = [] if report is None else [f"\ntest split of {data.dataset_name or data.train_data_dir}:\n{report}"]
+    def summary(
+        self, configuration: Configuration, data: Data, report: LikelihoodReport | None, validation: Validation | None
+    ) -> str:
+        """What came out, and where it is: the figure of the test images, or the last of those held out in training."""
+        name, lines = configuration.data.dataset_name or configuration.data.train_data_dir, []
+        if report is not None:
+            what = "test images held out" if data.held_out_test else f"{configuration.data.test_split} split"
+            lines = [f"\n{what} of {name}:\n{report}"]
+        elif validation is not None:
+            lines = [
+                f"\nno test images; {validation['images']} images held out of {name}, at step {validation['step']}:\n"
+                f"{validation['bits_per_dim']:.4f} bits/dim   standard error {validation['standard_error']:.4f}"
+            ]
         places = {"pipeline": self.pipeline, "samples": self.samples, "schedule": self.schedule}
         return "\n".join(lines + [f"{name:<13}{place}" for name, place in places.items() if place.exists()])
 
@@ -150,23 +163,25 @@ def sample_images(pipeline: LikelihoodPipeline, configuration: Configuration, co
 
 
 def publish_locally(
-    objective: Objective, configuration: Configuration, folder: OutputFolder, test: Any
+    objective: Objective, configuration: Configuration, folder: OutputFolder, data: Data
 ) -> LikelihoodReport | None:
-    """Save the pipeline, then its pictures and its bound on the test split, each whole or not at all."""
-    pipeline = build_pipeline(objective.eval())
+    """Save the pipeline, then its pictures and its bound on the test images, each whole or not at all."""
+    told = _describe_test(configuration, data)
+    held_out: Any = None if data.held_out_test is None else data.held_out_test | {"fingerprint": (told or {})["fingerprint"]}
+    pipeline = build_pipeline(objective.eval(), describe_preprocessing(configuration.data), held_out)
     with written_beside(folder.pipeline) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
     training = configuration.training
     report = None
-    if test is not None and training.evaluation_replicates > 0:
+    if data.test is not None and training.evaluation_replicates > 0:
         report = evaluate(
             pipeline,
-            test,
+            data.test,
             transitions=configuration.diffusion.transitions,
             replicates=training.evaluation_replicates,
             batch_size=training.eval_batch_size,
             seed=training.seed,
-            dataset=describe_split(test, configuration.data, configuration.data.test_split),
+            dataset=told,
         )
         with written_beside(folder.evaluation) as beside:
             beside.write_text(json.dumps(report.to_dict(), indent=1))
@@ -178,3 +193,11 @@ def publish_locally(
         with written_beside(folder.samples) as beside:
             save_grid(images, beside)
     return report
+
+
+def _describe_test(configuration: Configuration, data: Data) -> dict[str, Any] | None:
+    """What is said of the test images, where there are any."""
+    if data.test is None:
+        return None
+    split = configuration.data.test_split if data.held_out_test is None else SPLIT
+    return describe_split(data.test, configuration.data, split)

@@ -77,7 +77,15 @@ class Provenance:
 def describe_split(images: Images, arguments: DataArguments, split: str | None) -> dict[str, Any]:
     """One of a run's splits, as `describe_images` does."""
     name = arguments.dataset_name or str(arguments.train_data_dir)
-    return describe_images(images, name, split, config=arguments.dataset_config_name, resolution=arguments.resolution)
+    return describe_images(
+        images,
+        name,
+        split,
+        config=arguments.dataset_config_name,
+        resolution=arguments.resolution,
+        color=arguments.color,
+        image_column=arguments.image_column,
+    )
 
 
 def plugin_versions(diffusion: DiffusionArguments) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vdm_hub.data.arguments import DataArguments
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError
@@ -19,6 +20,7 @@ from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.pipeline_hvae import HVAEPipeline
 from vdm_hub.pipeline_latent_vdm import LatentVDMPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.preprocessing import HeldOut, Preprocessing
 from vdm_hub.scheduling_vdm import VDMScheduler
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.configuration import TrainingArguments
@@ -110,31 +112,51 @@ def repeated_blocks(objective: Objective) -> list[str]:
 
 
 @singledispatch
-def build_pipeline(objective: Objective) -> LikelihoodPipeline:
+def build_pipeline(
+    objective: Objective, preprocessing: Preprocessing | None = None, held_out: HeldOut | None = None
+) -> LikelihoodPipeline:
     """The pipeline of an objective as it is now.
 
     A learned schedule is baked into the scheduler's config, or carried with its weights where no config can hold it.
+
+    Args:
+        objective: All that was trained.
+        preprocessing: How the images that it was trained on became levels.
+        held_out: How its test images were held out of them.
     """
     raise ConfigurationError(f"{type(objective).__name__} belongs to no pipeline.")
 
 
 @build_pipeline.register
-def _(objective: HierarchicalObjective) -> HVAEPipeline:
-    return HVAEPipeline(objective.model)
+def _(objective: HierarchicalObjective, preprocessing: Any = None, held_out: Any = None) -> HVAEPipeline:
+    return HVAEPipeline(objective.model, preprocessing, held_out)
 
 
 @build_pipeline.register
-def _(objective: VDMObjective) -> VDMPipeline:
+def _(objective: VDMObjective, preprocessing: Any = None, held_out: Any = None) -> VDMPipeline:
     process = objective.process
     carried = process.carried_schedule()
     parts: dict[str, Any] = {
         "unet": objective.network,
         "scheduler": VDMScheduler(**process.fields()),
         "noise_schedule": None if carried is None else NoiseScheduleModel.from_schedule(carried),
+        "preprocessing": preprocessing,
+        "held_out": held_out,
     }
     if isinstance(process, LatentProcess):
         return LatentVDMPipeline(process.first_stage, **parts, latent_scaling=process.scaling())
     return VDMPipeline(**parts)
+
+
+def describe_preprocessing(arguments: DataArguments) -> Preprocessing:
+    """What a run does to its images, for its pipeline."""
+    return {
+        "resolution": arguments.resolution,
+        "center_crop": arguments.center_crop,
+        "color": arguments.color,
+        "num_levels": arguments.num_levels,
+        "image_column": arguments.image_column,
+    }
 
 
 def count_steps(arguments: TrainingArguments, steps_per_epoch: int | None) -> int:

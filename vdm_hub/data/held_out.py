@@ -1,0 +1,138 @@
+"""The images that are held out of a training split: chosen by a fixed seed, spread over the classes, found again."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+from warnings import warn
+
+import datasets
+import numpy as np
+
+from vdm_hub.errors import DataError
+from vdm_hub.preprocessing import HeldOut
+
+SPLIT = "held_out"
+"""What the held-out images are called, where a split is named."""
+
+SEED = 0
+"""Of the choice: a constant, so that runs of different seeds are tested on the same images."""
+
+_LABELS = ("label", "labels", "class", "target")  # of columns of integers; a ClassLabel may have any name
+
+Labels: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
+
+def count(size: float, images: int) -> int:
+    """How many of so many images a share, or a number, is: at least one.
+
+    >>> count(0.1, 42), count(7, 42)
+    (4, 7)
+    """
+    return int(size) if size >= 1 else max(1, round(size * images))
+
+
+def hold_out(
+    dataset: datasets.Dataset, split: str, size: float, *, skip_corrupt: bool = False
+) -> tuple[datasets.Dataset, datasets.Dataset, HeldOut]:
+    """A training split without the images that are held out, those images, and how to choose them again.
+
+    Args:
+        dataset: The training split.
+        split: Its name.
+        size: A share below 1, or how many.
+        skip_corrupt: To be noted: whether the images that can't be decoded will be left out of both.
+
+    Raises:
+        DataError: Nothing would be left to train on.
+    """
+    rows, number = len(dataset), count(size, len(dataset))
+    if number >= rows:
+        raise DataError(f"test_size is {size}, and {split!r} has {rows} images: hold out fewer with --test_size.")
+    column = label_column(dataset)
+    kept, held = _choose(rows, number, SEED, _labels(dataset, column))
+    if held is None:
+        warn(
+            f"{number} of {rows} images can't be spread over the classes of the column {column!r}: those held out are "
+            f"chosen by the seed alone.",
+            stacklevel=2,
+        )
+        column = None
+        kept, held = _choose(rows, number, SEED, None)
+    assert held is not None
+    record: HeldOut = {
+        "split": split,
+        "images": rows,
+        "size": number,
+        "seed": SEED,
+        "label_column": column,
+        "skip_corrupt": skip_corrupt,
+        "fingerprint": None,
+    }
+    return dataset.select(kept), dataset.select(held), record
+
+
+def choose_again(dataset: datasets.Dataset, source: str, record: HeldOut, split: str = SPLIT) -> datasets.Dataset:
+    """The images that a run held out, out of the split that it trained on.
+
+    Args:
+        dataset: That split.
+        source: The dataset's name, for messages.
+        record: How they were chosen.
+        split: ``held_out``, or a slice of it, such as ``held_out[:100]``.
+
+    Raises:
+        DataError: The split has not as many images as it had, or not those labels: the same can't be chosen.
+    """
+    rows, column = len(dataset), record["label_column"]
+    held = None
+    if rows == record["images"] and (column is None or column in dataset.column_names):
+        _, held = _choose(rows, record["size"], record["seed"], _labels(dataset, column))
+    if held is None:
+        raise DataError(
+            f"the images that the run held out can't be chosen again: its split {record['split']!r} had "
+            f"{record['images']} images{'' if column is None else f' with the column {column!r}'}, and {source!r} has "
+            f"{rows} there{'' if rows != record['images'] else ', with other labels'}. Some of another choice would "
+            f"have been trained on: give the dataset as it was, or name a split with --split."
+        )
+    part = datasets.ReadInstruction.from_spec(split).to_absolute({SPLIT: len(held)})[0]
+    return dataset.select(held[part.from_ or 0 : part.to])
+
+
+def names_held_out(split: str) -> bool:
+    """Whether a split is that of the held-out images, or a slice of it.
+
+    >>> names_held_out("held_out[:10]"), names_held_out("test")
+    (True, False)
+    """
+    return split.partition("[")[0] == SPLIT
+
+
+def label_column(dataset: datasets.Dataset) -> str | None:
+    """The column that says an image's class: a ClassLabel, or integers of a usual name; ``None`` where none does."""
+    features = dict(dataset.features or {})
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    integers = [name for name in _LABELS if "int" in str(getattr(features.get(name), "dtype", ""))]
+    named = [name for name in _LABELS if name in classes]
+    return next(iter([*named, *classes, *integers]), None)
+
+
+def _labels(dataset: datasets.Dataset, column: str | None) -> Labels | None:
+    if column is None:
+        return None
+    return np.array([-1 if label is None else int(label) for label in dataset[column]], dtype=np.int64)
+
+
+def _choose(rows: int, number: int, seed: int, labels: Labels | None) -> tuple[list[int], list[int] | None]:
+    """The rows that are kept and those held out, each in their order; none where classes can't be spread so thinly."""
+    from sklearn.model_selection import train_test_split  # here, as it takes half a second that other data need not
+
+    candidates, classes = np.arange(rows), None
+    if labels is not None:  # the only image of a class is one to train on
+        _, place, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+        candidates = candidates[sizes[place] > 1]
+        classes = labels[candidates]
+    try:
+        _, held = train_test_split(candidates, test_size=number, random_state=seed, stratify=classes)
+    except ValueError:  # fewer images than classes, on one side or the other
+        return [], None
+    return sorted(set(range(rows)) - set(held.tolist())), sorted(held.tolist())
