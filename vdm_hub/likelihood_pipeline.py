@@ -41,11 +41,12 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
         return check_mapping(HeldOut, "held_out", self.config.get("held_out"))
 
     def _register_images(self, preprocessing: Mapping[str, Any] | None, held_out: Mapping[str, Any] | None) -> None:
-        """Keep both in the pipeline's own config: as mappings, since a list there is the class of a component."""
-        self.register_to_config(
-            preprocessing=check_mapping(Preprocessing, "preprocessing", preprocessing),
-            held_out=check_mapping(HeldOut, "held_out", held_out),
-        )
+        """Keep what is known in the pipeline's own config: mappings, as a list there is the class of a component."""
+        images = {
+            "preprocessing": check_mapping(Preprocessing, "preprocessing", preprocessing),
+            "held_out": check_mapping(HeldOut, "held_out", held_out),
+        }
+        self.register_to_config(**{name: mapping for name, mapping in images.items() if mapping is not None})
 
     @property
     @abstractmethod

@@ -61,9 +61,9 @@ def describe_images(
 
     Returns:
         ``name``, ``config``, ``split``, ``images`` (how many; null for a stream), ``shape`` (C, H, W), ``levels`` (K),
-        ``resolution``, ``color``, ``image_column``, ``resized`` (whether an image was resized or cropped, so that
-        bits/dim can't be compared with published ones; of a stream the first image answers) and ``fingerprint``
-        (`fingerprint`; null for a stream).
+        ``resolution``, ``resized`` (whether an image was resized or cropped, so that bits/dim can't be compared with
+        published ones; of a stream the first image answers), ``fingerprint`` (`fingerprint`; null for a stream), and
+        ``color`` and ``image_column`` where they are not ``"auto"`` and ``"image"``.
 
     >>> from vdm_hub.data.loading import load_split
     >>> described = describe_images(load_split("digits", "test", num_levels=17), "digits", "test")
@@ -78,10 +78,10 @@ def describe_images(
         "shape": list(images.image_shape),
         "levels": images.num_levels,
         "resolution": resolution,
-        "color": color,
-        "image_column": image_column,
         "resized": images.resized,
         "fingerprint": fingerprint(images.levels) if isinstance(images, ImageLevels) else None,
+        **({} if color == "auto" else {"color": color}),
+        **({} if image_column == "image" else {"image_column": image_column}),
     }
     return masked_values(described)
 

@@ -267,8 +267,8 @@ class Run(RunState):
         """What `finish` does, on the main process."""
         with results(self.folder):
             report, validation = publish_locally(model, self.configuration, self.folder, self.data), self._validation()
-            record = self.provenance.describe(self.step, self.seconds) | {"validation": validation}
-            self.folder.record(self.history, record)
+            record = {} if validation is None else {"validation": validation}
+            self.folder.record(self.history, self.provenance.describe(self.step, self.seconds) | record)
         if report is not None:
             measured = {"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error}
             self.trackers.log(measured, self.step)
