@@ -59,7 +59,7 @@ def test_every_image_is_in_one_part_and_the_test_is_spread_over_the_classes(four
     classes = np.repeat(["cat", "dog", "fox", "owl"], [20, 10, 6, 4])
     found = Counter(classes[parts[2]].tolist())
     assert found["cat"] == 5 and {found["dog"], found["fox"], found["owl"]} <= {1, 2, 3}
-    assert data.held_out is not None and data.held_out["label_column"] == "label"
+    assert data.held_out_test is not None and data.held_out_test["label_column"] == "label"
 
 
 def test_the_choice_depends_on_the_data_and_the_size_alone(four: Path) -> None:
@@ -74,15 +74,15 @@ def test_the_choice_depends_on_the_data_and_the_size_alone(four: Path) -> None:
 def test_the_same_images_are_chosen_afterwards(four: Path, size: float) -> None:
     data = load(four, test_size=size)
     assert isinstance(data.test, type(data.train))
-    again = load_split(str(four), "held_out", held_out=data.held_out)
+    again = load_split(str(four), "held_out", held_out=data.held_out_test)
     assert torch.equal(again.levels, data.test.levels)
-    first = load_split(str(four), "held_out[:1]", held_out=data.held_out)
+    first = load_split(str(four), "held_out[:1]", held_out=data.held_out_test)
     assert torch.equal(first.levels, data.test.levels[:1])
 
 
 def test_a_dataset_that_has_grown_or_lost_its_labels_is_refused(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "birds", jay=6, owl=6)
-    how = load(root, test_size=0.25).held_out
+    how = load(root, test_size=0.25).held_out_test
     Image.fromarray(np.full((4, 4), 99, np.uint8)).save(root / "jay" / "new.png")
     with pytest.raises(DataError, match=r"had 12 images.*has 13") as caught:
         load_split(str(root), "held_out", held_out=how)
@@ -139,15 +139,15 @@ def test_a_test_split_of_its_own_is_taken_and_said(tmp_path: Path) -> None:
         class_folders(tmp_path / "own" / split, a=6, b=6)
     with pytest.warns(UserWarning, match="--test_split none"):
         data = load(tmp_path / "own", test_size=0.25)
-    assert (len(data.train), data.held_out) == (12, None)
+    assert (len(data.train), data.held_out_test) == (12, None)
     data = load(tmp_path / "own", test_size=0.25, test_split=None)
-    assert (len(data.train), data.held_out is None) == (9, False)
+    assert (len(data.train), data.held_out_test is None) == (9, False)
 
 
 def test_nothing_is_held_out_unless_asked_for(four: Path) -> None:
     with pytest.warns(UserWarning, match="--test_size"):
         data = load(four)
-    assert (len(data.train), data.test, data.held_out) == (40, None, None)
+    assert (len(data.train), data.test, data.held_out_test) == (40, None, None)
     assert load(four, test_split=None).test is None
 
 
@@ -189,5 +189,5 @@ def test_corrupt_images_are_left_out_of_both_parts_and_the_choice_stays(tmp_path
         data = load(root, test_size=0.25, skip_corrupt_images=True)
     assert values(data.test) == held[1:] and values(data.train) == values(whole.train)
     with pytest.warns(UserWarning, match="left out"):
-        again = load_split(str(root), "held_out", held_out=data.held_out)
+        again = load_split(str(root), "held_out", held_out=data.held_out_test)
     assert values(again) == held[1:]

@@ -62,7 +62,12 @@ def load_images(
     held_out = pipeline.held_out
 
     def load(split: str) -> ImageLevels:
-        chosen: dict[str, Any] = {"config_name": config_name, "label_column": label_column, "max_samples": max_images, "say": say}
+        chosen: dict[str, Any] = {
+            "config_name": config_name,
+            "label_column": label_column,
+            "max_samples": max_images,
+            "say": say,
+        }
         return load_split(source, split, num_levels=pipeline.num_levels, held_out=held_out, **chosen, **used)
 
     split = split or default_split

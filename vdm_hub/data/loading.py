@@ -131,15 +131,16 @@ def load_split(
     """
     opened = open_source(source, config_name)
     decoder = Decoder(num_levels, color, resolution, num_workers=num_workers, open_file=opened.open_file)
-    if held_out is not None and names_held_out(split):
-        dataset = undecoded(opened, opened.read(held_out["split"]), image_column, held_out["split"])
-        dataset = choose_again(dataset, source, held_out, split)
-        dataset = without_corrupt(dataset, image_column, decoder) if held_out["skip_corrupt"] else dataset
-    else:
-        dataset = opened.read(split)
+    chosen = held_out if names_held_out(split) else None
+    whole = split if chosen is None else chosen["split"]
+    dataset = opened.read(whole)
+    if chosen is not None:
+        dataset = choose_again(undecoded(opened, dataset, image_column, whole), source, chosen, split)
+        dataset = without_corrupt(dataset, image_column, decoder) if chosen["skip_corrupt"] else dataset
     dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
     images = _in_memory(opened, dataset, image_column, decoder, split, label_column)
-    said = _paragraph(opened, [f"{_count(images)} of {split!r}"], [split])
+    where = f"{split!r}" if chosen is None else f"{whole!r}, of those that a run held out"
+    said = _paragraph(opened, [f"{_count(images)} of {where}"], [whole])
     if say is not None:
         say(said)
     elif opened.layout is not None and (opened.layout.note or opened.layout.listing.unused):

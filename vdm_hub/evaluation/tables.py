@@ -26,10 +26,9 @@ def write_per_image(report: LikelihoodReport, path: Path, images: ImageLevels) -
     """
     count, scale = report.num_images, report.dimensions * math.log(2)
     error = report.standard_error_per_image if report.replicates > 1 else None
-    names = getattr(images, "names", None)
     columns = {
         "image": pa.array(range(count), pa.int64()),
-        "file": pa.nulls(count, pa.string()) if names is None else pa.array(names[:count], pa.string()),
+        "file": pa.array((images.names or [None] * count)[:count], pa.string()),
         "bits_per_dim": pa.array(report.per_image.numpy()),
         "bits_per_dim_standard_error": pa.nulls(count, pa.float64()) if error is None else pa.array(error.numpy()),
     }

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import SafetensorError
 
-from vdm_hub.data.held_out_test import SPLIT
+from vdm_hub.data.held_out import SPLIT
 from vdm_hub.data.loading import Data, check_output_apart
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
@@ -167,7 +167,9 @@ def publish_locally(
 ) -> LikelihoodReport | None:
     """Save the pipeline, then its pictures and its bound on the test images, each whole or not at all."""
     told = _describe_test(configuration, data)
-    held_out: Any = None if data.held_out_test is None else data.held_out_test | {"fingerprint": (told or {})["fingerprint"]}
+    held_out: Any = data.held_out_test
+    if held_out is not None and told is not None:
+        held_out = held_out | {"fingerprint": told["fingerprint"]}
     pipeline = build_pipeline(objective.eval(), describe_preprocessing(configuration.data), held_out)
     with written_beside(folder.pipeline) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
