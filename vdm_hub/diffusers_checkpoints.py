@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, PipelineFiles, open_pipeline
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, ModelFiles, check_pipeline, open_files
 from vdm_hub.scheduler_configs import is_beta_table
 from vdm_hub.scheduling_vdm import VDMScheduler
 
@@ -37,7 +37,7 @@ def pipeline_class(source: str | os.PathLike[str], revision: str | None = None) 
         ConfigurationError: There is no model_index.json.
         OSError: There is no such repository.
     """
-    return str(_read(open_pipeline(source, revision=revision), INDEX).get("_class_name"))
+    return str(_read(open_files(source, revision=revision), INDEX).get("_class_name"))
 
 
 def scheduler_of_pipeline(
@@ -64,8 +64,8 @@ def scheduler_of_pipeline(
 
 def scheduler_of_repository(
     source: str | os.PathLike[str], overrides: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> tuple[VDMScheduler, dict[str, Any]]:
-    """The same of a folder or a Hub id; and by which arguments its weights are loaded, of that very commit.
+) -> tuple[VDMScheduler, ModelFiles]:
+    """The same of a folder or a Hub id; and its files, checked, of one commit.
 
     Args:
         source: A folder, or a Hub id.
@@ -83,20 +83,15 @@ def scheduler_of_repository(
             f"from_diffusers knows no {', '.join(sorted(unknown))}: it takes num_levels, data_scaling, decoder, "
             f"prediction_type, variance_type, {', '.join(_ARGUMENTS)}."
         )
-    files = open_pipeline(source, **{key: value for key, value in arguments.items() if key in HUB_ARGUMENTS})
+    files = open_files(source, **{key: value for key, value in arguments.items() if key in HUB_ARGUMENTS})
     index = _read(files, INDEX)
     components = {key: value for key, value in index.items() if _is_component(key, value)}
     _check_components(files.name, str(index.get("_class_name")), set(components))
     network = _network_class(files.name, *components["unet"])
     scheduler = _scheduler(files.name, _read(files, "scheduler/scheduler_config.json"), overrides)
     _check_network(files.name, network, _read(files, "unet/config.json"), scheduler)
-    weights = {path.rpartition(".")[2] for path in files.sizes if path.startswith("unet/")}
-    if "bin" in weights and "safetensors" not in weights:
-        raise ConfigurationError(
-            f"{files.name} has no weights in safetensors, and its .bin would have to be unpickled, which runs code: "
-            f"where you trust it, load and save it with diffusers once."
-        )
-    return scheduler, dict(arguments) | dict(files.pinned)
+    check_pipeline(files, None, variant=arguments.get("variant"))
+    return scheduler, files
 
 
 def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) -> list[str]:
@@ -143,8 +138,8 @@ def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) ->
 # ---- what is taken over, and what not -------------------------------------------------------------------------------
 
 
-def _read(files: PipelineFiles, path: str) -> dict[str, Any]:
-    if path not in files.sizes:
+def _read(files: ModelFiles, path: str) -> dict[str, Any]:
+    if path not in files:
         raise ConfigurationError(f"{files.name} holds no pipeline that could be taken over: it has no {path}.")
     return files.read_json(path)
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.hub.repositories import HUB_ARGUMENTS, check_pipeline, open_pipeline
+from vdm_hub.errors import ConfigurationError, DataError, explained
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, already_checked, check_pipeline, open_files
+from vdm_hub.hub.weights import check_finite
 from vdm_hub.images import levels_from_images
 from vdm_hub.likelihood.decompositions import form_of
 from vdm_hub.likelihood.methods import build_measurement
@@ -22,12 +23,12 @@ from vdm_hub.likelihood.per_image import collect
 from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Objective
-from vdm_hub.models.safetensors_only import SafetensorsOnly, WholeWeights, check_stock_weights
+from vdm_hub.models.loading import REMEDY, refuse_pickles
 from vdm_hub.preprocessing import HeldOut, Preprocessing, check_mapping
 from vdm_hub.published_card import KeepsPublishedCard
 
 
-class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline):
+class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     """A generative model of K-level images that knows their likelihood, on whichever rung of the ladder."""
 
     @property
@@ -141,22 +142,34 @@ class LikelihoodPipeline(KeepsPublishedCard, SafetensorsOnly, DiffusionPipeline)
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Load from a folder or a Hub id, with all arguments of `DiffusionPipeline.from_pretrained`.
 
-        Files and configs are checked before any weight is downloaded, and weights before they are used: only
-        safetensors are read, and everything is of one commit.
+        Files and configs are checked before any weight is read, and weights before they are used: only safetensors are
+        read, of exactly the network that the config describes, and everything is of one commit and as it is listed.
 
         Raises:
             MissingPluginError: The pipeline needs a plugin that is not installed; the message says which.
             ConfigurationError: A config names what nobody knows, or the name is neither a folder nor a Hub id.
-            CheckpointError: A file is damaged, belongs to another network, or should not be where it is.
-            OSError: There is no such pipeline, or it can't be reached.
+            CheckpointError: A file is damaged, or not what was saved, or should not be where it is.
+            HubError: There is no such repository, or it can't be reached.
         """
-        place = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        files = open_pipeline(pretrained_model_name_or_path, **place)
-        check_pipeline(files, kwargs, bool(kwargs.get("trust_remote_code")))
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs | dict(files.pinned))
+        refuse_pickles(kwargs)
+        trusts_code = bool(kwargs.get("trust_remote_code"))
+        files = open_files(
+            pretrained_model_name_or_path, **{key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        )
+        check_pipeline(files, cls, kwargs, kwargs.get("variant"), trusts_code)
+        if trusts_code:  # the repository's own code chooses what it reads
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs | dict(files.pinned))
+        return cls._from_checked(files, kwargs)
+
+    @classmethod
+    def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
+        """The pipeline of files that were checked; ``arguments`` are what the reader gave besides."""
+        with explained(f"{files.name} can't be loaded", REMEDY), already_checked(files.folder):
+            pipeline = super().from_pretrained(files.folder, **arguments)
         for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module) and not isinstance(part, WholeWeights) and name not in kwargs:
-                check_stock_weights(part)
+            if isinstance(part, nn.Module) and name not in arguments:
+                check_finite(f"{files.name}/{name}", part)
+        pipeline.register_to_config(_name_or_path=files.name)
         return pipeline
 
     @torch.no_grad()

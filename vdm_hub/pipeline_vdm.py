@@ -24,6 +24,7 @@ from vdm_hub.diffusion.forward_process import ForwardProcess, Network
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError, unknown_name
+from vdm_hub.hub.repositories import HUB_ARGUMENTS
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
@@ -117,9 +118,9 @@ class VDMPipeline(LikelihoodPipeline):
         fields |= {"prediction_type": prediction_type, "variance_type": variance_type}
         if isinstance(source, DiffusionPipeline):
             return cls(source.unet, scheduler_of_pipeline(source, fields, arguments))
-        scheduler, pinned = scheduler_of_repository(source, fields, arguments)
-        pipeline: VDMPipeline = cls.from_pretrained(source, **pinned)
-        pipeline.scheduler = scheduler
+        scheduler, files = scheduler_of_repository(source, fields, arguments)
+        others = {key: value for key, value in arguments.items() if key not in HUB_ARGUMENTS}
+        pipeline: VDMPipeline = cls._from_checked(files, others | {"scheduler": scheduler, "use_safetensors": True})
         return pipeline
 
     @property

@@ -1,7 +1,8 @@
 """Makes diffusers know the public classes, so that ``from_pretrained`` works from a Hub id.
 
 diffusers loads a third-party component from a Hub id only if its library is an attribute of ``diffusers.pipelines``,
-and a pipeline class only if it is an attribute of ``diffusers``. Both are added here, and nothing is ever overwritten.
+and a pipeline class only if it is an attribute of ``diffusers``. Both are added here, and nothing is overwritten but
+`DiffusionPipeline.from_pretrained`, which hands pipelines of ours to their own class: it checks what it loads.
 
 Readers without this package learn what to install in the same way: from a Hub id, diffusers looks in
 ``diffusers.pipelines`` for the library of every entry of ``model_index.json`` that is a list, in order, and an error
@@ -12,14 +13,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import diffusers
 import diffusers.pipelines
 
+from vdm_hub.errors import CheckpointError, ConfigurationError, HubError, shortened
 from vdm_hub.files import written_beside
-from vdm_hub.hub.repositories import INDEX, read_json
+from vdm_hub.hub.json_files import read_json
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, open_files
 
 HINT_KEY = "_requires"
 INSTALL_HINT = (
@@ -33,6 +39,8 @@ def register(package: ModuleType, classes: list[type]) -> None:
     for name in (package.__name__, INSTALL_HINT):
         if _is_taken(diffusers.pipelines, name, package):
             _warn(f"diffusers.pipelines.{name}", f"load parts of a pipeline by the classes of {package.__name__}")
+    pipelines = {cls.__name__: cls for cls in classes if issubclass(cls, diffusers.DiffusionPipeline)}
+    _hand_over(pipelines, package.__name__)
     for cls in classes:
         if _is_taken(diffusers, cls.__name__, cls):
             _warn(f"diffusers.{cls.__name__}", f"load through {package.__name__}.{cls.__name__}")
@@ -51,11 +59,53 @@ def add_install_hint(folder: Path) -> None:
         OSError: There is none.
     """
     path = folder / INDEX
-    index = read_json(path, str(path))
+    index = read_json(path)
     first = {key: value for key, value in index.items() if not isinstance(value, list)}
     hinted = first | {HINT_KEY: [INSTALL_HINT, None]} | {key: index[key] for key in index if key != HINT_KEY}
     with written_beside(path) as beside:
         beside.write_text(json.dumps(hinted, indent=2) + "\n", encoding="utf-8")
+
+
+def _hand_over(pipelines: Mapping[str, type], library: str) -> None:
+    """Let `DiffusionPipeline.from_pretrained` leave pipelines of ours to their own class; once for the process."""
+    own_loader = diffusers.DiffusionPipeline.__dict__["from_pretrained"].__func__
+    if getattr(own_loader, "hands_over", False):
+        return
+
+    @wraps(own_loader)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        brings_code = kwargs.get("trust_remote_code") or kwargs.get("custom_pipeline")
+        if cls is diffusers.DiffusionPipeline and not brings_code:
+            index = _index(pretrained_model_name_or_path, kwargs)
+            if index.get("_class_name") in pipelines:
+                cls = pipelines[index["_class_name"]]
+                return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if any(isinstance(value, list) and value[:1] == [library] for value in index.values()):
+                raise CheckpointError(
+                    f"{pretrained_model_name_or_path}: {INDEX} names the class {shortened(index.get('_class_name'))} "
+                    f"beside components of {library}, which has only {', '.join(pipelines)}: it was changed. Save the "
+                    f"pipeline again, or download it again."
+                )
+        return own_loader(cls, pretrained_model_name_or_path, **kwargs)
+
+    from_pretrained.hands_over = True  # type: ignore[attr-defined]
+    diffusers.DiffusionPipeline.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type]
+
+
+def _index(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline's index says; empty where there is none, which diffusers will say in its own words.
+
+    Raises:
+        CheckpointError: It is damaged, or not what the Hub lists.
+    """
+    if Path(source).is_dir():
+        path = Path(source) / INDEX
+        return read_json(path) if path.is_file() else {}
+    try:
+        files = open_files(source, **{key: arguments[key] for key in HUB_ARGUMENTS if key in arguments})
+        return files.read_json(INDEX) if INDEX in files else {}
+    except (HubError, ConfigurationError):
+        return {}
 
 
 def _is_taken(holder: ModuleType, name: str, value: object) -> bool:

@@ -24,7 +24,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from vdm_hub.errors import ConfigurationError, MissingPluginError, VDMHubError, in_one_line, unknown_name
+from vdm_hub.errors import (
+    ConfigurationError,
+    MissingPluginError,
+    VDMHubError,
+    in_one_line,
+    shortened,
+    unknown_name,
+)
 from vdm_hub.version import is_older
 
 Serialised = str | dict[str, Any]
@@ -299,7 +306,7 @@ def building(kind: str, serialised: Serialised, accepted: Iterable[str]) -> Iter
         raise
     except Exception as error:
         raise ConfigurationError(
-            f"the {_KIND_WORDS[kind]} {_shortened(serialised)} can't be built: {in_one_line(error)}. Its arguments "
+            f"the {_KIND_WORDS[kind]} {shortened(serialised)} can't be built: {in_one_line(error)}. Its arguments "
             f"are {', '.join(accepted) or 'none'}."
         ) from error
 
@@ -374,17 +381,17 @@ def _parts(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str 
     arguments, package = serialised.get("config"), serialised.get("package")
     if arguments is not None and not isinstance(arguments, Mapping):
         raise ConfigurationError(
-            f"the 'config' of {whose} is {_shortened(arguments)}: give an object of arguments, or leave it out."
+            f"the 'config' of {whose} is {shortened(arguments)}: give an object of arguments, or leave it out."
         )
     if package is not None and (not isinstance(package, str) or not _DISTRIBUTION_NAME.fullmatch(package)):
         raise ConfigurationError(
-            f"{whose} names the package {_shortened(package)}: no valid name. Give that of the distribution on PyPI, "
+            f"{whose} names the package {shortened(package)}: no valid name. Give that of the distribution on PyPI, "
             f"letters, digits, '-', '_' and '.', or leave it out."
         )
     version = serialised.get("version")
     if version is not None and not isinstance(version, str):
         raise ConfigurationError(
-            f'{whose} has the version {_shortened(version)}: give a string such as "1.0", or leave it out.'
+            f'{whose} has the version {shortened(version)}: give a string such as "1.0", or leave it out.'
         )
     return serialised["name"], dict(arguments or {}), package, version
 
@@ -406,7 +413,7 @@ def _find(kind: str, serialised: Serialised) -> tuple[Registration, dict[str, An
 def _json_object(whose: str, config: Any) -> dict[str, Any]:
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ConfigurationError(
-            f"to_config() of the {whose} gives {_shortened(config)}: it must give a dict of the constructor's "
+            f"to_config() of the {whose} gives {shortened(config)}: it must give a dict of the constructor's "
             f"arguments by name."
         )
     try:
@@ -417,11 +424,6 @@ def _json_object(whose: str, config: Any) -> dict[str, Any]:
             f"tensor.tolist()."
         ) from error
     return read
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _normal(package: str) -> str:

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.parameterizations import Velocity
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.errors import ConfigurationError, shortened
+from vdm_hub.hub.schemas import Within, check_arguments
+from vdm_hub.models.loading import CheckedLoading
 from vdm_hub.registry import Serialised
 from vdm_hub.scheduler_configs import (
     DDPM_KEYS,
@@ -38,7 +40,11 @@ from vdm_hub.scheduler_configs import (
 
 # Keys that no stock scheduler reads: only these may be listed as defaults, or `from_config` would drop the process.
 _OWN_KEYS = ("forward_process", "num_levels", "data_scaling", "decoder")
-_SPACINGS = ("leading", "linspace", "trailing")
+_Steps = Annotated[int, Within(2, 50_000)]
+_Levels = Annotated[int, Within(2, 65_536)]
+_Share = Annotated[float, Within(0, 1)]
+_BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
+_Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 
 @dataclass
@@ -54,7 +60,7 @@ class VDMSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-class VDMScheduler(SchedulerMixin, ConfigMixin):
+class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
     r"""Ancestral sampling from ``p(z_s|z_t) = q(z_s|z_t, x_hat)`` (VDM eq. 10; Luo eq. 84), for diffusers.
 
     ``timesteps`` are float tensors ``tau(gamma(t_j))`` in [0, num_train_timesteps - 1]; time stays continuous, so any
@@ -104,29 +110,30 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
+        num_train_timesteps: _Steps = 1000,
         noise_schedule: Serialised | None = None,
         prediction_type: Serialised = "epsilon",
         conditioning: Serialised | None = None,
-        num_levels: int = 256,
-        data_scaling: str | None = None,
+        num_levels: _Levels = 256,
+        data_scaling: Literal["bin_centers", "full"] | None = None,
         decoder: Serialised | None = None,
         forward_process: Serialised = "gaussian",
-        final_sigmas_type: str | None = None,
-        trained_betas: Sequence[float] | np.ndarray | None = None,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        variance_type: str = "fixed_small",
+        final_sigmas_type: Literal["sigma_min", "zero"] | None = None,
+        trained_betas: Sequence[_Share] | np.ndarray | None = None,
+        beta_start: _Share = 0.0001,
+        beta_end: _Share = 0.02,
+        beta_schedule: _BetaSchedule = "linear",
+        variance_type: _Variance = "fixed_small",
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
+        dynamic_thresholding_ratio: _Share = 0.995,
         sample_max_value: float = 1.0,
-        timestep_spacing: str | None = None,
+        timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None,
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
+        check_arguments(type(self), self.config)
         prediction_type, forward_process = copy.deepcopy((prediction_type, forward_process))
         given_betas = None if trained_betas is None else [float(b) for b in trained_betas]
         if noise_schedule is None:
@@ -144,7 +151,6 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             conditioning=without_steps(conditioning) or ("table" if is_table else "affine"),
         )
         self._name_packages()
-        self._check_choices()
         self._ddpm = self._stock_ddpm() if is_table else None
         check_steps(conditioning, self.config.num_train_timesteps)
         self.process = self.build_process()
@@ -161,16 +167,6 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         """Say in the config which package brings each plugin, where it was given by its name alone."""
         for field, kind in registry.SERIALISED_FIELDS.items():
             self.register_to_config(**{field: registry.with_package(kind, self.config[field])})
-
-    def _check_choices(self) -> None:
-        if self.config.final_sigmas_type not in ("sigma_min", "zero"):
-            raise unknown_name("final_sigmas_type", self.config.final_sigmas_type, ("sigma_min", "zero"))
-        if self.config.timestep_spacing not in _SPACINGS:
-            raise unknown_name("timestep_spacing", self.config.timestep_spacing, _SPACINGS)
-        for key, least in (("num_train_timesteps", 2), ("num_levels", 2)):
-            value = self.config[key]
-            if not isinstance(value, int) or value < least:
-                raise ConfigurationError(f"{key} is {value!r}: give a whole number of at least {least}.")
 
     def _stock_ddpm(self) -> DDPMScheduler:
         """The stock DDPM of this table: its betas are ours, and its steps too, where the chain ends at the data."""
@@ -231,12 +227,16 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ConfigurationError: The config describes a process that is neither (flow matching, EDM, ...).
         """
-        if isinstance(config, Mapping):
-            config = as_vdm_config(copy.deepcopy(dict(config)), kwargs, cls)
-            if changes_process(config, kwargs):
-                replaced = super().from_config(dict(config)).process
-                config |= {"conditioning": registry.serialise("conditionings", replaced.conditioning)}
-                config |= {key: None for key in ("trained_betas", "final_sigmas_type") if "noise_schedule" in kwargs}
+        if not isinstance(config, Mapping):
+            raise ConfigurationError(
+                f"config is {shortened(config)}: give a mapping, such as another scheduler's .config, or load a "
+                f"folder or a Hub id with from_pretrained."
+            )
+        config = as_vdm_config(copy.deepcopy(dict(config)), kwargs, cls)
+        if changes_process(config, kwargs):
+            replaced = super().from_config(dict(config)).process
+            config |= {"conditioning": registry.serialise("conditionings", replaced.conditioning)}
+            config |= {key: None for key in ("trained_betas", "final_sigmas_type") if "noise_schedule" in kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_diffusers(self, scheduler_class: type, **kwargs: Any) -> Any:

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from vdm_hub.diffusers_checkpoints import pipeline_class
-from vdm_hub.errors import ConfigurationError, VDMHubError, in_one_line
+from vdm_hub.errors import ConfigurationError
 from vdm_hub.hub.places import pipeline_folder
-from vdm_hub.hub.repositories import HTTP_ERROR
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.pipelines import PIPELINES
@@ -25,13 +24,13 @@ def load_pipeline(
     """Load a pipeline, any of ours or one of diffusers' DDPM family, onto the GPU, where there is one.
 
     Args:
-        name: A pipeline's folder, that of the run that made it, or a Hub id.
+        name: A folder or a Hub id.
         num_levels: K of a pipeline of diffusers, whose config does not say it; 256 if it isn't given.
         revision: A branch or commit on the Hub; main where not given.
         overrides: What the config of a pipeline of diffusers says wrongly: see `VDMPipeline.from_diffusers`.
 
     Raises:
-        ConfigurationError: There is none at that place, or it can't be loaded.
+        VDMHubError: There is none at that place, or it can't be loaded.
     """
     looks_local = name.startswith((".", "/", "~")) or Path(name).is_dir()
     folder = pipeline_folder(Path(name).expanduser())
@@ -40,15 +39,7 @@ def load_pipeline(
             f"{name} holds no pipeline (no model_index.json): give a run's folder such as runs/digits, a pipeline's "
             f"such as runs/digits/pipeline, or a Hub id."
         )
-    try:
-        pipeline = _load(str(folder) if looks_local else name, num_levels, revision, overrides or {})
-    except VDMHubError:
-        raise
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError, HTTP_ERROR) as error:
-        cause = in_one_line(error)[:400].rstrip(".")
-        raise ConfigurationError(
-            f"the pipeline {name!r} can't be loaded: {cause}. Check the folder or the Hub id, and the network."
-        ) from error
+    pipeline = _load(str(folder) if looks_local else name, num_levels, revision, overrides or {})
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

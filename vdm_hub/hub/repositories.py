@@ -1,57 +1,71 @@
-"""What a folder or a repository says of its pipeline, checked before any of its weights is downloaded or read.
+"""What a folder or a repository says of its pipeline, checked before any of its weights is read.
 
-Only its list of files and its small JSON files are looked at, those of one commit, which is then the one to load.
-Nothing that they name is imported but classes of diffusers, transformers and this package, and installed plugins.
+Only its list of files, its small JSON files and the headers of its weights are looked at, those of one commit, which
+is then the one to load. Nothing that they name is imported but classes of diffusers, transformers and this package,
+and installed plugins.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
+import inspect
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import diffusers
 import huggingface_hub
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from huggingface_hub import constants, file_download
 from huggingface_hub import errors as hub_errors
 
 from vdm_hub import registry
-from vdm_hub.errors import CheckpointError, ConfigurationError
+from vdm_hub.errors import CheckpointError, ConfigurationError, HubError, MissingFileError, shortened, unknown_name
+from vdm_hub.hub.fetching import Listed, fetch, hub_explained, in_cache, is_content
+from vdm_hub.hub.json_files import check_json_size, read_json
+from vdm_hub.hub.schemas import check_config, check_fields, type_of_field
+from vdm_hub.hub.weights import WeightFiles, check_weights, weight_files
 
 INDEX = "model_index.json"
 CONFIGS = ("config.json", "scheduler_config.json")
-MAX_JSON_BYTES = 10_000_000
-MAX_JSON_DEPTH = 64
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # A copy of this package under another name, as a repository may carry it, is named so in its own index.
 _PACKAGE = __name__.partition(".")[0]
 _LIBRARIES = ("diffusers", "transformers", _PACKAGE)
 _COMPONENT_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
-# What the client's HTTP library raises without an answer, whichever library its version stands on.
-HTTP_ERROR: type[Exception] = hub_errors.HfHubHTTPError.__bases__[0]
+_INDEX_KEYS = ("_class_name", "_diffusers_version", "_name_or_path", "_requires", "_module", "_ignore_files")
 _LOGGER = logging.getLogger(__name__)
+_CHECKED: ContextVar[Path | None] = ContextVar("checked", default=None)
 
 
 @dataclass(frozen=True)
-class PipelineFiles:
+class ModelFiles:
     """The files of a folder, or of one commit on the Hub or in the cache.
 
     Attributes:
         name: The folder or the Hub id, as the reader gave it.
-        sizes: Bytes by path; only what the cache holds, where the Hub could not be asked.
+        listed: Size and hash by path; only what the cache holds, where the Hub could not be asked.
+        folder: Where they are on this machine, once they were fetched.
         fetch: Where a file is on this machine; downloads it if need be.
-        pinned: Arguments of ``from_pretrained`` by which diffusers loads these very files.
+        pinned: Arguments of ``from_pretrained`` by which diffusers loads these very files by their name.
     """
 
     name: str
-    sizes: Mapping[str, int]
+    listed: Mapping[str, Listed]
+    folder: Path
     fetch: Callable[[str], Path]
     pinned: Mapping[str, Any]
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.listed
 
     def read_json(self, path: str) -> dict[str, Any]:
         """A JSON object of a bearable size and depth.
@@ -59,18 +73,23 @@ class PipelineFiles:
         Raises:
             CheckpointError: It is none.
         """
-        _check_size(f"{self.name}: {path}", self.sizes[path])
-        return read_json(self.fetch(path), f"{self.name}: {path}")
+        check_json_size(f"{self.name}: {path}", self.listed[path].size)
+        return read_json(self.fetch(path), f"{self.name}: {path}", infinite=path.endswith(CONFIGS[1]))
+
+    def names_in(self, component: str) -> list[str]:
+        """The names of the files of a component's folder; of the whole, where it is empty."""
+        prefix = f"{component}/" if component else ""
+        return [path.removeprefix(prefix) for path in self.listed if path.startswith(prefix)]
 
 
-def open_pipeline(
+def open_files(
     name: str | os.PathLike[str],
     cache_dir: str | os.PathLike[str] | None = None,
     force_download: bool = False,
     local_files_only: bool | None = False,
     revision: str | None = None,
     token: str | bool | None = None,
-) -> PipelineFiles:
+) -> ModelFiles:
     """The files of a folder or a Hub id; of the latter at one commit, that which the revision is at now.
 
     Without a network, or where the Hub is down, they are those that the cache holds, as everywhere in diffusers.
@@ -78,53 +97,127 @@ def open_pipeline(
     Raises:
         CheckpointError: A path leads out of the folder.
         ConfigurationError: The name is neither a folder nor a Hub id.
-        OSError: There is no such repository or revision, or it can't be reached and the cache has none of it.
+        HubError: There is no such repository or revision, or it can't be reached and the cache has none of it.
     """
     if os.path.isdir(name):  # noqa: PTH112 - a path or a Hub id, as diffusers asks
         return _files_of_folder(str(name), Path(name).resolve())
-    place: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
+    place = _Place(str(name), revision, Path(cache_dir or constants.HF_HUB_CACHE), token)
     if local_files_only or huggingface_hub.is_offline_mode():
-        return _files_in_cache(str(name), revision, place)
+        return _files_in_cache(place)
     try:
-        return _files_on_hub(str(name), revision, place | {"force_download": force_download})
-    except (hub_errors.HfHubHTTPError, hub_errors.OfflineModeIsEnabled, HTTP_ERROR) as error:
+        return _files_on_hub(place, force_download)
+    except HubError as error:
         try:
-            files = _files_in_cache(str(name), revision, place)
-        except OSError:
+            files = _files_in_cache(place)
+        except HubError:
             raise error from None
-        _LOGGER.warning("The Hub did not answer (%s); loading %s from the cache.", type(error).__name__, name)
+        _LOGGER.warning("The Hub did not answer (%s); loading %s from the cache.", error, name)
         return files
 
 
-def check_pipeline(files: PipelineFiles, given: Collection[str] = (), trusts_code: bool = False) -> None:
-    """Refuse a pipeline that could not be loaded, or should not be, before any of its weights is used.
+def check_pipeline(
+    files: ModelFiles,
+    pipeline: type | None,
+    given: Collection[str] = (),
+    variant: str | None = None,
+    trusts_code: bool = False,
+) -> None:
+    """Refuse a pipeline that could not be loaded, or is not what was saved, before any of its weights is read.
 
     Args:
         files: The pipeline's.
+        pipeline: The class that is to load it; ``None`` where that takes over the components of another library's.
         given: Components that the reader brings; the pipeline's own are not looked at then.
-        trusts_code: Whether the reader trusts code that the repository carries; then it may name any library.
+        variant: Of the weights, such as ``fp16``.
+        trusts_code: Whether the reader trusts code that the repository carries; then it may name any class, and what
+            its code reads is its own affair.
 
     Raises:
-        CheckpointError: A JSON file is none, too large or too deep, or names what it should not.
+        CheckpointError: A file is damaged, contradicts another one, or names what it should not.
         MissingPluginError: The pipeline needs a plugin that is not installed.
         ConfigurationError: It names a schedule, target, ... that nobody knows, or gives it wrong arguments.
     """
-    if INDEX not in files.sizes:
-        return  # diffusers says so itself, and loads nothing
-    for component, (library, cls) in _components(files, trusts_code).items():
-        if component in given:
-            continue
-        if not trusts_code:
-            _check_class(files.name, component, library, cls)
-        for path in _json_files(files, component):
-            content = files.read_json(path)
-            if path.endswith(CONFIGS):
-                check_config(content, is_own=library == _PACKAGE)
-            else:
-                _check_shards(files, path, content)
+    if INDEX not in files:
+        raise MissingFileError(
+            f"{files.name} holds no pipeline (no {INDEX}): give a folder that save_pretrained wrote, such as "
+            f"runs/digits/pipeline, or a Hub id."
+        )
+    index = files.read_json(INDEX)
+    components = _components(files.name, index, trusts_code)
+    if pipeline is not None and not trusts_code:
+        _check_index(files.name, index, pipeline, given)
+    looked_at = {name: value for name, value in components.items() if name not in given}
+    if trusts_code:
+        for component, (library, _) in looked_at.items():
+            _check_configs(files, component, is_own=library == _PACKAGE)
+        return
+    described = []
+    for component, (library, name) in looked_at.items():
+        cls = _class(files.name, component, library, name)
+        if pipeline is not None and not issubclass(cls, type_of_field(pipeline, component)):
+            raise CheckpointError(f"{files.name}: {INDEX} has a {name} as its {component}, which none is: refused.")
+        described.append(_Described.of(files, component, cls, variant))
+    for component_files in described:  # weights are downloaded after all configs were found good
+        component_files.check_weights()
+    if variant is not None and not any(f".{variant}." in path or f".{variant}-" in path for path in files.listed):
+        raise ConfigurationError(
+            f"variant is {variant!r}, and {files.name} has no weights of that name: leave it out."
+        )
 
 
-def check_config(config: Mapping[str, Any], is_own: bool = True) -> None:
+def check_component(files: ModelFiles, component: str, cls: type, variant: str | None = None) -> None:
+    """Refuse a network or a scheduler that is not what was saved, before any weight is read.
+
+    Args:
+        files: Those of the pipeline, or the component's own.
+        component: Its folder; empty where the files are its own.
+        cls: Its class.
+        variant: Of the weights.
+
+    Raises:
+        CheckpointError: As `check_pipeline`.
+        MissingPluginError: As `check_pipeline`.
+        ConfigurationError: As `check_pipeline`.
+    """
+    _Described.of(files, component, cls, variant).check_weights()
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A component whose config was found good, and the files of its weights, where it has any."""
+
+    files: ModelFiles
+    component: str
+    cls: type
+    config: Mapping[str, Any]
+    weights: WeightFiles | None
+
+    @classmethod
+    def of(cls, files: ModelFiles, component: str, kind: type, variant: str | None) -> _Described:
+        """The component of a class, described by its config and the list of its weights."""
+        name = getattr(kind, "config_name", None) or CONFIGS[0]
+        path, place = _join(component, name), _join(files.name, component)
+        if path not in files:
+            raise MissingFileError(f"{place} has no {name}: it is incomplete. Save it again, or download it again.")
+        config = files.read_json(path)
+        _check_described(f"{files.name}: {path}", config, kind)
+        check_names_in(config, is_own=_is_own(kind))
+        if not hasattr(kind, "load_state_dict"):
+            return cls(files, component, kind, config, None)
+        names = files.names_in(component)
+        weights = weight_files(names, variant, place, lambda name: files.read_json(_join(component, name)))
+        return cls(files, component, kind, config, weights)
+
+    def check_weights(self) -> None:
+        """Hold the headers of the weights against the network of the config."""
+        if self.weights is not None:
+            for name in self.weights.files:
+                self.files.fetch(_join(self.component, name))
+            place = _join(self.files.name, self.component)
+            check_weights(self.cls, self.config, self.weights, self.files.folder / self.component, place)
+
+
+def check_names_in(config: Mapping[str, Any], is_own: bool = True) -> None:
     """Resolve every name that a component's config gives to the registry.
 
     Args:
@@ -135,7 +228,7 @@ def check_config(config: Mapping[str, Any], is_own: bool = True) -> None:
         MissingPluginError: The plugin that brings one is not installed.
         ConfigurationError: A name is unknown, or its arguments are.
 
-    >>> check_config({"noise_schedule": "cosine", "decoder": "os:system"})  # doctest: +ELLIPSIS
+    >>> check_names_in({"noise_schedule": "cosine", "decoder": "os:system"})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
     vdm_hub.errors.ConfigurationError: 'os:system' is no valid name of a decoder: ...
@@ -146,35 +239,61 @@ def check_config(config: Mapping[str, Any], is_own: bool = True) -> None:
                 registry.resolve(kind, config[field])
 
 
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file, of a bearable size and depth.
-
-    Args:
-        path: The file.
-        name: What messages call it.
-
-    Raises:
-        CheckpointError: It is none.
-    """
-    _check_size(name, path.stat().st_size)
+@contextmanager
+def already_checked(folder: Path) -> Iterator[None]:
+    """What lies in a folder was checked as a whole: its parts are not looked at again within."""
+    token = _CHECKED.set(folder)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} can't be read as JSON ({error}): it is damaged, or no pipeline's.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{name} holds a {type(content).__name__}, not an object: it is damaged.")
-    if _is_deeper(content, MAX_JSON_DEPTH):
-        raise CheckpointError(f"{name} is nested more than {MAX_JSON_DEPTH} levels deep: no config is; refused.")
-    return content
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def is_checked(source: Any) -> bool:
+    """Whether a folder is one that `already_checked` names."""
+    folder = _CHECKED.get()
+    return folder is not None and isinstance(source, str | os.PathLike) and Path(source) == folder
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
 
 
 # ---- where the files are --------------------------------------------------------------------------------------------
 
 
-def _files_of_folder(name: str, folder: Path) -> PipelineFiles:
+@dataclass(frozen=True)
+class _Place:
+    """A repository, and how it is reached."""
+
+    repo_id: str
+    revision: str | None
+    cache: Path
+    token: str | bool | None
+
+    def resolved(self, offline: bool) -> Any:
+        """The commit that the revision is at; the client notes it in the cache, for readers without a network."""
+        try:
+            return huggingface_hub.resolve_revision(
+                self.repo_id, revision=self.revision, local_files_only=offline, cache_dir=self.cache, token=self.token
+            )
+        except hub_errors.HFValidationError as error:
+            raise ConfigurationError(
+                f"{shortened(self.repo_id)} is neither a folder nor a Hub id such as owner/name."
+            ) from error
+
+    @property
+    def folder(self) -> Path:
+        """The repository's in the cache."""
+        return self.cache / file_download.repo_folder_name(repo_id=self.repo_id, repo_type="model")
+
+
+def _files_of_folder(name: str, folder: Path) -> ModelFiles:
     """The folder's own files and those of its components; a link may lead elsewhere only within the Hub's cache."""
-    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
-    sizes = {}
+    # A snapshot in the Hub's cache, or a component's folder in one.
+    roots = [parent for parent in folder.parents[:2] if parent.name == "snapshots"]
+    blobs = roots[0].parent / "blobs" if roots else folder
+    listed = {}
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         relative = path.relative_to(folder).as_posix()
         if path.is_symlink() and not any(path.resolve().is_relative_to(bound) for bound in (folder, blobs)):
@@ -182,44 +301,56 @@ def _files_of_folder(name: str, folder: Path) -> PipelineFiles:
                 f"{name}: {relative} is a link to a place outside the folder: put the file itself there."
             )
         if path.is_file():
-            sizes[relative] = path.stat().st_size
-    _check_paths(name, sizes)
-    return PipelineFiles(name, sizes, folder.joinpath, {})
+            listed[relative] = Listed(path.stat().st_size)
+    _check_paths(name, listed)
+    return ModelFiles(name, listed, folder, folder.joinpath, {})
 
 
-def _files_on_hub(repo_id: str, revision: str | None, place: dict[str, Any]) -> PipelineFiles:
-    commit = _resolved(repo_id, revision, place, offline=False)
-    info = huggingface_hub.model_info(repo_id, revision=commit.resolved, files_metadata=True, token=place["token"])
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    _check_paths(repo_id, sizes)
-
-    def fetch(path: str) -> Path:
-        return Path(huggingface_hub.hf_hub_download(repo_id, path, revision=commit, **place))
-
-    return PipelineFiles(repo_id, sizes, fetch, {"revision": commit})
-
-
-def _files_in_cache(repo_id: str, revision: str | None, place: dict[str, Any]) -> PipelineFiles:
-    commit = _resolved(repo_id, revision, place, offline=True)
-    try:
-        found = huggingface_hub.hf_hub_download(repo_id, INDEX, revision=commit, local_files_only=True, **place)
-    except hub_errors.EntryNotFoundError as error:
-        raise OSError(
-            f"the cache holds no pipeline of {repo_id} at the revision {str(commit)!r}: load it once with a network."
-        ) from error
-    snapshot = _files_of_folder(repo_id, Path(found).parent)
-    return replace(snapshot, pinned={"revision": commit, "local_files_only": True})
+def _files_on_hub(place: _Place, force_download: bool) -> ModelFiles:
+    with hub_explained(f"{place.repo_id} can't be read from the Hub"):
+        commit = place.resolved(offline=False)
+        sha = str(commit.resolved)
+        info = huggingface_hub.model_info(place.repo_id, revision=sha, files_metadata=True, token=place.token)
+        listed = {
+            file.rfilename: Listed(int(file.size or 0), file.lfs.sha256 if file.lfs else file.blob_id)
+            for file in info.siblings or ()
+        }
+    if not re.fullmatch("[0-9a-f]{40}", sha):
+        raise CheckpointError(f"{place.repo_id} is said to be at the commit {sha!r}, which is none: nothing is used.")
+    _check_paths(place.repo_id, listed)
+    get = partial(fetch, token=place.token, folder=place.folder, force=force_download)
+    return ModelFiles(
+        place.repo_id,
+        listed,
+        place.folder / "snapshots" / sha,
+        lambda path: get(place.repo_id, path, sha, listed[path]),
+        {"revision": commit},
+    )
 
 
-def _resolved(repo_id: str, revision: str | None, place: dict[str, Any], offline: bool) -> Any:
-    """The commit that a revision is at; the client notes it in the cache, for readers without a network."""
-    where = {key: place[key] for key in ("cache_dir", "token")}
-    try:
-        return huggingface_hub.resolve_revision(repo_id, revision=revision, local_files_only=offline, **where)
-    except hub_errors.HFValidationError as error:
-        raise ConfigurationError(f"{repo_id!r} is neither a folder nor a Hub id such as owner/name.") from error
-    except hub_errors.RevisionResolutionError as error:
-        raise OSError(str(error)) from error
+def _files_in_cache(place: _Place) -> ModelFiles:
+    with hub_explained(f"the cache holds nothing of {place.repo_id} at the revision {place.revision or 'main'!r}"):
+        commit = place.resolved(offline=True)
+    folder = place.folder / "snapshots" / str(commit.resolved)
+    if not folder.is_dir():
+        raise HubError(
+            f"the cache holds nothing of {place.repo_id} at the revision {place.revision or 'main'!r}: load it once "
+            f"with a network."
+        )
+    files = _files_of_folder(place.repo_id, folder.resolve())
+
+    def whole(path: str) -> Path:
+        """A file, if it still is what its name in the cache says."""
+        found = folder / path
+        if not is_content(found, in_cache(found)):
+            raise CheckpointError(
+                f"{place.repo_id}: {path} in the cache is damaged (its content is not what its name says): load the "
+                f"model once with a network, which fetches it again."
+            )
+        return found
+
+    pinned = {"revision": commit, "local_files_only": True}
+    return ModelFiles(files.name, files.listed, files.folder, whole, pinned)
 
 
 # ---- what they may say ----------------------------------------------------------------------------------------------
@@ -238,80 +369,101 @@ def _check_paths(name: str, paths: Collection[str]) -> None:
             raise CheckpointError(f"{name} has a file {path!r}, whose path leaves its folder: nothing of it is used.")
 
 
-def _check_size(name: str, size: int) -> None:
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{name} has {size:,} bytes; a pipeline's JSON files have at most {MAX_JSON_BYTES:,}: refused."
-        )
-
-
-def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [child for parent in level for child in _children(parent)]
-        if not level:
-            return False
-    return True
-
-
-def _children(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
-
-
-def _components(files: PipelineFiles, trusts_code: bool) -> dict[str, tuple[str, str]]:
+def _components(name: str, index: Mapping[str, Any], trusts_code: bool) -> dict[str, tuple[str, str]]:
     """Library and class of each component that is there."""
-    index, found = files.read_json(INDEX), {}
     if not trusts_code and not isinstance(index.get("_class_name"), str):
         raise CheckpointError(
-            f"{files.name}: {INDEX} names the class {index.get('_class_name')!r}, which is code of the repository's "
-            f"own. Load a revision without code (main), or, if you trust the code, load with trust_remote_code=True."
+            f"{name}: {INDEX} names the class {shortened(index.get('_class_name'))}, which is code of the "
+            f"repository's own. Load a revision without code (main), or, if you trust the code, load with "
+            f"trust_remote_code=True."
         )
+    found = {}
     for key, value in index.items():
         if not isinstance(value, list) or key == "_class_name":
             continue
         # diffusers makes paths of every key with a list, private or not.
         if not _COMPONENT_NAME.fullmatch(key.lstrip("_")):
-            raise CheckpointError(f"{files.name}: {INDEX} names a component {key!r}: no name of a folder; refused.")
+            raise CheckpointError(f"{name}: {INDEX} names a component {shortened(key)}: no name of a folder; refused.")
         if key.startswith("_") or value == [None, None]:
             continue
         if len(value) != 2 or not all(isinstance(part, str) for part in value):
-            raise CheckpointError(f"{files.name}: {INDEX} gives {key} as {value!r}, not as [library, class].")
+            raise CheckpointError(f"{name}: {INDEX} gives {key} as {shortened(value)}, not as [library, class].")
         found[key] = (value[0], value[1])
     return found
 
 
-def _check_class(name: str, component: str, library: str, cls: str) -> None:
+def _check_index(name: str, index: Mapping[str, Any], pipeline: type, given: Collection[str]) -> None:
+    """The class that saved it is the one that loads it, or one of its bases; and what that writes is there."""
+    known = {cls.__name__: cls for cls in pipeline.__mro__ if issubclass(cls, diffusers.DiffusionPipeline)}
+    if index["_class_name"] not in known:
+        raise CheckpointError(
+            f"{name} holds a {shortened(index['_class_name'])}, and {pipeline.__name__} was asked to load it: load it "
+            f"with its own class, or a checkpoint of diffusers' DDPM family with VDMPipeline.from_diffusers."
+        )
+    parameters = inspect.signature(pipeline.__init__).parameters  # type: ignore[misc]
+    fields = [key for key in parameters if key != "self"]
+    for key in index:
+        if key not in fields and not key.startswith("_"):
+            raise CheckpointError(f"{name}: {INDEX}: {unknown_name(f'field of {pipeline.__name__}', key, fields)}")
+        if key.startswith("_") and key not in _INDEX_KEYS:
+            raise CheckpointError(f"{name}: {INDEX} has the private field {shortened(key)}, which none of ours is.")
+    # What its base class saved lacks what this one asks for besides: the reader brings it, or the constructor refuses.
+    written = inspect.signature(known[index["_class_name"]].__init__).parameters  # type: ignore[misc]
+    missing = [key for key in written if key not in ("self", *index, *given)]
+    if missing:
+        raise CheckpointError(
+            f"{name}: {INDEX} does not name {', '.join(missing)}, as save_pretrained always does: it was changed. "
+            f"Save the pipeline again, or download it again."
+        )
+    optional = getattr(pipeline, "_optional_components", ())
+    for key, value in index.items():
+        if value == [None, None] and key not in optional and key not in given:
+            raise CheckpointError(f"{name}: {INDEX} has no {key}, without which there is no {pipeline.__name__}.")
+    check_fields(
+        pipeline, {key: value for key, value in index.items() if not isinstance(value, list)}, f"{name}: {INDEX}"
+    )
+
+
+def _class(name: str, component: str, library: str, cls: str) -> type:
+    """The class of a component: one of those libraries that may be named."""
     if library not in _LIBRARIES:
         raise CheckpointError(
-            f"{name}: {INDEX} has its {component} from the library {library!r}; only {', '.join(_LIBRARIES)} are "
-            f"loaded. Give the component yourself ({component}=...), or, if you trust code that the repository "
+            f"{name}: {INDEX} has its {component} from the library {shortened(library)}; only {', '.join(_LIBRARIES)} "
+            f"are loaded. Give the component yourself ({component}=...), or, if you trust code that the repository "
             f"carries, load with trust_remote_code=True."
         )
     module = sys.modules.get(library) or importlib.import_module(library)
     found = getattr(module, cls, None) if cls.isidentifier() and not cls.startswith("_") else None
     if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
         raise CheckpointError(
-            f"{name}: {INDEX} has {cls!r} of {library} as its {component}: there is no such component in the "
+            f"{name}: {INDEX} has {shortened(cls)} of {library} as its {component}: there is no such component in the "
             f"installed version ({getattr(module, '__version__', 'unknown')}). Check the name, or upgrade {library}."
         )
+    return found
 
 
-def _json_files(files: PipelineFiles, component: str) -> list[str]:
-    """What is read of a component before its weights: its config, and the lists of its shards."""
-    own = (path for path in files.sizes if path.startswith(f"{component}/") and path.count("/") == 1)
-    return sorted(path for path in own if path.endswith(".json") and (".index." in path or path.endswith(CONFIGS)))
+def _is_own(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == _PACKAGE
 
 
-def _check_shards(files: PipelineFiles, path: str, index: Mapping[str, Any]) -> None:
-    """Every shard that the list names lies beside it."""
-    shards, folder = index.get("weight_map"), path.rpartition("/")[0]
-    if not isinstance(shards, dict):
-        raise CheckpointError(f"{files.name}: {path} has no weight_map: it is damaged.")
-    for tensor, shard in shards.items():
-        if not isinstance(shard, str) or "/" in shard or f"{folder}/{shard}" not in files.sizes:
+def _check_described(name: str, config: Mapping[str, Any], cls: type) -> None:
+    """A config is of the class that loads it, and as that class saves it."""
+    saved = config.get("_class_name")
+    if saved != cls.__name__:
+        found = getattr(diffusers, str(saved), None)
+        if not (isinstance(found, type) and issubclass(cls, SchedulerMixin) and issubclass(found, SchedulerMixin)):
             raise CheckpointError(
-                f"{files.name}: {path} has {tensor} in {shard!r}, which is no file beside it: refused, or incomplete."
+                f"{name} is of a {shortened(saved)}, and a {cls.__name__} was to be loaded: it was changed. Save it "
+                f"again, or download it again."
             )
+        cls = found  # schedulers are made of each other's configs, and ours refuses what it can't be made of
+    check_config(cls, config, name)
+
+
+def _check_configs(files: ModelFiles, component: str, is_own: bool) -> None:
+    """The JSON of a component whose class the repository brings: as far as any loader reads it."""
+    for name in files.names_in(component):
+        if name.endswith(".json") and "/" not in name and (".index." in name or name in CONFIGS):
+            content = files.read_json(_join(component, name))
+            if name in CONFIGS:
+                check_names_in(content, is_own)

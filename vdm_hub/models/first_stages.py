@@ -18,10 +18,10 @@ from vdm_hub.diffusion.gaussian import alpha
 from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.models.hvae import Normal
-from vdm_hub.models.safetensors_only import WholeWeights
+from vdm_hub.models.loading import CheckedLoading
 
 
-class AutoencoderKLFirstStage(WholeWeights, ModelMixin, ConfigMixin):
+class AutoencoderKLFirstStage(CheckedLoading, ModelMixin, ConfigMixin):
     r"""diffusers' `AutoencoderKL` with ``p(x|y)`` over K levels, which its mean squared error alone is not.
 
     The decoder's image m is the centre of a discretised Gaussian in each channel,

@@ -22,7 +22,7 @@ from vdm_hub.diffusion.gaussian import sum_dimensions
 from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.models.hvae_networks import GaussianNetwork, LevelNetwork, Shape
-from vdm_hub.models.safetensors_only import WholeWeights
+from vdm_hub.models.loading import CheckedLoading
 
 
 class Normal(NamedTuple):
@@ -36,7 +36,7 @@ class Normal(NamedTuple):
         return self.mean + self.scale * noise
 
 
-class MarkovianHVAE(WholeWeights, ModelMixin, ConfigMixin):
+class MarkovianHVAE(CheckedLoading, ModelMixin, ConfigMixin):
     """A Markovian hierarchical variational autoencoder of K-level images; at ``depth=1`` the VAE.
 
     The networks are convolutional by default. Any module may take their place: an encoder and a decoder map (B, ...)

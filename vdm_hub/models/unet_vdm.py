@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
-from vdm_hub.models.safetensors_only import WholeWeights
+from vdm_hub.models.loading import CheckedLoading
 
 _ALIGNMENT = 64  # bytes: where torch's own allocator puts a CPU tensor
 TIME_SCALE_SHIFTS = ("default", "scale_shift")
@@ -40,7 +40,7 @@ class UNetVDMOutput(BaseOutput):
     sample: Tensor
 
 
-class UNetVDMModel(WholeWeights, ModelMixin, ConfigMixin):
+class UNetVDMModel(CheckedLoading, ModelMixin, ConfigMixin):
     r"""The VDM paper's U-Net: residual blocks with skips, and no downsampling unless asked for.
 
     A convolution of the input and its Fourier features; ``layers_per_block`` residual blocks per resolution on the way

@@ -12,7 +12,8 @@ from pathlib import Path
 from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.evaluation.provenance import weights_fingerprint
 from vdm_hub.files import written_beside
-from vdm_hub.hub.repositories import INDEX, read_json
+from vdm_hub.hub.json_files import read_json
+from vdm_hub.hub.repositories import INDEX
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.pipelines import PIPELINES
@@ -196,7 +197,7 @@ def prepared_publication(
 
 
 def _load(folder: Path) -> LikelihoodPipeline:
-    name = read_json(folder / INDEX, str(folder / INDEX)).get("_class_name")
+    name = read_json(folder / INDEX).get("_class_name")
     if name not in PIPELINES:
         raise CheckpointError(f"{folder} holds a {name}, not a pipeline of vdm_hub: {', '.join(PIPELINES)}.")
     pipeline: LikelihoodPipeline = PIPELINES[name].from_pretrained(folder)

@@ -30,7 +30,8 @@ from torch import Tensor
 from vdm_hub import registry
 from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.files import written_beside
-from vdm_hub.hub.repositories import CONFIGS, INDEX, read_json
+from vdm_hub.hub.json_files import read_json
+from vdm_hub.hub.repositories import CONFIGS, INDEX
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.publishing import remote_code_reader
 from vdm_hub.publishing.carried_code import (
@@ -120,7 +121,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: name a folder that VDMPipeline.save_pretrained wrote.")
-    index = read_json(path, str(path))
+    index = read_json(path)
     if isinstance(index.get("_class_name"), list):
         index["_class_name"] = index["_class_name"][-1]
     if index.get("_class_name") != VDMPipeline.__name__:
@@ -154,7 +155,7 @@ def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 def _refuse_plugins(folder: Path, index: Mapping[str, Any]) -> None:
     carried = [component for component, (library, _) in _components(index).items() if library == PACKAGE]
     for path in (folder / component / name for component in carried for name in CONFIGS):
-        config = read_json(path, str(path)) if path.is_file() else {}
+        config = read_json(path) if path.is_file() else {}
         for field, kind in registry.SERIALISED_FIELDS.items():
             name, _, package = registry.parse(kind, config.get(field) or next(iter(registry.BUILT_INS[kind])))
             if name not in registry.BUILT_INS[kind]:

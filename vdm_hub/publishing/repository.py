@@ -15,7 +15,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from vdm_hub.errors import ConfigurationError, PublishError
-from vdm_hub.hub.repositories import HTTP_ERROR
+from vdm_hub.hub.fetching import HTTP_ERROR
 from vdm_hub.version import __version__
 
 MAIN = "main"

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
-from vdm_hub.hub.repositories import INDEX, PipelineFiles, open_pipeline
+from vdm_hub.hub.repositories import INDEX, ModelFiles, open_files
 from vdm_hub.models.first_stages import AutoencoderKLFirstStage
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.training.arguments import Configuration
@@ -53,7 +53,7 @@ def _trained(
     configuration: Configuration, shape: tuple[int, int, int], source: str
 ) -> tuple[nn.Module, list[nn.Parameter]]:
     """It, and what of it is new: an autoencoder of diffusers has no scale of a likelihood."""
-    files = open_pipeline(source)
+    files = open_files(source)
     folder, name = _find(files)
     if name not in _TRAINED:
         raise unknown_name(f"class of the first stage in {source}", name, list(_TRAINED))
@@ -82,9 +82,9 @@ def _trained(
     return stage, []
 
 
-def _find(files: PipelineFiles) -> tuple[str, str]:
+def _find(files: ModelFiles) -> tuple[str, str]:
     """The folder of the first stage within a pipeline or a model's own, and its class."""
-    if INDEX in files.sizes:
+    if INDEX in files:
         index = files.read_json(INDEX)
         for component in _COMPONENTS:
             if isinstance(index.get(component), list) and len(index[component]) == 2:
@@ -93,7 +93,7 @@ def _find(files: PipelineFiles) -> tuple[str, str]:
             f"the pipeline in {files.name} ({index.get('_class_name')}) has no first stage: give one with a component "
             f"{', '.join(_COMPONENTS[:-1])} or {_COMPONENTS[-1]}, such as that of the recipe digits_vae."
         )
-    if "config.json" not in files.sizes:
+    if "config.json" not in files:
         raise ConfigurationError(
             f"{files.name} holds neither a pipeline ({INDEX}) nor a model (config.json): give first_stage_from a "
             f"folder such as runs/digits_vae/pipeline, or a Hub id."
