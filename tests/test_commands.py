@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,34 @@ def test_sample_replaces_a_file_only_where_it_is_told_to(pipeline: Path, tmp_pat
     assert picture.read_text() == "years of work"
     assert main([str(word) for word in (*words, "--overwrite")]) == 0
     assert Image.open(picture).mode == "L"
+
+
+def test_a_picture_s_link_is_followed(pipeline: Path, tmp_path: Path) -> None:
+    """Also one to a file of another name, whose ending says no format."""
+    (tmp_path / "data").write_text("old")
+    (tmp_path / "grid.png").symlink_to("data")
+    words = ["sample", str(pipeline), "--num_images", "1", "--num_inference_steps", "1", "--overwrite", "--output"]
+    assert main([*words, str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.png").is_symlink()
+    assert Image.open(tmp_path / "data").format == "PNG"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("option", ["output", "per_image", "plot"])
+def test_an_output_that_is_a_pipe_is_refused_before_anything(
+    option: str, linked: bool, tmp_path: Path, refused: Words
+) -> None:
+    """Before the pipeline is looked for, too: there is none."""
+    place = tmp_path / {"output": "a.png", "per_image": "a.parquet", "plot": "a.png"}[option]
+    os.mkfifo(tmp_path / "pipe" if linked else place)
+    if linked:
+        place.symlink_to("pipe")
+    words = ["sample"] if option == "output" else ["evaluate", "--dataset_name", "digits"]
+    for more in ([], ["--overwrite"]):
+        said = refused(*words, tmp_path / "nowhere", f"--{option}", place, *more)
+        assert str(place) in said and "pipe" in said
+    assert (tmp_path / "pipe" if linked else place).is_fifo()
 
 
 def test_a_pipeline_that_is_not_there(tmp_path: Path, refused: Words) -> None:

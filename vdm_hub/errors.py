@@ -50,6 +50,10 @@ class HubError(VDMHubError, OSError):
     """The Hub did not give what was asked for, and the cache has not got it."""
 
 
+class OutputError(VDMHubError, OSError):
+    """Something can't be written to its place; what is there stays."""
+
+
 class NonFiniteLossError(VDMHubError, ArithmeticError):
     """The loss became NaN or infinite: training stopped before the weights were touched."""
 

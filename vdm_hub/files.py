@@ -1,23 +1,37 @@
-"""Nothing half-written: what is saved is written beside its place and renamed into it."""
+"""Nothing half-written and nothing lost: what is saved is written beside its place and renamed into it."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from warnings import warn
+
+from vdm_hub.errors import OutputError
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def written_beside(path: Path, *, keeps_all: bool = False) -> Iterator[Path]:
     """A path to write a file or a folder to; on success it takes the place of ``path``, else it vanishes.
 
-    A file takes the place of a file only, a folder that of a folder only.
+    A file takes the place of a file only, a folder that of a folder only. A link is followed: what it points to is
+    replaced.
+
+    Args:
+        path: The place; ``~`` is the home folder.
+        keeps_all: A folder takes the place of one only that holds no file which the new one lacks.
 
     Raises:
+        OutputError: There is a device, a pipe or a socket, a link without end, or a file that would be lost.
         OSError: A file was written where a folder is, or the other way round; what was there stays.
 
     >>> import tempfile
@@ -27,14 +41,41 @@ def written_beside(path: Path) -> Iterator[Path]:
     >>> target.read_text()
     'whole'
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    target = destination(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: many libraries choose a file's format by it.
-    beside = path.parent / f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
+    beside = target.parent / f".{target.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
     try:
         yield beside
-        _replace(beside, path)
+        if keeps_all and (lost := sorted(_files(target) - _files(beside))):
+            raise OutputError(f"{path} holds {lost[0]}, which nothing here has written: move it away.")
+        _replace(beside, destination(path))  # it may have become something else meanwhile
     finally:
         remove(beside)
+
+
+def destination(path: Path) -> Path:
+    """Where something that is written to a path comes to lie: at the end of its links.
+
+    Raises:
+        OutputError: There is something that no file may take the place of, or a link without end.
+
+    >>> destination(Path("/no/such/folder/a.png"))
+    PosixPath('/no/such/folder/a.png')
+    """
+    try:
+        target = path.expanduser().resolve()
+        mode = target.lstat().st_mode if os.path.lexists(target) else None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, or no such home
+        raise OutputError(f"{path} can't be written to ({error}): name another place.") from error
+    if mode is not None and not is_replaceable(mode):
+        raise OutputError(f"{path} is a {_kind(mode)}, which no file may take the place of: name another place.")
+    return target
+
+
+def is_replaceable(mode: int) -> bool:
+    """Whether what has this mode, as ``os.stat`` gives it, is a plain file or a folder."""
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def leftovers(path: Path) -> list[Path]:
@@ -46,17 +87,97 @@ def leftovers(path: Path) -> list[Path]:
     >>> [found.name for found in leftovers(folder / "a.txt")]
     ['.a-0123abcd.txt']
     """
-    name = re.compile(rf"\.{re.escape(path.stem)}-[0-9a-f]{{8}}{re.escape(path.suffix)}(\.old)?")
-    return [found for found in path.parent.glob(f".{path.stem}-*") if name.fullmatch(found.name)]
+    target = destination(path)
+    name = re.compile(rf"\.{re.escape(target.stem)}-[0-9a-f]{{8}}{re.escape(path.suffix)}(\.old)?")
+    return [found for found in entries(target.parent) if name.fullmatch(found.name)]
 
 
 def clear_leftovers(path: Path) -> None:
     """Remove them; but the old folder takes its place again where a kill came before the new one could."""
+    target = destination(path)
     for found in leftovers(path):
-        if found.suffix == ".old" and not path.exists():
-            found.rename(path)
+        if found.suffix == ".old" and not target.exists():
+            found.rename(target)
         else:
             remove(found)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, by name; nothing, where there is none.
+
+    >>> entries(Path("/no/such/folder"))
+    []
+    """
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a whole folder; one that is not there is no error.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> remove(folder)
+    >>> folder.exists()
+    False
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, alone among all processes, within the block; it vanishes with the block.
+
+    The lock of a process that is killed ends with it; the file that is left then holds up nobody.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        _lock(descriptor)
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
+            raise BlockingIOError(errno.EWOULDBLOCK, "its holder is just leaving", str(path))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds this lock file; nothing is changed."""
+    if not path.exists():
+        return False
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        _lock(descriptor)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warn(f"this file system has no locks ({error}): start no two runs in one folder.", stacklevel=3)
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+def _kind(mode: int) -> str:
+    kinds = {"device": stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "pipe": stat.S_ISFIFO(mode)}
+    return next((name for name, is_so in kinds.items() if is_so), "socket" if stat.S_ISSOCK(mode) else "special file")
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -67,24 +188,8 @@ def _replace(source: Path, target: Path) -> None:
         shutil.rmtree(old)
     else:
         source.replace(target)
-    if os.name == "posix":
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a whole folder; one that is not there is no error.
-
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> remove(folder)
-    >>> folder.exists()
-    False
-    """
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runs import ROOT, contents, environment
-from vdm_hub.errors import CheckpointError
-from vdm_hub.training.checkpoints import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint, tidy
+from vdm_hub.errors import CheckpointError, OutputError
+from vdm_hub.training.checkpoints import (
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    strangers,
+    tidy,
+)
+from vdm_hub.training.resuming import find_start
 
 FILES = ("manifest.json", "objective.safetensors", "optimizer.safetensors", "state.json")
 
@@ -151,3 +161,91 @@ def test_what_a_kill_left_is_cleared_and_a_checkpoint_it_hid_comes_back(tmp_path
     tidy(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000010"}
     assert load_checkpoint(tmp_path / "step-00000010").state["step"] == 10
+
+
+# ---- what the run did not write -------------------------------------------------------------------------------------
+
+COPIES = ("step-00000001-good", "step-00000002 (copy)", "step-00000001.bak", "step-1", "step-000000030", "best")
+COPIES += ("Step-00000002", "step-00000003", ".step-00000001", ".step-00000001-good", ".step-00000001-0123abcd.bak")
+COPIES += ("step-\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0669", "damaged-step-00000001", "step-00000001.removed")
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_a_checkpoint_is_kept_and_is_never_the_latest(name: str, tmp_path: Path) -> None:
+    """Also one that has the name of a later step: its manifest says which it is."""
+    shutil.copytree(save(tmp_path, 1), tmp_path / name)
+    before = contents(tmp_path / name)
+    found = find_start(tmp_path, "latest")
+    assert found is not None and found.path.name == "step-00000001"
+    save(tmp_path, 2, keep=1)
+    tidy(tmp_path, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+    assert contents(tmp_path / name) == before
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "step-00000002"
+
+
+@pytest.mark.parametrize("name", ["step-00000003", ".step-00000003.removed", ".step-00000003", "step-00000003.txt"])
+@pytest.mark.parametrize("kind", ["a file", "a folder of other files", "a link", "a dangling link"])
+def test_a_stranger_with_a_checkpoint_s_name_is_never_touched(kind: str, name: str, tmp_path: Path) -> None:
+    place, away = tmp_path / "checkpoints" / name, tmp_path / "away"
+    save(tmp_path / "checkpoints", 1)
+    if kind == "a file":
+        place.write_text("years of work")
+    elif kind == "a folder of other files":
+        place.mkdir()
+        (place / "thesis.tex").write_text("years of work")
+    else:
+        if kind == "a link":
+            away.mkdir()
+            (away / "thesis.tex").write_text("years of work")
+        place.symlink_to(away)
+    before = contents(tmp_path)
+    tidy(tmp_path / "checkpoints", keep=1)
+    assert contents(tmp_path) == before
+    assert os.path.lexists(place)
+    if name == "step-00000003":
+        assert strangers(tmp_path / "checkpoints") == [place]
+        if kind in ("a file", "a folder of other files"):
+            with pytest.raises(OSError):
+                save(tmp_path / "checkpoints", 3)
+            assert contents(tmp_path) == before
+    assert find_checkpoint(tmp_path / "checkpoints", "latest") == tmp_path / "checkpoints" / "step-00000001"
+
+
+def test_a_checkpoint_that_holds_notes_is_kept_beyond_the_limit_and_says_so(tmp_path: Path) -> None:
+    first = save(tmp_path, 1)
+    (first / "notes.txt").write_text("the good one")
+    with pytest.warns(UserWarning, match="step-00000001 holds files that no run wrote"):
+        save(tmp_path, 2, keep=1)
+    assert (first / "notes.txt").read_text() == "the good one"
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        save(tmp_path, 1)
+    assert load_checkpoint(first).state == {"step": 1}
+
+
+def test_a_damaged_checkpoint_goes_aside_beside_what_has_that_name(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "state.json").write_text("{")
+    (tmp_path / "damaged-step-00000002").symlink_to(tmp_path / "nowhere")
+    start = find_start(tmp_path, "latest")
+    assert start is not None
+    with pytest.warns(UserWarning, match=r"renamed to damaged-step-00000002\.2"):
+        start.set_aside()
+    assert (tmp_path / "damaged-step-00000002").is_symlink()
+    (save(tmp_path, 3) / "state.json").write_text("{")
+    (tmp_path / "step-00000003" / "notes.txt").write_text("mine")
+    again = find_start(tmp_path, "latest")
+    assert again is not None
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="step-00000003 is damaged, and holds other files"):
+        again.set_aside()
+    assert contents(tmp_path) == before
+
+
+def test_a_copy_named_by_its_path_is_gone_on_from(tmp_path: Path) -> None:
+    copy = shutil.copytree(save(tmp_path, 1), tmp_path / "step-00000001-good")
+    start = find_start(tmp_path, str(copy))
+    assert start is not None and start.checkpoint.state == {"step": 1}
+    save(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="would overwrite step-00000002"):
+        find_start(tmp_path, str(copy))

@@ -10,6 +10,7 @@ from typing import Any
 
 from vdm_hub.commands.images import load_images
 from vdm_hub.commands.loading import load_pipeline
+from vdm_hub.commands.outputs import check_output
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
@@ -188,13 +189,8 @@ def _check(arguments: argparse.Namespace) -> None:
             if getattr(arguments, name) is not None:
                 raise ConfigurationError(f"--{name} acts only with --target_standard_error: add it, or leave it out.")
     for name, suffix in (("per_image", ".parquet"), ("plot", ".png")):
-        path = getattr(arguments, name)
-        if path is None:
-            continue
-        if path.suffix != suffix or path.is_dir():
-            raise ConfigurationError(f"--{name} is {path}: name a file that ends in {suffix}.")
-        if path.exists() and not arguments.overwrite:
-            raise ConfigurationError(f"{path} exists: name another --{name}, or replace it with --overwrite.")
+        if (path := getattr(arguments, name)) is not None:
+            check_output(path, name, suffix, overwrite=arguments.overwrite)
 
 
 def _load(

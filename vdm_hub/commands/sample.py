@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vdm_hub.commands.loading import load_pipeline
+from vdm_hub.commands.outputs import check_output
 from vdm_hub.diffusion.samplers import ANCESTRAL, SAMPLERS
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import at_least
@@ -41,10 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Sample and save."""
     at_least(1, arguments, "num_images", "num_inference_steps", "batch_size")
     at_least(0, arguments, "seed")
-    if arguments.output.is_dir():
-        raise ConfigurationError(f"output {arguments.output} is a folder: name a file in it, such as grid.png.")
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ConfigurationError(f"{arguments.output} exists: name another --output, or replace it with --overwrite.")
+    check_output(arguments.output, "output", "", overwrite=arguments.overwrite)
     pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
     chosen = {} if arguments.sampler == ANCESTRAL else {"sampler": arguments.sampler}
     if chosen and not isinstance(pipeline, VDMPipeline):

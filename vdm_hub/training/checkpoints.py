@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON, written beside and renamed, with a manifest that finds every damage.
 
 Nothing is pickled. A checkpoint is a folder ``step-00001000`` with ``<group>.safetensors`` for each group of tensors,
-``state.json`` and ``manifest.json`` (size and SHA-256 of each file).
+``state.json`` and ``manifest.json`` (its step; size and SHA-256 of each file). A folder of another name, a copy under
+the name of another step, and a folder that holds anything else are never renamed and never removed.
 """
 
 from __future__ import annotations
@@ -9,20 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vdm_hub.errors import CheckpointError
-from vdm_hub.files import clear_leftovers, remove, written_beside
+from vdm_hub.files import clear_leftovers, entries, remove, written_beside
+
+MAX_STEP = 10**8 - 1
+"""The last step that a checkpoint's name can say."""
 
 _FORMAT = "vdm_hub checkpoint 2"
-_REMOVED = ".removed"
+_NAME = re.compile(r"step-(\d{8})", re.ASCII)
+_HIDDEN = re.compile(r"\.(step-\d{8})-[0-9a-f]{8}(\.old)?", re.ASCII)
+_REMOVED = re.compile(r"\.step-\d{8}\.removed", re.ASCII)
+_FILE = re.compile(r"manifest\.json|state\.json|\w+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,14 @@ def save_checkpoint(
     """Write ``folder/step-<step>``; afterwards only the latest ``keep`` checkpoints remain, this one among them.
 
     What a process that was killed left half-written is cleared away.
+
+    Raises:
+        OutputError: What has the checkpoint's name is no checkpoint, or holds other files, too.
+        OSError: It can't be written.
     """
     path = folder / f"step-{step:08d}"
     _clear(folder)
-    with written_beside(path) as beside:
+    with written_beside(path, keeps_all=True) as beside:
         beside.mkdir()
         for group, named in tensors.items():
             save_file({name: _plain(tensor) for name, tensor in named.items()}, beside / f"{group}.safetensors")
@@ -54,7 +67,7 @@ def save_checkpoint(
         files = {
             file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(beside.iterdir())
         }
-        (beside / "manifest.json").write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
+        (beside / "manifest.json").write_text(json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1))
         for file in beside.iterdir():  # a power cut must not leave the name of a checkpoint without its content
             _to_disk(file)
     others = [checkpoint for checkpoint in checkpoints(folder) if checkpoint != path]
@@ -94,8 +107,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; one that was being written when its process died is none."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """The checkpoints in a folder, oldest first, whole or damaged; a copy that has another name is none."""
+    return [path for path in entries(folder) if _NAME.fullmatch(path.name) and _is_checkpoint(path)]
+
+
+def strangers(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint and is none: where it lies, none can be written."""
+    return [path for path in entries(folder) if _NAME.fullmatch(path.name) and not _is_checkpoint(path)]
+
+
+def holds_nothing_else(checkpoint: Path) -> bool:
+    """Whether all that is in a checkpoint's folder is the checkpoint's."""
+    manifest = _read_manifest(checkpoint)
+    known = None if manifest is None else {"manifest.json", *manifest["files"]}
+    return all(
+        path.is_file() and not path.is_symlink() and (path.name in known if known else _FILE.fullmatch(path.name))
+        for path in entries(checkpoint)
+    )
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
@@ -107,26 +135,50 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     if wanted == "latest":
         found = checkpoints(folder)
         return found[-1] if found else None
-    path = Path(wanted)
+    path = Path(wanted).expanduser()
     if not path.is_dir():
         known = ", ".join(str(p) for p in checkpoints(folder)) or "none"
         raise CheckpointError(f"there is no checkpoint at {path}. Checkpoints of this run: {known}.")
     return path
 
 
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a folder with the name of a checkpoint is that one, or was before it was damaged."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    manifest = _read_manifest(path)
+    if manifest is None:
+        return bool(entries(path)) and holds_nothing_else(path)
+    return f"step-{manifest.get('step', int(path.name[5:])):08d}" == path.name  # older ones do not say it
+
+
 def _manifest(path: Path) -> dict[str, Any]:
+    manifest = _read_manifest(path)
+    if manifest is None:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of vdm_hub (no valid manifest.json): give a folder such as "
+            f"runs/digits/checkpoints/step-00001000, or 'latest'."
+        )
+    return manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
         plain_names = all(Path(name).name == name for name in manifest["files"])
         described = all({"size", "sha256"} <= entry.keys() for entry in manifest["files"].values())
-        if manifest["format"] == _FORMAT and plain_names and described and "state.json" in manifest["files"]:
+        counts = isinstance(manifest.get("step", 0), int)
+        if (
+            manifest["format"] == _FORMAT
+            and plain_names
+            and described
+            and counts
+            and "state.json" in manifest["files"]
+        ):
             return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise CheckpointError(
-        f"{path} is not a checkpoint of vdm_hub (no valid manifest.json): give a folder such as "
-        f"runs/digits/checkpoints/step-00001000, or 'latest'."
-    )
+    return None
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -135,15 +187,20 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _clear(folder: Path) -> None:
-    for removed in folder.glob(f".step-*{_REMOVED}"):
-        remove(removed)
-    for name in {hidden.name[1:].partition("-")[2].partition("-")[0] for hidden in folder.glob(".step-*")}:
-        clear_leftovers(folder / f"step-{name}")
+    hidden = [path for path in entries(folder) if not path.is_symlink()]
+    for path in hidden:
+        if _REMOVED.fullmatch(path.name) and path.is_dir() and holds_nothing_else(path):
+            remove(path)
+    for name in sorted({found[1] for path in hidden if (found := _HIDDEN.fullmatch(path.name))}):
+        clear_leftovers(folder / name)
 
 
 def _remove(paths: list[Path]) -> None:
     for path in paths:
-        hidden = path.with_name(f".{path.name}{_REMOVED}")  # half removed, it is no checkpoint
+        if not holds_nothing_else(path):
+            warn(f"{path} holds files that no run wrote, and is kept: remove it yourself.", stacklevel=3)
+            continue
+        hidden = path.with_name(f".{path.name}.removed")  # half removed, it is no checkpoint
         path.rename(hidden)
         remove(hidden)
 

@@ -56,9 +56,14 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
     """
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder)
-    if accelerator.is_main_process:
-        folder.check(configuration)
+    if not accelerator.is_main_process:
+        return _train(configuration, accelerator, folder)
+    with folder.reserved(configuration):
         check_publishing(configuration)
+        return _train(configuration, accelerator, folder)
+
+
+def _train(configuration: Configuration, accelerator: Accelerator, folder: OutputFolder) -> LikelihoodReport | None:
     data = load_data(configuration.data)
     if accelerator.is_main_process:
         print(data.summary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,13 +16,13 @@ from vdm_hub.data.held_out import SPLIT
 from vdm_hub.data.loading import Data, check_output_apart
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
-from vdm_hub.files import clear_leftovers, leftovers, written_beside
+from vdm_hub.files import clear_leftovers, entries, is_locked, leftovers, locked, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.plots import plot_schedule, plot_training_curve, save_grid
 from vdm_hub.training.arguments import Configuration, parse
-from vdm_hub.training.checkpoints import checkpoints, tidy
+from vdm_hub.training.checkpoints import checkpoints, strangers, tidy
 from vdm_hub.training.configuration import differences
 from vdm_hub.training.history import History
 from vdm_hub.training.provenance import describe_split
@@ -37,16 +37,60 @@ class OutputFolder:
 
     def __init__(self, configuration: Configuration) -> None:
         assert configuration.training.output_dir is not None
-        self.path = Path(configuration.training.output_dir)
+        try:
+            self.path = Path(configuration.training.output_dir).expanduser()
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"output_dir is {configuration.training.output_dir} ({error}): choose another."
+            ) from error
         self.checkpoints, self.pipeline = self.path / "checkpoints", self.path / "pipeline"
         self.recipe, self.evaluation = self.path / "recipe.yaml", self.path / "evaluation.json"
         self.samples, self.schedule = self.path / "samples.png", self.path / "schedule.png"
         self.history, self.curve = self.path / "history.json", self.path / "training_curve.png"
         self.provenance = self.path / "run.json"
-        self.logs = self.path / "logs"
+        self.logs, self.lock = self.path / "logs", self.path / ".vdm_hub.lock"
         self.pictures = {"samples": self.samples, "schedule": self.schedule, "training_curve": self.curve}
         results = (self.recipe, self.pipeline, self.evaluation, self.history, self.provenance)
         self._written = (*results, *self.pictures.values())
+
+    @contextmanager
+    def reserved(self, configuration: Configuration) -> Iterator[None]:
+        """Keep the folder for this run alone within the block, whatever else is started; a dry run only looks.
+
+        Where the run ends without having written anything, nothing is left of it.
+
+        Raises:
+            CheckpointError: Another run is at work in it, or it is not this run's to write to.
+        """
+        self._refuse_second()
+        self.check(configuration)
+        if configuration.training.dry_run:
+            yield
+            return
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(locked(self.lock))
+                except BlockingIOError as error:
+                    raise self._second() from error
+                self.check(configuration)  # another run may have come and gone since
+                yield
+        finally:
+            with suppress(OSError):  # of those that are not empty
+                for path in made:
+                    path.rmdir()
+
+    def _refuse_second(self) -> None:
+        if is_locked(self.lock):
+            raise self._second()
+
+    def _second(self) -> CheckpointError:
+        return CheckpointError(
+            f"another run is at work in output_dir {self.path} at this moment: choose another --output_dir, or wait "
+            f"for its end."
+        )
 
     def check(self, configuration: Configuration) -> None:
         """Refuse a folder that holds another run, or anything else, or that is among the data; nothing is written.
@@ -56,8 +100,8 @@ class OutputFolder:
             DataError: It lies in the folder of the images.
         """
         check_output_apart(configuration.data, self.path)
-        if self.path.exists() and not self.path.is_dir():
-            raise CheckpointError(f"output_dir {self.path} is a file: choose a folder.")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise CheckpointError(f"output_dir {self.path} is no folder: choose another.")
         self._check_writable()
         if not self.path.exists() or not self._names():
             return
@@ -68,6 +112,10 @@ class OutputFolder:
                 f"output_dir {self.path} {what}. Choose another --output_dir, {remedy}or remove the folder yourself: "
                 f"nothing is overwritten."
             )
+        if in_the_way := strangers(self.checkpoints):
+            raise CheckpointError(
+                f"{in_the_way[0]} has the name of a checkpoint, and is none of this run's: move it away."
+            )
 
     def _goes_on(self, configuration: Configuration) -> bool:
         """Whether this run is the one in the folder, and goes on with it."""
@@ -76,7 +124,7 @@ class OutputFolder:
             return False
         if wanted == "latest":
             return bool(checkpoints(self.checkpoints)) or self._stopped_early(configuration)
-        return Path(wanted).resolve().parent == self.checkpoints.resolve()
+        return Path(wanted).expanduser().resolve().parent == self.checkpoints.resolve()
 
     def _stopped_early(self, configuration: Configuration) -> bool:
         """Whether the folder holds this very recipe and no result: a run that ended before its first checkpoint."""
@@ -90,8 +138,8 @@ class OutputFolder:
 
     def _names(self) -> set[str]:
         """What is in the folder, without what a run that was killed left half-written."""
-        half_written = {path for written in self._written for path in leftovers(written)}
-        return {path.name for path in self.path.iterdir() if path not in half_written}
+        half_written = {path.name for written in self._written for path in leftovers(written)}
+        return {path.name for path in entries(self.path)} - half_written - {self.lock.name}
 
     def _check_writable(self) -> None:
         parent = self.path.absolute()
@@ -171,7 +219,7 @@ def publish_locally(
     if held_out is not None and told is not None:
         held_out = held_out | {"fingerprint": told["fingerprint"]}
     pipeline = build_pipeline(objective.eval(), describe_preprocessing(configuration.data), held_out)
-    with written_beside(folder.pipeline) as beside:
+    with written_beside(folder.pipeline, keeps_all=True) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
     training = configuration.training
     report = None

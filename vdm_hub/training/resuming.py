@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from warnings import warn
 
 from vdm_hub.errors import CheckpointError, in_one_line
-from vdm_hub.training.checkpoints import Checkpoint, checkpoints, find_checkpoint, load_checkpoint
+from vdm_hub.training.checkpoints import (
+    Checkpoint,
+    checkpoints,
+    find_checkpoint,
+    holds_nothing_else,
+    load_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -19,12 +26,19 @@ class Start:
     damaged: tuple[Path, ...] = ()
 
     def set_aside(self) -> None:
-        """Rename what is damaged, so that it is no checkpoint any more, and say so. Nothing is deleted."""
+        """Rename what is damaged, so that it is no checkpoint any more, and say so. Nothing is deleted.
+
+        Raises:
+            CheckpointError: It holds files that no run wrote; nothing is changed.
+        """
         for path in self.damaged:
-            path.rename(_free(path.with_name(f"damaged-{path.name}")))
+            if not holds_nothing_else(path):
+                raise CheckpointError(f"the checkpoint {path} is damaged, and holds other files, too: move it away.")
+        for path in self.damaged:
+            aside = path.rename(_free(path.with_name(f"damaged-{path.name}")))
             warn(
-                f"the checkpoint {path} is damaged, and was renamed to damaged-{path.name}: the run goes on from the "
-                f"one before it, {self.path}.",
+                f"the checkpoint {path} is damaged, and was renamed to {aside.name}: the run goes on from the one "
+                f"before it, {self.path}.",
                 stacklevel=3,
             )
 
@@ -45,8 +59,9 @@ def find_start(folder: Path, wanted: str | None) -> Start | None:
     if wanted != "latest":
         path = find_checkpoint(folder, wanted)
         assert path is not None
-        _refuse_overwriting(folder, path)
-        return Start(path, load_checkpoint(path))
+        checkpoint = load_checkpoint(path)
+        _refuse_overwriting(folder, path, int(checkpoint.state["step"]))
+        return Start(path, checkpoint)
     damaged: list[Path] = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -71,8 +86,8 @@ def not_saved(folder: Path, step: int, error: Exception) -> str:
     )
 
 
-def _refuse_overwriting(folder: Path, path: Path) -> None:
-    later = [other for other in checkpoints(folder) if other.name > path.name]
+def _refuse_overwriting(folder: Path, path: Path, step: int) -> None:
+    later = [other for other in checkpoints(folder) if other.name > f"step-{step:08d}"]
     if later:
         raise CheckpointError(
             f"{path} is not the last checkpoint of its run: going on from it would overwrite {later[0].name} and "
@@ -82,7 +97,7 @@ def _refuse_overwriting(folder: Path, path: Path) -> None:
 
 def _free(path: Path) -> Path:
     count = 1
-    while path.exists():
+    while os.path.lexists(path):
         count += 1
         path = path.with_name(f"{path.name.partition('.')[0]}.{count}")
     return path
