@@ -1,19 +1,105 @@
-"""Dataclass fields that explain themselves, and the checks of their values."""
+"""Dataclass fields that explain themselves and say which values they take, and the one check of all of them."""
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import TypeVar
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import field, fields
+from typing import Any, Literal, TypeVar, Union
 
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, unknown_name
 
 T = TypeVar("T")
 
+MAX_SEED = 2**63 - 1
+"""The largest seed that torch and numpy take alike."""
 
-def option(default: T, help: str) -> T:
-    """A dataclass field with a default and a help text."""
-    value: T = field(default=default, metadata={"help": help})
+
+def option(
+    default: T,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] | None = None,
+    only_with: str | None = None,
+    idle_without: str | None = None,
+) -> T:
+    """A dataclass field with a default, a help text, and what it may be; ``None`` is checked by its type alone.
+
+    Args:
+        default: Its value where none is given.
+        help: What it is, for ``--help``.
+        at_least: Bounds of a number, as are the next three.
+        above: See ``at_least``.
+        at_most: See ``at_least``.
+        below: See ``at_least``.
+        choices: The names that it may be; of a `Literal` they are known.
+        only_with: Another field; where that is off (0, false or not given), this one must have its default.
+        idle_without: Another field; where that is off, this one has no effect, which `idle_fields` says.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    given = {word: bound for word, bound in bounds.items() if bound is not None}
+    told = {"bounds": given, "choices": choices, "only_with": only_with, "idle_without": idle_without}
+    value: T = field(default=default, metadata={"help": help, **told})
     return value
+
+
+def check_fields(arguments: Any) -> None:
+    """Require of each field of a dataclass what its `option` says.
+
+    Raises:
+        ConfigurationError: Naming the field, its value and its range, or the nearest name.
+    """
+    hints = typing.get_type_hints(type(arguments))
+    for one in fields(arguments):
+        value, told = getattr(arguments, one.name), one.metadata
+        if value is None or "bounds" not in told:
+            continue
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            _check_number(one.name, value, told["bounds"])
+        known = told["choices"] or _names_in(hints[one.name])
+        if known and value not in known:
+            raise unknown_name(one.name, value, known)
+        if (other := told["only_with"]) is not None and value != one.default:
+            on = getattr(arguments, other)
+            require(bool(on), one.name, value, f"it acts only with {other}, which is {on!r}: give both or neither")
+
+
+def idle_fields(arguments: Any) -> list[str]:
+    """What a dataclass says that has no effect beside another field of it, in words."""
+    idle = [
+        (one.name, one.metadata["idle_without"])
+        for one in fields(arguments)
+        if one.metadata.get("idle_without") and getattr(arguments, one.name) != one.default
+    ]
+    return [
+        f"{name} has no effect, as {other} is {getattr(arguments, other)!r}"
+        for name, other in idle
+        if not getattr(arguments, other)
+    ]
+
+
+def _check_number(name: str, value: float, bounds: dict[str, float]) -> None:
+    tests = {"at least": value >= bounds.get("at least", value), "above": value > bounds.get("above", -math.inf)}
+    tests |= {"at most": value <= bounds.get("at most", value), "below": value < bounds.get("below", math.inf)}
+    wanted = " and ".join(
+        f"{word} {bound:,}" if abs(bound) >= 1e4 else f"{word} {bound}" for word, bound in bounds.items()
+    )
+    require(math.isfinite(value) and all(tests.values()), name, value, f"give a finite number {wanted}".rstrip())
+
+
+def _names_in(annotation: Any) -> tuple[str, ...]:
+    """The names of a `Literal`, also of one that may be ``None``."""
+    options = (
+        typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    )
+    literals = [option for option in options if typing.get_origin(option) is Literal]
+    return tuple(name for literal in literals for name in typing.get_args(literal))
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
@@ -28,10 +114,3 @@ def at_least(minimum: float, arguments: object, *names: str) -> None:
         value = getattr(arguments, name)
         # `not >=`, so that NaN is refused too.
         require(value is None or value >= minimum, name, value, f"give at least {minimum}")
-
-
-def positive(arguments: object, *names: str) -> None:
-    """Require that each named field is finite and above zero."""
-    for name in names:
-        value = getattr(arguments, name)
-        require(0 < value < float("inf"), name, value, "give a finite number above 0")

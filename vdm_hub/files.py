@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from warnings import warn
 
-from vdm_hub.errors import OutputError
+from vdm_hub.errors import ConfigurationError, OutputError
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -71,6 +71,21 @@ def destination(path: Path) -> Path:
     if mode is not None and not is_replaceable(mode):
         raise OutputError(f"{path} is a {_kind(mode)}, which no file may take the place of: name another place.")
     return target
+
+
+def expanded(path: str | Path) -> Path:
+    """A path whose ``~`` is the home folder.
+
+    Raises:
+        ConfigurationError: There is no such home.
+
+    >>> expanded("runs/digits")
+    PosixPath('runs/digits')
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigurationError(f"{path} can't be found ({error}): name another place.") from error
 
 
 def is_replaceable(mode: int) -> bool:

@@ -6,15 +6,16 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from runs import LEARNED, contents, start, train_here
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.training.arguments import FIELDS
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
-from vdm_hub.training.configuration import OPTIMIZERS, TrainingArguments
+from vdm_hub.training.configuration import TrainingArguments
 
 # bitsandbytes keeps moments of fewer than 4,096 values in 32 bits.
 WIDE = {"block_out_channels": [32], "layers_per_block": 1, "norm_num_groups": 4}
@@ -22,7 +23,7 @@ PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
 def test_every_optimizer_is_covered() -> None:
-    assert {"adamw", *PACKAGES} == set(OPTIMIZERS)
+    assert {"adamw", *PACKAGES} == set(get_args(FIELDS["optimizer"]))
 
 
 # Where it is installed, diffusers imports it in every process and lets it speak; so the test extra does without.

@@ -169,3 +169,53 @@ def test_handlers_are_given_back_and_left_alone_outside_the_main_thread() -> Non
     thread.start()
     thread.join()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+BATCH = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
+def test_the_signals_of_batch_systems_leave_a_checkpoint_and_their_own_exit_status(tmp_path: Path) -> None:
+    """Four runs of one process, which has imported what they need; then one under nohup, which hears no SIGHUP."""
+    made = [recipe(tmp_path / f"{number}", tmp_path / f"run{number}", **LONG) for number in range(len(BATCH) + 1)]
+    script = tmp_path / "one_by_one.py"
+    script.write_text(ONE_BY_ONE)
+    numbers = ["0", *(str(int(number)) for number in BATCH)]
+    command = [sys.executable, str(script), *(word for pair in zip(numbers, made, strict=True) for word in pair)]
+    here = environment(ACCELERATE_USE_CPU="true")
+    done = subprocess.run(command, env=here, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [int(line) for line in done.stdout.splitlines() if line.isdigit()] == [
+        128 + signal.SIGTERM,  # under nohup, and so not by the SIGHUP that came first
+        *(128 + number for number in BATCH),
+    ], done.stderr
+    assert "Traceback" not in done.stderr
+    for run, number in zip(range(len(made)), (signal.SIGTERM, *BATCH), strict=True):
+        last = steps(tmp_path / f"run{run}")[-1]
+        assert f"{number.name}: stopped after step {last} of 100000" in done.stderr
+        assert not [path for path in (tmp_path / f"run{run}").iterdir() if path.name.startswith(".")]
+
+
+ONE_BY_ONE = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from vdm_hub import train
+
+pairs = list(zip(sys.argv[1::2], sys.argv[2::2]))
+for run, (number, made) in enumerate(pairs):
+    folder = Path(made).parents[1] / f"run{run}" / "checkpoints"
+    if (child := os.fork()) == 0:
+        if number == "0":
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        sys.argv = ["train", made]
+        try:
+            sys.exit(train.main())
+        except SystemExit as error:
+            sys.stderr.flush()
+            os._exit(int(error.code or 0))
+    while not folder.is_dir() or not list(folder.glob("step-*")):
+        time.sleep(0.01)
+    for each in [int(number)] if number != "0" else [signal.SIGHUP, signal.SIGTERM]:
+        os.kill(child, each)
+        time.sleep(0.5)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""

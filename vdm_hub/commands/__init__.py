@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,11 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_errors(run: Callable[[], object]) -> int:
     """Call ``run``; a `VDMHubError`, or what a file system refuses, is a message on standard error and status 2.
 
-    Otherwise the status is what ``run`` returns, where that is a number, or 0.
+    Ctrl-C is a line and status 130. Otherwise the status is what ``run`` returns, where that is a number, or 0.
     """
     try:
         status = run()
     except (VDMHubError, OSError) as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one waits for nothing
+        if os.environ.get("RANK", "0") == "0":
+            print("\ninterrupted: nothing half-written is left.", file=sys.stderr)
+        return 128 + signal.SIGINT
     return status if isinstance(status, int) else 0

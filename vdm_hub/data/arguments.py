@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NewType
 
-from vdm_hub.fields import at_least, option, require
+from vdm_hub.fields import check_fields, option, require
 
 Share = NewType("Share", float)
 """How many images: as a share, a number between 0 and 1; or as a whole number, an ``int``."""
@@ -50,24 +50,37 @@ class DataArguments:
         None,
         "Resize the shorter side to this many pixels, then crop a square. Not given, images are used as they are; "
         "figures on resized images can't be compared with published ones.",
+        at_least=1,
+        at_most=16_384,
     )
-    center_crop: bool = option(False, "With a resolution: crop the centre, instead of a random square at each use.")
+    center_crop: bool = option(
+        False, "With a resolution: crop the centre, instead of a random square at each use.", only_with="resolution"
+    )
     random_flip: bool = option(False, "Mirror each training image left to right with probability 1/2.")
     color: Literal["auto", "grey", "rgb"] = option(
         "auto", "'auto' keeps grey (mode L) or RGB as found and refuses other modes; 'grey' and 'rgb' convert."
     )
     num_levels: int = option(
-        256, "K, the number of levels of a channel: level i is stored in an 8-bit image as round(255 i/(K-1))."
+        256,
+        "K, the number of levels of a channel: level i is stored in an 8-bit image as round(255 i/(K-1)).",
+        at_least=2,
+        at_most=256,
     )
     streaming: bool = option(False, "Read the training split as a stream, for data that do not fit in memory.")
-    shuffle_buffer_size: int = option(10_000, "With streaming: how many images the shuffle buffer holds.")
-    max_train_samples: int | None = option(None, "Train on this many images only.")
+    shuffle_buffer_size: int = option(
+        10_000,
+        "With streaming: how many images the shuffle buffer holds.",
+        at_least=1,
+        at_most=10**8,
+        only_with="streaming",
+    )
+    max_train_samples: int | None = option(None, "Train on this many images only.", at_least=1, at_most=10**12)
     skip_corrupt_images: bool = option(
         False,
         "Train without the images that can't be decoded, instead of stopping at the first. Each training image is "
         "then decoded once more, to find out.",
     )
-    num_workers: int = option(0, "Threads that decode images; 0 decodes in the main thread.")
+    num_workers: int = option(0, "Threads that decode images; 0 decodes in the main thread.", at_least=0, at_most=1024)
 
     def __post_init__(self) -> None:
         require(
@@ -76,23 +89,14 @@ class DataArguments:
             self.dataset_name,
             f"give either dataset_name or train_data_dir (which is {self.train_data_dir!r})",
         )
-        require(2 <= self.num_levels <= 256, "num_levels", self.num_levels, "give 2 to 256, as 8-bit images hold")
         require(
             self.validation_split is None or not self.validation_size,
             "validation_size",
             self.validation_size,
             f"validation_split is {self.validation_split!r} already, so leave one of the two out",
         )
-        require(
-            self.resolution is not None or not self.center_crop,
-            "center_crop",
-            self.center_crop,
-            "it acts only with a resolution, so give --resolution or leave it out",
-        )
-        require(self.color in ("auto", "grey", "rgb"), "color", self.color, "give auto, grey or rgb")
+        check_fields(self)
         for name in ("test_size", "validation_size"):
             size = getattr(self, name)
             whole_or_share = size >= 0 if isinstance(size, int) else 0 <= size < 1
             require(whole_or_share, name, size, "give a share below 1, such as 0.1, a whole number of images, or 0")
-        at_least(0, self, "num_workers")
-        at_least(1, self, "resolution", "shuffle_buffer_size", "max_train_samples")

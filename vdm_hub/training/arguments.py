@@ -1,9 +1,8 @@
 """From a recipe and a command line to a checked `Configuration`.
 
-One adapter around `transformers.HfArgumentParser`, which makes the command line and ``--help`` from the dataclasses of
-`vdm_hub.training.configuration`. Left to itself it ignores the command line when it reads YAML, keeps ``1e-4`` as text
-and takes ``max_train_steps: many``; so here argparse only collects text, and one function gives every value its type,
-wherever the value comes from.
+The dataclasses of `vdm_hub.training.configuration` make the command line and ``--help``. argparse only collects text,
+and one function gives every value its type, wherever it comes from. Words are read by the rules of YAML 1.2 in both
+places, so ``1e-4`` is a number and ``1_000`` is none.
 """
 
 from __future__ import annotations
@@ -11,23 +10,25 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import re
+import reprlib
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar, Union
+from warnings import warn
 
-import yaml
-from transformers import HfArgumentParser
-
+from vdm_hub import plain_yaml, registry
 from vdm_hub.data.arguments import DataArguments, Share
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.fields import require
+from vdm_hub.files import expanded
+from vdm_hub.secret_values import mask
 from vdm_hub.training.configuration import (
+    DEFAULT_CLASSES,
     DiffusionArguments,
     ModelArguments,
     Serialised,
@@ -73,6 +74,14 @@ class Configuration:
     training: TrainingArguments
 
     def __post_init__(self) -> None:
+        is_plain = Path(self.recipe).name == self.recipe and self.recipe.isprintable() and len(self.recipe) <= 100
+        require(is_plain, "recipe", self.recipe, "give a plain name, as folders and cards carry it")
+        require(
+            self.training.validation_steps == 0 or bool(self.data.validation_split or self.data.validation_size),
+            "validation_steps",
+            self.training.validation_steps,
+            "nothing is held out to measure, so give validation_split or validation_size, or set it to 0",
+        )
         if self.model.model == "hvae":  # nothing diffuses: what would have no effect is refused
             for field in fields(self.diffusion):
                 value = getattr(self.diffusion, field.name)
@@ -115,7 +124,7 @@ class Configuration:
         for name, annotation in FIELDS.items():
             if Serialised in _options(annotation) and isinstance(values[name], str) and values[name].startswith("{"):
                 values[name] = json.loads(values[name])
-        return str(yaml.safe_dump(values, sort_keys=False))
+        return plain_yaml.dump(values)
 
 
 def parse(argv: Sequence[str] | None = None) -> Configuration:
@@ -129,8 +138,8 @@ def parse(argv: Sequence[str] | None = None) -> Configuration:
             out of range. The message names the field, the value and the nearest known name.
         SystemExit: After ``--help``.
     """
-    parser = _parser()
-    namespace, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    parser, words = _parser(), _Words(sys.argv[1:] if argv is None else argv)
+    namespace, rest = parser.parse_known_args(words.plain)
     given = vars(namespace)
     wants_help = given.pop("help", False)
     recipe = _positional(rest)
@@ -144,6 +153,7 @@ def parse(argv: Sequence[str] | None = None) -> Configuration:
         )
     name, values, where = load_recipe(recipe)
     overrides = _typed(given, "on the command line")
+    overrides |= _merged(values, where, overrides, words.dotted)
     for pair in ALTERNATIVES:
         for ours, other in (pair, pair[::-1]):
             if overrides.get(ours) is not None and other not in overrides:
@@ -172,48 +182,110 @@ def load_recipe(recipe: str) -> tuple[str, dict[str, Any], str]:
         ConfigurationError: There is no such recipe, or it is not a YAML mapping.
     """
     if recipe in recipes():
-        text = (resources.files("vdm_hub.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("vdm_hub.recipes") / f"{recipe}.yaml").read_bytes()
         name, where = recipe, f"in the recipe {recipe!r}"
-    elif Path(recipe).is_file():
-        text, name, where = Path(recipe).read_text(encoding="utf-8"), Path(recipe).stem, f"in {recipe}"
+    elif (path := expanded(recipe)).is_file():
+        with path.open("rb") as file:
+            text, name, where = file.read(plain_yaml.MAX_BYTES + 1), path.stem, f"in {recipe}"
     elif Path(recipe).suffix in (".yaml", ".yml") or len(Path(recipe).parts) > 1:
         raise ConfigurationError(f"no recipe is at {recipe}: give a YAML file, or one of {', '.join(recipes())}.")
     else:
         raise unknown_name("recipe", recipe, recipes())
-    try:
-        values = yaml.load(text, _RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"the YAML {where} can't be read: {' '.join(str(error).split())}.") from error
+    values = plain_yaml.load(text, where)
     if not isinstance(values, dict):
         raise ConfigurationError(f"what is {where} is no mapping of fields to values, such as `learning_rate: 2e-4`.")
-    return str(values.pop("recipe", name)), values, where
+    named = values.pop("recipe", name)
+    require(isinstance(named, str), "recipe", named, f"give a text {where}")
+    return named, values, where
 
 
-class _RecipeLoader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
-    """YAML with the scalars of version 1.2, where ``no`` is a word and ``1e-4`` a number, without repeated keys."""
+class _Words:
+    """A command line, with what it says of single keys of mappings (``--unet.layers_per_block 3``) apart.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            keys = [key.value for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is there twice", node.start_mark)
-        return mapping
+    >>> words = _Words(["digits", "--unet.layers_per_block", "3", "--seed", "1"])
+    >>> words.plain, words.dotted
+    (['digits', '--seed', '1'], [('unet', {'layers_per_block': 3})])
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.plain: list[str] = []
+        self.dotted: list[tuple[str, dict[str, Any]]] = []
+        left = list(argv)
+        while left:
+            word = left.pop(0)
+            name, equals, value = word.partition("=")
+            if not name.startswith("--") or "." not in name:
+                self.plain.append(word)
+                continue
+            if not equals:
+                if not left or left[0].startswith("--"):
+                    raise ConfigurationError(f"{name}: expected one argument: write `{name} value`.")
+                value = left.pop(0)
+            self.dotted.append(_change(name, value))
 
 
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":")[-1] not in ("bool", "float", "timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false|True|False)$"), list("tfTF"))
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)
+def _change(name: str, text: str) -> tuple[str, dict[str, Any]]:
+    """The field that a dotted name belongs to, and what it is to say otherwise."""
+    field, *keys = name[2:].split(".")
+    field = field.replace("-", "_")
+    if field not in FIELDS:
+        raise _unknown_field(field, "on the command line")
+    if Serialised not in _options(FIELDS[field]) or not all(keys):
+        raise ConfigurationError(f"{name} is no key of a mapping: write `--unet.layers_per_block 3`, or `--{field}`.")
+    refuse_secret(name[2:], text)
+    change: Any = plain_yaml.load(text, f"of {name} on the command line")
+    for key in reversed(keys):
+        change = {key: change}
+    return field, change
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc, unused-ignore]
+def _merged(
+    values: Mapping[str, Any], where: str, overrides: Mapping[str, Any], dotted: Sequence[tuple[str, dict[str, Any]]]
+) -> dict[str, Any]:
+    """The mappings of the command line, each with what the recipe says and they do not.
+
+    A name, or an empty mapping, takes the place of all that the recipe says.
+    """
+    given = [(field, json.loads(value)) for field, value in overrides.items() if str(value).startswith("{")]
+    merged: dict[str, Any] = {}
+    for field, change in [*given, *dotted]:
+        before = merged.get(field)
+        if before is None:
+            named = field in overrides and not str(overrides[field]).startswith("{")
+            before = overrides[field] if named else _convert(field, values.get(field, _defaults()[field]), where)
+        merged[field] = _serialised(_together(field, _as_mapping(field, before), change) if change else {})
+    return merged
+
+
+def _as_mapping(field: str, value: Serialised | None) -> dict[str, Any]:
+    if value is None:
+        return {}
+    mapping: dict[str, Any] = json.loads(value) if value.startswith("{") else {"name": value}
+    return mapping
+
+
+def _together(field: str, before: Mapping[str, Any], change: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A mapping with a change, key by key; but arguments of one class say nothing of another.
+
+    >>> _together("unet", {"layers_per_block": 3, "dropout": 0.1}, {"dropout": 0.0})
+    {'layers_per_block': 3, 'dropout': 0.0}
+    """
+    for key in ("name", "package") if field in registry.SERIALISED_FIELDS else ("_class_name",):
+        was = before.get(key, DEFAULT_CLASSES.get(field))
+        if key in change and was not in (None, change[key]):
+            left = ", ".join(sorted(before.keys() - {key})) or "none"
+            said = f"{field} is {change[key]!r} on the command line, and {was!r} in the recipe, whose other arguments"
+            warn(mask(f"{said} are not taken over: {left}."), stacklevel=2)
+            return change
+    return _deep(before, change)
+
+
+def _deep(before: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key for key in change if isinstance(before.get(key), dict) and isinstance(change[key], dict)}
+    return {**before, **change} | {key: _deep(before[key], change[key]) for key in both}
+
+
+class _Parser(argparse.ArgumentParser):
     """argparse that raises its complaints instead of printing a usage dump."""
 
     def error(self, message: str) -> NoReturn:
@@ -223,23 +295,33 @@ class _Parser(HfArgumentParser):  # type: ignore[misc, unused-ignore]
 def _parser() -> _Parser:
     """A parser that collects the text of the fields that are given, and nothing of those that are not."""
     parser = _Parser(
-        list(GROUPS),
         usage="accelerate launch -m vdm_hub.train RECIPE [--field value ...]",
         description=f"Train a variational diffusion model. RECIPE is one of {', '.join(recipes())}, or the path of a "
-        "YAML file that gives any of these fields; the command line overrides it.",
+        "YAML file that gives any of these fields; the command line overrides it. Mappings are merged, key by key: "
+        "`--unet.layers_per_block 3`, or `--unet '{\"layers_per_block\": 3}'`; an empty one takes the recipe's away.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         add_help=False,
         allow_abbrev=False,
     )
-    for action in parser._actions:
-        if action.nargs == 0:  # HfArgumentParser's --no_field, the same as --field false
-            action.help = argparse.SUPPRESS
-        action.type, action.choices, action.required = None, None, False
-        action.metavar = _metavar(_base(FIELDS[action.dest]))
-        action.default = argparse.SUPPRESS
-        # Both --train_batch_size and --train-batch-size parse; --help shows the field's name alone.
-        action.option_strings = action.option_strings[:1]
-    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="Show this and end.")
+    for group in GROUPS:
+        section = parser.add_argument_group(group._argument_group_name)
+        for field in fields(group):
+            _add_option(section, field)
+    parser.add_argument("-h", "--help", action="store_true", help="Show this and end.")
     return parser
+
+
+def _add_option(section: argparse._ArgumentGroup, field: Field[Any]) -> None:
+    """``--train_batch_size``, and ``--train-batch-size``, which is not shown; ``--use_ema`` and ``--no_use_ema``."""
+    base, told = _base(FIELDS[field.name]), {"dest": field.name, "help": field.metadata["help"]}
+    told |= {"nargs": "?", "const": True} if base is bool else {}
+    section.add_argument(f"--{field.name}", metavar=_metavar(base), **told)
+    if "_" in field.name:
+        section.add_argument(f"--{field.name.replace('_', '-')}", **told | {"help": argparse.SUPPRESS})
+    if base is bool:
+        for spelling in {f"no_{field.name}", f"no-{field.name.replace('_', '-')}"}:
+            section.add_argument(f"--{spelling}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
 
 
 def _defaults() -> dict[str, Any]:
@@ -316,10 +398,12 @@ def _convert(name: str, value: Any, where: str) -> Any:
         return value
     try:
         return _CONVERTERS[base](value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError) as error:
         or_none = ", or none" if optional else ""
+        why = f" ({error})" if isinstance(error, ConfigurationError) else ""
         raise ConfigurationError(
-            f"{name} must be {_expected(annotation)}{or_none}, and is {value!r} {where}: correct it there."
+            f"{name} must be {_expected(annotation)}{or_none}, and is {reprlib.repr(value)} {where}{why}: correct it "
+            f"there."
         ) from None
 
 
@@ -332,30 +416,24 @@ def _boolean(value: Any) -> bool:
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise TypeError
-    try:
-        return int(value) if isinstance(value, str) else _whole(value)
-    except ValueError:
-        return _whole(float(value))  # "1e5"
-
-
-def _whole(value: float) -> int:
-    if value != int(value):
+    number = _number(value)
+    if number != int(number):
         raise ValueError
-    return int(value)
+    return int(number)
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    """A number, or the text of one: an integer stays one, as floats hold not all of them."""
+    found = plain_yaml.scalar(value) if isinstance(value, str) else value
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise TypeError
-    return float(value)
+    return found
 
 
 def _share(value: Any) -> Share:
     """Whole numbers as ``int``; 1.0 is neither one image nor, with nothing to train on, all."""
     number = _number(value)
-    return Share(_integer(value) if number == 0 or number > 1 or str(value) == "1" else number)
+    return Share(_integer(value) if isinstance(number, int) or number == 0 or number > 1 else number)
 
 
 def _text(value: Any) -> str:
@@ -365,19 +443,19 @@ def _text(value: Any) -> str:
 
 
 def _serialised(value: Any) -> Serialised:
-    """A name as it is; a mapping, or JSON, as JSON in one form."""
+    """A name as it is; a mapping, or the text of one, as JSON in one form."""
     if isinstance(value, str) and not value.strip().startswith("{"):
         return Serialised(value)
-    mapping = json.loads(value) if isinstance(value, str) else value
+    mapping = plain_yaml.load(value, "of a mapping") if isinstance(value, str) else value
     if not isinstance(mapping, dict):
         raise TypeError
-    return Serialised(json.dumps(mapping))
+    return Serialised(json.dumps(mapping, allow_nan=False))
 
 
 _CONVERTERS: dict[Any, Any] = {
     bool: _boolean,
     int: _integer,
-    float: _number,
+    float: lambda value: float(_number(value)),
     str: _text,
     Serialised: _serialised,
     Share: _share,

@@ -22,10 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vdm_hub.errors import CheckpointError
-from vdm_hub.files import clear_leftovers, entries, remove, written_beside
-
-MAX_STEP = 10**8 - 1
-"""The last step that a checkpoint's name can say."""
+from vdm_hub.files import clear_leftovers, entries, expanded, remove, written_beside
 
 _FORMAT = "vdm_hub checkpoint 2"
 _NAME = re.compile(r"step-(\d{8})", re.ASCII)
@@ -135,7 +132,7 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     if wanted == "latest":
         found = checkpoints(folder)
         return found[-1] if found else None
-    path = Path(wanted).expanduser()
+    path = expanded(wanted)
     if not path.is_dir():
         known = ", ".join(str(p) for p in checkpoints(folder)) or "none"
         raise CheckpointError(f"there is no checkpoint at {path}. Checkpoints of this run: {known}.")

@@ -18,15 +18,19 @@ from diffusers.optimization import SchedulerType
 
 from vdm_hub import registry
 from vdm_hub.errors import ConfigurationError, unknown_name
-from vdm_hub.fields import at_least, option, positive, require
+from vdm_hub.fields import MAX_SEED, check_fields, option, require
 
 Serialised = NewType("Serialised", str)
 """Text that is a name or a JSON object; in a recipe it may be written as a YAML mapping."""
 
 UNET_CLASSES = ("UNetVDMModel", "UNet2DModel")
 FIRST_STAGE_CLASSES = ("MarkovianHVAE", "AutoencoderKL")
-MODELS = ("vdm", "hvae", "latent_vdm")
-OPTIMIZERS = ("adamw", "adamw_8bit", "prodigy")
+MAX_STEPS = 10**8 - 1
+"""What the names of checkpoints have room for."""
+
+DEFAULT_CLASSES = {"unet": UNET_CLASSES[0], "first_stage": FIRST_STAGE_CLASSES[0], "hvae": FIRST_STAGE_CLASSES[0]}
+"""Of the fields that describe networks: the class where none is named."""
+
 TRACKERS = ("none", *sorted(LOGGER_TYPE_TO_CLASS))
 # Of diffusers' schedulers, piecewise_constant alone needs an argument (step_rules) that no field gives.
 LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT)
@@ -45,13 +49,30 @@ _MAY_CHANGE = {
 }
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+# Fields that say which images are trained on: where these are the same ones, they may be named otherwise.
+_NAME_IMAGES = {
+    *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "train_split", "color"),
+    *("validation_size", "test_size", "max_train_samples", "skip_corrupt_images"),
+}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, same_images: bool = False) -> list[str]:
     """What makes two recipes two runs: the fields that a resumed run may not change, in words.
+
+    What means the same is no difference: a name and its long form, a mapping in another order, a path in another
+    spelling.
+
+    Args:
+        before: The recipe of the run.
+        now: The recipe that would go on with it.
+        same_images: Whether both are known to train on the very same images, whatever they call them.
 
     >>> differences({"seed": 0, "logging_steps": 1}, {"seed": 1, "logging_steps": 50})
     ['seed was 0 and is 1']
+    >>> differences({"noise_schedule": "linear"}, {"noise_schedule": '{"config": {}, "name": "linear"}'})
+    []
     """
-    return _changes(before, now, set(now) - _MAY_CHANGE)
+    return _changes(before, now, set(now) - _MAY_CHANGE - (_NAME_IMAGES if same_images else set()))
 
 
 def allowed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -60,13 +81,30 @@ def allowed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     >>> allowed_changes({"seed": 0, "logging_steps": 1}, {"seed": 1, "logging_steps": 50})
     ['logging_steps was 1 and is 50']
     """
-    return _changes(before, now, _MAY_CHANGE - {"recipe", "output_dir", "resume_from_checkpoint", "dry_run"})
+    said = (_MAY_CHANGE | _NAME_IMAGES) - {"recipe", "output_dir", "resume_from_checkpoint", "dry_run"}
+    return _changes(before, now, said)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], fields: set[str]) -> list[str]:
     # A field that is younger than the recipe is not compared.
-    changed = [key for key in now if key in fields and key in before and before[key] != now[key]]
+    changed = [
+        key for key in now if key in fields and key in before and _meaning(key, before[key]) != _meaning(key, now[key])
+    ]
     return [f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed]
+
+
+def _meaning(field: str, value: Any) -> Any:
+    """What a field's value stands for, the same however it is written."""
+    if not isinstance(value, str):
+        return value
+    if field in DEFAULT_CLASSES:
+        return {"_class_name": DEFAULT_CLASSES[field], **json.loads(value)}
+    if (kind := registry.SERIALISED_FIELDS.get(field)) is not None:
+        name, config, package = registry.parse(kind, value)
+        return name, config, package or registry.BUILT_IN_PACKAGE
+    if field in ("train_data_dir", "first_stage_from") or (field == "dataset_name" and Path(value).is_dir()):
+        return Path(value).expanduser().resolve()
+    return value
 
 
 @dataclass(frozen=True)
@@ -90,18 +128,19 @@ class DiffusionArguments:
     )
     decoder: Serialised = option(Serialised("factorised"), "p(x|z_0): factorised (VDM), or ddpm.")
     forward_process: Serialised = option(Serialised("gaussian"), "What corrupts the data: gaussian, or a plugin's.")
-    transitions: int | None = option(None, "T, the number of transitions of the bound; not given: T -> infinity.")
-    num_train_timesteps: int = option(1000, "The range of the scheduler's timesteps, [0, num_train_timesteps - 1].")
+    transitions: int | None = option(
+        None, "T, the number of transitions of the bound; not given: T -> infinity.", at_least=1, at_most=10**7
+    )
+    num_train_timesteps: int = option(
+        1000, "The range of the scheduler's timesteps, [0, num_train_timesteps - 1].", at_least=2, at_most=10**5
+    )
 
     def __post_init__(self) -> None:
         for name, kind in registry.SERIALISED_FIELDS.items():
             if (serialised := getattr(self, name)) is not None:
                 registered, _, package = registry.parse(kind, serialised)
                 registry.lookup(kind, registered, package)
-        if self.data_scaling not in ("bin_centers", "full"):
-            raise unknown_name("data_scaling", self.data_scaling, ("bin_centers", "full"))
-        at_least(1, self, "transitions")
-        at_least(2, self, "num_train_timesteps")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -130,6 +169,7 @@ class ModelArguments:
         False,
         "With model latent_vdm: train the diffusion alone, and of an AutoencoderKL the scale of its likelihood, which "
         "it has not.",
+        only_with="first_stage_from",  # one that never learned anything is of no use
     )
     scale_latents: bool = option(
         True, "With model latent_vdm: shift and scale latents to mean 0 and deviation 1, as measured at the start."
@@ -141,8 +181,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise unknown_name("model", self.model, MODELS)
+        check_fields(self)
         if self.unet_class not in UNET_CLASSES:
             raise unknown_name("_class_name of unet", self.unet_class, UNET_CLASSES)
         for name, models in _FIELDS_OF_MODELS.items():
@@ -155,12 +194,6 @@ class ModelArguments:
             )
         if self.first_stage_class not in FIRST_STAGE_CLASSES:
             raise unknown_name("_class_name of first_stage", self.first_stage_class, FIRST_STAGE_CLASSES)
-        require(
-            self.first_stage_from is not None or not self.freeze_first_stage,
-            "freeze_first_stage",
-            self.freeze_first_stage,
-            "a first stage that never learned anything is of no use, so give first_stage_from, or leave it out",
-        )
 
     @property
     def unet_class(self) -> str:
@@ -218,29 +251,52 @@ class TrainingArguments:
     _argument_group_name = "training"
 
     output_dir: str | None = option(None, "Where the run is written; not given: runs/<name of the recipe>.")
-    seed: int = option(0, "Fixes everything random: weights, order of the data, times, noise, samples.")
-    max_train_steps: int | None = option(None, "Optimiser steps to take. Give this or num_train_epochs.")
-    num_train_epochs: int | None = option(None, "Passes over the training data. Give this or max_train_steps.")
-    train_batch_size: int = option(128, "Images in a batch of one process.")
-    eval_batch_size: int = option(256, "Images in an evaluation batch of one process.")
-    gradient_accumulation_steps: int = option(1, "Batches whose gradients make one optimiser step.")
-    learning_rate: float = option(2e-4, "The learning rate of AdamW, after the warm-up.")
-    lr_scheduler: str = option("constant_with_warmup", f"The learning rate's course: {', '.join(LR_SCHEDULERS)}.")
-    lr_warmup_steps: int = option(100, "Optimiser steps over which the learning rate rises from 0.")
+    seed: int = option(
+        0,
+        "Fixes everything random: weights, order of the data, times, noise, samples.",
+        at_least=0,
+        at_most=MAX_SEED,
+    )
+    max_train_steps: int | None = option(
+        None, "Optimiser steps to take. Give this or num_train_epochs.", at_least=1, at_most=MAX_STEPS
+    )
+    num_train_epochs: int | None = option(
+        None, "Passes over the training data. Give this or max_train_steps.", at_least=1, at_most=MAX_STEPS
+    )
+    train_batch_size: int = option(128, "Images in a batch of one process.", at_least=1, at_most=10**6)
+    eval_batch_size: int = option(256, "Images in an evaluation batch of one process.", at_least=1, at_most=10**6)
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients make one optimiser step.", at_least=1, at_most=10**6
+    )
+    learning_rate: float = option(2e-4, "The learning rate of AdamW, after the warm-up.", above=0)
+    lr_scheduler: str = option(
+        "constant_with_warmup", f"The learning rate's course: {', '.join(LR_SCHEDULERS)}.", choices=LR_SCHEDULERS
+    )
+    lr_warmup_steps: int = option(
+        100, "Optimiser steps over which the learning rate rises from 0.", at_least=0, at_most=MAX_STEPS
+    )
     scale_lr: bool = option(False, "Multiply the learning rate by processes x accumulation x batch size.")
     optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = option(
         "adamw", "AdamW; or AdamW with moments of 8 bits, of the package bitsandbytes; or Prodigy, of prodigyopt."
     )
-    adam_beta1: float = option(0.9, "beta_1 of AdamW.")
-    adam_beta2: float = option(0.99, "beta_2 of AdamW.")
-    adam_weight_decay: float = option(0.01, "Weight decay of AdamW; the noise schedule's parameters have none.")
-    adam_epsilon: float = option(1e-8, "epsilon of AdamW.")
-    max_grad_norm: float = option(1.0, "Clip the gradient to this norm.")
+    adam_beta1: float = option(0.9, "beta_1 of AdamW.", at_least=0, below=1)
+    adam_beta2: float = option(0.99, "beta_2 of AdamW.", at_least=0, below=1)
+    adam_weight_decay: float = option(
+        0.01, "Weight decay of AdamW; the noise schedule's parameters have none.", at_least=0
+    )
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW.", above=0)
+    max_grad_norm: float = option(1.0, "Clip the gradient to this norm.", above=0)
     use_ema: bool = option(True, "Keep an exponential moving average of the weights, and publish that.")
-    ema_max_decay: float = option(0.9999, "The largest decay of the moving average.")
-    ema_inv_gamma: float = option(1.0, "The warm-up of the decay is 1 - (1 + step/ema_inv_gamma)^-ema_power.")
-    ema_power: float = option(0.75, "See ema_inv_gamma.")
-    offload_ema: bool = option(False, "Keep the moving average in the host's memory, not the GPU's; slower.")
+    ema_max_decay: float = option(
+        0.9999, "The largest decay of the moving average.", at_least=0, below=1, idle_without="use_ema"
+    )
+    ema_inv_gamma: float = option(
+        1.0, "The warm-up of the decay is 1 - (1 + step/ema_inv_gamma)^-ema_power.", above=0, idle_without="use_ema"
+    )
+    ema_power: float = option(0.75, "See ema_inv_gamma.", above=0, idle_without="use_ema")
+    offload_ema: bool = option(
+        False, "Keep the moving average in the host's memory, not the GPU's; slower.", idle_without="use_ema"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "The precision of the network's body; not given: what `accelerate config` or `launch` says."
     )
@@ -254,26 +310,57 @@ class TrainingArguments:
     )
     channels_last: bool = option(False, "Keep the network's images channels last, which convolutions on GPUs prefer.")
     allow_tf32: bool = option(False, "Allow TF32 in matrix products on Ampere GPUs and later.")
-    checkpointing_steps: int = option(1000, "Write a checkpoint every so many optimiser steps; 0: only at the end.")
-    checkpoints_total_limit: int | None = option(None, "Keep this many checkpoints, the latest; not given: all.")
+    checkpointing_steps: int = option(
+        1000,
+        "Write a checkpoint every so many optimiser steps; 0: only at the end.",
+        at_least=0,
+        at_most=MAX_STEPS,
+    )
+    checkpoints_total_limit: int | None = option(
+        None, "Keep this many checkpoints, the latest; not given: all.", at_least=1, at_most=MAX_STEPS
+    )
     resume_from_checkpoint: str | None = option(None, "A checkpoint to go on from: its path, or 'latest'.")
     report_to: str = option(
         "tensorboard", f"Trackers of accelerate, separated by commas, or 'none'. Known: {', '.join(TRACKERS)}."
     )
-    logging_steps: int = option(50, "Log the bound every so many optimiser steps.")
-    validation_steps: int = option(0, "Measure held-out bits/dim every so many optimiser steps; 0: never.")
+    logging_steps: int = option(50, "Log the bound every so many optimiser steps.", at_least=1, at_most=MAX_STEPS)
+    validation_steps: int = option(
+        0, "Measure held-out bits/dim every so many optimiser steps; 0: never.", at_least=0, at_most=MAX_STEPS
+    )
     early_stopping_patience: int | None = option(
         None,
         "End the run after so many measurements of held-out bits/dim without improvement, and publish the best "
         "weights that were measured; not given: train to the end, and publish its weights.",
+        at_least=1,
+        at_most=MAX_STEPS,
+        only_with="validation_steps",
     )
-    early_stopping_threshold: float = option(0.0, "By how many bits/dim an improvement must be better.")
-    validation_images: int | None = option(None, "Images in each of those measurements; not given: all held out.")
-    sample_steps: int = option(0, "Draw a grid of samples every so many optimiser steps; 0: only at the end.")
-    num_sample_images: int = option(64, "Images in the grid of samples; 0 draws none.")
-    num_inference_steps: int = option(250, "Network evaluations of a sample.")
+    early_stopping_threshold: float = option(
+        0.0, "By how many bits/dim an improvement must be better.", at_least=0, only_with="early_stopping_patience"
+    )
+    validation_images: int | None = option(
+        None,
+        "Images in each of those measurements; not given: all held out.",
+        at_least=1,
+        at_most=10**9,
+        only_with="validation_steps",
+    )
+    sample_steps: int = option(
+        0,
+        "Draw a grid of samples every so many optimiser steps; 0: only at the end.",
+        at_least=0,
+        at_most=MAX_STEPS,
+        only_with="num_sample_images",
+    )
+    num_sample_images: int = option(64, "Images in the grid of samples; 0 draws none.", at_least=0, at_most=10**4)
+    num_inference_steps: int = option(
+        250, "Network evaluations of a sample.", at_least=1, at_most=10**5, idle_without="num_sample_images"
+    )
     evaluation_replicates: int = option(
-        4, "Independent passes over the test split at the end, which give the standard error; 0: no evaluation."
+        4,
+        "Independent passes over the test split at the end, which give the standard error; 0: no evaluation.",
+        at_least=0,
+        at_most=10**6,
     )
     dry_run: bool = option(
         False, "Build everything, take one step, print parameters, memory and the estimated time, and write nothing."
@@ -284,9 +371,11 @@ class TrainingArguments:
         "that of `hf auth login`, or HF_TOKEN; it is never an argument.",
     )
     hub_model_id: str | None = option(
-        None, "With push_to_hub: the repository, such as me/vdm-digits; not given: the name of output_dir, under you."
+        None,
+        "With push_to_hub: the repository, such as me/vdm-digits; not given: the name of output_dir, under you.",
+        only_with="push_to_hub",
     )
-    hub_private_repo: bool = option(False, "With push_to_hub: make a new repository private.")
+    hub_private_repo: bool = option(False, "With push_to_hub: make a new repository private.", only_with="push_to_hub")
 
     def __post_init__(self) -> None:
         require(
@@ -295,38 +384,10 @@ class TrainingArguments:
             self.max_train_steps,
             f"give either max_train_steps or num_train_epochs (which is {self.num_train_epochs!r})",
         )
-        at_least(1, self, "max_train_steps", "num_train_epochs", "train_batch_size", "eval_batch_size")
-        at_least(1, self, "gradient_accumulation_steps", "checkpoints_total_limit", "logging_steps")
-        at_least(1, self, "validation_images", "num_inference_steps")
-        at_least(0, self, "seed", "lr_warmup_steps", "checkpointing_steps", "validation_steps", "sample_steps")
-        at_least(0, self, "num_sample_images", "evaluation_replicates", "adam_weight_decay")
-        at_least(0, self, "early_stopping_threshold")
-        at_least(1, self, "early_stopping_patience")
-        require(
-            self.early_stopping_patience is None or self.validation_steps > 0,
-            "early_stopping_patience",
-            self.early_stopping_patience,
-            "it counts the measurements that validation_steps makes, so give that too, such as 500",
-        )
-        positive(self, "learning_rate", "adam_epsilon", "max_grad_norm", "ema_inv_gamma", "ema_power")
-        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
-            value = getattr(self, name)
-            require(0 <= value < 1, name, value, "give a number from 0 to below 1")
-        if self.lr_scheduler not in LR_SCHEDULERS:
-            raise unknown_name("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
-        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
-            raise unknown_name("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
-        for name, known in (("compile", ("none", "whole", "regional")), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, getattr(self, name), known)
+        check_fields(self)
         for tracker in self.trackers or ("none",):
             if tracker not in TRACKERS:
                 raise unknown_name("tracker in report_to", tracker, TRACKERS)
-        for name in ("hub_model_id", "hub_private_repo"):
-            value = getattr(self, name)
-            require(
-                self.push_to_hub or not value, name, value, "it acts only with push_to_hub, so give both or neither"
-            )
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from vdm_hub.data.held_out import SPLIT
 from vdm_hub.data.loading import Data, check_output_apart
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
-from vdm_hub.files import clear_leftovers, entries, is_locked, leftovers, locked, written_beside
+from vdm_hub.files import clear_leftovers, entries, expanded, is_locked, leftovers, locked, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
@@ -37,12 +37,7 @@ class OutputFolder:
 
     def __init__(self, configuration: Configuration) -> None:
         assert configuration.training.output_dir is not None
-        try:
-            self.path = Path(configuration.training.output_dir).expanduser()
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"output_dir is {configuration.training.output_dir} ({error}): choose another."
-            ) from error
+        self.path = expanded(configuration.training.output_dir)
         self.checkpoints, self.pipeline = self.path / "checkpoints", self.path / "pipeline"
         self.recipe, self.evaluation = self.path / "recipe.yaml", self.path / "evaluation.json"
         self.samples, self.schedule = self.path / "samples.png", self.path / "schedule.png"
@@ -101,7 +96,7 @@ class OutputFolder:
         """
         check_output_apart(configuration.data, self.path)
         if os.path.lexists(self.path) and not self.path.is_dir():
-            raise CheckpointError(f"output_dir {self.path} is no folder: choose another.")
+            raise CheckpointError(f"output_dir {self.path} is a file, or no folder: choose another.")
         self._check_writable()
         if not self.path.exists() or not self._names():
             return
@@ -124,7 +119,7 @@ class OutputFolder:
             return False
         if wanted == "latest":
             return bool(checkpoints(self.checkpoints)) or self._stopped_early(configuration)
-        return Path(wanted).expanduser().resolve().parent == self.checkpoints.resolve()
+        return expanded(wanted).resolve().parent == self.checkpoints.resolve()
 
     def _stopped_early(self, configuration: Configuration) -> bool:
         """Whether the folder holds this very recipe and no result: a run that ended before its first checkpoint."""

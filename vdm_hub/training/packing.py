@@ -49,8 +49,11 @@ def restore_state(run: RunState, path: Path, checkpoint: Checkpoint) -> None:
     """
     try:
         # Weights that fit are not enough: under another process, or with other data, they are another run's.
-        changed = differences(checkpoint.state["recipe"], run.configuration.to_dict())
-        if changed := changed + _other_circumstances(checkpoint.state["provenance"], run):
+        before, now = checkpoint.state["provenance"], run.provenance.describe(run.step, run.seconds)
+        images = [told["dataset"]["fingerprint"] for told in (before, now)]
+        same = images[0] is not None and images[0] == images[1]
+        changed = differences(checkpoint.state["recipe"], run.configuration.to_dict(), same_images=same)
+        if changed := changed + _other_circumstances(before, now):
             raise ValueError("; ".join(changed))
         _restore(run, checkpoint.tensors, checkpoint.state)
         if run.step > run.total_steps:
@@ -62,9 +65,8 @@ def restore_state(run: RunState, path: Path, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _other_circumstances(before: dict[str, Any], run: RunState) -> list[str]:
+def _other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What no recipe says, and yet decides which images a step sees."""
-    now = run.provenance.describe(run.step, run.seconds)
     changed = []
     if before["processes"] != now["processes"]:
         changed.append(f"processes was {before['processes']} and is {now['processes']}")

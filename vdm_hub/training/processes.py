@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, TorchDynamoPlugin
 from torch import Tensor
 
-from vdm_hub.errors import ConfigurationError, in_one_line
+from vdm_hub.errors import ConfigurationError, in_one_line, unknown_name
 from vdm_hub.training.arguments import Configuration
+from vdm_hub.training.configuration import TrainingArguments
 from vdm_hub.training.outputs import OutputFolder
 from vdm_hub.training.shards import check_shards
 from vdm_hub.training.zero import check_zero, has_zero
@@ -32,22 +33,26 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
             f"report_to names {', '.join(sorted(missing))}, which is not installed: `pip install {packages}`, or take "
             f"it out of report_to."
         )
+    check_environment(training, os.environ)
     try:
         accelerator = Accelerator(
-            mixed_precision=training.mixed_precision,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            # All that it would take from the environment where it is not told.
+            mixed_precision=training.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=training.gradient_accumulation_steps),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
             log_with=list(training.trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
         )
     except ImportError as error:
         raise ConfigurationError(f"accelerate can't run this ({in_one_line(error)}).") from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        told = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
         raise ConfigurationError(
             f"accelerate can't run this ({in_one_line(error)}): change mixed_precision, which is "
-            f"{training.mixed_precision or 'what the launcher says'}, or run `accelerate config`."
+            f"{training.mixed_precision or 'what the launcher says'}, or run `accelerate config`. Of the environment "
+            f"it reads {', '.join(told) or 'nothing'}."
         ) from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigurationError("mixed_precision is fp16, which accelerate ignores on a CPU: use bf16, or no.")
+    _check_built(accelerator, training)
     refuse_engine(accelerator.distributed_type)
     if is_sharded(accelerator):
         check_shards(accelerator, training)
@@ -63,6 +68,84 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
     if training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def check_environment(training: TrainingArguments, environment: Mapping[str, str]) -> None:
+    """Refuse variables by which accelerate would train otherwise than the recipe says, or would ignore a wish.
+
+    A precision that the recipe leaves open is the launcher's; what DeepSpeed's own variables say is `check_zero`'s.
+
+    Raises:
+        ConfigurationError: Naming the variable, its value and the field.
+
+    >>> check_environment(TrainingArguments(max_train_steps=1), {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    """
+    agreeing = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", {"auto"}),
+        "ACCELERATE_GRADIENT_CLIPPING": ("max_grad_norm", {"auto", "none"}),
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", {"no"}),  # which launchers say where they were told nothing
+        "ACCELERATE_DYNAMO_BACKEND": ("compile", {"no"}),
+    }
+    for variable, (field, silent) in agreeing.items():
+        value, wanted = environment.get(variable, ""), getattr(training, field)
+        if not value or value.lower() in silent or _same(value, wanted):
+            continue
+        if field == "mixed_precision" and wanted is None:
+            if value not in ("fp16", "bf16"):
+                raise unknown_name(f"precision in {variable}", value, ("no", "fp16", "bf16"))
+            continue
+        raise ConfigurationError(
+            f"{variable} is {value!r} in the environment, and {field} is {wanted!r}: say it in the recipe, or by "
+            f"--{field}, and leave it out of the environment or the launcher's configuration."
+        )
+    for variable in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        if _is_true(environment, variable):
+            raise ConfigurationError(
+                f"{variable} is {environment[variable]!r} in the environment, which shards networks of other kinds "
+                f"only: take it out, or use FSDP2 (scripts/accelerate/fsdp2.yaml) or DDP (ddp.yaml)."
+            )
+
+
+def _same(value: str, wanted: object) -> bool:
+    if isinstance(wanted, (int, float)):
+        try:
+            return float(value) == wanted
+        except ValueError:
+            return False
+    return value == wanted
+
+
+def _is_true(environment: Mapping[str, str], variable: str) -> bool:
+    return environment.get(variable, "").lower() in ("true", "1", "yes", "y", "t", "on")
+
+
+def _check_built(accelerator: Accelerator, training: TrainingArguments) -> None:
+    """What accelerate made of all that it was told is what the recipe says."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigurationError("mixed_precision is fp16, which accelerate ignores on a CPU: use bf16, or no.")
+    if accelerator.device.type == "meta":
+        raise ConfigurationError("ACCELERATE_TORCH_DEVICE is 'meta', on which nothing is computed: take it out.")
+    engines = {"ACCELERATE_USE_FSDP": is_sharded(accelerator), "ACCELERATE_USE_DEEPSPEED": has_zero(accelerator)}
+    for variable, is_so in engines.items():
+        if _is_true(os.environ, variable) and not is_so:
+            raise ConfigurationError(
+                f"{variable} is {os.environ[variable]!r} in the environment, and accelerate runs "
+                f"{accelerator.distributed_type.value} on {accelerator.num_processes} x {accelerator.device.type}, "
+                f"which shards nothing: take it out, or start several processes on GPUs."
+            )
+    found = {
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    for field, value in found.items():
+        wanted = getattr(training, field)
+        if wanted not in (None, value) and not has_zero(
+            accelerator
+        ):  # whose precision is autocast's: see `check_zero`
+            raise ConfigurationError(
+                f"{field} is {wanted!r} in the recipe, and accelerate made it {value!r}: look at what its environment "
+                f"says, or run `accelerate config`."
+            )
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor
 from vdm_hub.data.batches import training_batches
 from vdm_hub.data.loading import Data
 from vdm_hub.diffusion.times import stratified_times
-from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.variational_bound import Bound
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.early_stopping import EarlyStopping
@@ -75,11 +74,6 @@ class RunState:
         self.history, self.seconds = History(), 0.0  # of all parts of a run that was resumed
         self.losses = LossWatch(training, folder.checkpoints, looks_at_once=accelerator.device.type == "cpu")
         self.early_stopping = EarlyStopping(training.early_stopping_patience, training.early_stopping_threshold)
-        if training.early_stopping_patience is not None and data.validation is None:
-            raise ConfigurationError(
-                f"early_stopping_patience is {training.early_stopping_patience}, and nothing is held out to measure: "
-                f"give validation_split or validation_size."
-            )
         self.provenance = Provenance(configuration, accelerator, self.model, data)
 
     def _first_images(self) -> Iterator[dict[str, Tensor]]:

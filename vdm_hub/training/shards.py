@@ -32,6 +32,7 @@ def check_shards(accelerator: Accelerator, training: TrainingArguments) -> None:
     refused = {
         "fsdp_version: 1": plugin.fsdp_version != 2,
         "fsdp_offload_params": plugin.cpu_offload is True or isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_activation_checkpointing instead of gradient_checkpointing": plugin.activation_checkpointing,
         "mixed_precision: fp16": accelerator.mixed_precision == "fp16",
         f"optimizer: {training.optimizer}": training.optimizer != "adamw",
         "channels_last": training.channels_last,  # FSDP2 takes contiguous parameters only

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step under way, write a checkpoint, leave."""
+"""Ctrl-C, and the signals of batch systems: finish the step under way, write a checkpoint, leave."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
+    signal.SIGXCPU,  # the time of a job on the CPU is nearly over
+)
 
 
 class TrainingStopped(SystemExit):
@@ -24,10 +29,10 @@ class TrainingStopped(SystemExit):
 
 
 class StopSignals:
-    """Within the block the two signals are noted, not obeyed: `received` says which one came first.
+    """Within the block the signals are noted, not obeyed: `received` says which one came first.
 
-    A second SIGINT ends the process at once, by the system's own hand. Outside the main thread, where Python handles
-    no signals, the block changes nothing.
+    A second SIGINT ends the process at once, by the system's own hand. A signal that is ignored stays ignored, as
+    SIGHUP under nohup. Outside the main thread, where Python handles no signals, the block changes nothing.
 
     Args:
         show: Say on standard error that the signal was received; for one of several processes.
@@ -44,9 +49,10 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        """Take the two signals over."""
+        """Take the signals over."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(

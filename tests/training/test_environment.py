@@ -1,0 +1,90 @@
+"""What accelerate would take from the environment: compared with the recipe, and refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runs import configuration, contents, forget_accelerator, train_here
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.training.outputs import OutputFolder
+from vdm_hub.training.processes import build_accelerator
+
+WRONG = [
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {}, "gradient_accumulation_steps"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "many", {}, "gradient_accumulation_steps"),
+    ("ACCELERATE_GRADIENT_CLIPPING", "0.5", {}, "max_grad_norm"),
+    ("ACCELERATE_MIXED_PRECISION", "bf16", {"mixed_precision": "no"}, "mixed_precision"),
+    ("ACCELERATE_MIXED_PRECISION", "fp16", {"mixed_precision": "bf16"}, "mixed_precision"),
+    ("ACCELERATE_MIXED_PRECISION", "BF16", {}, "bf16"),  # which accelerate takes for none, and says nothing
+    ("ACCELERATE_MIXED_PRECISION", "bf17", {}, "bf16"),
+    ("ACCELERATE_MIXED_PRECISION", "fp8", {}, "bf16"),
+    ("ACCELERATE_MIXED_PRECISION", "fp16", {}, "fp16"),  # on a CPU
+    ("ACCELERATE_DYNAMO_BACKEND", "inductor", {}, "compile"),
+    ("ACCELERATE_DYNAMO_BACKEND", "EAGER", {}, "compile"),
+    ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "perhaps", {}, "perhaps"),
+    ("ACCELERATE_USE_FSDP", "true", {}, "ACCELERATE_USE_FSDP"),  # of one process, which shards nothing
+    ("ACCELERATE_USE_FSDP", "1", {}, "ACCELERATE_USE_FSDP"),
+    ("ACCELERATE_USE_DEEPSPEED", "True", {}, ""),
+    ("ACCELERATE_USE_DEEPSPEED", "1", {}, "ACCELERATE_USE_DEEPSPEED"),
+    ("ACCELERATE_USE_MEGATRON_LM", "true", {}, "ACCELERATE_USE_MEGATRON_LM"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", {}, "ACCELERATE_USE_PARALLELISM_CONFIG"),
+    ("ACCELERATE_USE_CPU", "perhaps", {}, "ACCELERATE_USE_CPU"),
+    ("ACCELERATE_TORCH_DEVICE", "meta", {}, "ACCELERATE_TORCH_DEVICE"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "fields", "named"), WRONG)
+def test_a_variable_that_would_train_otherwise_is_refused_by_name(
+    variable: str, value: str, fields: dict[str, object], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError) as caught:
+        train_here(tmp_path / "run", **fields)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "fields", "precision"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {"gradient_accumulation_steps": 4}, "no"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto", {"gradient_accumulation_steps": 3}, "no"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", {}, "no"),
+        ("ACCELERATE_MIXED_PRECISION", "no", {"mixed_precision": "bf16"}, "bf16"),  # as launchers say it by default
+        ("ACCELERATE_MIXED_PRECISION", "bf16", {"mixed_precision": "bf16"}, "bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "", {}, "no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO", {}, "no"),
+        ("ACCELERATE_DYNAMO_MODE", "max-autotune", {}, "no"),
+        ("ACCELERATE_USE_FSDP", "false", {}, "no"),
+    ],
+)
+def test_what_agrees_with_the_recipe_is_taken(
+    variable: str,
+    value: str,
+    fields: dict[str, object],
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    forget_accelerator()
+    chosen = configuration(tmp_path / "run", **fields)
+    accelerator = build_accelerator(chosen, OutputFolder(chosen))
+    assert accelerator.gradient_accumulation_steps == chosen.training.gradient_accumulation_steps
+    assert accelerator.mixed_precision == precision
+    assert accelerator.state.dynamo_plugin.backend == "NO"
+    forget_accelerator()
+
+
+def test_a_precision_that_the_recipe_leaves_open_is_the_launcher_s_and_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train_here(tmp_path / "run", max_train_steps=1)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["mixed_precision"] == "bf16"
+    assert "--mixed_precision bf16" in told["command"]
