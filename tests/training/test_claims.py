@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from runs import configuration, contents, environment, recipe, train_here
-from vdm_hub.errors import CheckpointError, DataError
+from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
 from vdm_hub.training.arguments import parse
 from vdm_hub.training.checkpoints import checkpoints
 from vdm_hub.training.outputs import OutputFolder
@@ -156,7 +156,7 @@ def test_home_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert len(checkpoints(tmp_path / "runs" / "one" / "checkpoints")) == 2
     chosen = configuration(Path("~nobody-of-this-name/run"))
-    with pytest.raises(CheckpointError, match="nobody-of-this-name"):
+    with pytest.raises(ConfigurationError, match="nobody-of-this-name"):
         OutputFolder(chosen)
 
 
