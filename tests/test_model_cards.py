@@ -11,7 +11,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.publishing.card import Edition, render_card
+from vdm_hub.publishing.contents import PICTURES, Source
+from vdm_hub.publishing.stock_twin import build_stock_twin
 from vdm_hub.training.arguments import Configuration, parse
+from vdm_hub.training.setup import build_objective, build_pipeline
 
 CARDS = sorted((Path(__file__).resolve().parents[1] / "model_cards").iterdir())
 
@@ -48,3 +53,20 @@ def test_its_recipe_is_the_one_that_is_shipped(card: Path) -> None:
     differing = {key for key in shipped if shipped[key] != published[key]}
     # where a run writes and reports is no part of the recipe
     assert differing <= {"recipe", "output_dir", "resume_from_checkpoint", "report_to"}
+
+
+def rendered(card: Path) -> str:
+    """The card as it is made today; of the model it needs the shape alone, so untrained weights will do."""
+    recipe = yaml.safe_load((card / "recipe.yaml").read_text())
+    records = [record(card, f"{name}.json") for name in ("evaluation", "history", "run")]
+    source = Source(card, recipe, *records, {name: card / "images" / name for name in PICTURES})
+    pipeline = build_pipeline(build_objective(Configuration.from_dict(recipe), tuple(records[0]["dataset"]["shape"])))
+    with pytest.raises(ConfigurationError) as no_twin:
+        build_stock_twin(pipeline)
+    edition = Edition(f"me/{card.name}", license="apache-2.0", no_twin=str(no_twin.value), remote_code="remote-code")
+    return render_card(source, pipeline, edition)
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_the_text_is_what_the_package_renders(card: Path) -> None:
+    assert (card / "README.md").read_text() == rendered(card)

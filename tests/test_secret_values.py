@@ -25,6 +25,7 @@ from vdm_hub.errors import (
     PublishError,
     VDMHubError,
     in_one_line,
+    shortened,
 )
 from vdm_hub.evaluation.provenance import describe_images
 from vdm_hub.publishing.contents import refuse_secrets
@@ -124,6 +125,11 @@ def test_no_error_of_ours_says_one(cls: type[VDMHubError]) -> None:
 
 def test_a_message_that_is_cut_shows_no_half_of_one() -> None:
     assert "tig" not in in_one_line(ValueError("x" * 970 + " https://ada:tiger-of-the-north@example.org"))
+
+
+def test_a_value_that_is_shortened_shows_no_half_of_one() -> None:
+    for length in range(60, 100):
+        assert "tig" not in shortened("x" * length + " https://ada:tiger@example.org")
 
 
 def test_the_doors_say_none_of_what_others_raise(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def shortened(value: object, limit: int = 100) -> str:
     >>> shortened("a" * 1000, limit=10)
     "'aaaaaa...aa'"
     """
-    text = repr(value)
+    text = mask(repr(value))
     return text if len(text) <= limit + 3 else f"{text[: limit - 3]}...{text[-3:]}"
 
 

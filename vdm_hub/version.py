@@ -4,6 +4,9 @@ import re
 
 __version__ = "0.1.0"
 
+# The package is on no index, so nothing promises that `pip install vdm-hub` finds it.
+HOW_TO_INSTALL = "`pip install .` in a clone of its source, or `pip install` of its wheel"
+
 # PEP 440: the release, then a phase before it (dev, a, b, rc) or after it (post).
 _VERSION = re.compile(
     r"v?(\d{1,9}(?:\.\d{1,9})*)[._-]?(a|b|rc|dev|post|)[._-]?(\d{0,9})(?:[._+-].*)?", re.ASCII | re.IGNORECASE

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from hub.publications import EVALUATION, write_run
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, PublishError
-from vdm_hub.publishing.card import Edition, plain, render_card
+from vdm_hub.publishing.card import Edition, render_card
 from vdm_hub.publishing.contents import copy_pipeline, copy_records, read_source, refuse_secrets
+from vdm_hub.publishing.markdown import plain, visible
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_a_hostile_name_is_shown_as_text(tmp_path: Path) -> None:
     assert "javascript:" not in "".join(re.findall("<[^>]*>", page)), "no link leads there"
     assert "Heading" not in "".join(re.findall(r"<h\d>.*?</h\d>", page))
     assert "{{ 7 * 7 }}" in page, "a template in a name must not be evaluated"
-    assert rendered.data.eval_results[0].dataset_name == HOSTILE, "YAML quotes it"
+    assert rendered.data.eval_results[0].dataset_name == visible(HOSTILE), "YAML quotes it"
     assert all("script" not in block for block in re.findall(r"<code.*?</code>", page, flags=re.DOTALL))
 
 
@@ -149,6 +150,23 @@ def test_a_measurement_of_another_shape_is_refused(tmp_path: Path, wrong: dict[s
     folder = write_run(tmp_path / "run", evaluation=EVALUATION | wrong)
     with pytest.raises(CheckpointError, match=r"evaluation\.json"):
         read_source(folder)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_inference_steps": "many"},
+        {"resolution": [8]},
+        {"dataset_name": {"a": 1}},
+        {"seed": 0.5},
+        {"train_split": 7},
+        {"center_crop": "yes"},
+    ],
+    ids=str,
+)
+def test_a_recipe_of_another_shape_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml"):
+        read_source(write_run(tmp_path / "run", recipe=wrong))
 
 
 @pytest.mark.parametrize("missing", ["bits_per_dim", "terms", "weights"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -11,20 +9,23 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+from markupsafe import Markup
 
 from vdm_hub.likelihood.decompositions import FORMS
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.publishing.contents import Source
-from vdm_hub.publishing.rungs import plugin_packages, rung_of, word
-from vdm_hub.version import __version__
+from vdm_hub.publishing.markdown import markdown, python, render, visible, words
+from vdm_hub.publishing.rungs import plugin_packages, rung_of
+from vdm_hub.version import HOW_TO_INSTALL, __version__
 
 TASK = "unconditional-image-generation"
 _TAGS = ("likelihood", "bits-per-dimension")
-_COMMANDS_WORD = re.compile(r"[\w./:\[\]%+-]+")
 _DATASETS = {
-    "digits": "the hand-written digits of scikit-learn ([`load_digits`]"
-    "(https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html))"
+    "digits": Markup(
+        "the hand-written digits of scikit-learn ([`load_digits`]"
+        "(https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html))"
+    )
 }
 _AUGMENTATION = {"random_flip": "left-right flips", "random_crop": "random crops"}
 _METHODS = {
@@ -33,6 +34,10 @@ _METHODS = {
     "importance_weighted": "an importance-weighted likelihood",
 }
 _PROTOCOL = ("standard_error", "standard_error_over_images", "num_images", "replicates", "transitions", "method")
+_LAUNCHERS = re.compile(
+    r"(python|accelerate launch)( --num_(processes|machines) \d{1,6}| --mixed_precision [a-z0-9]{1,8})*"
+)
+_TRAINING = " -m vdm_hub.train recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -63,45 +68,39 @@ class Edition:
 def render_card(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> str:
     """The card's text, metadata included.
 
-    Whatever comes from a file or a name is made harmless: no HTML, no Markdown of its own, one line each.
+    Whatever comes from a file or a name is shown as it is: see `vdm_hub.publishing.markdown`.
     """
-    template = resources.files(__package__).joinpath("model_card.md.jinja").read_text()
-    card = ModelCard.from_template(
-        card_data=_metadata(source, pipeline, edition), template_str=template, **_facts(source, pipeline, edition)
-    )
-    return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
-
-
-def plain(text: Any) -> str:
-    r"""Text that Markdown and browsers show as it is, on one line.
-
-    >>> print(plain("<script>alert(1)</script> | [x](y)"))
-    &lt;script&gt;alert(1)&lt;/script&gt; \| \[x\](y)
-    """
-    escaped = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
+    template = resources.files(__package__).joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    metadata = Markup(_metadata(source, pipeline, edition).to_yaml())
+    card = render(template, metadata=metadata, **_facts(source, pipeline, edition))
+    return re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"
 
 
 # ---- metadata ---------------------------------------------------------------------------------------------------
 
 
 def _metadata(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> ModelCardData:
+    """YAML quotes what it must; line breaks and hidden characters are left to nobody."""
     results = _results(source.evaluation)
     return ModelCardData(
-        license=edition.license,
+        license=_line(edition.license),
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=[*rung_of(pipeline).tags, *_TAGS, *(f"{package}" for package in plugin_packages(pipeline))],
+        tags=[*rung_of(pipeline).tags, *_TAGS, *map(visible, plugin_packages(pipeline))],
         datasets=_hub_datasets(source.recipe),
         model_name=edition.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
 
 
+def _line(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) else value
+
+
 def _hub_datasets(recipe: Mapping[str, Any]) -> list[str] | None:
     """The dataset, where it is one on the Hub."""
     name = recipe.get("dataset_name")
-    return [name] if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    return [name] if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) else None
 
 
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
@@ -109,21 +108,10 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     if "bits_per_dim" not in evaluation:
         return []
     dataset = evaluation.get("dataset") or {}
-    name = str(dataset.get("name") or "unknown")
-    protocol = {
-        key: evaluation[key]
-        for key in (
-            "standard_error",
-            "standard_error_over_images",
-            "num_images",
-            "replicates",
-            "transitions",
-            "method",
-        )
-        if evaluation.get(key) is not None
-    }
+    name = visible(dataset.get("name") or "unknown")
+    protocol = {key: _line(evaluation[key]) for key in _PROTOCOL if evaluation.get(key) is not None}
     values = {"bits_per_dim": evaluation["bits_per_dim"]}
-    values |= {f"bits_per_dim_{term}": value for term, value in evaluation.get("terms", {}).items()}
+    values |= {f"bits_per_dim_{visible(term)}": value for term, value in evaluation.get("terms", {}).items()}
 
     def result(metric: str, value: float) -> EvalResult:
         return EvalResult(
@@ -131,8 +119,8 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
             task_name="Density estimation",
             dataset_type=name,
             dataset_name=name,
-            dataset_config=dataset.get("config"),
-            dataset_split=dataset.get("split"),
+            dataset_config=_line(dataset.get("config")),
+            dataset_split=_line(dataset.get("split")),
             metric_type=metric,
             metric_name=metric.replace("bits_per_dim", "bits/dim").replace("_", " "),
             metric_value=round(float(value), 6),
@@ -146,25 +134,27 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any]:
+    """What the template says; text of anyone's is plain here, and escaped there."""
     recipe, run = source.recipe, source.run
     channels, height, width = pipeline.image_shape
     kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
     on_main = edition.revision == "main"
-    steps = int(recipe.get("num_inference_steps", 250))
+    steps = recipe.get("num_inference_steps", 250)
     rung = rung_of(pipeline)
     drawn = f"Drawn with {steps} network evaluations each, not selected." if rung.steps else "Not selected."
+    revision_words = [] if on_main else ["--revision", edition.revision]
     return {
         "name": edition.repo_id.split("/")[-1],
         "version": __version__,
+        "how_to_install": Markup(HOW_TO_INSTALL),
         "repo_id": edition.repo_id,
-        "revision_argument": "" if on_main else f", revision={json.dumps(edition.revision)}",
-        "revision_option": "" if on_main else f" --revision {shlex.quote(edition.revision)}",
+        "revision_argument": Markup("" if on_main else f", revision={python(edition.revision)}"),
         "images": f"{height}x{width} {kind} images",
         "shape_text": f"{height}x{width} pixels, {kind}",
         "levels": pipeline.num_levels,
         "rung": rung,
         "pipeline": type(pipeline).__name__,
-        "steps_argument": f", num_inference_steps={steps}" if rung.steps else "",
+        "steps_argument": Markup(f", num_inference_steps={steps}" if rung.steps else ""),
         "samples_text": drawn if recipe else "",
         "dataset": _dataset(recipe, run),
         "bound": _bound(source, edition),
@@ -173,15 +163,17 @@ def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> di
             "schedule": "schedule.png" in source.pictures,
             "curve": "training_curve.png" in source.pictures,
         },
-        "plugins": plugin_packages(pipeline),
+        "plugins": [f"{package}>={version}" for package, version in plugin_packages(pipeline).items()],
         "recipe": bool(recipe),
-        "own_dataset": _option(recipe.get("dataset_name") or "..."),
+        "measuring": _command("vdm-hub", "evaluate", edition.repo_id, "--dataset_name", recipe.get("dataset_name"))
+        or f"vdm-hub evaluate {edition.repo_id} --dataset_name ...",
         "made_text": _made(run),
+        "download": words(["hf", "download", edition.repo_id, "recipe.yaml", *revision_words, "--local-dir", "."]),
         "command": _training_command(run),
-        "versions": ", ".join(f"{plain(k)} {plain(v)}" for k, v in (run.get("versions") or {}).items()),
-        "licence_text": _licence(edition.license),
-        "twin": edition.twin and {"revision": edition.twin, "error": plain(edition.twin_error)},
-        "no_twin": plain(edition.no_twin),
+        "versions": ", ".join(f"{package} {version}" for package, version in (run.get("versions") or {}).items()),
+        "license": edition.license,
+        "twin": edition.twin and {"revision": edition.twin, "error": edition.twin_error},
+        "no_twin": edition.no_twin,
         "remote_code": edition.remote_code and {"revision": edition.remote_code, "branch": edition.remote_code_branch},
     }
 
@@ -196,14 +188,14 @@ def _dataset(recipe: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any
     done = run.get("augmentation") or {"random_flip": recipe.get("random_flip")}
     augmentation = [words for key, words in _AUGMENTATION.items() if done.get(key)]
     return {
-        "text": _DATASETS.get(name, plain(name)) + (f" ({plain(config)})" if config else ""),
-        "split": plain(recipe.get("train_split") or ""),
+        "text": markdown("{} ({})" if config else "{}", _DATASETS.get(name, name), config),
+        "split": recipe.get("train_split"),
         "images": recorded.get("images"),
         "fingerprint": recorded.get("fingerprint"),
         "augmentation": " and ".join(augmentation) or "none",
         "resizing": "none"
         if resolution is None
-        else f"shorter side to {int(resolution)} pixels, cropped at {crop}; figures on resized images are not "
+        else f"shorter side to {resolution} pixels, cropped at {crop}; figures on resized images are not "
         f"comparable with published figures",
     }
 
@@ -213,36 +205,28 @@ def _bound(source: Source, edition: Edition) -> dict[str, Any] | None:
     if "bits_per_dim" not in report:
         return None
     dataset = dict(report.get("dataset") or {})
-    measured = plain(f"{report.get('num_images')} {dataset.get('split') or ''}")
+    measured = f"{report.get('num_images')} {dataset.get('split') or ''}"
     is_bound = bool(report.get("is_bound", True))
     steps = report.get("transitions")
     latents = (report.get("hierarchy") or {}).get("depth")
     time = "in continuous time (infinitely many transitions)" if steps is None else f"in {steps} transitions"
     if latents is not None:
-        time = f"over {plain(latents)} latent{'' if latents == 1 else 's'}"
+        time = f"over {latents} latent{'' if latents == 1 else 's'}"
     return {
         "symbol": "at most" if is_bound else "an estimated",
         "is_bound": is_bound,
         "total": f"{report['bits_per_dim']:.4f}",
         "error": _error(report.get("standard_error")),
         "error_over_images": _error(report.get("standard_error_over_images")),
-        "terms": {plain(term): f"{value:.4f}" for term, value in report.get("terms", {}).items()},
-        "meaning": "An upper bound on the negative log-likelihood, `-log2 p(x) / dim`."
-        if is_bound
-        else "An estimate of the negative log-likelihood, `-log2 p(x) / dim`; no bound.",
-        "protocol": f"Method: {plain(_METHODS.get(report.get('method', 'bound'), report.get('method')))} {time}; "
+        "terms": {term: f"{value:.4f}" for term, value in report.get("terms", {}).items()},
+        "protocol": f"Method: {_METHODS.get(report.get('method', 'bound'), report.get('method'))} {time}; "
         f"{report.get('replicates')} replicates, "
-        f"{measured} images of {plain(dataset.get('name') or 'an unnamed dataset')}, "
+        f"{measured} images of {dataset.get('name') or 'an unnamed dataset'}, "
         f"{report.get('network_evaluations') or 0:,} network evaluations in all.",
         "measured": measured,
         "resized": bool(dataset.get("resized", source.recipe.get("resolution") is not None)),
         "command": _evaluation_command(source, edition, dataset, report),
     }
-
-
-def _option(value: Any) -> str:
-    """A word of a command line, or an ellipsis where it would not be one."""
-    return str(value) if _COMMANDS_WORD.fullmatch(str(value)) else "..."
 
 
 def _error(value: float | None) -> str:
@@ -251,8 +235,8 @@ def _error(value: float | None) -> str:
 
 def _evaluation_command(
     source: Source, edition: Edition, dataset: Mapping[str, Any], report: Mapping[str, Any]
-) -> str | None:
-    """The command that repeats the measurement; ``None`` where a part of it is no plain word."""
+) -> Markup | None:
+    """The command that repeats the measurement; ``None`` where a part of it is not known."""
     options = {
         "--revision": None if edition.revision == "main" else edition.revision,
         "--dataset_name": dataset.get("name"),
@@ -264,14 +248,16 @@ def _evaluation_command(
         "--replicates": report.get("replicates"),
         "--seed": report.get("seed", source.recipe.get("seed")),
     }
-    words = [f"vdm-hub evaluate {edition.repo_id}"]
-    for option, value in options.items():
-        if value is None:
-            continue
-        if not _COMMANDS_WORD.fullmatch(str(value)):
-            return None
-        words.append(f"{option} {shlex.quote(str(value))}")
-    return " ".join(words) if dataset.get("name") else None
+    given = (word for option, value in options.items() if value is not None for word in (option, value))
+    return _command("vdm-hub", "evaluate", edition.repo_id, *given) if dataset.get("name") else None
+
+
+def _command(*parts: Any) -> Markup | None:
+    """A command line; ``None`` where a part can't be written on one, or would be taken for an option."""
+    values = [None if part is None else str(part) for part in parts]
+    hidden = any(value is None or value != visible(value) for value in values)
+    options = any(str(value).startswith("-") and not re.fullmatch(r"--[a-z_]+", str(value)) for value in values)
+    return None if hidden or options else words(values)
 
 
 def _method_options(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,20 +279,14 @@ def _made(run: Mapping[str, Any]) -> str:
         f"{run['steps']:,} steps" if isinstance(run.get("steps"), int) else "",
         f"of {run['global_batch_size']} images" if run.get("global_batch_size") else "",
         f"in {seconds:,.0f} s" if isinstance(seconds, int | float) else "",
-        f"on {processes} process{'es' if processes != 1 else ''} ({plain(run.get('device') or 'device unknown')})",
-        f"in {plain(run['mixed_precision'])}" if run.get("mixed_precision") not in (None, "no") else "",
+        f"on {processes} process{'es' if processes != 1 else ''} ({run.get('device') or 'device unknown'})",
+        f"in {run['mixed_precision']}" if run.get("mixed_precision") not in (None, "no") else "",
     ]
     return f"Trained for {' '.join(part for part in parts if part)}."
 
 
-def _training_command(run: Mapping[str, Any]) -> str:
+def _training_command(run: Mapping[str, Any]) -> Markup:
+    """The command that was recorded, where it is one of the forms that training records."""
     command = str(run.get("command"))
-    plain_words = all(_COMMANDS_WORD.fullmatch(word) for word in command.split())
-    is_ours = command.startswith("accelerate launch ") and command.endswith(" -m vdm_hub.train recipe.yaml")
-    return command if is_ours and plain_words else "accelerate launch -m vdm_hub.train recipe.yaml"
-
-
-def _licence(identifier: str | None) -> str:
-    if identifier is None:
-        return "The author has stated no licence for the weights: ask before you use them further."
-    return f"`{word(identifier)}`. The code that trains and runs it, vdm_hub, is Apache-2.0."
+    is_ours = command.endswith(_TRAINING) and _LAUNCHERS.fullmatch(command.removesuffix(_TRAINING))
+    return words(shlex.split(command if is_ours else f"accelerate launch{_TRAINING}"))

@@ -65,6 +65,20 @@ class Run(TypedDict, total=False):
     augmentation: dict[str, Any]
 
 
+class Recipe(TypedDict, total=False):
+    """What a run was asked to do, as far as a card repeats it."""
+
+    dataset_name: str | None
+    dataset_config_name: str | None
+    train_data_dir: str | None
+    train_split: str | None
+    resolution: int | None
+    center_crop: bool | None
+    random_flip: bool | None
+    num_inference_steps: int
+    seed: int | None
+
+
 def read_evaluation(path: Path) -> dict[str, Any]:
     """A measurement, or empty where there is none.
 
@@ -122,6 +136,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise _damaged(path, error) from error
     if not isinstance(content, dict):
         raise _damaged(path, "it holds no fields")
+    _check(path, content, Recipe)
     return content
 
 

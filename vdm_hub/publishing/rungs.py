@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from functools import singledispatch
 
+from markupsafe import Markup
+
 from vdm_hub import registry
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError
@@ -13,10 +15,20 @@ from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_hvae import HVAEPipeline
 from vdm_hub.pipeline_latent_vdm import LatentVDMPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.publishing.markdown import code, markdown
 
-_VDM_PAPER = (
+_VDM_PAPER = Markup(
     "The model class is that of Kingma, Salimans, Poole and Ho, *Variational Diffusion Models* ([arXiv\n"
     "2107.00630](https://arxiv.org/abs/2107.00630))"
+)
+
+_VAE_PAPER = Markup(
+    "The model class is that of Kingma and Welling, *Auto-Encoding Variational Bayes* ([arXiv\n"
+    "1312.6114](https://arxiv.org/abs/1312.6114))"
+)
+_HIERARCHY = Markup(
+    ", in the Markovian hierarchy of Luo, *Understanding Diffusion Models: A\nUnified Perspective* "
+    "([arXiv 2208.11970](https://arxiv.org/abs/2208.11970), eq. 23 and 24)"
 )
 
 
@@ -27,16 +39,16 @@ class Rung:
     Attributes:
         kind: What the model is, with its article.
         tags: For the Hub, besides those that all rungs share.
-        structure: Its networks, and what lies between data and prior.
-        source: Where the model class comes from.
+        structure: Its networks, and what lies between data and prior, as Markdown.
+        source: Where the model class comes from, as Markdown.
         steps: Whether a sample takes as many network evaluations as are asked for.
         no_twin: Why there is no stock twin of such a model; empty where there may be one.
     """
 
     kind: str
     tags: tuple[str, ...]
-    structure: str
-    source: str
+    structure: Markup
+    source: Markup
     steps: bool = True
     no_twin: str = ""
 
@@ -56,8 +68,8 @@ def _(pipeline: VDMPipeline) -> Rung:
     return Rung(
         kind="A variational diffusion model (VDM)",
         tags=("variational-diffusion", "vdm"),
-        structure=f"{_network(pipeline)} {_process(pipeline)}",
-        source=f"{_VDM_PAPER}.",
+        structure=markdown("{} {}", _network(pipeline), _process(pipeline)),
+        source=markdown("{}.", _VDM_PAPER),
     )
 
 
@@ -68,10 +80,19 @@ def _(pipeline: LatentVDMPipeline) -> Rung:
     return Rung(
         kind="A latent variational diffusion model (a VDM of an autoencoder's latents)",
         tags=("variational-diffusion", "vdm", "latent-diffusion"),
-        structure=f"First stage: `{type(stage).__name__}`, {stage.num_parameters():,} parameters, latents of shape "
-        f"{latents}. {_network(pipeline)} {_process(pipeline)}",
-        source=f"{_VDM_PAPER}, on the latents of a\nvariational autoencoder as in Vahdat, Kreis and Kautz, *Score-"
-        f"based Generative Modeling in Latent Space* ([arXiv\n2106.05931](https://arxiv.org/abs/2106.05931)).",
+        structure=markdown(
+            "First stage: {}, {} parameters, latents of shape {}. {} {}",
+            code(type(stage).__name__),
+            f"{stage.num_parameters():,}",
+            latents,
+            _network(pipeline),
+            _process(pipeline),
+        ),
+        source=markdown(
+            "{}, on the latents of a\nvariational autoencoder as in Vahdat, Kreis and Kautz, *Score-based Generative "
+            "Modeling in Latent Space* ([arXiv\n2106.05931](https://arxiv.org/abs/2106.05931)).",
+            _VDM_PAPER,
+        ),
         no_twin="its pipelines of latents have no autoencoder over levels, which this model has.",
     )
 
@@ -86,17 +107,14 @@ def _(pipeline: HVAEPipeline) -> Rung:
         if one
         else f"A hierarchical variational autoencoder (HVAE) with {model.depth} latents",
         tags=("variational-autoencoder", "vae" if one else "hierarchical-vae"),
-        structure=f"Network: `{type(model).__name__}`, {model.num_parameters():,} parameters; "
-        f"latent{'' if one else 's'} of shape {shapes}{'' if one else ', from the data up'}; {model.num_levels} "
-        f"levels.",
-        source="The model class is that of Kingma and Welling, *Auto-Encoding Variational Bayes* ([arXiv\n"
-        "1312.6114](https://arxiv.org/abs/1312.6114))"
-        + (
-            "."
-            if one
-            else ", in the Markovian hierarchy of Luo, *Understanding Diffusion Models: A\nUnified Perspective* "
-            "([arXiv 2208.11970](https://arxiv.org/abs/2208.11970), eq. 23 and 24)."
+        structure=markdown(
+            "Network: {}, {} parameters; {}; {} levels.",
+            code(type(model).__name__),
+            f"{model.num_parameters():,}",
+            f"latent of shape {shapes}" if one else f"latents of shape {shapes}, from the data up",
+            model.num_levels,
         ),
+        source=markdown("{}.", _VAE_PAPER if one else _VAE_PAPER + _HIERARCHY),
         steps=False,
         no_twin="it has no pipeline of hierarchical VAEs.",
     )
@@ -111,30 +129,22 @@ def plugin_packages(pipeline: LikelihoodPipeline) -> dict[str, str]:
     return {package: re.sub(r"[^\w.+!-]", "", version) for package, version in named.items()}
 
 
-def _network(pipeline: VDMPipeline) -> str:
-    return f"Network: `{type(pipeline.unet).__name__}`, {pipeline.unet.num_parameters():,} parameters."
+def _network(pipeline: VDMPipeline) -> Markup:
+    name, size = code(type(pipeline.unet).__name__), f"{pipeline.unet.num_parameters():,}"
+    return markdown("Network: {}, {} parameters.", name, size)
 
 
-def _process(pipeline: VDMPipeline) -> str:
+def _process(pipeline: VDMPipeline) -> Markup:
     config = pipeline.scheduler.config
     schedule = registry.parse("noise_schedules", config["noise_schedule"])[0]
     target = registry.parse("parameterizations", config["prediction_type"])[0]
     process = registry.parse("forward_processes", config.get("forward_process") or "gaussian")[0]
     carried = ", with weights of its own" if pipeline.noise_schedule is not None else ""
-    gaussian, described = pipeline.process.diffused, f"Process: {word(process)} diffusion"
+    gaussian, described = pipeline.process.diffused, markdown("Process: {} diffusion", process)
     if "noise_schedule" not in gaussian.fields():  # a process without gamma has none, nor a target
-        return f"{described}, {gaussian.num_levels} levels."
-    described += f", noise schedule `{word(schedule)}`{carried}"
+        return markdown("{}, {} levels.", described, gaussian.num_levels)
+    described += markdown(", noise schedule {}{}", code(schedule), carried)
     if isinstance(gaussian, GaussianProcess) and gaussian.schedule.scalar:
         least, most = (float(gamma) for gamma in gaussian.schedule.endpoints())
-        described += f" with log SNR from {-least:.2f} to {-most:.2f}"
-    return f"{described}, target `{word(target)}`, {gaussian.num_levels} levels."
-
-
-def word(name: str) -> str:
-    """A name without whatever Markdown or HTML could be made of.
-
-    >>> word("a`b<c>")
-    'abc'
-    """
-    return re.sub(r"[^\w.:-]", "", name)
+        described += markdown(" with log SNR from {} to {}", f"{-least:.2f}", f"{-most:.2f}")
+    return markdown("{}, target {}, {} levels.", described, code(target), gaussian.num_levels)
