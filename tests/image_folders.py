@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.data.loading import Data, load_data
 from vdm_hub.errors import DataError
@@ -27,6 +28,13 @@ def refused(function: Any, *args: object, **kwargs: object) -> str:
 
 def picture(grey: int) -> Image.Image:
     return Image.new("L", (4, 4), grey)
+
+
+def png(grey: int) -> bytes:
+    """A PNG file of one grey."""
+    file = io.BytesIO()
+    picture(grey).save(file, "PNG")
+    return file.getvalue()
 
 
 def folder_of(root: Path, *names: str, first: int = 0) -> Path:
@@ -59,4 +67,4 @@ def greys(images: ImageLevels | ImageStream | None) -> list[int]:
     if isinstance(images, ImageLevels):
         assert not isinstance(images.levels, tuple)
         return images.levels[:, 0, 0, 0].tolist()
-    return [int(images.decode([row])[0, 0, 0, 0]) for row in images.dataset]
+    return [int(number) for batch in evaluation_batches(images, 2) for number in batch["levels"][:, 0, 0, 0]]

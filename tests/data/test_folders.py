@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from image_folders import folder_of, greys, parquet_of, picture, read, refused
+from image_folders import folder_of, greys, parquet_of, picture, png, read, refused
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import check_output_apart, load_data, load_split
@@ -69,13 +68,7 @@ def test_a_parquet_file_is_read_as_it_is_named(tmp_path: Path, name: str, stream
 
 
 def _one_image(path: Path, grey: int) -> Path:
-    return parquet_of(path, [{"bytes": _png(grey), "path": None}])
-
-
-def _png(grey: int) -> bytes:
-    file = io.BytesIO()
-    picture(grey).save(file, "PNG")
-    return file.getvalue()
+    return parquet_of(path, [{"bytes": png(grey), "path": None}])
 
 
 def test_a_relative_name_is_of_the_current_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +213,12 @@ def test_the_counts_and_the_other_splits_are_said(tmp_path: Path) -> None:
     ]
     folder = folder_of(tmp_path, *names)
     summary = read(folder, validation_size=4, max_train_samples=10).summary
-    assert "10 images of 'train'" in summary and "4 images" in summary
+    assert "trains on 10 of the 20 images of 'train'" in summary and "holds out for validation 4 of the 20" in summary
+    assert "tests on none" in summary
     assert "7 images of the split 'test'" in summary and "3 images of the split 'validation'" in summary
     summary = read(folder, validation_split="validation", test_split="test").summary
-    assert "20 images of 'train'" in summary and "7 images of 'test'" in summary and "not used" not in summary
+    assert "trains on 20 images of 'train'" in summary and "validates on 3 images of 'validation'" in summary
+    assert "tests on 7 images of 'test'" in summary and "not used" not in summary
 
 
 def test_what_load_split_leaves_in_a_folder_is_a_warning_or_said(tmp_path: Path) -> None:
@@ -390,7 +385,7 @@ def test_streams_read_the_same_images_as_memory(tmp_path: Path) -> None:
     for number in range(3):
         parquet_of(
             tmp_path / "parquet" / f"train-{number:05d}-of-00003.parquet",
-            [{"bytes": _png(number), "path": "0.png"}, {"bytes": _png(number + 3), "path": "images/a/0.png"}],
+            [{"bytes": png(number), "path": "0.png"}, {"bytes": png(number + 3), "path": "images/a/0.png"}],
         )
     for folder in ("images", "parquet"):
         one, other = (read(tmp_path / folder, streaming=streaming).train for streaming in (False, True))
@@ -400,7 +395,7 @@ def test_streams_read_the_same_images_as_memory(tmp_path: Path) -> None:
 def test_a_path_in_a_row_never_replaces_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` takes the file instead, where a row's path is that of one, as in the current folder."""
     monkeypatch.chdir(folder_of(tmp_path, "0.png", first=200))
-    file = parquet_of(tmp_path / "d" / "x.parquet", [{"bytes": _png(5), "path": "0.png"}] * 3)
+    file = parquet_of(tmp_path / "d" / "x.parquet", [{"bytes": png(5), "path": "0.png"}] * 3)
     for streaming in (False, True):
         assert greys(read(file, streaming=streaming).train) == [5, 5, 5]
         data = read(file, streaming=streaming, validation_size=1)

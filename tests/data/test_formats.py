@@ -239,8 +239,8 @@ def test_a_null_row_is_refused_by_its_number_or_left_out(tmp_path: Path, what: s
     whole = {"bytes": PNG, "path": None}
     file = parquet_of(tmp_path / "a.parquet", [whole, whole, NULLS[what]])
     message = refused(lambda: greys(read(file, streaming=streaming).train))
-    assert "--skip_corrupt_images" in message and (streaming or "image 2 " in message)
-    with pytest.warns(UserWarning, match="left out"):
+    assert "--skip_corrupt_images" in message and "image 2 " in message
+    with pytest.warns(UserWarning, match=r"image 2 .*left out"):
         assert greys(read(file, skip_corrupt_images=True, streaming=streaming).train) == [3, 3]
 
 
@@ -262,6 +262,7 @@ def test_a_path_in_a_row_is_never_opened(
     assert path in refused(load_split, str(file), "train")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(st.sampled_from([*READ, "jpeg", "gif"]), st.data())
 @settings(max_examples=400)
 def test_any_bytes_are_an_image_or_one_paragraph(name: str, data: st.DataObject) -> None:

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
 from torch import Tensor
 
 from vdm_hub.data.images import ImageLevels, ImageStream
@@ -150,21 +149,12 @@ class StreamedBatches:
         for epoch in count():
             dataset.set_epoch(epoch)
             rows, complete = iter(dataset), 0
-            while len(whole := self._read(rows, together * self.accumulation)) == together * self.accumulation:
+            while len(whole := _next(rows, together * self.accumulation)) == together * self.accumulation:
                 for start in range(self.rank * self.batch_size, len(whole), together):
                     yield whole[start : start + self.batch_size]
                 complete += 1
             if complete == 0:
                 raise _too_few(len(whole), self.batch_size, self.world_size, self.held_out, self.accumulation)
-
-    def _read(self, rows: Iterator[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-        try:
-            return list(islice(rows, number))
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # pyarrow's errors are of these kinds
-            raise DataError(
-                f"the training stream broke off ({in_one_line(error)}): a file of the dataset is gone, or damaged, or "
-                f"out of reach. Put it back as it was, and go on with --resume_from_checkpoint latest."
-            ) from error
 
     def _decode(self, step: int, rows: list[dict[str, Any]]) -> Batch:
         place = step * self.world_size + self.rank  # in the order of the images, whatever the number of processes
@@ -202,9 +192,20 @@ def evaluation_batches(
                 yield images.take(indices) | {"indices": indices}
         return
     numbered = islice(enumerate(images.dataset), rank, None, world_size)
-    while batch := list(islice(numbered, batch_size)):
-        indices = torch.tensor([index for index, _ in batch])
-        yield {"levels": images.decode([row for _, row in batch]), "indices": indices}
+    while batch := _next(numbered, batch_size):
+        indices, rows = zip(*batch, strict=True)
+        yield {"levels": images.decode(rows, indices=indices), "indices": torch.tensor(indices)}
+
+
+def _next(rows: Iterator[T], number: int) -> list[T]:
+    """The next rows of a stream."""
+    try:
+        return list(islice(rows, number))
+    except Exception as error:  # of a file, of the network, or of any library below `datasets`
+        raise DataError(
+            f"the stream broke off ({in_one_line(error)}): a file of the dataset is gone, or damaged, or out of "
+            f"reach. Put it back as it was, and go on with --resume_from_checkpoint latest."
+        ) from error
 
 
 def _too_few(count: int, batch_size: int, world_size: int, held_out: int, accumulation: int = 1) -> DataError:

@@ -22,12 +22,14 @@ def without_corrupt(dataset: Any, image_column: str, decoder: Decoder) -> Any:
         decoder: What decodes them.
     """
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.filter(lambda encoded: _is_whole(encoded, decoder), input_columns=[image_column])
+        return dataset.filter(
+            lambda encoded, index: _is_whole(encoded, decoder, index), with_indices=True, input_columns=[image_column]
+        )
     whole = [index for index, row in enumerate(dataset) if _is_whole(row[image_column], decoder, index)]
     return dataset if len(whole) == len(dataset) else dataset.select(whole)
 
 
-def _is_whole(encoded: Any, decoder: Decoder, index: int | None = None) -> bool:
+def _is_whole(encoded: Any, decoder: Decoder, index: int) -> bool:
     why = decoder.check(encoded, index)
     if why:
         warn(f"{why}, and is left out.", stacklevel=2)

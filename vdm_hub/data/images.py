@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
@@ -19,7 +18,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from vdm_hub.data.sources import Opener
+from vdm_hub.data.sources import Opener, check_memory
 from vdm_hub.errors import DataError, in_one_line
 from vdm_hub.pixels import Color, Levels, check_depth, convert_color, levels_from_image, nearest_levels
 
@@ -141,15 +140,13 @@ class Decoder:
             pass
         return ""
 
-    def fit_many(self, encoded: Sequence[Any], first_index: int | None = None) -> list[tuple[Levels, bool]]:
+    def fit_many(self, encoded: Sequence[Any], indices: Sequence[int] | None = None) -> list[tuple[Levels, bool]]:
         """`fit` for each, in order, on ``num_workers`` threads."""
-        indices: Iterable[int | None] = (
-            [None] * len(encoded) if first_index is None else range(first_index, first_index + len(encoded))
-        )
+        numbers = [None] * len(encoded) if indices is None else indices
         if self.num_workers == 0:
-            return [self.fit(one, index) for one, index in zip(encoded, indices, strict=True)]
+            return [self.fit(one, index) for one, index in zip(encoded, numbers, strict=True)]
         with ThreadPoolExecutor(self.num_workers) as pool:
-            return list(pool.map(self.fit, encoded, indices))
+            return list(pool.map(self.fit, encoded, numbers))
 
     def output_shape(self, levels: Levels) -> tuple[int, int, int]:
         """The (C, H, W) that decoded levels have when they are used."""
@@ -225,9 +222,14 @@ class ImageStream:
     shuffle_buffer_size: int = 1
     resized: bool = False
 
-    def decode(self, rows: Sequence[dict[str, Any]], offsets: Tensor | None = None) -> Tensor:
-        """The levels of some rows, uint8 of shape (B, C, H, W); ``offsets`` as in `ImageLevels.take`."""
-        decoded = [levels for levels, _ in self.decoder.fit_many([row[self.image_column] for row in rows])]
+    def decode(
+        self, rows: Sequence[dict[str, Any]], offsets: Tensor | None = None, indices: Sequence[int] | None = None
+    ) -> Tensor:
+        """The levels of some rows, uint8 of shape (B, C, H, W); ``offsets`` as in `ImageLevels.take`.
+
+        ``indices`` are their numbers in the dataset, for messages.
+        """
+        decoded = [levels for levels, _ in self.decoder.fit_many([row[self.image_column] for row in rows], indices)]
         for levels in decoded:
             if self.decoder.output_shape(levels) != self.image_shape:
                 raise _mixed("the first image", self.image_shape, "another", self.decoder.output_shape(levels))
@@ -296,7 +298,8 @@ def crop(levels: Any, size: int, down: float, right: float) -> Any:
 
 def _decoded(encoded: datasets.Dataset, image_column: str, decoder: Decoder) -> Iterator[tuple[Levels, bool]]:
     for start in range(0, len(encoded), _CHUNK):
-        yield from decoder.fit_many(encoded[start : start + _CHUNK][image_column], start)
+        part = encoded[start : start + _CHUNK][image_column]
+        yield from decoder.fit_many(part, range(start, start + len(part)))
 
 
 def _resize(image: Image, resolution: int) -> Image:
@@ -327,13 +330,4 @@ def _words(shape: tuple[int, ...]) -> str:
 
 
 def _check_memory(count: int, shape: tuple[int, int, int]) -> None:
-    needed = count * int(np.prod(shape))
-    try:
-        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every platform
-        return
-    if needed > present / 2:
-        raise DataError(
-            f"{count} images of {_words(shape)} need {needed / 2**30:.1f} GiB, more than half of this machine's "
-            f"memory: read them as a stream with --streaming, or fewer with --max_train_samples."
-        )
+    check_memory(count * int(np.prod(shape)), f"{count} images of {_words(shape)}")

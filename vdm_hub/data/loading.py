@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -14,11 +13,12 @@ import torch
 
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.corrupt import without_corrupt
-from vdm_hub.data.files import in_words, lies_in, list_folder
-from vdm_hub.data.held_out import SPLIT, choose_again, count, hold_out, names_held_out
+from vdm_hub.data.files import lies_in, list_folder
+from vdm_hub.data.held_out import choose_again, count, hold_out, names_held_out
 from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all, warn_if_resized
 from vdm_hub.data.labels import read_labels
 from vdm_hub.data.sources import AnyDataset, Source, UnknownSplitError, is_local, local_path, open_folder, open_source
+from vdm_hub.data.summaries import Use, summary_of
 from vdm_hub.errors import DataError
 from vdm_hub.pixels import Color
 from vdm_hub.preprocessing import HeldOut
@@ -85,9 +85,17 @@ def load_data(arguments: DataArguments) -> Data:
                 f"the {name} images have the shape {images.image_shape} (C, H, W) and the training images "
                 f"{train.image_shape}: set resolution and color so that they agree."
             )
-    named = arguments.test_split if chosen is None else SPLIT
-    summary = _summary(source, arguments, train, validation, test, named)
-    sizes = (_number(held_out), 0 if chosen is None else chosen["size"])
+    uses: list[Use] = [("trains on", train, arguments.train_split)]
+    if held_out is None:
+        uses.append(("validates on", validation, arguments.validation_split))
+    else:
+        uses.append(("holds out for validation", held_out, arguments.train_split))
+    if chosen is None:
+        uses.append(("tests on", test, arguments.test_split))
+    else:
+        uses.append(("holds out for the test", test, arguments.train_split))
+    summary = summary_of(source, uses, streaming=arguments.streaming)
+    sizes = (0 if held_out is None else len(held_out), 0 if chosen is None else chosen["size"])
     return Data(train, validation, test, sum(sizes), summary, chosen)
 
 
@@ -139,8 +147,7 @@ def load_split(
         dataset = without_corrupt(dataset, image_column, decoder) if chosen["skip_corrupt"] else dataset
     dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
     images = _in_memory(opened, dataset, image_column, decoder, split, label_column)
-    where = f"{split!r}" if chosen is None else f"{whole!r}, of those that a run held out"
-    said = _paragraph(opened, [f"{_count(images)} of {where}"], [whole])
+    said = summary_of(opened, [("reads" if chosen is None else "reads what a run held out,", images, whole)])
     if say is not None:
         say(said)
     elif opened.layout is not None and (opened.layout.note or opened.layout.listing.unused):
@@ -197,8 +204,9 @@ def undecoded(source: Source, dataset: AnyDataset, column: str, split: str) -> A
         )
     feature = (dataset.features or {}).get(column)
     if isinstance(feature, datasets.Image):
-        # Not Image(decode=False), which takes a file of the current folder instead where a row's path names one.
-        return dataset.cast_column(column, _ENCODED)
+        # In a stream Image(decode=False) would drop a row's bytes, where its path is by chance that of a file here.
+        rows_hold_bytes = isinstance(dataset, datasets.IterableDataset) and source.open_file is None
+        return dataset.cast_column(column, _ENCODED if rows_hold_bytes else datasets.Image(decode=False))
     # Parquet written without `datasets` holds images as {"bytes", "path"}, or as bytes alone.
     plain = isinstance(feature, dict) and ("bytes" in feature or source.open_file is not None)
     binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
@@ -330,44 +338,3 @@ def _stream(
     shape, buffer = decoder.output_shape(levels), arguments.shuffle_buffer_size
     warn_if_resized(first[column], decoder)
     return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, resized)
-
-
-def _summary(
-    source: Source,
-    arguments: DataArguments,
-    train: Images,
-    held: Images | None,
-    test: Images | None,
-    test_split: str | None,
-) -> str:
-    """One paragraph."""
-    own = arguments.validation_split is None
-    uses = [f"trains on {_count(train)} of {arguments.train_split!r}"]
-    if held is not None:
-        where = f"{arguments.train_split!r}" if own else f"{arguments.validation_split!r}"
-        uses.append(f"holds out {_count(held)} of {where} for validation")
-    if test is not None:
-        where = f"held out of {arguments.train_split!r}" if test_split == SPLIT else f"of {test_split!r}"
-        uses.append(f"tests on {_count(test)} {where}")
-    splits = [arguments.train_split, arguments.validation_split, arguments.test_split]
-    return _paragraph(source, uses, [split for split in splits if split is not None])
-
-
-def _paragraph(source: Source, uses: Sequence[str], splits: Sequence[str]) -> str:
-    """What is read, and what lies in a folder and is not, where these splits, or parts of them, are."""
-    said = [f"data: {source.name!r} {', '.join(uses)}"]
-    if source.layout is not None:
-        used = {name for split in splits for name in re.findall(r"[\w.-]+", re.sub(r"\[[^\]]*\]", " ", split))}
-        others = [f"{size:,} images of the split {name!r}" for name, size in source.sizes.items() if name not in used]
-        unread = in_words(source.layout.listing.unused)
-        said += [source.layout.note] if source.layout.note else []
-        said += [f"not used: {'; '.join([*others, unread] if unread else others)}"] if others or unread else []
-    return "; ".join(said) + "."
-
-
-def _number(images: ImageLevels | None) -> int:
-    return 0 if images is None else len(images)
-
-
-def _count(images: Images) -> str:
-    return f"{len(images):,} images" if isinstance(images, ImageLevels) else "a stream"

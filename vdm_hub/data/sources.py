@@ -183,7 +183,9 @@ class ParquetFiles(Source):
         return {split: sum(map(_count_rows, files)) for split, files in self._splits.items()}
 
     def _whole(self, split: str) -> datasets.Dataset:
-        return datasets.concatenate_datasets([datasets.Dataset(_read_table(path)) for path in self._splits[split]])
+        files = self._splits[split]
+        check_memory(sum(path.stat().st_size for path in files), f"the Parquet files of {split!r}")
+        return datasets.concatenate_datasets([datasets.Dataset(_read_table(path)) for path in files])
 
     def _stream(self, split: str) -> datasets.IterableDataset:
         files = self._splits[split]
@@ -301,6 +303,23 @@ def local_path(name: str) -> Path:
         if name and os.path.exists(path):  # noqa: PTH110
             return Path(path).absolute()
     raise DataError(f"there is nothing at {name!r}: give a folder of images or of Parquet files.")
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Refuse to hold more than half of the machine's memory.
+
+    Raises:
+        DataError: It would be more.
+    """
+    try:
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every platform
+        return
+    if needed > present / 2:
+        raise DataError(
+            f"{what} need {needed / 2**30:.1f} GiB, more than half of this machine's memory: read them as a stream "
+            f"with --streaming, or fewer with --max_train_samples."
+        )
 
 
 def _open_on_the_hub(path: str) -> IO[bytes]:
