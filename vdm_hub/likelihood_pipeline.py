@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError, DataError, explained
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, already_checked, check_pipeline, open_files
+from vdm_hub.hub.schemas import check_arguments
 from vdm_hub.hub.weights import check_finite
 from vdm_hub.images import levels_from_images
 from vdm_hub.likelihood.decompositions import form_of
@@ -24,7 +26,7 @@ from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.models.loading import REMEDY, refuse_pickles
-from vdm_hub.preprocessing import HeldOut, Preprocessing, check_mapping
+from vdm_hub.preprocessing import HeldOut, Preprocessing
 from vdm_hub.published_card import KeepsPublishedCard
 
 
@@ -34,20 +36,18 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     @property
     def preprocessing(self) -> Preprocessing | None:
         """How images become its levels, a copy; ``None`` where nothing is known of that."""
-        return check_mapping(Preprocessing, "preprocessing", self.config.get("preprocessing"))
+        return copy.deepcopy(self.config.get("preprocessing"))
 
     @property
     def held_out(self) -> HeldOut | None:
         """How its test images were held out of the training split, a copy; ``None`` where none were."""
-        return check_mapping(HeldOut, "held_out", self.config.get("held_out"))
+        return copy.deepcopy(self.config.get("held_out"))
 
-    def _register_images(self, preprocessing: Mapping[str, Any] | None, held_out: Mapping[str, Any] | None) -> None:
+    def _register_images(self, preprocessing: Preprocessing | None, held_out: HeldOut | None) -> None:
         """Keep what is known in the pipeline's own config: mappings, as a list there is the class of a component."""
-        images = {
-            "preprocessing": check_mapping(Preprocessing, "preprocessing", preprocessing),
-            "held_out": check_mapping(HeldOut, "held_out", held_out),
-        }
-        self.register_to_config(**{name: mapping for name, mapping in images.items() if mapping is not None})
+        images = {"preprocessing": preprocessing, "held_out": held_out}
+        check_arguments(type(self), images)
+        self.register_to_config(**copy.deepcopy(images))
 
     @property
     @abstractmethod

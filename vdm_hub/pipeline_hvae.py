@@ -16,6 +16,7 @@ from vdm_hub.images import images_from_levels, levels_from_images
 from vdm_hub.likelihood.hierarchical import HVAEObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.models.hvae import MarkovianHVAE
+from vdm_hub.preprocessing import HeldOut, Preprocessing
 
 _OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -46,8 +47,8 @@ class HVAEPipeline(LikelihoodPipeline):
     def __init__(
         self,
         hvae: MarkovianHVAE,
-        preprocessing: dict[str, Any] | None = None,
-        held_out: dict[str, Any] | None = None,
+        preprocessing: Preprocessing | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(hvae=hvae)

@@ -102,7 +102,8 @@ def check_fields(cls: type, config: Mapping[str, Any], name: str) -> None:
 
 def type_of_field(cls: type, field: str) -> tuple[type, ...]:
     """The classes of which an argument of a constructor may be; any, where it does not say."""
-    annotation = typing.get_args(fields_of_class(cls)[field].annotation)[0]
+    annotation = fields_of_class(cls)[field].annotation
+    annotation = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
     union = typing.get_origin(annotation) in (Union, types.UnionType)
     members = typing.get_args(annotation) if union else (annotation,)
     return tuple(member for member in members if isinstance(member, type)) or (object,)
@@ -163,7 +164,10 @@ def fields_of_class(cls: type) -> Fields:
         if default is not parameter.empty and not _is(annotation, _as_json(default)):
             annotation = Union[annotation, type(default)]  # noqa: UP007 - where a library is looser than it says
         endless = isinstance(default, float) and math.isinf(default)  # as of some schedulers of diffusers
-        fields[name] = Field(float if endless else Annotated[annotation, _check_bearable])
+        is_record = any(
+            typing.is_typeddict(member) for member in typing.get_args(annotation)
+        )  # with its own ranges
+        fields[name] = Field(annotation if endless or is_record else Annotated[annotation, _check_bearable])
     return fields
 
 
@@ -256,6 +260,9 @@ def _check_ranges(annotation: Any, value: Any) -> None:
     elif origin in (Union, types.UnionType):
         _check_union(arguments, value)
     elif typing.is_typeddict(annotation):
+        unknown = [key for key in value if key not in fields_of_record(annotation)]
+        if unknown:
+            raise ValueError(f"without {', '.join(map(repr, unknown[:4]))}")
         check_record(annotation, value, annotation.__name__)
     elif isinstance(value, list) and arguments:
         fixed = origin is tuple and Ellipsis not in arguments and len(arguments) > 1
