@@ -27,16 +27,18 @@ SMALL_UNET = '--unet \'{"block_out_channels": [32], "layers_per_block": 1}\''
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``runs/digits``, ``runs/digits_vae``, ``my_images`` and ``my_recipe.yaml``."""
+    """A folder with ``runs/digits``, ``runs/digits_vae``, ``runs/template``, ``my_images`` and ``my_recipe.yaml``."""
     home = tmp_path_factory.mktemp("readme")
     (home / "my_images").mkdir()
     source = np.random.default_rng(0)
-    for i in range(300):  # the template holds out 256
+    for i in range(40):
         Image.fromarray(source.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(home / "my_images" / f"{i}.png")
     (recipe,) = (text for language, text in BLOCKS if language == "yaml")
     (home / "my_recipe.yaml").write_text(recipe)
     run(home, f"accelerate launch --num_processes 1 {ROOT}/scripts/train.py digits {SHORT} {SMALL_UNET}")
     run(home, f"accelerate launch --num_processes 1 {ROOT}/scripts/train.py digits_vae {SHORT}")
+    own = "--train_data_dir my_images --resolution 32"
+    run(home, f"python -m vdm_hub.train template {own} {SHORT} {SMALL_UNET}")
     assert (home / "runs/digits/pipeline/model_index.json").is_file()
     stock = DDPMPipeline(tiny_network(stock=True), DDPMScheduler())  # type: ignore[arg-type]
     stock.save_pretrained(home / "my-ddpm")
