@@ -33,6 +33,9 @@ from vdm_hub.published_card import KeepsPublishedCard
 class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     """A generative model of K-level images that knows their likelihood, on whichever rung of the ladder."""
 
+    _left_out_where_none = ("preprocessing", "held_out")
+    """What a pipeline's index says only where it is known."""
+
     @property
     def preprocessing(self) -> Preprocessing | None:
         """How images become its levels, a copy; ``None`` where nothing is known of that."""

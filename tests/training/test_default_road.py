@@ -23,7 +23,13 @@ from vdm_hub.training.loop import train
 
 CLASSES = ("cat", "dog", "fox", "owl")
 TINY = {"max_train_steps": 6, "train_batch_size": 8, "learning_rate": 1e-3, "report_to": "none", "unet": UNET}
-TINY |= {"num_sample_images": 0, "validation_steps": 2, "early_stopping_patience": "none", "checkpointing_steps": 0}
+TINY |= {
+    "num_sample_images": 0,
+    "sample_steps": 0,
+    "validation_steps": 2,
+    "early_stopping_patience": "none",
+    "checkpointing_steps": 0,
+}
 
 
 def draw(folder: Path, count: int = 40) -> None:

@@ -409,7 +409,8 @@ def _check_index(name: str, index: Mapping[str, Any], pipeline: type, given: Col
             raise CheckpointError(f"{name}: {INDEX} has the private field {shortened(key)}, which none of ours is.")
     # What its base class saved lacks what this one asks for besides: the reader brings it, or the constructor refuses.
     written = inspect.signature(known[index["_class_name"]].__init__).parameters  # type: ignore[misc]
-    missing = [key for key in written if key not in ("self", *index, *given)]
+    not_always = getattr(pipeline, "_left_out_where_none", ())
+    missing = [key for key in written if key not in ("self", *index, *given, *not_always)]
     if missing:
         raise CheckpointError(
             f"{name}: {INDEX} does not name {', '.join(missing)}, as save_pretrained always does: it was changed. "
