@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,11 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         """How its test images were held out of the training split, a copy; ``None`` where none were."""
         return copy.deepcopy(self.config.get("held_out"))
 
-    def _register_images(self, preprocessing: Preprocessing | None, held_out: HeldOut | None) -> None:
+    def _register_images(self, preprocessing: Mapping[str, Any] | None, held_out: Mapping[str, Any] | None) -> None:
         """Keep what is known in the pipeline's own config: mappings, as a list there is the class of a component."""
         images = {"preprocessing": preprocessing, "held_out": held_out}
         check_arguments(type(self), images)
-        self.register_to_config(**copy.deepcopy(images))
+        self.register_to_config(**{name: copy.deepcopy(known) for name, known in images.items() if known is not None})
 
     @property
     @abstractmethod

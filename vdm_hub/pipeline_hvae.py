@@ -16,7 +16,7 @@ from vdm_hub.images import images_from_levels, levels_from_images
 from vdm_hub.likelihood.hierarchical import HVAEObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.models.hvae import MarkovianHVAE
-from vdm_hub.preprocessing import HeldOut, Preprocessing
+from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
 
 _OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -47,8 +47,8 @@ class HVAEPipeline(LikelihoodPipeline):
     def __init__(
         self,
         hvae: MarkovianHVAE,
-        preprocessing: Preprocessing | None = None,
-        held_out: HeldOut | None = None,
+        preprocessing: PreprocessingMapping | None = None,
+        held_out: HeldOutMapping | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(hvae=hvae)

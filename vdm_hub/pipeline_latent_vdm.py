@@ -17,7 +17,7 @@ from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.images import images_from_levels, levels_from_images
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.pipeline_vdm import VDMPipeline
-from vdm_hub.preprocessing import HeldOut, Preprocessing
+from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
 
 _INTERFACE = ("image_shape", "latent_shape", "num_levels", "posterior", "log_likelihood", "draw_levels")
 
@@ -63,8 +63,8 @@ class LatentVDMPipeline(VDMPipeline):
         scheduler: SchedulerMixin,
         noise_schedule: NoiseScheduleModel | None = None,
         latent_scaling: Scaling | None = None,
-        preprocessing: Preprocessing | None = None,
-        held_out: HeldOut | None = None,
+        preprocessing: PreprocessingMapping | None = None,
+        held_out: HeldOutMapping | None = None,
     ) -> None:
         super().__init__(unet, scheduler, noise_schedule, preprocessing, held_out)
         _check_first_stage(first_stage)

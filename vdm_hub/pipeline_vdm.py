@@ -30,7 +30,7 @@ from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
-from vdm_hub.preprocessing import HeldOut, Preprocessing
+from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.registry import Serialised
 from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
 
@@ -62,8 +62,8 @@ class VDMPipeline(LikelihoodPipeline):
         unet: ModelMixin,
         scheduler: SchedulerMixin,
         noise_schedule: NoiseScheduleModel | None = None,
-        preprocessing: Preprocessing | None = None,
-        held_out: HeldOut | None = None,
+        preprocessing: PreprocessingMapping | None = None,
+        held_out: HeldOutMapping | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)

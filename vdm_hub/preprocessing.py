@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 
-from vdm_hub.hub.schemas import Within
+from vdm_hub.hub.schemas import Record, Within
 
 
 class Preprocessing(TypedDict, total=False):
@@ -46,3 +46,7 @@ class HeldOut(TypedDict):
     label_column: str | None
     skip_corrupt: bool
     fingerprint: str | None
+
+
+PreprocessingMapping: TypeAlias = Annotated[dict[str, Any], Record(Preprocessing)]
+HeldOutMapping: TypeAlias = Annotated[dict[str, Any], Record(HeldOut)]

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias, Union
 import diffusers
 from huggingface_hub.dataclasses import type_validator
 
-from vdm_hub.errors import CheckpointError, ConfigurationError, VDMHubError, shortened, unknown_name
+from vdm_hub.errors import CheckpointError, ConfigurationError, shortened, unknown_name
 
 LARGEST_INTEGER = 2**20
 """Of any integer in a model's config, by its size: nothing that a network is made of is counted in millions."""
@@ -50,6 +50,27 @@ class Within:
 
     def __str__(self) -> str:
         return f"{self.least:,} to {self.most:,}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a mapping holds: the fields of a `typing.TypedDict`, all that it requires and no others.
+
+    An annotation says ``Annotated[dict[str, Any], Record(Schema)]``, since diffusers looks whether what it loads is an
+    instance of what is annotated, which nothing is of a `typing.TypedDict`.
+    """
+
+    schema: type
+
+    def __call__(self, value: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` for a mapping of another kind."""
+        fields = fields_of_record(self.schema)
+        unknown = [str(key) for key in value if key not in fields]
+        missing = [key for key, about in fields.items() if about.required and key not in value]
+        for keys, what in ((unknown, "without"), (missing, "with")):
+            if keys:
+                raise ValueError(f"{what} {shortened(', '.join(keys[:4]))}")
+        _check_values(fields, value, lambda field, one, words: ValueError(f"{field} is {shortened(one)}: {words}"))
 
 
 @dataclass(frozen=True)
@@ -164,10 +185,8 @@ def fields_of_class(cls: type) -> Fields:
         if default is not parameter.empty and not _is(annotation, _as_json(default)):
             annotation = Union[annotation, type(default)]  # noqa: UP007 - where a library is looser than it says
         endless = isinstance(default, float) and math.isinf(default)  # as of some schedulers of diffusers
-        is_record = any(
-            typing.is_typeddict(member) for member in typing.get_args(annotation)
-        )  # with its own ranges
-        fields[name] = Field(annotation if endless or is_record else Annotated[annotation, _check_bearable])
+        has_ranges = any(isinstance(one, Record) for one in _annotated(annotation))  # of its own
+        fields[name] = Field(annotation if endless or has_ranges else Annotated[annotation, _check_bearable])
     return fields
 
 
@@ -177,6 +196,12 @@ def fields_of_record(schema: type) -> Fields:
     annotations = typing.get_type_hints(schema, include_extras=True)
     required: frozenset[str] = schema.__required_keys__  # type: ignore[attr-defined]
     return {name: Field(annotation, name in required) for name, annotation in annotations.items()}
+
+
+def _annotated(annotation: Any) -> list[Any]:
+    """What stands in the annotations of a type, or of the members of a union."""
+    members = [annotation, *typing.get_args(annotation)]
+    return [one for member in members for one in getattr(member, "__metadata__", ())]
 
 
 def _check_bearable(value: Any) -> None:
@@ -204,7 +229,7 @@ def _check_complete(fields: Fields, content: Mapping[str, Any], name: str) -> No
         )
 
 
-def _check_values(fields: Fields, content: Mapping[str, Any], error: Callable[[str, Any, str], VDMHubError]) -> None:
+def _check_values(fields: Fields, content: Mapping[str, Any], error: Callable[[str, Any, str], Exception]) -> None:
     for field, value in content.items():
         if field in fields:
             annotation, as_json = fields[field].annotation, _as_json(value)
@@ -259,11 +284,6 @@ def _check_ranges(annotation: Any, value: Any) -> None:
             check(value)
     elif origin in (Union, types.UnionType):
         _check_union(arguments, value)
-    elif typing.is_typeddict(annotation):
-        unknown = [key for key in value if key not in fields_of_record(annotation)]
-        if unknown:
-            raise ValueError(f"without {', '.join(map(repr, unknown[:4]))}")
-        check_record(annotation, value, annotation.__name__)
     elif isinstance(value, list) and arguments:
         fixed = origin is tuple and Ellipsis not in arguments and len(arguments) > 1
         if fixed and len(value) != len(arguments):
