@@ -82,6 +82,8 @@ def load_images(
         split = split.replace(split.partition("[")[0], SPLIT, 1)
         images = load(split)
     told = describe_images(images, source, split, config=config_name, **used)
+    told |= {} if label_column is None else {"label_column": label_column}
+    told |= {} if max_images is None else {"max_images": max_images}
     notes = _other_options(pipeline.preprocessing, given)
     if held_out is not None and split == SPLIT and max_images is None:
         notes += _other_images(held_out, told["fingerprint"])

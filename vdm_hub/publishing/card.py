@@ -157,7 +157,8 @@ def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> di
         "steps_argument": Markup(f", num_inference_steps={steps}" if rung.steps else ""),
         "samples_text": drawn if recipe else "",
         "dataset": _dataset(recipe, run),
-        "bound": _bound(source, edition),
+        "bound": _bound(source, pipeline, edition),
+        "validation": _validation(run),
         "pictures": {
             "samples": "samples.png" in source.pictures,
             "schedule": "schedule.png" in source.pictures,
@@ -200,7 +201,7 @@ def _dataset(recipe: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _bound(source: Source, edition: Edition) -> dict[str, Any] | None:
+def _bound(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any] | None:
     report = source.evaluation
     if "bits_per_dim" not in report:
         return None
@@ -225,7 +226,21 @@ def _bound(source: Source, edition: Edition) -> dict[str, Any] | None:
         f"{report.get('network_evaluations') or 0:,} network evaluations in all.",
         "measured": measured,
         "resized": bool(dataset.get("resized", source.recipe.get("resolution") is not None)),
-        "command": _evaluation_command(source, edition, dataset, report),
+        "command": _evaluation_command(source, pipeline, edition, dataset, report),
+    }
+
+
+def _validation(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The last figure of images held out in training, where there is one."""
+    measured = run.get("validation")
+    if measured is None:
+        return None
+    images = measured.get("images")
+    return {
+        "total": f"{measured['bits_per_dim']:.4f}",
+        "error": _error(measured.get("standard_error")),
+        "images": "the" if images is None else f"{images:,}",
+        "step": f"{measured['step']:,}",
     }
 
 
@@ -234,7 +249,11 @@ def _error(value: float | None) -> str:
 
 
 def _evaluation_command(
-    source: Source, edition: Edition, dataset: Mapping[str, Any], report: Mapping[str, Any]
+    source: Source,
+    pipeline: LikelihoodPipeline,
+    edition: Edition,
+    dataset: Mapping[str, Any],
+    report: Mapping[str, Any],
 ) -> Markup | None:
     """The command that repeats the measurement; ``None`` where a part of it is not known."""
     options = {
@@ -242,7 +261,7 @@ def _evaluation_command(
         "--dataset_name": dataset.get("name"),
         "--dataset_config_name": dataset.get("config"),
         "--split": dataset.get("split"),
-        "--resolution": dataset.get("resolution") or source.recipe.get("resolution"),
+        **_image_options(source, pipeline, dataset),
         **_method_options(report),
         "--transitions": report.get("transitions"),
         "--replicates": report.get("replicates"),
@@ -250,6 +269,15 @@ def _evaluation_command(
     }
     given = (word for option, value in options.items() if value is not None for word in (option, value))
     return _command("vdm-hub", "evaluate", edition.repo_id, *given) if dataset.get("name") else None
+
+
+def _image_options(source: Source, pipeline: LikelihoodPipeline, dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """How the images were read, where the pipeline does not say so itself."""
+    asked = {"resolution": dataset.get("resolution") or source.recipe.get("resolution")}
+    asked |= {"color": dataset.get("color", "auto"), "image_column": dataset.get("image_column", "image")}
+    trained = {"resolution": None, "color": "auto", "image_column": "image"} | dict(pipeline.preprocessing or {})
+    options = {f"--{name}": value for name, value in asked.items() if value != trained[name]}
+    return options | {f"--{name}": dataset.get(name) for name in ("label_column", "max_images")}
 
 
 def _command(*parts: Any) -> Markup | None:

@@ -24,6 +24,8 @@ class Images(TypedDict, total=False):
     resolution: int | None
     color: str
     image_column: str
+    label_column: str
+    max_images: int
     resized: bool | None
     fingerprint: str | None
 
@@ -49,6 +51,15 @@ class Evaluation(TypedDict, total=False):
     dataset: dict[str, Any] | None
 
 
+class Validation(TypedDict):
+    """The last measurement of the images that were held out in training."""
+
+    step: int
+    bits_per_dim: Number
+    standard_error: Number | None
+    images: int | None
+
+
 class Run(TypedDict, total=False):
     """What training writes into ``run.json``, as far as a card repeats it."""
 
@@ -60,7 +71,7 @@ class Run(TypedDict, total=False):
     training_seconds: Number
     device: str
     mixed_precision: str | None
-    validation: dict[str, Any] | None
+    validation: dict[str, Any]
     dataset: dict[str, Any]
     augmentation: dict[str, Any]
 
@@ -104,6 +115,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """
     record = _checked(path, Run)
     _checked_part(path, record, "dataset", Images)
+    _checked_part(path, record, "validation", Validation)
     return record
 
 
