@@ -240,3 +240,20 @@ def test_a_schedule_without_finite_endpoints_is_refused() -> None:
         with pytest.raises(ConfigurationError, match=r"Endless has gamma\(0\) = -inf, and a bound needs finite"):
             pipe.log_likelihood(torch.zeros(1, 1, 8, 8), method=method)
     check_endpoints(GaussianProcess.from_fields({}))
+
+
+def test_a_folder_is_measured_as_it_is_named_and_what_is_not_read_is_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside one that a pattern of that name would find."""
+    for name, level, count in (("run1", 16, 3), ("run[1]", 0, 2)):
+        for i in range(count):
+            path = tmp_path / name / "test" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), round(255 * level / 16)).save(path)
+    (tmp_path / "run[1]" / "test" / "0.txt").write_text("a caption")
+    name = str(tmp_path / "run[1]")
+    assert main(["evaluate", str(folder), "--dataset_name", name, "--replicates", "2", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["num_images"] == 2
+    assert "2 images of 'test'" in printed.err and "0.txt" in printed.err

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,13 +15,17 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from image_folders import folder_of, greys, parquet_of, picture, png, read, refused
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.images import ImageLevels
+from vdm_hub.data.layouts import read_layout
 from vdm_hub.data.loading import check_output_apart, load_data, load_split
 from vdm_hub.data.sources import open_folder, open_source
+from vdm_hub.errors import DataError
 
 both = pytest.mark.parametrize("streaming", [False, True], ids=["memory", "stream"])
 
@@ -231,6 +236,40 @@ def test_what_load_split_leaves_in_a_folder_is_a_warning_or_said(tmp_path: Path)
         load_split(folder, "test")
 
 
+PARTS = st.sampled_from(["a", "b.png", "train", "test", ".c", "d.txt", "E.JPG", "f g.gif", "metadata.csv", "h.zip"])
+
+
+@given(st.sets(st.lists(PARTS, min_size=1, max_size=3).map("/".join), min_size=1, max_size=12))
+@settings(max_examples=100)
+def test_every_file_is_read_or_named(names: set[str]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        root, made = Path(temporary), set()
+        for name in sorted(names, key=len, reverse=True):
+            if not (root / name).exists():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_bytes(b"x")
+                made.add(name)
+        try:
+            layout = read_layout(root)
+        except DataError:
+            assert not any(Path(name).suffix.casefold() in (".png", ".jpg", ".gif") for name in _seen(made))
+            return
+        read_ = [path for files in layout.splits.values() for path in files] + list(layout.metadata)
+        named = [path for paths in layout.listing.unused.values() for path in paths]
+        assert len(read_) == len(set(read_)) and not set(read_) & set(named)
+        assert set(read_) | {name for name in named if not name.endswith("/")} | set(filter(_hidden, made)) == made
+        for name in filter(_hidden, made):
+            assert any(name == path or name.startswith(path) for path in named)
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _seen(names: set[str]) -> set[str]:
+    return {name for name in names if not _hidden(name)}
+
+
 @both
 def test_links_to_folders_are_followed_and_read_once(tmp_path: Path, streaming: bool) -> None:
     folder_of(tmp_path / "elsewhere" / "cats", "1.png", "deep/2.png")
@@ -297,7 +336,7 @@ def test_names_that_are_no_dataset_are_refused_before_anything_is_read(
         "hf://datasets/a/b",
         "https://example.org/x",
         "a/b/c",
-        "x" * 300,
+        "x" * 5000,
     ):
         refused(load_split, name, "train")
     for name in ("./none", "~/none-of-these", "none.parquet", "/none", "a.png", "nul\0"):
@@ -341,7 +380,15 @@ def test_metadata_names_no_other_file(tmp_path: Path, name: str | None) -> None:
     assert "row 1 " in refused(read, tmp_path / "data")
 
 
-@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe\x00", b"file_name\n1\n", b'{"file_name": '])
+def test_a_split_that_names_do_not_make_is_refused_with_how_to_name_it(tmp_path: Path) -> None:
+    folder = str(folder_of(tmp_path, "train/1.png", "test/1.png", "1.png"))
+    assert "at the top" in refused(load_split, folder, "test")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"file_name,image\n1.png,2\n", b"a,b\n1,2\n", b"\xff\xfe\x00", b"file_name\n1\n", b'{"file_name": '],
+)
 def test_damaged_metadata_is_named(tmp_path: Path, content: bytes) -> None:
     folder_of(tmp_path, "1.png")
     for name in ("metadata.csv", "metadata.jsonl", "metadata.parquet"):
@@ -378,6 +425,17 @@ def test_an_output_within_the_data_is_refused(tmp_path: Path, monkeypatch: pytes
         check_output_apart(DataArguments(train_data_dir=str(data)), output)
     check_output_apart(DataArguments(dataset_name="digits"), Path("runs"))
     check_output_apart(DataArguments(dataset_name="owner/name"), Path("runs"))
+
+
+def test_slices_of_parquet_files_are_those_of_their_rows(tmp_path: Path) -> None:
+    for number, rows in enumerate((range(3), range(3, 4), range(4, 9))):
+        parquet_of(tmp_path / f"{number}.parquet", [{"bytes": png(i), "path": None} for i in rows])
+    for start in range(9):
+        for stop in range(start + 1, 10):
+            assert greys(load_split(str(tmp_path), f"train[{start}:{stop}]")) == list(range(start, stop))
+    assert "no images" in refused(load_split, str(tmp_path), "train[4:4]")
+    (tmp_path / "2.parquet").write_bytes((tmp_path / "2.parquet").read_bytes()[:-300] + bytes(300))
+    assert "2.parquet" in refused(load_split, str(tmp_path), "train[:2]")
 
 
 def test_streams_read_the_same_images_as_memory(tmp_path: Path) -> None:

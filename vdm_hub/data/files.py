@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vdm_hub.errors import DataError, in_one_line
+from vdm_hub.errors import DataError, explained, shortened
 
 _READ = "png apng jpg jpeg jpe jfif webp bmp gif tif tiff ppm pgm pbm pnm pfm mpo"
 # Images as well, which are refused by name where they are decoded, so that none is left out unseen.
@@ -55,7 +54,7 @@ def list_folder(root: Path) -> Listing:
     folders, links = deque([""]), deque[str]()
     while folders or links:
         path = folders.popleft() if folders else links.popleft()
-        with _listable(root / path):
+        with explained(f"the folder {str(root / path)!r} can't be listed", "make it readable, or move it", DataError):
             identity = _identity(root / path)
             if identity in listing.folders or identity in above:
                 listing.leave_out("links to folders that are read already, or that this one lies in", path)
@@ -75,16 +74,6 @@ def list_folder(root: Path) -> Listing:
                 listing.leave_out(kind, inside)
     listing.files.sort()
     return listing
-
-
-@contextmanager
-def _listable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"the folder {str(folder)!r} can't be listed ({in_one_line(error)}): make it readable, or move it away."
-        ) from error
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -118,14 +107,14 @@ def names_and_count(paths: Iterable[str]) -> str:
     ("4 ('a', 'b', 'c', ...)", "1 ('a')")
     """
     names = list(paths)
-    shown = [repr(name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}") for name in names[:_SHOWN]]
+    shown = [shortened(name, limit=60) for name in names[:_SHOWN]]
     return f"{len(names):,} ({', '.join(shown + ['...'] * (len(names) > _SHOWN))})"
 
 
-def in_words(unused: Mapping[str, list[str]]) -> str:
+def said_of(unused: Mapping[str, list[str]]) -> str:
     """What is not used, by the reason.
 
-    >>> in_words({"hidden": [".DS_Store"], "broken links": ["a.png", "b.png"]})
+    >>> said_of({"hidden": [".DS_Store"], "broken links": ["a.png", "b.png"]})
     "1 ('.DS_Store') hidden; 2 ('a.png', 'b.png') broken links"
     """
     return "; ".join(f"{names_and_count(paths)} {reason}" for reason, paths in unused.items())

@@ -330,4 +330,5 @@ def _words(shape: tuple[int, ...]) -> str:
 
 
 def _check_memory(count: int, shape: tuple[int, int, int]) -> None:
-    check_memory(count * int(np.prod(shape)), f"{count} images of {_words(shape)}")
+    remedy = "read them as a stream with --streaming, or fewer with --max_train_samples"
+    check_memory(count * int(np.prod(shape)), f"{count} images of {_words(shape)}", remedy)

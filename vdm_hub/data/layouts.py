@@ -15,8 +15,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from vdm_hub.data.files import IMAGE_SUFFIXES, METADATA_NAMES, Listing, in_words, list_folder, names_and_count
-from vdm_hub.errors import DataError, in_one_line
+from vdm_hub.data.files import IMAGE_SUFFIXES, METADATA_NAMES, Listing, list_folder, names_and_count, said_of
+from vdm_hub.errors import DataError, explained
 
 _SPLITS = {
     name: split
@@ -83,7 +83,7 @@ def read_layout(root: Path) -> Layout:
             f"files: name the folder of one of the two."
         )
     if not images and not parquet:
-        there = in_words(listing.unused) or "nothing"
+        there = said_of(listing.unused) or "nothing"
         raise DataError(
             f"the folder {str(root)!r} holds neither images nor Parquet files: it has {there}. Name another, or "
             f"unpack what is packed."
@@ -177,10 +177,9 @@ def metadata_columns(layout: Layout, images: Sequence[str]) -> pa.Table | None:
         tables.append(table.drop_columns("file_name"))
     if not tables:
         return None
-    try:
+    remedy = "give them the same columns, of the same kinds"
+    with explained(f"{names_and_count(layout.metadata)} can't be read together", remedy, DataError):
         whole = pa.concat_tables(tables, promote_options="default")
-    except pa.ArrowException as error:
-        raise DataError(f"the columns of {names_and_count(layout.metadata)} differ ({in_one_line(error)}).") from error
     return whole.take(pa.array([rows.get(image) for image in images], pa.int64()))
 
 
@@ -190,12 +189,10 @@ def _read_metadata(path: Path) -> pa.Table:
         ".jsonl": pa.json.read_json,
         ".parquet": pa.parquet.read_table,
     }
-    try:
+    with explained(f"{str(path)!r} can't be read", "mend or rename it", DataError):
         table = readers[path.suffix](io.BytesIO(path.read_bytes()))
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(
-            f"{str(path)!r} can't be read ({in_one_line(error)}): mend it, or give it another name."
-        ) from error
+    if "image" in table.column_names:
+        raise DataError(f"{str(path)!r} has a column image, as the images' own is called: rename that column.")
     if "file_name" not in table.column_names or not pa.types.is_string(table["file_name"].type):
         raise DataError(
             f"{str(path)!r} has no column file_name with the names of images, but {', '.join(table.column_names)}: "

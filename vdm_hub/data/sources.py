@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -21,7 +21,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from vdm_hub.data.digits import digits
 from vdm_hub.data.layouts import Layout, classes_of_folders, metadata_columns, read_layout
-from vdm_hub.errors import DataError, in_one_line
+from vdm_hub.errors import DataError, explained, in_one_line
 
 AnyDataset: TypeAlias = Any  # datasets.Dataset | datasets.IterableDataset: the library has no type information
 Opener: TypeAlias = Callable[[str], IO[bytes]]
@@ -41,11 +41,13 @@ class Source(ABC):
         layout: What lies in it, where it is a folder.
         open_file: Opens what the rows name by a path; ``None`` where rows hold the images themselves, and a path in
             them is nothing that may be opened.
+        remedy: What to do where the data can't be read.
         has_names: Whether those paths are names in a folder, which say something to whoever reads them.
     """
 
     open_file: Opener | None = None
     has_names = False
+    remedy = "look whether it is whole"
 
     def __init__(self, name: str, layout: Layout | None = None) -> None:
         self.name, self.layout = name, layout
@@ -79,43 +81,35 @@ class Source(ABC):
                 if split not in self.sizes:
                     raise self._unknown(split, self.sizes)
                 return self._stream(split)
-            parts = [self._part(one) for one in self._instructions(split)]
+            parts = [
+                self._part(one.splitname, one.from_ or 0, self.sizes[one.splitname] if one.to is None else one.to)
+                for one in self._instructions(split)
+            ]
             return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
     def _instructions(self, split: str) -> Sequence[Any]:
         try:
-            instructions = datasets.ReadInstruction.from_spec(split).to_absolute(dict(self.sizes))
-            return list(instructions)
+            return list(datasets.ReadInstruction.from_spec(split).to_absolute(dict(self.sizes)))
         except (ValueError, AssertionError) as error:
             if isinstance(error, DataError):
                 raise
-            raise self._unknown(split, self.sizes, f" ({in_one_line(error)})") from error
+            why = "" if "Unknown split" in str(error) else f" ({in_one_line(error)})"
+            raise self._unknown(split, self.sizes, why) from error
 
-    def _part(self, instruction: Any) -> datasets.Dataset:
-        whole = self._whole(instruction.splitname)
-        start, stop = instruction.from_ or 0, len(whole) if instruction.to is None else instruction.to
+    def _part(self, split: str, start: int, stop: int) -> datasets.Dataset:
+        whole = self._whole(split)
         return whole if (start, stop) == (0, len(whole)) else whole.select(list(range(start, stop)))
 
     def _unknown(self, split: str, known: Iterable[str], why: str = "") -> UnknownSplitError:
+        note = f" {self.layout.note}." if self.layout is not None and self.layout.note else ""
         return UnknownSplitError(
             f"the dataset {self.name!r} has no split {split!r}{why}: it has {', '.join(known)}; slices are written "
-            "like 'train[:90%]', and only of datasets that are not streamed."
+            f"like 'train[:90%]', and only of datasets that are not streamed.{note}"
         )
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
+    def explained(self) -> AbstractContextManager[None]:
         """Within it, whatever `datasets` and the libraries below it raise becomes one paragraph."""
-        try:
-            yield
-        except DataError:
-            raise
-        except Exception as error:  # datasets, pyarrow, fsspec, httpx and yaml share no class
-            raise DataError(
-                f"the dataset {self.name!r} can't be read ({in_one_line(error)}): {self._remedy(error)}."
-            ) from error
-
-    def _remedy(self, error: Exception) -> str:
-        return "look whether it is whole"
+        return explained(f"the dataset {self.name!r} can't be read", self.remedy, DataError)
 
 
 class Digits(Source):
@@ -183,9 +177,20 @@ class ParquetFiles(Source):
         return {split: sum(map(_count_rows, files)) for split, files in self._splits.items()}
 
     def _whole(self, split: str) -> datasets.Dataset:
-        files = self._splits[split]
-        check_memory(sum(path.stat().st_size for path in files), f"the Parquet files of {split!r}")
-        return datasets.concatenate_datasets([datasets.Dataset(_read_table(path)) for path in files])
+        return self._part(split, 0, self.sizes[split])
+
+    def _part(self, split: str, start: int, stop: int) -> datasets.Dataset:
+        """The rows of these numbers, of no more files than hold them."""
+        parts, first = dict[Path, range](), 0
+        for path in self._splits[split]:
+            count = _count_rows(path)
+            parts[path] = range(max(start - first, 0), min(stop - first, count))
+            first += count
+        needed = [path for path, rows in parts.items() if rows] or self._splits[split][:1]
+        remedy = f"read a part, such as {split}[:1000], or all as a stream with --streaming"
+        check_memory(sum(path.stat().st_size for path in needed), f"the Parquet files of {split!r}", remedy)
+        read = [datasets.Dataset(_read_table(path)).select(list(parts[path])) for path in needed]
+        return datasets.concatenate_datasets(read)
 
     def _stream(self, split: str) -> datasets.IterableDataset:
         files = self._splits[split]
@@ -196,6 +201,11 @@ class ParquetFiles(Source):
 
 class HubDataset(Source):
     """A dataset on the Hugging Face Hub, or what the cache holds of it."""
+
+    remedy = (
+        "check its name, its configuration (--dataset_config_name) and the network, log in by `hf auth login` where "
+        "it is not public, or give a local folder with --train_data_dir"
+    )
 
     def __init__(self, name: str, config_name: str | None) -> None:
         super().__init__(name)
@@ -225,13 +235,6 @@ class HubDataset(Source):
 
     def _stream(self, split: str) -> datasets.IterableDataset:
         raise NotImplementedError("`read` reads streams")
-
-    def _remedy(self, error: Exception) -> str:
-        if isinstance(error, ConnectionError):
-            return "check its name and the network, or give a local folder with --train_data_dir"
-        if isinstance(error, FileNotFoundError):
-            return "check its name, or give a folder of images or of Parquet files with --train_data_dir"
-        return "check its name and its configuration (--dataset_config_name)"
 
 
 def open_source(name: str, config_name: str | None = None) -> Source:
@@ -305,7 +308,7 @@ def local_path(name: str) -> Path:
     raise DataError(f"there is nothing at {name!r}: give a folder of images or of Parquet files.")
 
 
-def check_memory(needed: int, what: str) -> None:
+def check_memory(needed: int, what: str, remedy: str) -> None:
     """Refuse to hold more than half of the machine's memory.
 
     Raises:
@@ -316,10 +319,7 @@ def check_memory(needed: int, what: str) -> None:
     except (AttributeError, ValueError, OSError):  # not on every platform
         return
     if needed > present / 2:
-        raise DataError(
-            f"{what} need {needed / 2**30:.1f} GiB, more than half of this machine's memory: read them as a stream "
-            f"with --streaming, or fewer with --max_train_samples."
-        )
+        raise DataError(f"{what} need {needed / 2**30:.1f} GiB, more than half of this machine's memory: {remedy}.")
 
 
 def _open_on_the_hub(path: str) -> IO[bytes]:
@@ -330,13 +330,13 @@ def _open_on_the_hub(path: str) -> IO[bytes]:
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """A Parquet file, and its name in whatever goes wrong."""
-    try:
-        with pa.OSFile(str(path)) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
-            yield file
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(
-            f"the Parquet file {str(path)!r} can't be read ({in_one_line(error)}): put it back as it was."
-        ) from error
+    what, remedy = f"the Parquet file {str(path)!r} can't be read", "put it back as it was"
+    with (
+        explained(what, remedy, DataError),
+        pa.OSFile(str(path)) as source,
+        pq.ParquetFile(source, page_checksum_verification=True) as file,
+    ):
+        yield file
 
 
 def _count_rows(path: Path) -> int:

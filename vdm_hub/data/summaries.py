@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from vdm_hub.data.files import in_words
+from vdm_hub.data.files import said_of
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.data.sources import Source
 
@@ -23,7 +23,7 @@ def summary_of(source: Source, uses: Sequence[Use], *, streaming: bool = False) 
     unused = [f"{size:,} images of the split {name!r}" for name, size in sizes.items() if name not in used]
     if source.layout is not None:
         said += [source.layout.note] if source.layout.note else []
-        unused += [in_words(source.layout.listing.unused)] if source.layout.listing.unused else []
+        unused += [said_of(source.layout.listing.unused)] if source.layout.listing.unused else []
     said += [f"not used: {'; '.join(unused)}"] if unused else []
     return "; ".join(said) + "."
 
