@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -49,11 +51,10 @@ def folder_of(root: Path, *names: str, first: int = 0) -> Path:
 def parquet_of(path: Path, rows: list[Any], **columns: list[Any]) -> Path:
     """A Parquet file whose image column holds these rows, as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     others = datasets.Dataset.from_dict(columns).features if columns else {}
-    features = datasets.Features({"image": image, **others})
-    datasets.Dataset.from_dict({"image": rows, **columns}, features=features).to_parquet(file := io.BytesIO())
-    path.write_bytes(file.getvalue())  # `datasets` would take some names for addresses
+    features = datasets.Features({"image": datasets.Image(), **others})
+    pq.write_table(pa.table({"image": rows, **columns}, schema=features.arrow_schema), file := io.BytesIO())
+    path.write_bytes(file.getvalue())
     return path
 
 

@@ -202,6 +202,8 @@ def test_what_is_not_read_is_named(tmp_path: Path, name: str, streaming: bool) -
     UNUSED[name](tmp_path / "data" / name)
     data = read(tmp_path / "data", streaming=streaming)
     assert greys(data.train) == [0, 1] and name in data.summary and "\n" not in data.summary
+    if name in ("pipe.png", "socket.png", "device.png"):
+        assert "pipes, sockets or devices" in data.summary
 
 
 def test_many_that_are_not_read_are_counted(tmp_path: Path) -> None:
