@@ -29,7 +29,7 @@ from vdm_hub.errors import (
 )
 from vdm_hub.evaluation.provenance import describe_images
 from vdm_hub.publishing.contents import refuse_secrets
-from vdm_hub.publishing.publishing import write_publication
+from vdm_hub.publishing.dry_run import write_publication
 from vdm_hub.secret_values import find_secret, mask, masked_values
 from vdm_hub.training.arguments import Configuration, parse
 from vdm_hub.training.tracking import Trackers

@@ -59,7 +59,7 @@ class NonFiniteLossError(VDMHubError, ArithmeticError):
 
 
 class PublishError(VDMHubError):
-    """A publication to the Hub did not happen; what was published before is as it was."""
+    """A publication to the Hub did not happen, or may not have: then the message says so, and where to look."""
 
 
 class MissingPluginError(VDMHubError, ImportError):

@@ -19,7 +19,7 @@ from vdm_hub import HVAEPipeline, LatentVDMPipeline, MarkovianHVAE
 from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.pipelines import PIPELINES
 from vdm_hub.publishing.contents import published_recipe
-from vdm_hub.publishing.publishing import write_publication
+from vdm_hub.publishing.dry_run import write_publication
 
 NETWORK: dict[str, Any] = {"block_out_channels": [8], "norm_num_groups": 4}
 RUNGS: dict[str, dict[str, Any]] = {

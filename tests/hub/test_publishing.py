@@ -20,7 +20,7 @@ from hub.server import LoopbackHub
 from hub.storage import Blob, Repository
 from vdm_hub.errors import CheckpointError
 from vdm_hub.evaluation.provenance import weights_fingerprint
-from vdm_hub.publishing.publishing import write_publication
+from vdm_hub.publishing.dry_run import write_publication
 
 TOKEN = "hf_" + "loopbackSecret" * 3
 MAIN_FILES = {
@@ -243,7 +243,7 @@ def test_a_dry_run_writes_what_a_publication_sends_and_asks_nobody(tmp_path: Pat
         assert commit.sub(b"", there_card) == re.sub(rb'(?<=revision=")(diffusers|remote-code)(?=")', b"", here_card)
     assert all(path.name in dry.stdout for path in written)
     again = vdm_hub(environment, "publish", run, "me/tiny", "--dry_run")
-    assert again.returncode == 2 and "exists already" in again.stderr
+    assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
 COMMAND = """

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.publishing.publishing import publish, write_publication
+from vdm_hub.publishing.dry_run import LIST, write_publication
+from vdm_hub.publishing.publishing import publish
 
 _TOKEN_HELP = "The token is the one of `hf auth login`, or HF_TOKEN; it is never an argument."
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir", type=Path, help="with --dry_run: where to (default: publication/ beside the pipeline)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="with --dry_run: replace what a former one wrote")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,8 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _dry_run(arguments)
         return
-    if arguments.output_dir is not None:
-        raise ConfigurationError("--output_dir acts only with --dry_run: add it, or leave --output_dir out.")
+    for option, given in (("--output_dir", arguments.output_dir is not None), ("--overwrite", arguments.overwrite)):
+        if given:
+            raise ConfigurationError(f"{option} acts only with --dry_run: add it, or leave {option} out.")
     publication = publish(
         arguments.folder,
         arguments.repo_id,
@@ -70,7 +73,9 @@ def _dry_run(arguments: argparse.Namespace) -> None:
         remote_code=arguments.remote_code,
         license=arguments.license,
         evaluation=arguments.evaluation,
+        overwrite=arguments.overwrite,
     )
     print(f"would be sent to {arguments.repo_id}, by branch; written to {output}:")
     for path in files:
         print(f"{(output / path).stat().st_size:>12,}  {path}")
+    print(f"{LIST} there lists them, so that --overwrite may replace them.")

@@ -139,8 +139,7 @@ def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> di
     channels, height, width = pipeline.image_shape
     kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
     on_main = edition.revision == "main"
-    steps = recipe.get("num_inference_steps", 250)
-    rung = rung_of(pipeline)
+    steps, rung = recipe.get("num_inference_steps", 250), rung_of(pipeline)
     drawn = f"Drawn with {steps} network evaluations each, not selected." if rung.steps else "Not selected."
     revision_words = [] if on_main else ["--revision", edition.revision]
     return {
@@ -154,7 +153,7 @@ def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> di
         "levels": pipeline.num_levels,
         "rung": rung,
         "pipeline": type(pipeline).__name__,
-        "steps_argument": Markup(f", num_inference_steps={steps}" if rung.steps else ""),
+        "steps_argument": _steps_argument(pipeline, steps) if rung.steps else "",
         "samples_text": drawn if recipe else "",
         "dataset": _dataset(recipe, run),
         "bound": _bound(source, pipeline, edition),
@@ -173,10 +172,23 @@ def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> di
         "command": _training_command(run),
         "versions": ", ".join(f"{package} {version}" for package, version in (run.get("versions") or {}).items()),
         "license": edition.license,
-        "twin": edition.twin and {"revision": edition.twin, "error": edition.twin_error},
+        "twin": edition.twin
+        and {
+            "revision": edition.twin,
+            "error": edition.twin_error,
+            "steps_argument": _steps_argument(pipeline, steps, stock=True),
+        },
         "no_twin": edition.no_twin,
         "remote_code": edition.remote_code and {"revision": edition.remote_code, "branch": edition.remote_code_branch},
     }
+
+
+def _steps_argument(pipeline: Any, steps: int, stock: bool = False) -> Markup:
+    """How often to call the network; a chain over a table of betas, as stock samplers all are, has no more steps."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is not None and (stock or scheduler.ends_at_data):
+        steps = min(steps, len(scheduler))
+    return Markup(f", num_inference_steps={steps}")
 
 
 def _dataset(recipe: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any] | None:

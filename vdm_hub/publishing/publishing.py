@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vdm_hub.errors import CheckpointError, ConfigurationError
+from vdm_hub.errors import CheckpointError, ConfigurationError, PublishError
 from vdm_hub.evaluation.provenance import weights_fingerprint
-from vdm_hub.files import written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.repositories import INDEX
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
@@ -28,16 +27,19 @@ from vdm_hub.publishing.contents import (
     refuse_secrets,
 )
 from vdm_hub.publishing.remote_code import add_remote_code, check_remote_code
-from vdm_hub.publishing.repository import MAIN, HubRepository, check_ready, check_repo_id
+from vdm_hub.publishing.repository import MAIN, HubRepository, check_ready
 from vdm_hub.publishing.rungs import rung_of
 from vdm_hub.publishing.stock_twin import build_stock_twin, twin_error
 from vdm_hub.registration import add_install_hint
 from vdm_hub.version import __version__
 
-__all__ = ["Publication", "check_ready", "publish", "write_publication"]
+__all__ = ["Publication", "check_ready", "publish"]
 
 TWIN_BRANCH, CODE_BRANCH = "diffusers", "remote-code"
 _NO_TWIN_IN_REQUEST = "this model came as a pull request, which brings one branch alone."
+_BRANCH = re.compile(
+    r"(?!.*(?:\.\.|//|/\.|@\{|\.lock(?:/|$)))[^\s\x00-\x1f\x7f~^:?*\[\\./-][^\s\x00-\x1f\x7f~^:?*\[\\]*(?<![/.])"
+)
 _TWIN_IMAGES, _TWIN_STEPS = 16, 50
 
 
@@ -119,49 +121,13 @@ def publish(
     if create_pr and (remote_code or private):
         option = "--remote_code" if remote_code else "--private"
         raise ConfigurationError(f"a pull request goes to one branch of a repository as it is: leave out {option}.")
-    _check_revision(revision)
+    check_revision(revision)
     repository = HubRepository(repo_id)
     edition = Edition(repo_id, revision, license)
     with prepared_publication(folder, edition, evaluation, twin=not create_pr, remote_code=remote_code) as prepared:
         if create_pr:
             return _request(prepared, repository)
         return send(prepared, repository, private)
-
-
-def write_publication(
-    folder: Path,
-    repo_id: str,
-    output: Path,
-    *,
-    revision: str = MAIN,
-    remote_code: bool = False,
-    license: str | None = None,
-    evaluation: Path | None = None,
-) -> list[Path]:
-    """What `publish` would send, in folders named after the branches; no network is used.
-
-    Returns:
-        The files, relative to ``output``. The card names branches where a publication names commits.
-    """
-    check_repo_id(repo_id)
-    _check_revision(revision)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"{output} exists already and is not empty: name another folder, or remove it.")
-    edition = Edition(repo_id, revision, license)
-    with prepared_publication(folder, edition, evaluation, twin=True, remote_code=remote_code) as prepared:
-        named = replace(
-            prepared.edition,
-            twin=_side(TWIN_BRANCH, revision) if TWIN_BRANCH in prepared.folders else None,
-            remote_code=_side(CODE_BRANCH, revision) if remote_code else None,
-            remote_code_branch=_side(CODE_BRANCH, revision),
-        )
-        prepared.write_card(named)
-        if output.exists():
-            output.rmdir()
-        with written_beside(output) as beside:
-            for branch, staged in prepared.folders.items():
-                shutil.copytree(staged, beside / (revision if branch == MAIN else _side(branch, revision)))
-    return sorted(path.relative_to(output) for path in output.rglob("*") if path.is_file())
 
 
 @contextmanager
@@ -226,7 +192,8 @@ def _add_twin(pipeline: LikelihoodPipeline, folders: dict[str, Path], edition: E
         del folders[TWIN_BRANCH]
         return replace(edition, no_twin=str(reason))
     twin.save_pretrained(folders[TWIN_BRANCH], safe_serialization=True)
-    error = twin_error(pipeline, twin, _TWIN_IMAGES, _TWIN_STEPS, seed=0)
+    steps = min(_TWIN_STEPS, len(twin.scheduler))  # a stock scheduler has no more than its timesteps
+    error = twin_error(pipeline, twin, _TWIN_IMAGES, steps, seed=0)
     return replace(edition, twin_error=str(error))
 
 
@@ -236,7 +203,7 @@ def send(prepared: Prepared, repository: HubRepository, private: bool | None = N
     branch = prepared.edition.revision
     repository.ensure_branch(branch)
     parent = repository.head(branch)
-    twin, code = _side(TWIN_BRANCH, branch), _side(CODE_BRANCH, branch)
+    twin, code = side_branch(TWIN_BRANCH, branch), side_branch(CODE_BRANCH, branch)
     former = {twin, code} & repository.branches()
     commits = {
         side: _mirror(repository, prepared.folders[kind], side)
@@ -252,9 +219,20 @@ def send(prepared: Prepared, repository: HubRepository, private: bool | None = N
     )
     staged = prepared.write_card(edition)
     commit = repository.commit(staged, _title(), branch, parent, _stale(repository, staged, parent))
-    for side in former - set(commits):
-        _mirror(repository, _farewell(staged, side, commit), side)
+    for side in sorted(former - set(commits)):
+        _empty(repository, staged, side, commit)
     return Publication(repository.repo_id, repository.url, commit, edition.twin, edition.remote_code)
+
+
+def _empty(repository: HubRepository, staged: Path, side: str, commit: str) -> None:
+    """Take a former model from a side branch, once the new one is on the branch that names none."""
+    try:
+        _mirror(repository, _farewell(staged, side, commit), side)
+    except PublishError as error:
+        raise PublishError(
+            f"the model was published, as {commit}, but the branch {side} may still hold the former one's: "
+            f"{str(error)[:500].rstrip('.')}. Publish again: that finishes it."
+        ) from error
 
 
 def _request(prepared: Prepared, repository: HubRepository) -> Publication:
@@ -273,7 +251,7 @@ def _stale(repository: HubRepository, staged: Path, parent: str) -> list[str]:
     return [path for path in sorted(there - here) if is_managed(path, components_of(there))]
 
 
-def _side(side: str, branch: str) -> str:
+def side_branch(side: str, branch: str) -> str:
     """The branch beside main, or beside another branch, that holds the twin or the carried code."""
     return side if branch == MAIN else f"{branch}-{side}"
 
@@ -302,8 +280,15 @@ def _title() -> str:
     return f"Publish with vdm_hub {__version__}"
 
 
-def _check_revision(revision: str) -> None:
-    if revision in (TWIN_BRANCH, CODE_BRANCH) or not revision or revision.startswith("-"):
+def check_revision(revision: str) -> None:
+    """Refuse what can't be the branch of a model.
+
+    Raises:
+        ConfigurationError: It is no branch's name, as git has them, or the name of a side branch.
+    """
+    if not _BRANCH.fullmatch(revision) or not revision.isprintable():
+        raise ConfigurationError(f"revision is {revision!r}, which git can't have as a branch: name one such as v2.")
+    if revision in (TWIN_BRANCH, CODE_BRANCH):
         raise ConfigurationError(
             f"revision is {revision!r}: name a branch of its own; {TWIN_BRANCH!r} and {CODE_BRANCH!r} hold the stock "
             f"twin and the carried code."

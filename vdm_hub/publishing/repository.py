@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._validators import validate_repo_id
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-from vdm_hub.errors import ConfigurationError, PublishError
+from vdm_hub.errors import ConfigurationError, PublishError, VDMHubError, in_one_line
 from vdm_hub.hub.fetching import HTTP_ERROR
 from vdm_hub.version import __version__
 
+CommitOperation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 MAIN = "main"
 _ATTEMPTS = 3
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -79,13 +88,18 @@ class HubRepository:
         Raises:
             PublishError: It is to be private, exists, and is public; or something else is creating it.
         """
-        try:
-            created = self._retried(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True))
-        except KeyError as error:  # the client took a conflict for a repository that exists, and was told of none
-            raise PublishError(
-                f"publishing to {self.repo_id} failed: the Hub says that it is being changed: try again."
-            ) from error
-        self.repo_id = created.repo_id
+        answer = _Answer("/repos/create", f"{self.repo_id} may have been created, and is empty", "publish again")
+
+        def attempt() -> str:
+            try:
+                return answer.of(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True)).repo_id
+            except KeyError as error:  # the client took a conflict for a repository that exists, and was told of none
+                raise PublishError(
+                    f"publishing to {self.repo_id} failed: the Hub says that it is being changed: try again."
+                ) from error
+
+        with answer.missed():
+            self.repo_id = self._retried(attempt)
         if private and not self._info(MAIN).private:
             raise PublishError(
                 f"{self.repo_id} exists and is public, but --private was asked for: nothing was sent. Make it private "
@@ -129,9 +143,12 @@ class HubRepository:
             The new commit; the parent, where it holds all of it already.
 
         Raises:
-            PublishError: The branch has moved, the token may not, or the Hub can't be reached.
+            PublishError: The branch has moved, the token may not, or the Hub can't be reached. Where the Hub's answer
+                was lost, and what became of the commit can't be found out, the message says so.
         """
         removed = list(delete)
+        what = f"the commit on {branch} of {self.repo_id} may have been published"
+        answer = _Answer("/commit/", what, f"look at {self.url}/commits/{branch}, or publish again")
 
         def attempt() -> str:
             # After an answer that was lost on its way the commit may be there already.
@@ -140,45 +157,51 @@ class HubRepository:
                 if self._holds(head, folder, removed):
                     return head
                 raise PublishError(
-                    f"{self.repo_id} got a commit from elsewhere on {branch} while this one was under way; nothing of "
-                    f"this one was added there. Look at it, then publish again."
+                    f"{self.repo_id} got a commit from elsewhere on {branch} while this one was under way: look at "
+                    f"{self.url}/commits/{branch}, then publish again."
                 )
-            deletions = [CommitOperationDelete(path) for path in removed]
-            return str(
-                self._api.create_commit(
-                    self.repo_id,
-                    [*_additions(folder), *deletions],
-                    commit_message=message,
-                    revision=branch,
-                    parent_commit=parent,
-                ).oid
-            )
+            return str(answer.of(lambda: self._create_commit(folder, message, branch, parent, removed)).oid)
 
-        return self._retried(attempt)
+        with answer.missed():
+            return self._retried(attempt)
 
     def open_pull_request(
         self, folder: Path, message: str, branch: str, parent: str, delete: Iterable[str] = ()
     ) -> str:
-        """`commit` as a pull request; returns its address. Sent once: a second one would be a second request."""
-        deletions = [CommitOperationDelete(path) for path in delete]
+        """`commit` as a pull request; returns its address. Sent once: a second one would be a second request.
+
+        Raises:
+            PublishError: As of `commit`.
+        """
+        what = f"the pull request to {self.repo_id} may have been published"
+        remedy = f"look at {self.url}/discussions first, since publishing again would open a second one"
+        answer = _Answer("/commit/", what, remedy)
+        removed = list(delete)
 
         def attempt() -> str:
-            made = self._api.create_commit(
-                self.repo_id,
-                [*_additions(folder), *deletions],
-                commit_message=message,
-                revision=branch,
-                create_pr=True,
-                parent_commit=parent,
-            )
+            made = answer.of(lambda: self._create_commit(folder, message, branch, parent, removed, create_pr=True))
             return str(made.pr_url)
 
-        return self._translated(attempt)
+        with answer.missed():
+            return self._translated(attempt)
 
     @property
     def url(self) -> str:
         """Where a browser finds it."""
         return f"{self._api.endpoint}/{self.repo_id}"
+
+    def _create_commit(
+        self, folder: Path, message: str, branch: str, parent: str, removed: list[str], create_pr: bool = False
+    ) -> CommitInfo:
+        operations: list[CommitOperation] = [*_additions(folder), *map(CommitOperationDelete, removed)]
+        return self._api.create_commit(
+            self.repo_id,
+            operations,
+            commit_message=message,
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
 
     def _info(self, revision: str) -> Any:
         return self._retried(lambda: self._api.model_info(self.repo_id, revision=revision))
@@ -201,7 +224,9 @@ class HubRepository:
     def _translated(self, call: Callable[[], R]) -> R:
         try:
             return call()
-        except (HTTP_ERROR, RuntimeError, *_NO_ANSWER) as error:
+        except VDMHubError:
+            raise
+        except Exception as error:  # an answer of another shape, too, whatever the client makes of it
             raise PublishError(self._explain(_cause(error))) from error
 
     def _explain(self, error: BaseException) -> str:
@@ -215,8 +240,50 @@ class HubRepository:
             429: "the Hub limits how often it may be asked: wait some minutes and try again",
         }
         what = known.get(status or 0, "check the network and try again")
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        return f"publishing to {self.repo_id} failed ({_without_token(reason)}): {what}."
+        return f"publishing to {self.repo_id} failed ({in_one_line(error)[:300].rstrip('.')}): {what}."
+
+
+class _Answer:
+    """The Hub's answer to a request that changes something there, which may be lost.
+
+    Args:
+        path: A part of the request's path: the client sends others before it, which change nothing that is seen.
+        what: What may have happened.
+        remedy: What to do then.
+    """
+
+    def __init__(self, path: str, what: str, remedy: str) -> None:
+        self._path, self._what, self._remedy = path, what, remedy
+        self._lost = False
+
+    def of(self, request: Callable[[], R]) -> R:
+        """The answer to a request, which may be sent more than once."""
+        try:
+            return request()
+        except Exception as error:
+            self._lost = self._lost or self._is_lost(_cause(error))
+            raise
+
+    @contextmanager
+    def missed(self) -> Iterator[None]:
+        """Say what may have happened, where nothing said in the end whether it did."""
+        try:
+            yield
+        except PublishError as error:
+            if not self._lost:
+                raise
+            raise PublishError(
+                f"{self._what}: the Hub's answer was lost, and then {str(error)[:400].rstrip('.')}. So {self._remedy}."
+            ) from error
+
+    def _is_lost(self, error: BaseException) -> bool:
+        """Whether the Hub may have acted, though it did not say so."""
+        status = _status(error)
+        if status is not None:
+            return self._path in _path(error) and (status >= 500 or status == 408)
+        if isinstance(error, (HTTP_ERROR, RuntimeError, *_NO_ANSWER)):
+            return self._path in _path(error) and not type(error).__name__.startswith("Connect")  # never sent
+        return not isinstance(error, VDMHubError)  # an answer that the client could not read
 
 
 def _files(folder: Path) -> list[Path]:
@@ -242,6 +309,15 @@ def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+def _path(error: BaseException) -> str:
+    """Of the address that was asked; empty where the error does not know it."""
+    knows: Any = getattr(error, "response", None) or error  # the client's own errors know it by their response alone
+    try:
+        return str(knows.request.url.path)
+    except (AttributeError, RuntimeError):
+        return ""
+
+
 def _is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed in a moment: no answer at all, or one that says so."""
     error = _cause(error)
@@ -256,8 +332,3 @@ def _wait(state: RetryCallState) -> float:
     error = _cause(failed) if failed else None
     asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
     return min(float(asked), 300.0) if str(asked).isdigit() else wait_exponential(multiplier=0.5)(state)
-
-
-def _without_token(text: str) -> str:
-    token = get_token()
-    return text.replace(token, "***") if token else text

@@ -36,7 +36,7 @@ def publish_run(configuration: Configuration, folder: OutputFolder) -> None:
         reason = in_one_line(error).rstrip(".")
         words = ["vdm-hub", "publish", str(folder.pipeline), repository, *(["--private"] if private else [])]
         raise PublishError(
-            f"{reason}. The run is complete in {folder.path}, and only its publication is missing: once that is "
-            f"mended, go on with `{shlex.join(words)}`."
+            f"{reason}. The run itself is complete in {folder.path}: once that is mended, go on with "
+            f"`{shlex.join(words)}`."
         ) from error
     print(f"{'hub':<13}{publication.url}")

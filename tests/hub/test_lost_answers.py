@@ -1,0 +1,83 @@
+"""A publication whose last answer was lost says that it may have happened; the next one finishes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub.publications import write_run
+
+HERE = Path(__file__).resolve().parent
+KINDS = ("dropped", "a gateway's answer", "then no rights", "never arrived")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("lost")
+    runs = [write_run(folder / "stock", stock=True), write_run(folder / "bare")]
+    command = [sys.executable, HERE / "publish_with_lost_answers.py", *runs, folder / "cache"]
+    paths = {"PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE.parents[1])))}
+    done = subprocess.run(
+        list(map(str, command)), env=os.environ | paths, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer: dict[str, Any] = json.loads(done.stdout.split("ANSWER")[-1])
+    return answer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_commit_whose_answer_was_lost_may_have_been_published(results: dict[str, Any], kind: str) -> None:
+    one = results[f"main: {kind}"]
+    assert one["new"] == (kind != "never arrived"), "what the message can't know"
+    assert "may have been published" in one["said"] and "main" in one["said"]
+    assert f"{one['url']}/me/main-" in one["said"] and "publish again" in one["said"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_side_branch_is_named_and_main_is_as_it_was(results: dict[str, Any], kind: str) -> None:
+    one = results[f"side: {kind}"]
+    assert "may have been published" in one["said"] and "commit on diffusers" in one["said"]
+    assert one["commits after"] == results["commits of one publication"]
+
+
+def test_what_the_hub_refused_did_not_happen(results: dict[str, Any]) -> None:
+    for where in ("main: refused", "side: refused", "request: refused", "preupload"):
+        assert results[where]["said"] and "may have" not in results[where]["said"], where
+
+
+def test_publishing_again_finishes_it_or_finds_it_done_and_nothing_is_there_twice(results: dict[str, Any]) -> None:
+    for where, one in results.items():
+        if where.startswith(("main", "side", "preupload", "create_repo")):
+            assert one["again"] == "", where
+            assert one["commits after"] == results["commits of one publication"], where
+
+
+def test_a_repository_that_may_have_been_created_is_named(results: dict[str, Any]) -> None:
+    one = results["create_repo"]
+    assert one["there"] and one["said"].startswith("me/create_repo may have been created")
+
+
+def test_a_pull_request_that_may_have_been_opened_is_looked_for_first(results: dict[str, Any]) -> None:
+    one = results["request: dropped"]
+    assert one["requests"] == 1, "sent once, whatever became of the answer"
+    assert "may have been published" in one["said"] and f"{one['url']}/you/dropped/discussions" in one["said"]
+
+
+def test_a_model_that_is_published_is_never_said_to_have_failed(results: dict[str, Any]) -> None:
+    one = results["farewell"]
+    assert one["new"] and "was published, as " in one["said"] and "diffusers" in one["said"]
+    assert one["again"] == ""
+
+
+def test_each_message_is_one_paragraph(results: dict[str, Any]) -> None:
+    said = [one["said"] for one in results.values() if isinstance(one, dict)]
+    assert all(one["struck"] for one in results.values() if isinstance(one, dict)), (
+        "a fault that hits nothing shows nothing"
+    )
+    assert all(0 < len(text) <= 1000 and "\n" not in text for text in said)
