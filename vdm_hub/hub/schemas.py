@@ -102,12 +102,11 @@ def check_config(cls: type, config: Mapping[str, Any], name: str) -> None:
         CheckpointError: A field is missing, unknown, of another type or out of range.
     """
     fields = fields_of_class(cls)
-    ours = cls.__module__.partition(".")[0] != "diffusers"
-    if ours:
+    if _is_ours(cls):
         unknown = [key for key in config if key not in fields and not key.startswith("_")]
         if unknown:
             raise CheckpointError(f"{name}: {unknown_name(f'field of {cls.__name__}', unknown[0], fields)}")
-    if ours or config.get("_diffusers_version") == diffusers.__version__:
+    if _is_ours(cls) or config.get("_diffusers_version") == diffusers.__version__:
         _check_complete(fields, config, name)
     check_fields(cls, config, name)
 
@@ -182,6 +181,8 @@ def fields_of_class(cls: type) -> Fields:
         if name in left_out or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         annotation, default = annotations.get(name, Any), parameter.default
+        if not _is_ours(cls):
+            annotation = _without_literals(annotation)
         if default is not parameter.empty and not _is(annotation, _as_json(default)):
             annotation = Union[annotation, type(default)]  # noqa: UP007 - where a library is looser than it says
         endless = isinstance(default, float) and math.isinf(default)  # as of some schedulers of diffusers
@@ -202,6 +203,18 @@ def _annotated(annotation: Any) -> list[Any]:
     """What stands in the annotations of a type, or of the members of a union."""
     members = [annotation, *typing.get_args(annotation)]
     return [one for member in members for one in getattr(member, "__metadata__", ())]
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] != "diffusers"
+
+
+def _without_literals(annotation: Any) -> Any:
+    """The types of the values that diffusers names: its schedulers take each other's, which are others."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return Union.__getitem__(tuple(map(_without_literals, arguments)))
+    return Union.__getitem__(tuple({type(value) for value in arguments})) if origin is Literal else annotation
 
 
 def _check_bearable(value: Any) -> None:
