@@ -77,9 +77,9 @@ def _hand_over(pipelines: Mapping[str, type], library: str) -> None:
         brings_code = kwargs.get("trust_remote_code") or kwargs.get("custom_pipeline")
         if cls is diffusers.DiffusionPipeline and not brings_code:
             index = _index(pretrained_model_name_or_path, kwargs)
-            if index.get("_class_name") in pipelines:
-                cls = pipelines[index["_class_name"]]
-                return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            own = pipelines.get(str(index.get("_class_name")))
+            if own is not None:
+                return own.from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[attr-defined]
             if any(isinstance(value, list) and value[:1] == [library] for value in index.values()):
                 raise CheckpointError(
                     f"{pretrained_model_name_or_path}: {INDEX} names the class {shortened(index.get('_class_name'))} "
