@@ -1,4 +1,4 @@
-"""Ways to damage a JSON file or a safetensors header, drawn by hypothesis: what a person, a tool or a bad disk may do."""
+"""Ways to damage a JSON file or a safetensors header, drawn by hypothesis: what people, tools and bad disks may do."""
 
 from __future__ import annotations
 

@@ -7,24 +7,34 @@ renamed; those of a finished replicate are joined. So any number of processes ma
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vdm_hub.errors import CheckpointError
+from vdm_hub.errors import CheckpointError, explained
 from vdm_hub.files import written_beside
+from vdm_hub.hub.json_files import read_json
+from vdm_hub.hub.schemas import check_record
 from vdm_hub.likelihood.per_image import Measured, Results
 
 _KEY, _STATE, _INDICES = "key.json", "state.json", "indices"
+
+
+class _State(TypedDict):
+    """What the pilot found, and its digest."""
+
+    found: dict[str, Any]
+    sha256: str
 
 
 class Journal:
@@ -51,7 +61,7 @@ class Journal:
             _write(folder / _KEY, json.dumps(plain, indent=1).encode())
 
     def _check(self, key: dict[str, Any]) -> None:
-        found = _read_object(self.folder / _KEY)
+        found = read_json(self.folder / _KEY)
         differing = sorted(name for name in found.keys() | key.keys() if found.get(name) != key.get(name))
         if differing:
             name = differing[0]
@@ -64,11 +74,20 @@ class Journal:
     @property
     def state(self) -> dict[str, Any] | None:
         """What the pilot found, where one has been kept."""
-        return _read_object(self.folder / _STATE) if (self.folder / _STATE).is_file() else None
+        path = self.folder / _STATE
+        if not path.is_file():
+            return None
+        kept = read_json(path)
+        check_record(_State, kept, str(path))
+        if kept["sha256"] != _digest({}, {"state": json.dumps(kept["found"], sort_keys=True)}):
+            raise CheckpointError(f"{path} of the journal is damaged: remove the journal's folder, and begin anew.")
+        found: dict[str, Any] = kept["found"]
+        return found
 
     def keep_state(self, state: Mapping[str, Any]) -> None:
         """Keep what the pilot found, for whoever goes on."""
-        _write(self.folder / _STATE, json.dumps(state).encode())
+        digest = _digest({}, {"state": json.dumps(state, sort_keys=True)})
+        _write(self.folder / _STATE, json.dumps({"found": state, "sha256": digest}).encode())
 
     def write(self, replicate: int, indices: Tensor, measured: Measured, seconds: float | None = None) -> None:
         """Keep what was found of a batch; on the disk when this returns.
@@ -87,7 +106,8 @@ class Journal:
         tensors |= {f"diagnostic.{name}": value for name, value in measured.diagnostics.items()}
         plain = {name: value.detach().double().cpu().contiguous().clone() for name, value in tensors.items()}
         about = {"replicate": str(replicate), "seconds": repr(seconds), "terms": json.dumps(list(measured.terms))}
-        _write(path, save(plain | {_INDICES: indices.cpu().contiguous()}, about))
+        tensors = plain | {_INDICES: indices.cpu().contiguous()}
+        _write(path, save(tensors, about | {"sha256": _digest(tensors, about)}))
         self._pieces.setdefault(replicate, []).append(path)
 
     def join(self, replicate: int, num_images: int) -> None:
@@ -116,28 +136,37 @@ class Journal:
         self.seconds_before = 0.0
         for path in sorted(self.folder.glob("replicate-*.safetensors")):
             seconds, replicate, indices, measured = _read(path)
+            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < results.num_images:
+                raise CheckpointError(f"{path} of the journal is of other images: remove the journal's folder.")
             if bool(torch.isin(indices, results.missing(replicate)).any()):  # a kill may leave the same twice
                 self.seconds_before += seconds
             results.add(replicate, indices, measured)
 
 
 def _read(path: Path) -> tuple[float, int, Tensor, Measured]:
-    try:
+    """What a piece holds, if it is what was written."""
+    with explained(f"{path} of the journal is damaged", "remove it, and its images are measured again"):
         with safe_open(path, framework="pt") as file:
-            about = file.metadata()
-            replicate, seconds, terms = int(about["replicate"]), float(about["seconds"]), json.loads(about["terms"])
+            about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} of the journal is damaged ({error}): remove it, and its images are measured again."
-        ) from error
-    parts: dict[str, dict[str, Tensor]] = {"term": {}, "diagnostic": {}}
-    indices = tensors.pop(_INDICES)
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
-        parts[kind][rest] = tensor
-    ordered = {name: parts["term"][name] for name in terms}  # a safetensors file has an order of its own
-    return seconds, replicate, indices, Measured(ordered, parts["diagnostic"])
+        if about.pop("sha256") != _digest(tensors, about):
+            raise ValueError("its content is not what was written")
+        indices = tensors.pop(_INDICES)
+        parts: dict[str, dict[str, Tensor]] = {"term": {}, "diagnostic": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = tensor
+        ordered = {name: parts["term"][name] for name in json.loads(about["terms"])}  # safetensors has its own order
+        return float(about["seconds"]), int(about["replicate"]), indices, Measured(ordered, parts["diagnostic"])
+
+
+def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Of all that a piece holds."""
+    digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -145,16 +174,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} of the journal is damaged ({error}): remove the journal's folder.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} of the journal is damaged (no object): remove the journal's folder.")
-    return content
 
 
 def _short(value: object) -> str:

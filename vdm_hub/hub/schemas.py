@@ -88,6 +88,15 @@ class Field:
 
 Fields: TypeAlias = Mapping[str, Field]
 
+Count: TypeAlias = Annotated[int, Within(1, 65_536)]
+"""Of channels, groups, classes, pixels a side: what a network is built of."""
+Depth: TypeAlias = Annotated[int, Within(0, 1_024)]
+"""Of blocks and layers, one after the other."""
+Dropout: TypeAlias = Annotated[float, Within(0, 0.999)]
+"""The probability of leaving a value out."""
+Size: TypeAlias = Count | tuple[Count, Count]
+"""Of an image: its side, or height and width."""
+
 
 def check_config(cls: type, config: Mapping[str, Any], name: str) -> None:
     """Refuse a config that ``save_pretrained`` of a class did not write.
@@ -194,9 +203,12 @@ def fields_of_class(cls: type) -> Fields:
 @cache
 def fields_of_record(schema: type) -> Fields:
     """The fields of a `typing.TypedDict`."""
-    annotations = typing.get_type_hints(schema, include_extras=True)
-    required: frozenset[str] = schema.__required_keys__  # type: ignore[attr-defined]
-    return {name: Field(annotation, name in required) for name, annotation in annotations.items()}
+    fields = {}
+    for name, annotation in typing.get_type_hints(schema, include_extras=True).items():
+        optional = typing.get_origin(annotation) is typing.NotRequired
+        required: bool = schema.__total__ and not optional  # type: ignore[attr-defined]
+        fields[name] = Field(typing.get_args(annotation)[0] if optional else annotation, required)
+    return fields
 
 
 def _annotated(annotation: Any) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -17,6 +17,7 @@ from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.gaussian import alpha
 from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.hub.schemas import Size, Within, check_arguments
 from vdm_hub.models.hvae import Normal
 from vdm_hub.models.loading import CheckedLoading
 
@@ -52,12 +53,14 @@ class AutoencoderKLFirstStage(CheckedLoading, ModelMixin, ConfigMixin):
     def __init__(
         self,
         autoencoder_config: Mapping[str, Any],
-        sample_size: int | tuple[int, int] = 32,
-        num_levels: int = 256,
-        data_scaling: str = "bin_centers",
-        initial_scale: float = 0.1,
+        sample_size: Size = 32,
+        num_levels: Annotated[int, Within(2, 65_536)] = 256,
+        data_scaling: Literal["bin_centers", "full"] = "bin_centers",
+        initial_scale: Annotated[float, Within(1e-9, 1e9)] = 0.1,
     ) -> None:
         super().__init__()
+        check_arguments(type(self), self.config)
+        check_arguments(AutoencoderKL, autoencoder_config, "autoencoder_config")
         self.autoencoder: Any = AutoencoderKL.from_config(dict(autoencoder_config))
         config = self.autoencoder.config
         if config.in_channels != config.out_channels:
@@ -65,8 +68,6 @@ class AutoencoderKLFirstStage(CheckedLoading, ModelMixin, ConfigMixin):
                 f"the autoencoder takes {config.in_channels} channels and gives {config.out_channels}: a likelihood "
                 f"of its images needs the same."
             )
-        if not (isinstance(initial_scale, (int, float)) and 0 < initial_scale < math.inf):
-            raise ConfigurationError(f"initial_scale is {initial_scale!r}: a standard deviation is a positive number.")
         size = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         factor = 2 ** (len(config.block_out_channels) - 1)
         if size[0] % factor or size[1] % factor:

@@ -9,8 +9,8 @@ are diagonal; the data have K levels, and ``p(x|z_1)`` is a categorical distribu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,6 +21,7 @@ from vdm_hub.diffusion.draws import Generator, uniform_noise
 from vdm_hub.diffusion.gaussian import sum_dimensions
 from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.hub.schemas import Count, Depth, Dropout, Size, Within, check_arguments
 from vdm_hub.models.hvae_networks import GaussianNetwork, LevelNetwork, Shape
 from vdm_hub.models.loading import CheckedLoading
 
@@ -53,7 +54,7 @@ class MarkovianHVAE(CheckedLoading, ModelMixin, ConfigMixin):
             both.
         layers_per_block: Residual blocks of each network.
         norm_num_groups: Groups of each normalisation.
-        dropout: Probability of dropout in each residual block.
+        dropout: Dropout of dropout in each residual block.
         data_scaling: Where the K levels lie: see `vdm_hub.diffusion.levels.DataScaling`.
         encoders: T modules, ``q(z_1|x)`` first, in place of the networks.
         decoders: T - 1 modules, ``p(z_1|z_2)`` first.
@@ -76,24 +77,22 @@ class MarkovianHVAE(CheckedLoading, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int | Sequence[int] = 32,
-        in_channels: int = 3,
-        num_levels: int = 256,
-        depth: int = 1,
-        latent_shapes: Sequence[Sequence[int]] = ((16, 8, 8),),
-        block_out_channels: Sequence[int] = (64,),
-        layers_per_block: int = 2,
-        norm_num_groups: int = 8,
-        dropout: float = 0.0,
-        data_scaling: str = "bin_centers",
+        sample_size: Size = 32,
+        in_channels: Count = 3,
+        num_levels: Annotated[int, Within(2, 65_536)] = 256,
+        depth: Annotated[int, Within(1, 1_024)] = 1,
+        latent_shapes: Annotated[Sequence[Sequence[Count]], Within(1, 1_024)] = ((16, 8, 8),),
+        block_out_channels: Annotated[Sequence[Count], Within(1, 2)] = (64,),
+        layers_per_block: Depth = 2,
+        norm_num_groups: Count = 8,
+        dropout: Dropout = 0.0,
+        data_scaling: Literal["bin_centers", "full"] = "bin_centers",
         encoders: Sequence[nn.Module] | None = None,
         decoders: Sequence[nn.Module] | None = None,
         level_decoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        counts = {"in_channels": in_channels, "num_levels": num_levels, "depth": depth}
-        counts |= {"layers_per_block": layers_per_block, "norm_num_groups": norm_num_groups}
-        _check_arguments(counts, block_out_channels, dropout)
+        check_arguments(type(self), self.config)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.image_shape: tuple[int, int, int] = (in_channels, height, width)
         self.depth, self.num_levels = depth, num_levels
@@ -225,24 +224,7 @@ class MarkovianHVAE(CheckedLoading, ModelMixin, ConfigMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def _check_arguments(counts: Mapping[str, Any], widths: Any, dropout: Any) -> None:
-    """Refuse what no network can be built of; a depth below 1 has words of its own."""
-    for name, value in counts.items():
-        least = {"num_levels": 2, "layers_per_block": 0}.get(name, 1)
-        if type(value) is not int or (value < least and name != "depth"):
-            raise ConfigurationError(f"{name} is {value!r}: give a whole number of at least {least}.")
-    are_widths = isinstance(widths, list | tuple) and all(type(width) is int and width > 0 for width in widths)
-    if not are_widths or not widths:
-        raise ConfigurationError(f"block_out_channels is {widths!r}: give one or two whole numbers.")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ConfigurationError(f"dropout is {dropout!r}: give a probability below 1.")
-
-
 def _latent_shapes(given: Sequence[Sequence[int]], depth: int) -> tuple[Shape, ...]:
-    if depth < 1:
-        raise ConfigurationError(f"depth is {depth}: a hierarchy has at least one latent; at depth 1 it is the VAE.")
-    if not all(isinstance(shape, list | tuple) and all(type(size) is int for size in shape) for shape in given):
-        raise ConfigurationError(f"latent_shapes is {given!r}: give a list of whole numbers for each latent.")
     shapes = tuple(tuple(shape) for shape in given)
     shapes = shapes * depth if len(shapes) == 1 else shapes
     if len(shapes) != depth:

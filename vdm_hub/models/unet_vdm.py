@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.hub.schemas import Count, Depth, Dropout, Size, Within, check_arguments
 from vdm_hub.models.loading import CheckedLoading
 
 _ALIGNMENT = 64  # bytes: where torch's own allocator puts a CPU tensor
-TIME_SCALE_SHIFTS = ("default", "scale_shift")
+Exponent = Annotated[float, Within(-64, 64)]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -57,7 +58,7 @@ class UNetVDMModel(CheckedLoading, ModelMixin, ConfigMixin):
             paper's are 7 and 8, for 256 levels in [-1, 1].
         norm_num_groups: Groups of each normalisation.
         norm_eps: Its epsilon.
-        dropout: Probability of dropout in each residual block.
+        dropout: Dropout of dropout in each residual block.
         attention_levels: Resolutions (indices into ``block_out_channels``) with attention after each block.
         mid_block_attention: Whether there is attention in the middle.
         attention_head_dim: Width of an attention head; ``None`` is a single head.
@@ -87,27 +88,26 @@ class UNetVDMModel(CheckedLoading, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int | Sequence[int] | None = None,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        block_out_channels: Sequence[int] = (128,),
-        layers_per_block: int = 32,
-        fourier_features: Sequence[float] = (7, 8),
-        norm_num_groups: int = 32,
-        norm_eps: float = 1e-6,
-        dropout: float = 0.1,
-        attention_levels: Sequence[int] = (),
+        sample_size: Size | None = None,
+        in_channels: Count = 3,
+        out_channels: Count = 3,
+        block_out_channels: Annotated[Sequence[Count], Within(1, 16)] = (128,),
+        layers_per_block: Depth = 32,
+        fourier_features: Annotated[Sequence[Exponent], Within(0, 64)] = (7, 8),
+        norm_num_groups: Count = 32,
+        norm_eps: Annotated[float, Within(0, 1)] = 1e-6,
+        dropout: Dropout = 0.1,
+        attention_levels: Annotated[Sequence[int], Within(0, 16)] = (),
         mid_block_attention: bool = True,
-        attention_head_dim: int | None = None,
-        resnet_time_scale_shift: str = "default",
+        attention_head_dim: Count | None = None,
+        resnet_time_scale_shift: Literal["default", "scale_shift"] = "default",
         add_input: bool = True,
-        num_class_embeds: int | None = None,
-        num_train_timesteps: int = 1000,
+        num_class_embeds: Count | None = None,
+        num_train_timesteps: Annotated[int, Within(2, 50_000)] = 1000,
     ) -> None:
         super().__init__()
+        check_arguments(type(self), self.config)
         _check(block_out_channels, norm_num_groups, attention_levels, attention_head_dim)
-        if resnet_time_scale_shift not in TIME_SCALE_SHIFTS:
-            raise unknown_name("resnet_time_scale_shift", resnet_time_scale_shift, TIME_SCALE_SHIFTS)
         if add_input and in_channels != out_channels:
             raise ConfigurationError(
                 f"in_channels={in_channels} and out_channels={out_channels} differ: the input can't be added to the "
@@ -229,8 +229,6 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, channels: int, out: int, num_train_timesteps: int, num_classes: int | None) -> None:
         super().__init__()
-        if num_train_timesteps < 2:
-            raise ConfigurationError(f"num_train_timesteps is {num_train_timesteps}: give at least 2.")
         self.channels, self.scale = channels, 1000 / (num_train_timesteps - 1)
         self.linear_1, self.linear_2 = nn.Linear(channels, out), nn.Linear(out, out)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, out)
@@ -338,10 +336,8 @@ def _zero(module: Module) -> Module:
 
 
 def _check(widths: Sequence[int], groups: int, attention_levels: Sequence[int], head_dim: int | None) -> None:
-    if not widths:
-        raise ConfigurationError("block_out_channels is empty: give the width of at least one resolution.")
     for name, divisor in (("norm_num_groups", groups), ("attention_head_dim", head_dim)):
-        if divisor is not None and (divisor < 1 or any(width % divisor for width in widths)):
+        if divisor is not None and any(width % divisor for width in widths):
             raise ConfigurationError(
                 f"{name} is {divisor}, which does not divide every entry of block_out_channels {list(widths)}: choose "
                 f"one that does."

@@ -15,8 +15,9 @@ from PIL import Image
 
 from vdm_hub.errors import CheckpointError, PublishError
 from vdm_hub.evaluation.provenance import public_name
+from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import pipeline_folder
-from vdm_hub.publishing.records import read_evaluation, read_object, read_recipe, read_run
+from vdm_hub.hub.records import Evaluation, Run, read_history, read_recipe, read_record
 from vdm_hub.secret_values import find_secret, find_secret_in_bytes
 
 INDEX = "model_index.json"
@@ -69,13 +70,13 @@ def read_source(folder: Path, evaluation: Path | None = None) -> Source:
         )
     run = pipeline.resolve().parent
     if pipeline.resolve().name != "pipeline" or not (run / RECIPE).is_file():
-        return Source(pipeline, evaluation=read_evaluation(evaluation) if evaluation else {})
+        return Source(pipeline, evaluation=read_record(evaluation, Evaluation) if evaluation else {})
     return Source(
         pipeline,
         recipe=published_recipe(read_recipe(run / RECIPE)),
-        evaluation=read_evaluation(evaluation or run / "evaluation.json"),
-        history=read_object(run / "history.json"),
-        run=read_run(run / "run.json"),
+        evaluation=read_record(evaluation or run / "evaluation.json", Evaluation),
+        history=read_history(run / "history.json"),
+        run=read_record(run / "run.json", Run),
         pictures={name: run / name for name in PICTURES if (run / name).is_file()},
     )
 
@@ -95,7 +96,7 @@ def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def copy_pipeline(pipeline: Path, destination: Path) -> None:
     """The index, configs and weights of a pipeline, and nothing else that lies there."""
-    index = read_object(pipeline / INDEX)
+    index = read_json(pipeline / INDEX)
     components = [name for name, value in index.items() if isinstance(value, list)]
     destination.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in index.items() if key != "_name_or_path"}  # diffusers notes a local path there

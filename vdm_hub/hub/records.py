@@ -1,0 +1,144 @@
+"""The records that a run and a measurement leave: what a card says of a model, and where either goes on, is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import yaml
+
+from vdm_hub.errors import CheckpointError, explained
+from vdm_hub.hub.json_files import read_json
+from vdm_hub.hub.schemas import Within, check_record
+
+Whole = Annotated[int, Within(0, 2**63)]
+Text = Annotated[str, Within(0, 10_000)]
+Figure = Annotated[float, Within(-1e9, 1e9)]
+Positive = Annotated[float, Within(0, 1e12)]
+
+
+class Images(TypedDict):
+    """See `vdm_hub.evaluation.provenance.describe_images`."""
+
+    name: Text | None
+    config: Text | None
+    split: Text | None
+    images: Whole | None
+    shape: list[Whole]
+    levels: Whole
+    resolution: Whole | None
+    color: NotRequired[Text]
+    image_column: NotRequired[Text]
+    resized: bool | None
+    fingerprint: Text | None
+
+
+class Evaluation(TypedDict):
+    """What ``vdm-hub evaluate --json`` prints."""
+
+    bits_per_dim: Figure
+    standard_error: Positive | None
+    standard_error_over_images: Positive | None
+    terms: dict[str, Figure]
+    num_images: Whole
+    network_evaluations: Whole
+    replicates: Whole
+    transitions: Whole | None
+    is_bound: bool
+    method: Text
+    dimensions: Whole
+    weights: Text
+    seed: NotRequired[Whole | None]
+    dataset: NotRequired[Images | None]
+    notes: NotRequired[list[Text]]
+    versions: NotRequired[dict[str, Text | None]]
+    probability_flow: NotRequired[dict[str, Any]]
+    importance_weights: NotRequired[dict[str, Any]]
+    clipped: NotRequired[dict[str, Any]]
+    hierarchy: NotRequired[dict[str, Any]]
+
+
+class Run(TypedDict):
+    """What training writes into ``run.json``."""
+
+    command: Text
+    versions: dict[str, Text | None]
+    plugins: dict[str, Text | None]
+    git: dict[str, Any] | None
+    dataset: Images
+    augmentation: dict[str, bool]
+    steps: Whole
+    training_seconds: Positive
+    processes: Whole
+    gradient_accumulation_steps: Whole
+    global_batch_size: Whole
+    device: Text
+    mixed_precision: Text | None
+    parameters: dict[str, Whole]
+    validation: NotRequired[dict[str, Any] | None]
+
+
+class History(TypedDict):
+    """What training writes into ``history.json``: columns of one length, each with the step."""
+
+    train: dict[str, list[Figure]]
+    validation: dict[str, list[Figure]]
+
+
+class Recipe(TypedDict, total=False):
+    """What a run was asked to do, as far as a card repeats it."""
+
+    dataset_name: Text | None
+    dataset_config_name: Text | None
+    train_data_dir: Text | None
+    train_split: Text | None
+    resolution: Whole | None
+    center_crop: bool | None
+    random_flip: bool | None
+    num_inference_steps: Whole
+    seed: Whole | None
+
+
+def read_record(path: Path, schema: type) -> dict[str, Any]:
+    """A record, or empty where there is no such file.
+
+    Args:
+        path: The JSON file.
+        schema: Such as `Evaluation`.
+
+    Raises:
+        CheckpointError: It is damaged, or not what was written.
+    """
+    if not path.is_file():
+        return {}
+    record = read_json(path)
+    check_record(schema, record, str(path))
+    return record
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """The course of training, or empty where there is no such file.
+
+    Raises:
+        CheckpointError: It is damaged, or its columns differ in length.
+    """
+    record = read_record(path, History)
+    for part, columns in record.items():
+        lengths = {len(values) for values in columns.values()}
+        if len(lengths) > 1 or not {"step", "bits_per_dim"} <= columns.keys():
+            raise CheckpointError(f"{path}: the columns of {part} do not belong together: it was changed; remove it.")
+    return record
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields of the recipe that a run wrote.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    with explained(f"{path} can't be read", "make it again, or remove it"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no fields: it is damaged. Make it again, or remove it.")
+    check_record(Recipe, content, str(path))
+    return content
