@@ -17,7 +17,7 @@ Figure = Annotated[float, Within(-1e9, 1e9)]
 Positive = Annotated[float, Within(0, 1e12)]
 
 
-class Images(TypedDict):
+class Images(TypedDict, total=False):
     """See `vdm_hub.evaluation.provenance.describe_images`."""
 
     name: Text | None
@@ -27,8 +27,10 @@ class Images(TypedDict):
     shape: list[Whole]
     levels: Whole
     resolution: Whole | None
-    color: NotRequired[Text]
-    image_column: NotRequired[Text]
+    color: Text
+    image_column: Text
+    label_column: Text
+    max_images: Whole
     resized: bool | None
     fingerprint: Text | None
 
@@ -58,7 +60,16 @@ class Evaluation(TypedDict):
     hierarchy: NotRequired[dict[str, Any]]
 
 
-class Run(TypedDict):
+class Validation(TypedDict):
+    """The last measurement of the images that were held out in training."""
+
+    step: Whole
+    bits_per_dim: Figure
+    standard_error: Positive | None
+    images: Whole | None
+
+
+class Run(TypedDict, total=False):
     """What training writes into ``run.json``."""
 
     command: Text
@@ -75,10 +86,10 @@ class Run(TypedDict):
     device: Text
     mixed_precision: Text | None
     parameters: dict[str, Whole]
-    validation: NotRequired[dict[str, Any] | None]
+    validation: Validation
 
 
-class History(TypedDict):
+class History(TypedDict, total=False):
     """What training writes into ``history.json``: columns of one length, each with the step."""
 
     train: dict[str, list[Figure]]
@@ -123,7 +134,8 @@ def read_history(path: Path) -> dict[str, Any]:
         CheckpointError: It is damaged, or its columns differ in length.
     """
     record = read_record(path, History)
-    for part, columns in record.items():
+    for part in record.keys() & History.__annotations__.keys():
+        columns = record[part]
         lengths = {len(values) for values in columns.values()}
         if len(lengths) > 1 or not {"step", "bits_per_dim"} <= columns.keys():
             raise CheckpointError(f"{path}: the columns of {part} do not belong together: it was changed; remove it.")

@@ -309,6 +309,8 @@ def _check_ranges(annotation: Any, value: Any) -> None:
             check(value)
     elif origin in (Union, types.UnionType):
         _check_union(arguments, value)
+    elif typing.is_typeddict(annotation):
+        Record(annotation)(value)
     elif isinstance(value, list) and arguments:
         fixed = origin is tuple and Ellipsis not in arguments and len(arguments) > 1
         if fixed and len(value) != len(arguments):
