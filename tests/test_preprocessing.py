@@ -196,8 +196,29 @@ def test_a_column_of_the_models_is_read_too(
     )
     status, report, error = evaluated(capsys, tmp_path / "p", "--dataset_name", tmp_path / "data")
     assert (status, report["dataset"]["image_column"]) == (0, "picture"), error
-    status, report, error = evaluated(capsys, tmp_path / "p", "--dataset_name", pictures)
-    assert status == 2 and "--image_column" in error
+    status, report, _ = evaluated(capsys, tmp_path / "p", "--dataset_name", pictures)  # other data, the usual name
+    assert status == 0 and any("column 'image'" in note for note in report["notes"])
+    assert "image_column" not in report["dataset"]
+    given = ("--dataset_name", pictures, "--image_column", "picture")
+    status, _, error = evaluated(capsys, tmp_path / "p", *given)
+    assert status == 2 and "no column 'picture'" in error
+
+
+def test_a_split_that_is_named_is_never_replaced(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {"preprocessing": {"resolution": 8, "color": "grey"}, "held_out": HELD_OUT | {"images": 8, "size": 2}}
+    known["held_out"]["label_column"] = None
+    VDMPipeline(**pipeline_256().components, **known).save_pretrained(tmp_path / "p")
+    status, report, _ = evaluated(capsys, tmp_path / "p", "--dataset_name", pictures)
+    assert (status, report["dataset"]["split"]) == (0, "test"), "the data have one"
+    status, report, _ = evaluated(capsys, tmp_path / "p", "--dataset_name", pictures / "train")
+    assert (status, report["dataset"]["split"], report["num_images"]) == (0, "held_out", 2)
+    status, _, error = evaluated(capsys, tmp_path / "p", "--dataset_name", pictures / "train", "--split", "test")
+    assert status == 2 and "no split 'test'" in error
+    for part in ("held_out[:3]", "held_out[", "held_out[5:]"):
+        status, _, error = evaluated(capsys, tmp_path / "p", "--dataset_name", pictures, "--split", part)
+        assert status == 2 and part in error and "Traceback" not in error
 
 
 def test_held_out_images_of_a_model_that_knows_of_none_are_refused(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vdm_hub.data.held_out import SPLIT, names_held_out
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import load_split
-from vdm_hub.data.sources import UnknownSplitError
+from vdm_hub.data.sources import UnknownColumnError, UnknownSplitError
 from vdm_hub.errors import DataError
 from vdm_hub.evaluation.provenance import describe_images
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pixels import Color
-from vdm_hub.preprocessing import HeldOut, Preprocessing
+from vdm_hub.preprocessing import HeldOut
 
-_AS_THEY_ARE: Preprocessing = {"resolution": None, "color": "auto", "image_column": "image"}
+_AS_THEY_ARE: dict[str, Any] = {"resolution": None, "color": "auto", "image_column": "image"}
 
 
 def load_images(
@@ -30,7 +31,6 @@ def load_images(
     label_column: str | None = None,
     max_images: int | None = None,
     say: Callable[[str], None] | None = None,
-    default_split: str = "test",
 ) -> tuple[ImageLevels, dict[str, Any], list[str]]:
     """The images of a split as the model's levels.
 
@@ -38,7 +38,7 @@ def load_images(
         pipeline: The model; what is not given here is done as it says in its `preprocessing`.
         source: The dataset.
         split: Of the dataset, or ``held_out`` (or a slice of that): what the model's run held out of its training
-            split. Not given: ``default_split``, or ``held_out`` where the dataset has no such split.
+            split. Not given: ``test``, or ``held_out`` where the dataset has no such split.
         config_name: The configuration of the dataset, where it has several.
         image_column: The column that holds the images.
         color: ``"auto"``, ``"grey"`` or ``"rgb"``.
@@ -46,7 +46,6 @@ def load_images(
         label_column: Also take the labels from this column.
         max_images: Take this many images, from the start.
         say: As `vdm_hub.data.loading.load_split` takes it.
-        default_split: Instead of a split.
 
     Returns:
         The images; what `vdm_hub.evaluation.provenance.describe_images` says of them; and what the reader of a figure
@@ -57,44 +56,65 @@ def load_images(
     """
     given = {"resolution": resolution, "color": color, "image_column": image_column}
     given = {name: value for name, value in given.items() if value is not None}
-    trained = {**_AS_THEY_ARE, **(pipeline.preprocessing or {})}
-    used: Any = {name: given.get(name, trained[name]) for name in _AS_THEY_ARE}
-    held_out = pipeline.held_out
-
-    def load(split: str) -> ImageLevels:
-        chosen: dict[str, Any] = {
-            "config_name": config_name,
-            "label_column": label_column,
-            "max_samples": max_images,
-            "say": say,
-        }
-        return load_split(source, split, num_levels=pipeline.num_levels, held_out=held_out, **chosen, **used)
-
-    split = split or default_split
-    try:
-        images = load(split)
-    except UnknownSplitError as error:
-        if names_held_out(split):
-            remedy = "a run holds images out with test_size, or name a split of the dataset"
-            raise DataError(f"the model knows of no images that were held out of its training: {remedy}.") from error
-        if split != default_split or held_out is None:
-            raise
-        split = split.replace(split.partition("[")[0], SPLIT, 1)
-        images = load(split)
-    told = describe_images(images, source, split, config=config_name, **used)
+    used, notes = _as_trained(pipeline, given)
+    load = partial(
+        load_split,
+        source,
+        config_name=config_name,
+        num_levels=pipeline.num_levels,
+        max_samples=max_images,
+        label_column=label_column,
+        say=say,
+        held_out=pipeline.held_out,
+    )
+    images, split, column = _load(load, split, used, "image_column" not in given, pipeline.held_out is not None)
+    if column != used["image_column"]:
+        notes.append(f"the images were read from the column {column!r}: there is no {used['image_column']!r}")
+    told = describe_images(images, source, split, config=config_name, **used | {"image_column": column})
     told |= {} if label_column is None else {"label_column": label_column}
     told |= {} if max_images is None else {"max_images": max_images}
-    notes = _other_options(pipeline.preprocessing, given)
-    if held_out is not None and split == SPLIT and max_images is None:
-        notes += _other_images(held_out, told["fingerprint"])
+    if pipeline.held_out is not None and split == SPLIT and max_images is None:
+        notes += _other_images(pipeline.held_out, told["fingerprint"])
     return images, told, notes
 
 
-def _other_options(trained: Preprocessing | None, given: dict[str, Any]) -> list[str]:
-    """What was given and is not as the model was trained."""
-    known: dict[str, Any] = dict(trained or {})
-    other = [name for name, value in given.items() if name in known and known[name] != value]
-    return [f"{name} is {given[name]}, and the model was trained with {known[name]}" for name in other]
+def _as_trained(pipeline: LikelihoodPipeline, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """How the images are read, and what of it is given otherwise than the model was trained."""
+    trained: dict[str, Any] = _AS_THEY_ARE | dict(pipeline.preprocessing or {})
+    used = {name: given.get(name, trained[name]) for name in _AS_THEY_ARE}
+    other = [] if pipeline.preprocessing is None else [name for name in given if given[name] != trained[name]]
+    return used, [f"{name} is {given[name]}, and the model was trained with {trained[name]}" for name in other]
+
+
+def _load(
+    load: Callable[..., ImageLevels], split: str | None, used: dict[str, Any], any_column: bool, held_out: bool
+) -> tuple[ImageLevels, str, str]:
+    """The images, and the split and the column that they are from."""
+    try:
+        return _load_column(load, split or "test", used, any_column)
+    except UnknownSplitError as error:
+        if split is None and held_out:
+            return _load_column(load, SPLIT, used, any_column)
+        if not names_held_out(split or ""):
+            raise
+        remedy = "a run holds images out with test_size, or name a split of the dataset"
+        raise DataError(f"the model knows of no images that were held out of its training: {remedy}.") from error
+
+
+def _load_column(
+    load: Callable[..., ImageLevels], split: str, used: dict[str, Any], any_column: bool
+) -> tuple[ImageLevels, str, str]:
+    """From the column of the training data; where other data have none of its name, from the usual one."""
+    usual, column = _AS_THEY_ARE["image_column"], used["image_column"]
+    try:
+        return load(split, **used), split, column
+    except UnknownColumnError as error:
+        if column == usual or not any_column:
+            raise
+        try:
+            return load(split, **used | {"image_column": usual}), split, usual
+        except UnknownColumnError:
+            raise error from None
 
 
 def _other_images(held_out: HeldOut, fingerprint: str) -> list[str]:

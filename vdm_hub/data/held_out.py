@@ -8,7 +8,7 @@ from warnings import warn
 import datasets
 import numpy as np
 
-from vdm_hub.errors import DataError
+from vdm_hub.errors import DataError, in_one_line
 from vdm_hub.preprocessing import HeldOut
 
 SPLIT = "held_out"
@@ -94,7 +94,13 @@ def choose_again(dataset: datasets.Dataset, source: str, record: HeldOut, split:
             f"{rows} there{'' if rows != record['images'] else ', with other labels'}. Some of another choice would "
             f"have been trained on: give the dataset as it was, or name a split with --split."
         )
-    part = datasets.ReadInstruction.from_spec(split).to_absolute({SPLIT: len(held)})[0]
+    try:
+        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({SPLIT: len(held)})
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"split is {split!r}, and {len(held)} images were held out ({in_one_line(error)}): write a part of them "
+            f"like 'held_out[:{len(held)}]'."
+        ) from error
     return dataset.select(held[part.from_ or 0 : part.to])
 
 

@@ -17,7 +17,16 @@ from vdm_hub.data.files import lies_in, list_folder
 from vdm_hub.data.held_out import choose_again, count, hold_out, names_held_out
 from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all, warn_if_resized
 from vdm_hub.data.labels import read_labels
-from vdm_hub.data.sources import AnyDataset, Source, UnknownSplitError, is_local, local_path, open_folder, open_source
+from vdm_hub.data.sources import (
+    AnyDataset,
+    Source,
+    UnknownColumnError,
+    UnknownSplitError,
+    is_local,
+    local_path,
+    open_folder,
+    open_source,
+)
 from vdm_hub.data.summaries import Use, summary_of
 from vdm_hub.errors import DataError
 from vdm_hub.pixels import Color
@@ -193,12 +202,13 @@ def undecoded(source: Source, dataset: AnyDataset, column: str, split: str) -> A
     """A dataset with its image column as the images' files, not decoded; the other columns as they are.
 
     Raises:
-        DataError: There is no such column, or it holds something else.
+        UnknownColumnError: There is no such column; the message names the others.
+        DataError: It holds something else.
     """
     with source.explained():
         names = dataset.column_names if dataset.column_names is not None else list(next(iter(dataset), {}))
     if column not in names:
-        raise DataError(
+        raise UnknownColumnError(
             f"the split {split!r} has no column {column!r}: it has {', '.join(names)}. Name the one that holds the "
             "images with --image_column."
         )

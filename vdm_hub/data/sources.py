@@ -33,6 +33,10 @@ class UnknownSplitError(DataError):
     """The dataset has no such split."""
 
 
+class UnknownColumnError(DataError):
+    """The dataset has no such column of images."""
+
+
 class Source(ABC):
     """A dataset with its splits.
 

@@ -163,6 +163,9 @@ class LikelihoodReport:
         return "probability-flow ODE"
 
 
+_READ = ("resolution", "color", "image_column")  # how images were read, where that is not as they are
+
+
 def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
     """How it was measured, of what, in a few words."""
     lines = []
@@ -190,7 +193,9 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
         )
     if dataset := details.get("dataset"):
         named = ", ".join(str(dataset[key]) for key in ("name", "config", "split") if dataset.get(key))
-        lines.append(f"dataset: {named}, {dataset['levels']} levels, {str(dataset['fingerprint'])[:19]}...")
+        read = (f"{key.replace('_', ' ')} {dataset[key]}" for key in _READ if dataset.get(key))
+        how = ", ".join([named, f"{dataset['levels']} levels", *read])
+        lines.append(f"dataset: {how}, {str(dataset['fingerprint'])[:19]}...")
     return lines
 
 
