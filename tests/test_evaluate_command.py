@@ -190,7 +190,7 @@ def test_a_missing_solver_is_named_with_its_install_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchode", None)
-    assert "pip install 'vdm-hub[ode]'" in refused(capsys, words(folder, "--method", "ode"))
+    assert "pip install torchode" in refused(capsys, words(folder, "--method", "ode"))
     assert main(words(folder, "--max_images", 2, "--replicates", 1)) == 0, "the bound needs none"
 
 

@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import vdm_hub
-from vdm_hub.registration import INSTALL_HINT, register
+from vdm_hub.registration import FORMER_HINTS, INSTALL_HINT, register
 
 PUBLIC = ("AutoencoderKLFirstStage", "HVAEPipeline", "LatentVDMPipeline", "MarkovianHVAE", "NoiseScheduleModel")
 PUBLIC += ("UNetVDMModel", "VDMPipeline", "VDMScheduler")
@@ -115,7 +115,7 @@ print(json.dumps([sorted(added), changed]))
 
 def test_the_import_adds_its_own_names_and_changes_no_other() -> None:
     added, changed = json.loads(in_a_fresh_process(ADDITIVE).splitlines()[-1])
-    libraries = [f"diffusers.pipelines.{name}" for name in ("vdm_hub", INSTALL_HINT)]
+    libraries = [f"diffusers.pipelines.{name}" for name in ("vdm_hub", INSTALL_HINT, *FORMER_HINTS)]
     assert added == sorted([*libraries, *(f"diffusers.{name}" for name in PUBLIC)])
     assert changed == []
 

@@ -199,7 +199,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             images: PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) as the pipeline returns them (in [0, 1], on
                 the K levels), or integer tensors of levels.
             method: ``bound``, the variational lower bound; ``ode``, the likelihood of the probability-flow ODE, which
-                needs `pip install 'vdm-hub[ode]'`; ``importance_weighted``, over ``draws`` whole chains where there is
+                needs `pip install torchode`; ``importance_weighted``, over ``draws`` whole chains where there is
                 a number of transitions, or a hierarchy of latents, else over dequantised draws of the probability
                 flow.
             transitions: T, or ``None`` for continuous time.

@@ -26,17 +26,23 @@ from vdm_hub.errors import CheckpointError, ConfigurationError, HubError, shorte
 from vdm_hub.files import written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, open_files
+from vdm_hub.version import HOW_TO_INSTALL
 
 HINT_KEY = "_requires"
 INSTALL_HINT = (
-    "the package vdm_hub: run `pip install vdm-hub`, and `import vdm_hub` before you load. Without it, vdm_hub"
+    f"the package vdm_hub: install it ({HOW_TO_INSTALL}), and `import vdm_hub` before you load. Without it, vdm_hub"
 )
 """Wire format, as published repositories hold it: diffusers adds ".py as defined in ... does not exist in ..."."""
+
+FORMER_HINTS = (
+    "the package vdm_hub: run `pip install vdm-hub`, and `import vdm_hub` before you load. Without it, vdm_hub",
+)
+"""What earlier versions wrote there: a version that does not know a hint can't load what it stands in."""
 
 
 def register(package: ModuleType, classes: list[type]) -> None:
     """Add ``package`` and its public ``classes`` to diffusers, where the names are free."""
-    for name in (package.__name__, INSTALL_HINT):
+    for name in (package.__name__, INSTALL_HINT, *FORMER_HINTS):
         if _is_taken(diffusers.pipelines, name, package):
             _warn(f"diffusers.pipelines.{name}", f"load parts of a pipeline by the classes of {package.__name__}")
     pipelines = {cls.__name__: cls for cls in classes if issubclass(cls, diffusers.DiffusionPipeline)}

@@ -403,7 +403,7 @@ def _find(kind: str, serialised: Serialised) -> tuple[Registration, dict[str, An
     if saved and found.version and is_older(found.version, saved):
         warnings.warn(
             f"the {_KIND_WORDS[kind]} {name!r} was saved with {found.package} {saved}, and {found.version} is "
-            f"installed, which may give other results: pip install --upgrade {found.package}",
+            f"installed, which may give other results: upgrade {found.package}.",
             OlderPluginWarning,
             stacklevel=3,
         )
@@ -442,13 +442,15 @@ def _missing(kind: str, name: str, package: str, known: list[Registration]) -> M
     if not _TAKES_PLUGINS:
         return MissingPluginError(
             f"the {_KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
-            f"and code that a repository carries takes no plugins. If you trust it, run "
-            f"`pip install {BUILT_IN_PACKAGE} {package}` and load with vdm_hub, without trust_remote_code."
+            f"and code that a repository carries takes no plugins. If you trust it, install vdm_hub "
+            f"and that package, from where its author offers it (such as by `pip install {package}`), and load "
+            f"with vdm_hub, without trust_remote_code."
         )
     plugins = sorted({r.package for r in known if r.package != BUILT_IN_PACKAGE}) or ["none"]
     return MissingPluginError(
         f"the {_KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
-        f"which {_state_of(package)}. If you trust it, run `pip install {package}`. Installed plugins: "
+        f"which {_state_of(package)}. If you trust it, install it from where its author offers it, such as by "
+        f"`pip install {package}`. Installed plugins: "
         f"{', '.join(plugins)}. {unknown_name(_KIND_WORDS[kind], name, {r.name for r in known})}"
     )
 

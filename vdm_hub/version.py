@@ -4,7 +4,7 @@ import re
 
 __version__ = "0.1.0"
 
-# The package is on no index, so nothing promises that `pip install vdm-hub` finds it.
+# The package is on no index, so nothing promises that pip finds it by its name.
 HOW_TO_INSTALL = "`pip install .` in a clone of its source, or `pip install` of its wheel"
 
 # PEP 440: the release, then a phase before it (dev, a, b, rc) or after it (post).

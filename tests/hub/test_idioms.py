@@ -10,15 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers.pipelines
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
+import vdm_hub
 from hub.server import Blob, Call, LoopbackHub, Repository
 from tiny import LEVELS, quiet, randomised, sampled, tiny_pipeline, tiny_unet, tiny_unet_2d
 from vdm_hub import NoiseScheduleModel, VDMPipeline, VDMScheduler
-from vdm_hub.registration import INSTALL_HINT, add_install_hint
+from vdm_hub.registration import FORMER_HINTS, INSTALL_HINT, add_install_hint
+from vdm_hub.version import HOW_TO_INSTALL
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO, STOCK = "me/vdm-digits", "me/stock-network"
@@ -214,7 +217,7 @@ def weights_asked_for(calls: list[Call]) -> list[str]:
 def test_a_reader_without_vdm_hub_is_told_what_to_install(loaded: dict[str, Any]) -> None:
     for error, text in loaded["without vdm_hub"]:
         assert error == "ValueError"
-        assert INSTALL_HINT in text and "pip install vdm-hub" in text and REPO in text
+        assert INSTALL_HINT in text and HOW_TO_INSTALL in text and REPO in text
         assert "Without it, vdm_hub.py as defined in `model_index.json` does not exist" in text
     assert len(loaded["without vdm_hub"]) == 2
     assert loaded["calls of without vdm_hub"] and not weights_asked_for(loaded["calls of without vdm_hub"])
@@ -223,8 +226,23 @@ def test_a_reader_without_vdm_hub_is_told_what_to_install(loaded: dict[str, Any]
 def test_the_hint_stays_what_published_repositories_hold() -> None:
     """Every later version must know it, or it can't load what this one published."""
     assert INSTALL_HINT == (
-        "the package vdm_hub: run `pip install vdm-hub`, and `import vdm_hub` before you load. Without it, vdm_hub"
+        "the package vdm_hub: install it (`pip install .` in a clone of its source, or `pip install` of its wheel), "
+        "and `import vdm_hub` before you load. Without it, vdm_hub"
     )
+    assert FORMER_HINTS == (
+        "the package vdm_hub: run `pip install vdm-hub`, and `import vdm_hub` before you load. Without it, vdm_hub",
+    )
+    for hint in (INSTALL_HINT, *FORMER_HINTS):
+        assert getattr(diffusers.pipelines, hint) is vdm_hub, "what any version has published, this one loads"
+
+
+def test_no_text_promises_an_index_where_the_package_is_not() -> None:
+    root = Path(__file__).resolve().parents[2]
+    for path in (root / "README.md", *(root / "docs").rglob("*.md"), *(root / "model_cards").glob("*/README.md")):
+        assert not re.search(r"pip install .?vdm-hub|pypi\.org/project/vdm", path.read_text()), path
+    for path in (*(root / "vdm_hub").rglob("*.py"), *(root / "vdm_hub").rglob("*.jinja")):
+        promise = re.search(r"pip install .?vdm-hub|pypi\.org/project/vdm", path.read_text())
+        assert promise is None or path.name == "registration.py", f"{path}: only what was once published says so"
 
 
 def test_the_hint_is_the_first_entry_is_added_once_and_changes_nothing_else(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import runs
 from hub.environments import python_without_vdm_hub
 from hub.readers import Reader, reader
 from hub.server import LoopbackHub
+from vdm_hub.version import HOW_TO_INSTALL
 
 REPO = "me/story"
 NETWORK = {
@@ -108,7 +109,7 @@ def test_the_run_can_be_repeated_to_the_same_weights(story: Story) -> None:
 
 @pytest.mark.parametrize(
     ("revision", "words"),
-    [("main", "pip install vdm-hub"), ("remote-code", "trust_remote_code=True")],
+    [("main", HOW_TO_INSTALL), ("remote-code", "trust_remote_code=True")],
 )
 def test_without_package_and_trust_the_message_says_what_to_do(story: Story, revision: str, words: str) -> None:
     load = f"DiffusionPipeline.from_pretrained({REPO!r}, revision={revision!r})"

@@ -398,7 +398,7 @@ def test_too_few_steps_are_said_to_be_too_few() -> None:
 
 def test_a_missing_solver_library_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchode", None)  # an import of it now fails as if it were not there
-    with pytest.raises(ConfigurationError, match=r"pip install 'vdm-hub\[ode\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install torchode"):
         estimate_probability_flow(objective_of(), images(torch.zeros(1, 1).long()), 1)
 
 

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from runs import LEARNED, contents, environment, finished_run, start, train_here
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from vdm_hub.training.configuration import DiffusionArguments, Serialised
-from vdm_hub.training.provenance import git_state, plugin_versions
+from vdm_hub.training.provenance import code_state, git_state, plugin_versions
 
 WATCHED: dict[str, Any] = {"logging_steps": 1, "validation_size": 40, "validation_steps": 3, "checkpointing_steps": 4}
 
@@ -237,6 +237,24 @@ def test_the_commit_of_the_current_directory(tmp_path: Path, monkeypatch: pytest
     assert git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
     monkeypatch.setenv("PATH", "")
     assert git_state() is None, "no git"
+
+
+def test_the_commit_is_that_of_the_code_wherever_it_is_called_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = code_state()
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "--quiet", "."], check=True)
+    assert code_state() == here and git_state() is None
+    # Installed into an environment that lies in a project's own repository: the project's commit is not the code's.
+    identity = ("-c", "user.name=ada", "-c", "user.email=ada@example.org")
+    subprocess.run(["git", *identity, "commit", "--quiet", "--allow-empty", "-m", "first"], check=True)
+    (tmp_path / "vdm_hub").mkdir()
+    (tmp_path / "vdm_hub" / "__init__.py").touch()
+    assert code_state(tmp_path / "vdm_hub") is None and git_state() is not None
+    subprocess.run(["git", "add", "vdm_hub"], check=True)
+    subprocess.run(["git", *identity, "commit", "--quiet", "-m", "second"], check=True)
+    assert code_state(tmp_path / "vdm_hub") == git_state() != here
 
 
 def test_the_plugins_of_a_recipe_are_named_with_their_versions(

@@ -259,7 +259,7 @@ def _solver_library() -> Any:
     except ImportError as error:
         raise ConfigurationError(
             "the probability-flow likelihood needs the ODE solvers of torchode, which are not installed: "
-            "pip install 'vdm-hub[ode]'."
+            "run `pip install torchode`."
         ) from error
 
 

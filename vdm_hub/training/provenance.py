@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.configuration import DiffusionArguments
 from vdm_hub.training.zero import precision
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Provenance:
@@ -65,7 +68,8 @@ class Provenance:
             "command": _command(self._configuration, self._accelerator),
             "versions": library_versions(),
             "plugins": plugin_versions(self._configuration.diffusion),
-            "git": git_state(),
+            "git": code_state(),
+            "working_directory_git": git_state(),
             "dataset": describe_split(train, data, data.train_split),
             "augmentation": {
                 "random_flip": data.random_flip,
@@ -102,19 +106,32 @@ def plugin_versions(diffusion: DiffusionArguments) -> dict[str, str | None]:
     return {one.package: one.version for one in found if one.package != registry.BUILT_IN_PACKAGE}
 
 
-def git_state() -> dict[str, Any] | None:
-    """The commit of the repository that the current directory lies in, and whether tracked files differ from it.
+def code_state(package: Path = _PACKAGE) -> dict[str, Any] | None:
+    """`git_state` of this package's own code; ``None`` where it runs from no clone, but as it was installed."""
+    # It may also lie in somebody else's repository, as an environment within a project does.
+    tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
+    return git_state(package) if tracked else None
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any] | None:
+    """The commit of the repository that a folder lies in, and whether tracked files differ from it.
 
     ``None`` where there is no git, no repository or no commit.
+
+    Args:
+        folder: The folder; the current directory where not given.
     """
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    folder = folder or Path.cwd()
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
 
 
-def _git(*arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
