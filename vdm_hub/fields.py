@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -87,10 +88,10 @@ def idle_fields(arguments: Any) -> list[str]:
 def _check_number(name: str, value: float, bounds: dict[str, float]) -> None:
     tests = {"at least": value >= bounds.get("at least", value), "above": value > bounds.get("above", -math.inf)}
     tests |= {"at most": value <= bounds.get("at most", value), "below": value < bounds.get("below", math.inf)}
-    wanted = " and ".join(
-        f"{word} {bound:,}" if abs(bound) >= 1e4 else f"{word} {bound}" for word, bound in bounds.items()
-    )
-    require(math.isfinite(value) and all(tests.values()), name, value, f"give a finite number {wanted}".rstrip())
+    is_finite = isinstance(value, int) or math.isfinite(value)
+    if not is_finite or not all(tests.values()):
+        wanted = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items())
+        raise ConfigurationError(f"{name} is {reprlib.repr(value)}: give a finite number {wanted}.")
 
 
 def _names_in(annotation: Any) -> tuple[str, ...]:

@@ -48,7 +48,8 @@ def load(source: bytes | str, where: str) -> Any:
         raise ConfigurationError(f"what is {where} is not UTF-8 ({error}): save it as UTF-8.") from error
     except yaml.MarkedYAMLError as error:
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise ConfigurationError(f"the YAML {where} can't be read: {error.problem}{line}.") from error
+        problem = " ".join(filter(None, [error.context, error.problem]))
+        raise ConfigurationError(f"the YAML {where} can't be read: {problem}{line}.") from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"the YAML {where} can't be read: {in_one_line(error)}.") from error
 

@@ -40,11 +40,15 @@ class DataArguments:
         "Without a test split: what to hold out of the training split for the evaluation at the end, a share such as "
         "0.1, or a number of images; the same ones whatever the seed, spread over the classes of a label column. 0 "
         "takes none.",
+        at_least=0,
+        at_most=10**9,
     )
     validation_size: Share = option(
         Share(0),
         "Without a validation split: what to hold out of the training split for validation, a share such as 0.1 of "
         "what test_size leaves, or a number of images; the same ones whatever the seed. 0 takes none.",
+        at_least=0,
+        at_most=10**9,
     )
     resolution: int | None = option(
         None,
@@ -98,5 +102,5 @@ class DataArguments:
         check_fields(self)
         for name in ("test_size", "validation_size"):
             size = getattr(self, name)
-            whole_or_share = size >= 0 if isinstance(size, int) else 0 <= size < 1
+            whole_or_share = isinstance(size, int) or size < 1
             require(whole_or_share, name, size, "give a share below 1, such as 0.1, a whole number of images, or 0")

@@ -144,7 +144,7 @@ def parse(argv: Sequence[str] | None = None) -> Configuration:
     wants_help = given.pop("help", False)
     recipe = _positional(rest)
     if wants_help:
-        parser.set_defaults(**_defaults() | (_typed(*load_recipe(recipe)[1:]) if recipe else {}))
+        parser.set_defaults(**defaults() | (_typed(*load_recipe(recipe)[1:]) if recipe else {}))
         parser.print_help()
         raise SystemExit(0)
     if recipe is None:
@@ -252,7 +252,7 @@ def _merged(
         before = merged.get(field)
         if before is None:
             named = field in overrides and not str(overrides[field]).startswith("{")
-            before = overrides[field] if named else _convert(field, values.get(field, _defaults()[field]), where)
+            before = overrides[field] if named else _convert(field, values.get(field, defaults()[field]), where)
         merged[field] = _serialised(_together(field, _as_mapping(field, before), change) if change else {})
     return merged
 
@@ -324,7 +324,8 @@ def _add_option(section: argparse._ArgumentGroup, field: Field[Any]) -> None:
             section.add_argument(f"--{spelling}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
 
 
-def _defaults() -> dict[str, Any]:
+def defaults() -> dict[str, Any]:
+    """Every field's default."""
     return {f.name: f.default for group in GROUPS for f in fields(group)}
 
 

@@ -28,6 +28,8 @@ from vdm_hub.plots import save_grid
 from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
 from vdm_hub.training.configuration import allowed_changes
+from vdm_hub.training.memory import needed, refuse_what_cannot_fit
+from vdm_hub.training.opening import describe, without_effect
 from vdm_hub.training.outputs import OutputFolder, Validation, publish_locally, results, sample_images
 from vdm_hub.training.packing import pack_state, restore_state
 from vdm_hub.training.processes import build_accelerator, is_sharded
@@ -64,17 +66,21 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
 
 
 def _train(configuration: Configuration, accelerator: Accelerator, folder: OutputFolder) -> LikelihoodReport | None:
+    show = accelerator.is_main_process
     data = load_data(configuration.data)
-    if accelerator.is_main_process:
-        print(data.summary)
+    needs = needed(configuration, data.image_shape, accelerator)
+    if show:
+        print(describe(configuration), data.summary, needs, sep="\n", flush=True)
+    refuse_what_cannot_fit(needs, accelerator)
     run = Run(configuration, accelerator, data, folder)
+    if show:
+        print("".join(f"note: {words}.\n" for words in without_effect(configuration, run.total_steps)), end="")
     run.resume()
     if configuration.training.dry_run:
         run.rehearse()
         return None
     run.announce()  # the first that is written: whatever is refused before leaves everything as it was
     started, first_step = time.perf_counter(), run.step
-    show = accelerator.is_main_process
     with StopSignals(show=show) as run.stop:
         with tqdm(total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not show) as progress:
             for batches in run.batches():
@@ -251,6 +257,8 @@ class Run(RunState):
             if self.accelerator.is_main_process:
                 changed = allowed_changes(self._start.checkpoint.state["recipe"], self.configuration.to_dict())
                 tqdm.write("; ".join([f"resumed from {self._start.path}", *changed]))
+        elif self.training.resume_from_checkpoint is not None and self.accelerator.is_main_process:
+            tqdm.write(f"{self.folder.checkpoints} holds no checkpoint: the run begins at its first step")
         steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:  # nodes that do not share the folder
             raise CheckpointError(

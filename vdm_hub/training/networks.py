@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import diffusers
+import torch
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.training.arguments import Configuration
+
+_SKETCHED = ContextVar("_SKETCHED", default=False)
+
+
+@contextmanager
+def sketched() -> Iterator[None]:
+    """Within the block, networks that are described are built without memory, on torch's meta device."""
+    token = _SKETCHED.set(True)
+    try:
+        yield
+    finally:
+        _SKETCHED.reset(token)
 
 
 def build_network(configuration: Configuration, shape: Sequence[int], features: bool = True) -> nn.Module:
@@ -67,7 +82,8 @@ def build_described(
                 f"{key} out (it follows the data), or train on such images."
             )
     try:
-        return cls(**{**from_data, **(others or {}), **described, **from_data})
+        with torch.device("meta") if _SKETCHED.get() else nullcontext():
+            return cls(**{**from_data, **(others or {}), **described, **from_data})
     except ConfigurationError:
         raise
     except (TypeError, ValueError) as error:
