@@ -21,6 +21,7 @@ def begin(words: list[str], log: Path) -> int:
         return child
     for number, name in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log.with_suffix(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     door, *arguments = words
     try:
         if door == "train":

@@ -62,10 +62,11 @@ def test_two_processes_say_it_once(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )
     deadline = time.monotonic() + 100
-    while not list((tmp_path / "journal").glob("replicate-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+    while not list((tmp_path / "journal").rglob("replicate-*")):
+        assert process.poll() is None and time.monotonic() < deadline, "it measured nothing"
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=60)

@@ -31,8 +31,8 @@ class TrainingStopped(SystemExit):
 class StopSignals:
     """Within the block the signals are noted, not obeyed: `received` says which one came first.
 
-    A second SIGINT ends the process at once, by the system's own hand. A signal that is ignored stays ignored, as
-    SIGHUP under nohup. Outside the main thread, where Python handles no signals, the block changes nothing.
+    A second SIGINT ends the process at once, by the system's own hand. Under nohup, which ignores SIGHUP, that stays
+    ignored. Outside the main thread, where Python handles no signals, the block changes nothing.
 
     Args:
         show: Say on standard error that the signal was received; for one of several processes.
@@ -51,7 +51,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         """Take the signals over."""
         if threading.current_thread() is threading.main_thread():
-            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            heard = set(_SIGNALS) - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set())
             self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
