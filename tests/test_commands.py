@@ -139,6 +139,9 @@ def test_evaluate_refuses_numbers_out_of_range(option: str, value: str, pipeline
 def test_sample_refuses_bad_numbers_and_places(pipeline: Path, tmp_path: Path, refused: Words) -> None:
     assert "num_images is 0" in refused("sample", pipeline, "--num_images", 0)
     assert "batch_size is -3" in refused("sample", pipeline, "--batch_size", -3)
+    assert "seed is" in refused("sample", pipeline, "--seed", 2**63)
+    for option in ("num_images", "num_inference_steps", "batch_size"):
+        assert f"{option} is {2**40}" in refused("sample", pipeline, f"--{option}", 2**40)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     before = contents(tmp_path)

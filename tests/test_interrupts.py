@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from runs import ROOT, TORCHRUN, contents, environment, recipe
 from tiny import tiny_pipeline
 
@@ -47,6 +49,26 @@ def test_ctrl_c_is_one_line_and_status_130_in_every_command(tmp_path: Path) -> N
         assert end["said"].splitlines()[-1].startswith("interrupted")
         assert end["seconds"] < 20
     assert contents(out) == {}
+
+
+@pytest.mark.parametrize("module", ["vdm_hub.commands", "vdm_hub.train"])
+def test_ctrl_c_while_libraries_are_imported_is_one_line_too(module: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *(["plugins"] if module.endswith("commands") else ["nothing"])],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.strip().startswith("interrupted") and len(said.strip().splitlines()) == 1, said
 
 
 def test_two_processes_say_it_once(tmp_path: Path) -> None:

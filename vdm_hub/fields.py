@@ -115,3 +115,10 @@ def at_least(minimum: float, arguments: object, *names: str) -> None:
         value = getattr(arguments, name)
         # `not >=`, so that NaN is refused too.
         require(value is None or value >= minimum, name, value, f"give at least {minimum}")
+
+
+def at_most(maximum: float, arguments: object, *names: str) -> None:
+    """Require that each named field is at most the maximum, or ``None``."""
+    for name in names:
+        value = getattr(arguments, name)
+        require(value is None or value <= maximum, name, value, f"give at most {maximum:,}")

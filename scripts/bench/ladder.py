@@ -36,7 +36,7 @@ RUNGS = {
     "latent VDM, two stages": "digits_latent_two",
 }
 TRANSITIONS, DRAWS, IMAGES = 32, 64, 100  # of the comparison of forms
-NETWORK = {"block_out_channels": [64], "layers_per_block": 2, "norm_num_groups": 8, "dropout": 0.1}
+NETWORK = {"block_out_channels": [64], "dropout": 0.1, "resnet_time_scale_shift": "default"}
 
 
 def main() -> None:

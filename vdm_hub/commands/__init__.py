@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from vdm_hub.commands import evaluate, plugins, publish, sample
@@ -35,6 +36,8 @@ def report_errors(run: Callable[[], object]) -> int:
 
     Ctrl-C is a line and status 130. Otherwise the status is what ``run`` returns, where that is a number, or 0.
     """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = run()
     except (VDMHubError, OSError) as error:
