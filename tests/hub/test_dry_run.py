@@ -124,6 +124,23 @@ def test_a_branch_that_git_cannot_have_is_refused(revision: str, runs: tuple[Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_says_where_the_model_lay(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "where-ada-works" / "run", stock=True)
+    loaded = VDMPipeline.from_pretrained(run / "pipeline")
+    loaded.save_pretrained(tmp_path / "again")  # diffusers notes in each config where its part came from
+    assert "where-ada-works" in (tmp_path / "again/unet/config.json").read_text()
+    for folder in (run, tmp_path / "again"):
+        out = tmp_path / f"out of {folder.name}"
+        write_publication(folder, "me/tiny", out, remote_code=True)
+        texts = contents(out)
+        assert {name.split("/")[0] for name in texts} > {"main", "diffusers", "remote-code"}
+        assert not [
+            name
+            for name, content in texts.items()
+            if b"where-ada-works" in content or str(tmp_path).encode() in content
+        ]
+
+
 # ---- any number of timesteps ----------------------------------------------------------------------------------------
 
 

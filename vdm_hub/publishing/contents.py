@@ -99,13 +99,20 @@ def copy_pipeline(pipeline: Path, destination: Path) -> None:
     index = read_json(pipeline / INDEX)
     components = [name for name, value in index.items() if isinstance(value, list)]
     destination.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in index.items() if key != "_name_or_path"}  # diffusers notes a local path there
-    (destination / INDEX).write_text(json.dumps(kept, indent=2) + "\n")
+    shutil.copyfile(pipeline / INDEX, destination / INDEX)
     for component in components:
         for path in sorted((pipeline / component).glob("*")):
             if path.is_file() and _COMPONENT_FILE.fullmatch(path.name):
                 (destination / component).mkdir(exist_ok=True)
                 shutil.copyfile(path, destination / component / path.name)
+
+
+def forget_places(folder: Path) -> None:
+    """Take out of a pipeline's configs where it was loaded from, which diffusers notes there."""
+    for path in (folder / INDEX, *folder.glob("*/*config.json")):
+        config = read_json(path)
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def copy_records(source: Source, destination: Path) -> None:

@@ -22,6 +22,7 @@ from vdm_hub.publishing.contents import (
     components_of,
     copy_pipeline,
     copy_records,
+    forget_places,
     is_managed,
     read_source,
     refuse_secrets,
@@ -158,6 +159,7 @@ def prepared_publication(
             check_remote_code(folders[CODE_BRANCH])
         add_install_hint(folders[MAIN])
         for staged in folders.values():
+            forget_places(staged)
             refuse_secrets(staged)
         yield Prepared(source, pipeline, edition, folders)
 
