@@ -88,10 +88,14 @@ def scheduler_of_repository(
     components = {key: value for key, value in index.items() if _is_component(key, value)}
     _check_components(files.name, str(index.get("_class_name")), set(components))
     network = _network_class(files.name, *components["unet"])
-    scheduler = _scheduler(files.name, _read(files, "scheduler/scheduler_config.json"), overrides)
-    _check_network(files.name, network, _read(files, "unet/config.json"), scheduler)
-    check_pipeline(files, None, variant=arguments.get("variant"))
-    return scheduler, files
+    made: list[VDMScheduler] = []
+
+    def accept() -> None:
+        made.append(_scheduler(files.name, _read(files, "scheduler/scheduler_config.json"), overrides))
+        _check_network(files.name, network, _read(files, "unet/config.json"), made[0])
+
+    check_pipeline(files, None, variant=arguments.get("variant"), accept=accept)
+    return made[0], files
 
 
 def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 
+from vdm_hub.hub.weights import replacing_weights
 from vdm_hub.registration import add_install_hint
 
 CARD = "README.md"
@@ -73,13 +75,16 @@ class KeepsPublishedCard:
                 ``create_pr`` of `push_to_hub`.
         """
         upload = {key: kwargs.pop(key, None) for key in ("commit_message", "private", "create_pr", "token", "repo_id")}
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **kwargs,
-        )
+        with ExitStack() as stack:
+            for name in self.components:  # type: ignore[attr-defined]
+                stack.enter_context(replacing_weights(Path(save_directory) / name, variant))
+            super().save_pretrained(  # type: ignore[misc]
+                save_directory,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                **kwargs,
+            )
         if push_to_hub:
             folder, token = Path(save_directory), upload["token"]
             name = upload["repo_id"] or folder.resolve().name

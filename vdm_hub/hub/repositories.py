@@ -121,6 +121,7 @@ def check_pipeline(
     given: Collection[str] = (),
     variant: str | None = None,
     trusts_code: bool = False,
+    accept: Callable[[], object] = lambda: None,
 ) -> None:
     """Refuse a pipeline that could not be loaded, or is not what was saved, before any of its weights is read.
 
@@ -131,6 +132,7 @@ def check_pipeline(
         variant: Of the weights, such as ``fp16``.
         trusts_code: Whether the reader trusts code that the repository carries; then it may name any class, and what
             its code reads is its own affair.
+        accept: Called when all configs were found good, before any weight is downloaded: it may refuse, too.
 
     Raises:
         CheckpointError: A file is damaged, contradicts another one, or names what it should not.
@@ -146,6 +148,12 @@ def check_pipeline(
     components = _components(files.name, index, trusts_code)
     if pipeline is not None and not trusts_code:
         _check_index(files.name, index, pipeline, given)
+        forgotten = [key for key, value in index.items() if value == [None, None] and files.names_in(key)]
+        if forgotten and forgotten[0] not in given:
+            raise CheckpointError(
+                f"{files.name}: {INDEX} says that there is no {forgotten[0]}, and a folder of it is there: it was "
+                f"changed, or an earlier save left it. Save the pipeline in a new folder, or remove {forgotten[0]}/."
+            )
     looked_at = {name: value for name, value in components.items() if name not in given}
     if trusts_code:
         for component, (library, _) in looked_at.items():
@@ -156,13 +164,15 @@ def check_pipeline(
         cls = _class(files.name, component, library, name)
         if pipeline is not None and not issubclass(cls, type_of_field(pipeline, component)):
             raise CheckpointError(f"{files.name}: {INDEX} has a {name} as its {component}, which none is: refused.")
-        described.append(_Described.of(files, component, cls, variant))
-    for component_files in described:  # weights are downloaded after all configs were found good
-        component_files.check_weights()
+        described.append(_Described.of(files, component, cls))
     if variant is not None and not any(f".{variant}." in path or f".{variant}-" in path for path in files.listed):
         raise ConfigurationError(
             f"variant is {variant!r}, and {files.name} has no weights of that name: leave it out."
         )
+    accept()
+    found = [(one, one.weight_files(variant)) for one in described]
+    for one, weights in found:  # they are downloaded after all that describes them was found good
+        one.check_weights(weights)
 
 
 def check_component(files: ModelFiles, component: str, cls: type, variant: str | None = None) -> None:
@@ -179,22 +189,22 @@ def check_component(files: ModelFiles, component: str, cls: type, variant: str |
         MissingPluginError: As `check_pipeline`.
         ConfigurationError: As `check_pipeline`.
     """
-    _Described.of(files, component, cls, variant).check_weights()
+    described = _Described.of(files, component, cls)
+    described.check_weights(described.weight_files(variant))
 
 
 @dataclass(frozen=True)
 class _Described:
-    """A component whose config was found good, and the files of its weights, where it has any."""
+    """A component whose config was found good."""
 
     files: ModelFiles
     component: str
     cls: type
     config: Mapping[str, Any]
-    weights: WeightFiles | None
 
     @classmethod
-    def of(cls, files: ModelFiles, component: str, kind: type, variant: str | None) -> _Described:
-        """The component of a class, described by its config and the list of its weights."""
+    def of(cls, files: ModelFiles, component: str, kind: type) -> _Described:
+        """The component of a class, by its config."""
         name = getattr(kind, "config_name", None) or CONFIGS[0]
         path, place = _join(component, name), _join(files.name, component)
         if path not in files:
@@ -202,19 +212,26 @@ class _Described:
         config = files.read_json(path)
         _check_described(f"{files.name}: {path}", config, kind)
         check_names_in(config, is_own=_is_own(kind))
-        if not hasattr(kind, "load_state_dict"):
-            return cls(files, component, kind, config, None)
-        names = files.names_in(component)
-        weights = weight_files(names, variant, place, lambda name: files.read_json(_join(component, name)))
-        return cls(files, component, kind, config, weights)
+        return cls(files, component, kind, config)
 
-    def check_weights(self) -> None:
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        return _join(self.files.name, self.component)
+
+    def weight_files(self, variant: str | None) -> WeightFiles | None:
+        """The files of its weights, where it has any, by their names and the list of shards."""
+        if not hasattr(self.cls, "load_state_dict"):
+            return None
+        names = self.files.names_in(self.component)
+        return weight_files(names, variant, self.place, lambda name: self.files.read_json(_join(self.component, name)))
+
+    def check_weights(self, weights: WeightFiles | None) -> None:
         """Hold the headers of the weights against the network of the config."""
-        if self.weights is not None:
-            for name in self.weights.files:
+        if weights is not None:
+            for name in weights.files:
                 self.files.fetch(_join(self.component, name))
-            place = _join(self.files.name, self.component)
-            check_weights(self.cls, self.config, self.weights, self.files.folder / self.component, place)
+            check_weights(self.cls, self.config, weights, self.files.folder / self.component, self.place)
 
 
 def check_names_in(config: Mapping[str, Any], is_own: bool = True) -> None:

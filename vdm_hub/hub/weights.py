@@ -7,7 +7,10 @@ neither a config nor a file can make a loader take more memory or time than the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,3 +254,33 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+@contextmanager
+def replacing_weights(folder: Path, variant: str | None = None) -> Iterator[None]:
+    """What is saved within takes the place of all weights that a component's folder held, in whatever files.
+
+    diffusers leaves a whole file beside new shards, shards beside a new whole file, safetensors beside a new pickle:
+    whoever loads the folder then gets the old weights.
+
+    Args:
+        folder: The component's.
+        variant: That which is saved; others stay.
+    """
+    middle = f".{variant}" if variant else ""
+    names = rf"{WEIGHTS}{re.escape(middle)}(-\d{{5}}-of-\d{{5}})?\.(safetensors|bin)"
+    index = rf"{WEIGHTS}\.(safetensors|bin)\.index{re.escape(middle)}\.json"
+    ours = re.compile(f"{names}|{index}")
+
+    def held() -> dict[Path, tuple[int, int]]:
+        found = [path for path in folder.glob(f"{WEIGHTS}*") if ours.fullmatch(path.name) and path.is_file()]
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+    before = held()
+    yield
+    stale = [path for path, state in held().items() if before.get(path) == state]
+    for path in stale:
+        path.unlink()
+    if stale:
+        some = ", ".join(sorted(path.name for path in stale)[:_SHOWN])
+        warnings.warn(f"{folder} held weights of an earlier save ({some}), which are removed.", stacklevel=4)

@@ -19,10 +19,10 @@ from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.hub.schemas import Size, Within, check_arguments
 from vdm_hub.models.hvae import Normal
-from vdm_hub.models.loading import CheckedLoading
+from vdm_hub.models.loading import CheckedModel
 
 
-class AutoencoderKLFirstStage(CheckedLoading, ModelMixin, ConfigMixin):
+class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
     r"""diffusers' `AutoencoderKL` with ``p(x|y)`` over K levels, which its mean squared error alone is not.
 
     The decoder's image m is the centre of a discretised Gaussian in each channel,

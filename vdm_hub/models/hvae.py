@@ -10,6 +10,7 @@ are diagonal; the data have K levels, and ``p(x|z_1)`` is a categorical distribu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import wraps
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.hub.schemas import Count, Depth, Dropout, Size, Within, check_arguments
 from vdm_hub.models.hvae_networks import GaussianNetwork, LevelNetwork, Shape
-from vdm_hub.models.loading import CheckedLoading
+from vdm_hub.models.loading import CheckedModel
 
 
 class Normal(NamedTuple):
@@ -37,7 +38,7 @@ class Normal(NamedTuple):
         return self.mean + self.scale * noise
 
 
-class MarkovianHVAE(CheckedLoading, ModelMixin, ConfigMixin):
+class MarkovianHVAE(CheckedModel, ModelMixin, ConfigMixin):
     """A Markovian hierarchical variational autoencoder of K-level images; at ``depth=1`` the VAE.
 
     The networks are convolutional by default. Any module may take their place: an encoder and a decoder map (B, ...)
@@ -208,7 +209,8 @@ class MarkovianHVAE(CheckedLoading, ModelMixin, ConfigMixin):
             z = self.decode(t, z).at(eps)
         return z
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    @wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As `ModelMixin.save_pretrained`.
 
         Raises:

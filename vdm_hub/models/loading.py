@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, explained
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, check_component, is_checked, open_files
-from vdm_hub.hub.weights import check_finite
+from vdm_hub.hub.weights import check_finite, replacing_weights
 
 REMEDY = "check the arguments, and save it again, or download it again"
 
@@ -46,6 +48,16 @@ class CheckedLoading:
             check_finite(place, part)
             part.register_to_config(_name_or_path=str(source))  # type: ignore[operator]
         return loaded
+
+
+class CheckedModel(CheckedLoading):
+    """Put before diffusers' ``ModelMixin``: loads what was saved, and saves in the place of what was there."""
+
+    @wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **kwargs: Any) -> None:
+        """Save as diffusers does; what the folder held of an earlier save's weights is replaced."""
+        with replacing_weights(Path(save_directory), kwargs.get("variant")):
+            super().save_pretrained(save_directory, *arguments, **kwargs)  # type: ignore[misc]
 
 
 def refuse_pickles(arguments: dict[str, Any]) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vdm_hub import registry
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
-from vdm_hub.models.loading import CheckedLoading
+from vdm_hub.models.loading import CheckedModel
 from vdm_hub.registry import Serialised
 
 
-class NoiseScheduleModel(CheckedLoading, ModelMixin, ConfigMixin):
+class NoiseScheduleModel(CheckedModel, ModelMixin, ConfigMixin):
     """Carries a schedule's weights through ``save_pretrained``, always in float32.
 
     Its only argument is the schedule's serialised form, so that model_index.json names no library but diffusers and

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.hub.schemas import Count, Depth, Dropout, Size, Within, check_arguments
-from vdm_hub.models.loading import CheckedLoading
+from vdm_hub.models.loading import CheckedModel
 
 _ALIGNMENT = 64  # bytes: where torch's own allocator puts a CPU tensor
 Exponent = Annotated[float, Within(-64, 64)]
@@ -41,7 +41,7 @@ class UNetVDMOutput(BaseOutput):
     sample: Tensor
 
 
-class UNetVDMModel(CheckedLoading, ModelMixin, ConfigMixin):
+class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
     r"""The VDM paper's U-Net: residual blocks with skips, and no downsampling unless asked for.
 
     A convolution of the input and its Fourier features; ``layers_per_block`` residual blocks per resolution on the way
