@@ -23,7 +23,7 @@ from vdm_hub.training.loop import train
 
 def train_a_little(folder: Path, **fields: Any) -> Path:
     """The run of a recipe with these fields: a few steps on digits, or on the data that the fields name."""
-    measured = {"validation_steps": 4, "validation_images": 8, "num_sample_images": 2, "evaluation_replicates": 1}
+    measured = {"validation_size": 8, "validation_steps": 4, "num_sample_images": 2, "evaluation_replicates": 1}
     if "train_data_dir" in fields:
         fields |= {"dataset_name": None}
     report = train(configuration(folder, **measured | fields))

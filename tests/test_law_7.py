@@ -79,6 +79,7 @@ def configuration(case: str, folder: Path) -> Configuration:
         "lr_warmup_steps": 0,
         "report_to": "none",
         "checkpointing_steps": 2,
+        "validation_size": 8,
         "validation_steps": 2,
         "validation_images": 8,
         "sample_steps": 4,
