@@ -195,7 +195,7 @@ def test_two_processes_train_what_one_trains_on_the_same_global_draws(tmp_path: 
         assert (times.double().diff() - 1 / 16).abs().max() < 1e-6
     # Written once: one set of checkpoints, one summary, one event file of the run, nothing half-written.
     assert [path.name for path in checkpoints(tmp_path / "two" / "checkpoints")] == ["step-00000005", "step-00000008"]
-    assert done.stdout.count("360 images") == 1
+    assert done.stdout.count("360 images, ") == 1, "of the report"
     assert len(list((tmp_path / "two" / "logs" / "vdm_hub").glob("events.*"))) == 1
     assert not [name for name in contents(tmp_path / "two") if "/." in name or name.startswith(".")]
 
