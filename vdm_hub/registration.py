@@ -24,6 +24,7 @@ import diffusers.pipelines
 
 from vdm_hub.errors import CheckpointError, ConfigurationError, HubError, shortened
 from vdm_hub.files import written_beside
+from vdm_hub.hub.fetching import HTTP_ERROR
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, open_files
 from vdm_hub.version import HOW_TO_INSTALL
@@ -110,8 +111,12 @@ def _index(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     try:
         files = open_files(source, **{key: arguments[key] for key in HUB_ARGUMENTS if key in arguments})
         return files.read_json(INDEX) if INDEX in files else {}
-    except (HubError, ConfigurationError):
+    except ConfigurationError:
         return {}
+    except HubError as error:
+        if isinstance(error.__cause__, HTTP_ERROR | OSError | None):  # the Hub said no, or nothing
+            return {}
+        raise
 
 
 def _is_taken(holder: ModuleType, name: str, value: object) -> bool:
