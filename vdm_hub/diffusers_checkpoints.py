@@ -17,7 +17,8 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, ModelFiles, check_pipeline, open_files
+from vdm_hub.hub.checks import check_pipeline
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, ModelFiles, open_files
 from vdm_hub.scheduler_configs import is_beta_table
 from vdm_hub.scheduling_vdm import VDMScheduler
 

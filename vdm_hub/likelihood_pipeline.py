@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError, DataError, explained
-from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, already_checked, check_pipeline, open_files
+from vdm_hub.hub.checks import already_checked, check_pipeline
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.hub.schemas import check_arguments
 from vdm_hub.hub.weights import check_finite
 from vdm_hub.images import levels_from_images

@@ -368,11 +368,14 @@ def _parts(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str 
             return serialised, {}, None, None
         try:
             serialised = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"the {word} {text!r} is neither a name nor a JSON object: {error}.") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigurationError(
+                f"the {word} {shortened(text)} is neither a name nor a JSON object: {in_one_line(error)[:200]}."
+            ) from error
     if not isinstance(serialised, Mapping) or not isinstance(serialised.get("name"), str):
         raise ConfigurationError(
-            f'a {word} is a name, or an object like {{"name": "...", "config": {{...}}}}; this is {serialised!r}.'
+            f'a {word} is a name, or an object like {{"name": "...", "config": {{...}}}}; this is '
+            f"{shortened(serialised)}."
         )
     for key in serialised:
         if key not in ("name", "config", "package", "version"):

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 # Values of every type, of all sizes, and some that are not JSON at all.
-_LEAVES: list[Any] = [
+LEAVES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 10**7, -(10**9), 10**30, 0.5, -0.5, 1e-30, 1e30, 1e308),
     *(
         "",
@@ -69,7 +69,7 @@ def damaged_json(draw: st.DrawFn, content: bytes) -> bytes:
             return text.replace(json.dumps(_MARK).encode(), draw(st.sampled_from(_NO_JSON)))
         if how == "twice" and isinstance(value, dict) and value:
             key = draw(st.sampled_from(sorted(value)))
-            again = f'"{key}": {json.dumps(draw(st.sampled_from(_LEAVES)))}, '
+            again = f'"{key}": {json.dumps(draw(st.sampled_from(LEAVES)))}, '
             return b"{" + again.encode() + json.dumps(value).encode()[1:]
         if how == "gone" and path:
             value = changed(value, path, ...)
@@ -78,7 +78,7 @@ def damaged_json(draw: st.DrawFn, content: bytes) -> bytes:
         elif how == "renamed" and path and isinstance(path[0], str) and isinstance(value, dict):
             value = {f"{key}x" if key == path[0] else key: child for key, child in value.items()}
         else:
-            value = changed(value, path, draw(st.sampled_from(_LEAVES)))
+            value = changed(value, path, draw(st.sampled_from(LEAVES)))
     return json.dumps(value).encode()
 
 

@@ -16,8 +16,8 @@ from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.gaussian import alpha
 from vdm_hub.diffusion.levels import DataScaling
-from vdm_hub.errors import ConfigurationError
-from vdm_hub.hub.schemas import Size, Within, check_arguments
+from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.hub.schemas import Size, Within, check_arguments, fields_of_class
 from vdm_hub.models.hvae import Normal
 from vdm_hub.models.loading import CheckedModel
 
@@ -60,6 +60,10 @@ class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         check_arguments(type(self), self.config)
+        known = fields_of_class(AutoencoderKL)
+        for key in autoencoder_config:
+            if key not in known and not key.startswith("_"):
+                raise unknown_name("field of autoencoder_config", key, known)
         check_arguments(AutoencoderKL, autoencoder_config, "autoencoder_config")
         self.autoencoder: Any = AutoencoderKL.from_config(dict(autoencoder_config))
         config = self.autoencoder.config

@@ -10,7 +10,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, explained
-from vdm_hub.hub.repositories import HUB_ARGUMENTS, check_component, is_checked, open_files
+from vdm_hub.hub.checks import check_component, is_checked
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, open_files
 from vdm_hub.hub.weights import check_finite, replacing_weights
 
 REMEDY = "check the arguments, and save it again, or download it again"

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from warnings import warn
 
 import torch
@@ -23,12 +23,31 @@ from torch import Tensor
 
 from vdm_hub.errors import CheckpointError
 from vdm_hub.files import clear_leftovers, entries, expanded, remove, written_beside
+from vdm_hub.hub.json_files import read_json
+from vdm_hub.hub.records import Whole
+from vdm_hub.hub.schemas import Within, check_record
 
 _FORMAT = "vdm_hub checkpoint 2"
 _NAME = re.compile(r"step-(\d{8})", re.ASCII)
 _HIDDEN = re.compile(r"\.(step-\d{8})-[0-9a-f]{8}(\.old)?", re.ASCII)
+_MAX_STATE_BYTES = 500_000_000  # a long run logs many figures
 _REMOVED = re.compile(r"\.step-\d{8}\.removed", re.ASCII)
 _FILE = re.compile(r"manifest\.json|state\.json|\w+\.safetensors")
+
+
+class _File(TypedDict):
+    """What a manifest says of a file."""
+
+    size: Whole
+    sha256: Annotated[str, Within(64, 64)]
+
+
+class _Manifest(TypedDict):
+    """What a checkpoint consists of."""
+
+    format: Literal["vdm_hub checkpoint 2"]
+    step: NotRequired[Whole]
+    files: dict[str, _File]
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             )
     groups = [Path(name) for name in manifest["files"] if name.endswith(".safetensors")]
     tensors = {group.stem: load_file(path / group) for group in groups}
-    return Checkpoint(tensors, json.loads((path / "state.json").read_text()))
+    return Checkpoint(tensors, read_json(path / "state.json", max_bytes=_MAX_STATE_BYTES))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -161,21 +180,12 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        plain_names = all(Path(name).name == name for name in manifest["files"])
-        described = all({"size", "sha256"} <= entry.keys() for entry in manifest["files"].values())
-        counts = isinstance(manifest.get("step", 0), int)
-        if (
-            manifest["format"] == _FORMAT
-            and plain_names
-            and described
-            and counts
-            and "state.json" in manifest["files"]
-        ):
-            return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    return None
+        manifest = read_json(path / "manifest.json")
+        check_record(_Manifest, manifest, str(path))
+    except CheckpointError:
+        return None
+    plain_names = all(_FILE.fullmatch(name) for name in manifest["files"])
+    return manifest if plain_names and "state.json" in manifest["files"] else None
 
 
 def _plain(tensor: Tensor) -> Tensor:

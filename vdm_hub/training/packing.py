@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
 from vdm_hub.errors import CheckpointError, in_one_line
+from vdm_hub.hub.records import Positive, Whole
+from vdm_hub.hub.schemas import check_record
 from vdm_hub.training import optimizers
 from vdm_hub.training.checkpoints import Checkpoint
 from vdm_hub.training.configuration import differences
@@ -15,6 +17,21 @@ from vdm_hub.training.history import History
 from vdm_hub.training.run_state import RunState
 from vdm_hub.training.shards import gathered, own_part, sharded_like
 from vdm_hub.training.weights import averages
+
+
+class _State(TypedDict):
+    """What a run's next step depends on, besides tensors."""
+
+    step: Whole
+    recipe: dict[str, Any]
+    history: dict[str, Any]
+    optimizer: dict[str, Any]
+    lr_scheduler: dict[str, Any]
+    early_stopping: dict[str, Any]
+    training_seconds: Positive
+    provenance: dict[str, Any]
+    ema_step: NotRequired[Whole]
+    scaler: NotRequired[dict[str, Any]]
 
 
 def pack_state(run: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -47,6 +64,7 @@ def restore_state(run: RunState, path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: The checkpoint is of another model or recipe; the message says what differs.
     """
+    check_record(_State, checkpoint.state, str(path / "state.json"))
     try:
         # Weights that fit are not enough: under another process, or with other data, they are another run's.
         before, now = checkpoint.state["provenance"], run.provenance.describe(run.step, run.seconds)
