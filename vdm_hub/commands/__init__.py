@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from vdm_hub.commands import evaluate, plugins, publish, sample
-from vdm_hub.errors import VDMHubError, in_one_line
+from vdm_hub.errors import VDMHubError, in_one_line, in_words
+from vdm_hub.secret_values import mask
 
 # At exit, a last look for garbage among all that was imported takes two seconds and finds nothing that matters.
 atexit.register(gc.freeze)
@@ -20,9 +22,16 @@ atexit.register(gc.freeze)
 COMMANDS = {"evaluate": evaluate, "plugins": plugins, "publish": publish, "sample": sample}
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are as readable as all other messages, whatever words they repeat."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(in_words(mask(message)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``vdm-hub COMMAND ...``; an error that is the user's to mend is one paragraph and exit status 2."""
-    parser = argparse.ArgumentParser(prog="vdm-hub", description="Variational diffusion models.", allow_abbrev=False)
+    parser = _Parser(prog="vdm-hub", description="Variational diffusion models.", allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         help_text = (module.__doc__ or "").splitlines()[0]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
-import yaml
-
+from vdm_hub import plain_yaml
 from vdm_hub.errors import CheckpointError, explained
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.schemas import Within, check_record
@@ -149,7 +148,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         CheckpointError: It is damaged.
     """
     with explained(f"{path} can't be read", "make it again, or remove it"):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = plain_yaml.load(path.read_bytes(), f"in {path}")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no fields: it is damaged. Make it again, or remove it.")
     check_record(Recipe, content, str(path))
