@@ -114,7 +114,7 @@ def _index(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     except ConfigurationError:
         return {}
     except HubError as error:
-        if isinstance(error.__cause__, HTTP_ERROR | OSError | None):  # the Hub said no, or nothing
+        if isinstance(error.__cause__, (HTTP_ERROR, OSError)):  # the Hub said no, or nothing
             return {}
         raise
 

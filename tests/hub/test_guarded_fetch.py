@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ import pytest
 from hub.faults import FAULTS
 from hub.messages import Response
 from hub.server import Blob, LoopbackHub, Repository
-from hub.test_idioms import blobs, run
+from hub.test_idioms import blobs
+from hub.test_loading import REPOSITORY
 from tiny import tiny_pipeline, tiny_unet_2d
 
-# Each line that comes in names a repository and a door; out goes what came of it, and what the cache holds.
+# Each line that comes in names doors and a repository; out goes what came of each, and all files around HF_HOME.
 READ = """
 import json, os, sys
 from pathlib import Path
@@ -30,16 +34,18 @@ doors = {
     "UNetVDMModel": lambda repo: UNetVDMModel.from_pretrained(repo, subfolder="unet"),
     "from_diffusers": VDMPipeline.from_diffusers,
 }
-said = {}
-for door in json.loads(sys.argv[1]):
-    try:
-        doors[door](sys.argv[2])
-        said[door] = ["loaded", True, ""]
-    except Exception as error:
-        said[door] = [type(error).__name__, isinstance(error, VDMHubError), str(error)]
-home = Path(os.environ["HF_HOME"])
-files = {str(path.relative_to(home.parent)): path.stat().st_size for path in home.parent.rglob("*") if path.is_file()}
-print("ANSWER" + json.dumps([said, files]))
+around = Path(os.environ["HF_HOME"]).parent
+for line in sys.stdin:
+    names, repo = json.loads(line)
+    said = {}
+    for door in names:
+        try:
+            doors[door](repo)
+            said[door] = ["loaded", True, ""]
+        except Exception as error:
+            said[door] = [type(error).__name__, isinstance(error, VDMHubError), str(error)]
+    files = {str(path.relative_to(around)): path.stat().st_size for path in around.rglob("*") if path.is_file()}
+    print("ANSWER" + json.dumps([said, files]), flush=True)
 """
 OWN = ("VDMPipeline", "DiffusionPipeline", "VDMScheduler", "UNetVDMModel")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -107,6 +113,25 @@ HOSTILE: Mapping[str, tuple[str, Callable[[Response], Response], str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A process that loads from a loopback Hub what it is told to; one for all, as it takes seconds to start."""
+
+    hub: LoopbackHub
+    process: subprocess.Popen[str]
+    home: Path
+
+    def load(self, repo: str, *doors: str) -> tuple[dict[str, tuple[str, bool, str]], dict[str, int]]:
+        """By each door: the error's class or "loaded", whether it is ours, its text; and all files there are."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps([doors, repo]) + "\n")
+        self.process.stdin.flush()
+        while not (line := self.process.stdout.readline()).startswith("ANSWER"):
+            assert line, "the reader died"
+        said, files = json.loads(line.removeprefix("ANSWER"))
+        return said, files
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Blob]:
     folder = tmp_path_factory.mktemp("sound")
@@ -114,71 +139,73 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Blob]:
     return blobs(folder)
 
 
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    home = tmp_path_factory.mktemp("around") / "home"
+    with LoopbackHub() as hub:
+        environment = hub.environment(home) | {"PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-c", READ]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+            yield Reader(hub, process, home)
+            process.kill()
+
+
+def published(hub: LoopbackHub, name: str, files: dict[str, Blob]) -> str:
+    hub.heal()
+    repo = f"me/{re.sub('[^a-z]+', '-', name.lower())}"
+    hub.repositories[repo] = Repository()
+    hub.repositories[repo].commit("main", "first", files)
+    return repo
+
+
 @pytest.mark.parametrize("what", sorted(HOSTILE))
 def test_nothing_of_a_server_that_sends_other_files_than_it_lists_is_used(
-    what: str, sound: dict[str, Blob], tmp_path: Path
+    what: str, sound: dict[str, Blob], reader: Reader
 ) -> None:
     route, change, word = HOSTILE[what]
-    with LoopbackHub() as hub:
-        hub.repositories["me/model"] = Repository()
-        hub.repositories["me/model"].commit("main", "first", sound)
-        fault = Changed(change)
-        hub.fail(at=0, fault=fault, times=None, route=route)
-        doors = OWN if what.startswith("an ETag that leads") else OWN[:2]
-        said, files = run(READ, json.dumps(doors), "me/model", **hub.environment(tmp_path / "inner" / "home"))
-        hub.heal()
-        again, _ = run(READ, json.dumps(["VDMPipeline"]), "me/model", **hub.environment(tmp_path / "inner" / "home"))
+    repo, fault = published(reader.hub, what, sound), Changed(change)
+    reader.hub.fail(at=0, fault=fault, times=None, route=route)
+    said, files = reader.load(repo, *OWN)
+    reader.hub.heal()
     assert fault.struck
     for door, (_, is_ours, text) in said.items():
         assert is_ours and word in text and len(text) <= 1000 and "\n" not in text, (door, text)
-    assert not [path for path in files if "evil" in path or not path.startswith("home/")]
+    assert not [path for path in files if not path.startswith("home/") or "evil" in Path(path).name]
     assert max(files.values(), default=0) < 1_000_000, "no more than is listed stays on the disk"
     assert not [path for path in files if path.endswith(".incomplete")]
-    assert again["VDMPipeline"][0] == "loaded", "and it loads once the server is sound"
+    assert reader.load(repo, "VDMPipeline")[0]["VDMPipeline"][0] == "loaded", "once the server is sound"
 
 
 def test_a_file_that_was_changed_in_the_cache_is_fetched_again_or_refused(
-    sound: dict[str, Blob], tmp_path: Path
+    sound: dict[str, Blob], tmp_path: Path, reader: Reader
 ) -> None:
-    with LoopbackHub() as hub:
-        hub.repositories["me/model"] = Repository()
-        hub.repositories["me/model"].commit("main", "first", sound)
-        environment = hub.environment(tmp_path / "home")
-        said, _ = run(READ, json.dumps(["VDMPipeline"]), "me/model", **environment)
-        assert said["VDMPipeline"][0] == "loaded"
-        (weights,) = (tmp_path / "home").rglob("diffusion_pytorch_model.safetensors")
-        blob = weights.resolve()
-        blob.write_bytes(flipped(blob.read_bytes()))
-        said, _ = run(READ, json.dumps(["VDMPipeline"]), "me/model", **environment | {"HF_HUB_OFFLINE": "1"})
-        assert said["VDMPipeline"][1] and "diffusion_pytorch_model.safetensors" in said["VDMPipeline"][2]
-        said, _ = run(READ, json.dumps(["VDMPipeline"]), "me/model", **environment)
-        assert said["VDMPipeline"][0] == "loaded"
+    repo = published(reader.hub, "changed in the cache", sound)
+    assert reader.load(repo, "VDMPipeline")[0]["VDMPipeline"][0] == "loaded"
+    (weights,) = reader.home.rglob("models--me--changed-in-the-cache/**/diffusion_pytorch_model.safetensors")
+    whole = weights.resolve().read_bytes()
+    weights.resolve().write_bytes(flipped(whole))
+    reader.hub.fail(at=0, fault=FAULTS["dropped before"], times=None)
+    _, is_ours, text = reader.load(repo, "VDMPipeline")[0]["VDMPipeline"]
+    assert is_ours and weights.name in text
+    reader.hub.heal()
+    assert reader.load(repo, "VDMPipeline")[0]["VDMPipeline"][0] == "loaded"
+    assert weights.resolve().read_bytes() == whole
 
 
-@pytest.mark.parametrize(("status", "remedy"), [(401, "hf auth login"), (403, "hf auth login"), (404, "name")])
+@pytest.mark.parametrize(("status", "remedy"), [("401", "hf auth login"), ("403", "hf auth login"), ("404", "name")])
 def test_what_the_hub_refuses_is_said_with_what_to_do(
-    status: int, remedy: str, sound: dict[str, Blob], tmp_path: Path
+    status: str, remedy: str, sound: dict[str, Blob], reader: Reader
 ) -> None:
-    with LoopbackHub() as hub:
-        hub.repositories["me/ddpm"] = Repository()
-        hub.repositories["me/ddpm"].commit("main", "first", sound)
-        hub.fail(at=0, fault=FAULTS[str(status)], times=None)
-        said, _ = run(
-            READ, json.dumps(["VDMPipeline", "VDMScheduler", "from_diffusers"]), "me/ddpm", **hub.environment(tmp_path)
-        )
-    for door, (name, is_ours, text) in said.items():
+    repo = published(reader.hub, f"refused {'abc'[int(status) % 3]}", sound)
+    reader.hub.fail(at=0, fault=FAULTS[status], times=None)
+    for door, answer in reader.load(repo, "VDMPipeline", "VDMScheduler", "from_diffusers")[0].items():
+        name, is_ours, text = answer
         assert is_ours and name == "HubError" and remedy in text, (door, text)
 
 
-def test_a_stock_pipeline_loads_through_the_same_door(tmp_path: Path) -> None:
-    tiny_pipeline(tiny_unet_2d()).save_pretrained(tmp_path / "stock")
-    with LoopbackHub() as hub:
-        hub.repositories["me/model"] = Repository()
-        hub.repositories["me/model"].commit("main", "first", blobs(tmp_path / "stock"))
-        said, _ = run(
-            READ, json.dumps(["VDMPipeline", "DiffusionPipeline"]), "me/model", **hub.environment(tmp_path / "h")
-        )
-    assert {door: answer[0] for door, answer in said.items()} == {
-        "VDMPipeline": "loaded",
-        "DiffusionPipeline": "loaded",
-    }
+def test_a_stock_network_loads_through_the_same_door(tmp_path: Path, reader: Reader) -> None:
+    tiny_pipeline(tiny_unet_2d()).save_pretrained(tmp_path)
+    repo = published(reader.hub, "stock", blobs(tmp_path))
+    said, _ = reader.load(repo, "VDMPipeline", "DiffusionPipeline")
+    assert [answer[0] for answer in said.values()] == ["loaded", "loaded"]

@@ -89,7 +89,7 @@ def open_files(
         try:
             files = _files_in_cache(place)
         except HubError:
-            raise error from None
+            raise error from error.__cause__
         _LOGGER.warning("The Hub did not answer (%s); loading %s from the cache.", error, name)
         return files
 
