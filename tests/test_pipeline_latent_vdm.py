@@ -171,8 +171,8 @@ def test_latents_that_carry_nothing_are_reported() -> None:
     [
         ({"foo": [1.0]}, "latent_scaling is {'foo'"),
         ([1, 2], r"latent_scaling is \[1, 2\]"),
-        ({"scale": None}, "latent_scaling has scale = None: give a list of numbers"),
-        ({"shift": ["a", "b"]}, "latent_scaling has shift = "),
+        ({"scale": None}, r"latent_scaling is \{'scale': None\}"),
+        ({"shift": ["a", "b"]}, "latent_scaling is .*shift"),
     ],
 )
 def test_what_is_no_scaling_is_refused(scaling: Any, message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from diffusers import AutoencoderKL
@@ -14,6 +14,7 @@ from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.hub.schemas import Record, check_arguments
 from vdm_hub.images import images_from_levels, levels_from_images
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.pipeline_vdm import VDMPipeline
@@ -21,8 +22,15 @@ from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
 
 _INTERFACE = ("image_shape", "latent_shape", "num_levels", "posterior", "log_likelihood", "draw_levels")
 
-Scaling = dict[str, list[float]]
-"""``shift`` and ``scale``, one number a channel of the latents."""
+
+class LatentScaling(TypedDict, total=False):
+    """``shift`` and ``scale``, one number a channel of the latents, or one for all."""
+
+    shift: list[float]
+    scale: list[float]
+
+
+Scaling = Annotated[dict[str, Any], Record(LatentScaling)]
 
 
 class LatentVDMPipeline(VDMPipeline):
@@ -68,7 +76,7 @@ class LatentVDMPipeline(VDMPipeline):
     ) -> None:
         super().__init__(unet, scheduler, noise_schedule, preprocessing, held_out)
         _check_first_stage(first_stage)
-        _check_scaling(latent_scaling)
+        check_arguments(type(self), {"latent_scaling": latent_scaling})
         _check_network(first_stage, unet)
         self.register_modules(first_stage=first_stage)
         # A mapping: diffusers takes a list in a pipeline's index for the library and class of a component.
@@ -164,18 +172,6 @@ def _check_first_stage(stage: Any) -> None:
             f"{type(stage).__name__} is no first stage: it has no {', '.join(missing)}, so no likelihood over levels."
             + (remedy if isinstance(stage, AutoencoderKL) else "")
         )
-
-
-def _check_scaling(scaling: Any) -> None:
-    if scaling is None:
-        return
-    if not isinstance(scaling, dict) or not set(scaling) <= {"shift", "scale"}:
-        raise ConfigurationError(
-            f"latent_scaling is {scaling!r}: give a mapping with shift and scale, or leave it out."
-        )
-    for name, values in scaling.items():
-        if not isinstance(values, list | tuple) or not all(type(value) in (int, float) for value in values):
-            raise ConfigurationError(f"latent_scaling has {name} = {values!r}: give a list of numbers, one a channel.")
 
 
 def _check_network(stage: Any, unet: ModelMixin) -> None:
