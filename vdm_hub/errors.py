@@ -13,6 +13,7 @@ from vdm_hub.secret_values import mask
 MAX_MESSAGE = 1000
 """Characters of a message, at most."""
 
+_READ = 4 * MAX_MESSAGE  # characters of either end of a text that may come to be shown
 _LONG_WORD = re.compile(r"\S{240,}")
 
 
@@ -27,7 +28,7 @@ class VDMHubError(Exception):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(in_words(mask(str(message))))
+        super().__init__(in_words(mask(_ends(str(message)))))
 
 
 class ConfigurationError(VDMHubError, ValueError):
@@ -85,7 +86,7 @@ def in_one_line(error: BaseException) -> str:
     >>> in_one_line(ValueError("two\n  lines")), in_one_line(ValueError())
     ('two lines', 'ValueError')
     """
-    return in_words(mask(str(error))) or type(error).__name__
+    return in_words(mask(_ends(str(error)))) or type(error).__name__
 
 
 def shortened(value: object, limit: int = 100) -> str:
@@ -94,7 +95,7 @@ def shortened(value: object, limit: int = 100) -> str:
     >>> shortened("a" * 1000, limit=10)
     "'aaaaaa...aa'"
     """
-    text = mask(repr(value))
+    text = mask(_ends(repr(value)))
     return text if len(text) <= limit + 3 else f"{text[: limit - 3]}...{text[-3:]}"
 
 
@@ -134,6 +135,11 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> Configuration
     nearest = difflib.get_close_matches(str(name)[:100], names, n=1, cutoff=0.5)
     hint = f" did you mean '{nearest[0]}'?" if nearest else ""
     return ConfigurationError(f"unknown {kind} {shortened(name)}:{hint} Known: {', '.join(names)}.")
+
+
+def _ends(text: str) -> str:
+    """The ends of a text, where it is very long: what lies between is never shown."""
+    return text if len(text) <= 2 * _READ else f"{text[:_READ]} [...] {text[-_READ:]}"
 
 
 def _visible(character: str) -> str:

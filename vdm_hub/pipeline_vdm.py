@@ -23,8 +23,8 @@ from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
-from vdm_hub.errors import ConfigurationError, NonFiniteLossError, unknown_name
-from vdm_hub.hub.repositories import HUB_ARGUMENTS
+from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, shortened, unknown_name
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
@@ -122,6 +122,19 @@ class VDMPipeline(LikelihoodPipeline):
         scheduler, files = scheduler_of_repository(source, fields, arguments)
         others = {key: value for key, value in arguments.items() if key not in HUB_ARGUMENTS}
         pipeline: VDMPipeline = cls._from_checked(files, others | {"scheduler": scheduler, "use_safetensors": True})
+        return pipeline
+
+    @classmethod
+    def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
+        pipeline = super()._from_checked(files, arguments)
+        schedule = getattr(pipeline._vdm_scheduler.process, "schedule", None)
+        untrained = isinstance(schedule, nn.Module) and any(True for _ in schedule.parameters())
+        if untrained and pipeline.noise_schedule is None and not {"scheduler", "noise_schedule"} & arguments.keys():
+            raise CheckpointError(
+                f"{files.name} has the noise schedule {shortened(pipeline.scheduler.config.noise_schedule)}, which is "
+                f"learned, and no component noise_schedule that holds its weights: it is incomplete. Save the "
+                f"pipeline again with noise_schedule=NoiseScheduleModel.from_schedule(...), or download it again."
+            )
         return pipeline
 
     @property

@@ -169,8 +169,14 @@ def _is_deep(image: Any) -> bool:
     return False
 
 
+_SCALED = ("L;2", "L;4")
+
+
 def _is_transparent(image: Image) -> bool:
     if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA"):
         return False
+    depth = next((mode for tile in getattr(image, "tile", ()) for mode in (str(tile.args),) if mode in _SCALED), None)
+    if depth is not None:  # Pillow scales such pixels to 8 bits, and not the key: none of it can be told any more
+        return True
     extrema: Any = image.convert("RGBA").getchannel("A").getextrema()
     return bool(extrema[0] < 255)

@@ -22,9 +22,8 @@ from typing import Any
 import diffusers
 import diffusers.pipelines
 
-from vdm_hub.errors import CheckpointError, ConfigurationError, HubError, shortened
+from vdm_hub.errors import CheckpointError, ConfigurationError, shortened
 from vdm_hub.files import written_beside
-from vdm_hub.hub.fetching import HTTP_ERROR
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, open_files
 from vdm_hub.version import HOW_TO_INSTALL
@@ -104,6 +103,7 @@ def _index(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: It is damaged, or not what the Hub lists.
+        HubError: The Hub does not give it, and the cache has not got it.
     """
     if Path(source).is_dir():
         path = Path(source) / INDEX
@@ -113,10 +113,6 @@ def _index(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return files.read_json(INDEX) if INDEX in files else {}
     except ConfigurationError:
         return {}
-    except HubError as error:
-        if isinstance(error.__cause__, (HTTP_ERROR, OSError)):  # the Hub said no, or nothing
-            return {}
-        raise
 
 
 def _is_taken(holder: ModuleType, name: str, value: object) -> bool:

@@ -21,7 +21,7 @@ _VARIABLE = re.compile(r"(?i)\w*(TOKEN|PASSWORD|PASSWD)S?|(\w*_)?(KEY|SECRET|PAS
 _WORD = r"(?:[a-z]{1,15}|[a-z]{5,15}\d{1,2}|v?\d{1,3})"
 _KIND = r"(?:oauth|jwt|app|api|org|pat|sso|secret|key|access|refresh|session)(?![a-z])"
 _NAME = rf"(?!{_KIND}|token[_-])(?=[a-z]){_WORD}(?:[_-]{_WORD})*(?![\w-])"
-_LIBRARY = r"(?:hub(?:_[a-z]+)*|xet|transfer|home|token)(?![\w-])"
+_LIBRARY = r"(?:hub(?:_[a-z]+)*|xet|transfer|home|token|api)(?![\w-])"
 _HF = r"(?<![A-Za-z0-9])hf_"
 
 _FORMS = (
@@ -106,8 +106,13 @@ def _without_secrets(text: str) -> str:
         text = pattern.sub(MASK, text)
     for pattern, masked, _ in _PATTERNS:
         text = pattern.sub(masked, text)
-    escaped = re.compile(r"\S*[\\%&]\S*")  # whatever is hidden by escapes
-    return escaped.sub(lambda word: word[0] if find_secret(word[0].replace(MASK, "")) is None else MASK, text)
+
+    def escaped(word: re.Match[str]) -> str:
+        """A word, unless it hides something by escapes."""
+        hides = any(sign in word[0] for sign in "\\%&") and find_secret(word[0].replace(MASK, "")) is not None
+        return MASK if hides else word[0]
+
+    return re.sub(r"\S+", escaped, text)
 
 
 def masked_values(value: Any) -> Any:

@@ -94,6 +94,7 @@ ROWS: dict[str, Row] = {
     # A component that the config needs.
     "an index without the learned schedule": ("carried", INDEX, without("noise_schedule"), "noise_schedule"),
     "an index that denies it": ("carried", INDEX, with_(noise_schedule=[None, None]), "noise_schedule"),
+    "an index that denies it, and its folder gone": ("carried", INDEX, with_(noise_schedule=[None, None]), ""),
     "an index without a network": ("carried", INDEX, without("unet"), "unet"),
     "an index without a first stage": ("latent", INDEX, without("first_stage"), "first_stage"),
     # Another class.
@@ -141,6 +142,8 @@ def test_a_config_that_was_not_saved_so_is_refused_by_every_door(
 ) -> None:
     kind, path, change, word = ROWS[what]
     folder = edited(saved[kind], tmp_path / "model", path, change)
+    if what.endswith("folder gone"):
+        shutil.rmtree(folder / "noise_schedule")
     held, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for door in doors(kind, path):
         if what == "a pipeline of another rung" and door == DiffusionPipeline.from_pretrained:
@@ -149,6 +152,7 @@ def test_a_config_that_was_not_saved_so_is_refused_by_every_door(
             door(folder)
         text = str(caught.value)
         assert word in text and len(text) <= 1000 and "\n" not in text, text
+    assert torch.is_grad_enabled(), "and nothing of the process is changed"
     assert time.process_time() - started < 10, "a small file costs no more than a moment, by all doors together"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 100 * 1024
 
@@ -175,10 +179,11 @@ def test_a_pipeline_is_not_loaded_as_another(saved: dict[str, Path]) -> None:
             cls.from_pretrained(saved[kind])
 
 
+@pytest.mark.parametrize("cls", PARTS.values())
 @pytest.mark.parametrize("config", ["other/repo", 0, None, [("num_levels", 3)], Path("x")])
-def test_a_scheduler_is_made_of_mappings_alone(config: Any) -> None:
+def test_a_component_is_made_of_mappings_alone(cls: Any, config: Any) -> None:
     with pytest.raises(ConfigurationError, match="mapping"):
-        VDMScheduler.from_config(config)
+        cls.from_config(config)
 
 
 @pytest.mark.parametrize("kind", ["carried", "stock"])

@@ -30,7 +30,6 @@ BESIDE: dict[str, dict[str, Any]] = {
     "early_stopping_threshold": {"validation_steps": 1, "validation_size": 9, "early_stopping_patience": 1},
     "validation_images": {"validation_steps": 1, "validation_size": 9},
     "validation_steps": {"validation_size": 9},
-    "sample_steps": {"num_sample_images": 1},
 }
 
 
@@ -75,7 +74,6 @@ def test_the_largest_seed_trains(tmp_path: Path) -> None:
         ({"early_stopping_patience": 3, "validation_size": 9}, "validation_steps"),
         ({"early_stopping_threshold": 0.1}, "early_stopping_patience"),
         ({"validation_images": 5, "validation_size": 9}, "validation_steps"),
-        ({"sample_steps": 5, "num_sample_images": 0}, "num_sample_images"),
         ({"shuffle_buffer_size": 5}, "streaming"),
         ({"center_crop": True}, "resolution"),
         ({"hub_model_id": "me/it"}, "push_to_hub"),

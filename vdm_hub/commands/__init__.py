@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, module in COMMANDS.items():
         help_text = (module.__doc__ or "").splitlines()[0]
         module.add_arguments(subparsers.add_parser(name, help=help_text, description=help_text, allow_abbrev=False))
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if any("\0" in word for word in words):  # which no path can hold
+        parser.error("a word of the command line holds a zero byte: leave it out")
+    arguments = parser.parse_args(words)
     return report_errors(lambda: COMMANDS[arguments.command].run(arguments))
 
 

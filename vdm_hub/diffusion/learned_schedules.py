@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm_hub.diffusion.noise_schedules import Gamma, NoiseSchedule, check_endpoints, gamma_and_derivative
+from vdm_hub.errors import ConfigurationError
+
+_MOST_HIDDEN = 65_536
 
 
 class LearnedLinearSchedule(NoiseSchedule):
@@ -46,6 +49,10 @@ class LearnedMonotoneSchedule(NoiseSchedule):
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, hidden_features: int = 1024) -> None:
         super().__init__()
         check_endpoints("learned_monotone", gamma_min, gamma_max)
+        if not (isinstance(hidden_features, int) and 1 <= hidden_features <= _MOST_HIDDEN):
+            raise ConfigurationError(
+                f"hidden_features is {hidden_features!r}: give a whole number to {_MOST_HIDDEN:,}."
+            )
         self._initial = {
             "gamma_min": float(gamma_min),
             "gamma_max": float(gamma_max),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vdm_hub.errors import CheckpointError, explained
-from vdm_hub.files import written_beside
+from vdm_hub.files import entries, remove, written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.schemas import check_record
 from vdm_hub.likelihood.per_image import Measured, Results
@@ -127,8 +128,10 @@ class Journal:
 
     def tidied(self) -> Journal:
         """This journal, without the half-written files that a kill left; for one process, before others write."""
-        for leftover in self.folder.glob(".*.safetensors"):
-            leftover.unlink()
+        name = re.compile(r"\.replicate-\d{5}-[0-9a-f]{12}-[0-9a-f]{8}\.safetensors")
+        for leftover in entries(self.folder):
+            if name.fullmatch(leftover.name):
+                remove(leftover)
         return self
 
     def read(self, results: Results) -> None:

@@ -144,7 +144,7 @@ def _files_on_hub(place: _Place, force_download: bool) -> ModelFiles:
         sha = str(commit.resolved)
         info = huggingface_hub.model_info(place.repo_id, revision=sha, files_metadata=True, token=place.token)
         listed = {
-            file.rfilename: Listed(int(file.size or 0), file.lfs.sha256 if file.lfs else file.blob_id)
+            str(file.rfilename): Listed(int(file.size or 0), str(file.lfs.sha256 if file.lfs else file.blob_id))
             for file in info.siblings or ()
         }
     if not re.fullmatch("[0-9a-f]{40}", sha):

@@ -184,7 +184,12 @@ def build_on_meta(cls: type, config: Mapping[str, Any], place: str, tensors: int
         CheckpointError: The config describes none, or one of many more tensors.
     """
     remedy = "its config is damaged, or of another version: save the model again, or download it again"
-    with explained(f"the network of {place} can't be built", remedy), torch.device("meta"), _StepLimit(place, tensors):
+    with (
+        explained(f"the network of {place} can't be built", remedy),
+        torch.set_grad_enabled(torch.is_grad_enabled()),  # as it was, wherever the construction ends
+        torch.device("meta"),
+        _StepLimit(place, tensors),
+    ):
         network: nn.Module = cls.from_config(copy.deepcopy(dict(config)))  # type: ignore[attr-defined]
     return network
 
@@ -199,7 +204,7 @@ class _StepLimit(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._left -= 1
-        if self._left < 0:
+        if self._left == -1:  # once: what tidies up on the way out calls torch, too
             raise CheckpointError(
                 f"the config of {self._place} describes a network far larger than the {self._tensors} tensors of its "
                 f"weights: config and weights do not belong together. Save the model again, or download it again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from vdm_hub.errors import ConfigurationError, explained
+from vdm_hub.errors import ConfigurationError, explained, shortened
 from vdm_hub.hub.checks import check_component, is_checked
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, open_files
 from vdm_hub.hub.weights import check_finite, replacing_weights
@@ -49,6 +50,20 @@ class CheckedLoading:
             check_finite(place, part)
             part.register_to_config(_name_or_path=str(source))  # type: ignore[operator]
         return loaded
+
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
+        """Build from a mapping, with untrained weights, as diffusers does; a name would be fetched from somewhere.
+
+        Raises:
+            ConfigurationError: It is no mapping.
+        """
+        if not isinstance(config, Mapping):
+            raise ConfigurationError(
+                f"config is {shortened(config)}: give a mapping, such as another one's .config, or load a folder or a "
+                f"Hub id with from_pretrained."
+            )
+        return super().from_config(config, **kwargs)  # type: ignore[misc]
 
 
 class CheckedModel(CheckedLoading):

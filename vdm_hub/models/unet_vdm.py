@@ -103,7 +103,7 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
         resnet_time_scale_shift: Literal["default", "scale_shift"] = "default",
         add_input: bool = True,
         num_class_embeds: Count | None = None,
-        num_train_timesteps: Annotated[int, Within(2, 50_000)] = 1000,
+        num_train_timesteps: Annotated[int, Within(2, 20_000)] = 1000,
     ) -> None:
         super().__init__()
         check_arguments(type(self), self.config)

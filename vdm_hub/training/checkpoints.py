@@ -198,7 +198,12 @@ def _clear(folder: Path) -> None:
     for path in hidden:
         if _REMOVED.fullmatch(path.name) and path.is_dir() and holds_nothing_else(path):
             remove(path)
-    for name in sorted({found[1] for path in hidden if (found := _HIDDEN.fullmatch(path.name))}):
+    left = [path for path in hidden if _HIDDEN.fullmatch(path.name)]
+    foreign = {path for path in left if path.is_dir() and not holds_nothing_else(path)}
+    for path in sorted(foreign):
+        warn(f"{path} holds files that no run wrote, and is kept: remove it yourself.", stacklevel=3)
+    names = {_HIDDEN.fullmatch(path.name)[1] for path in left}  # type: ignore[index]
+    for name in sorted(names - {_HIDDEN.fullmatch(path.name)[1] for path in foreign}):  # type: ignore[index]
         clear_leftovers(folder / name)
 
 

@@ -350,7 +350,6 @@ class TrainingArguments:
         "Draw a grid of samples every so many optimiser steps; 0: only at the end.",
         at_least=0,
         at_most=MAX_STEPS,
-        only_with="num_sample_images",
     )
     num_sample_images: int = option(64, "Images in the grid of samples; 0 draws none.", at_least=0, at_most=10**4)
     num_inference_steps: int = option(

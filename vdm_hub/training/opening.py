@@ -45,6 +45,9 @@ def without_effect(configuration: Configuration, total_steps: int) -> list[str]:
         f"validation_steps is {training.validation_steps:,} {of_run}: nothing is measured while it trains": (
             training.validation_steps > total_steps
         ),
+        f"sample_steps is {training.sample_steps:,} and nothing is drawn, as num_sample_images is 0": (
+            training.sample_steps > 0 and training.num_sample_images == 0
+        ),
         "images are held out for validation and never measured, as validation_steps is 0": (
             held_out and training.validation_steps == 0
         ),
