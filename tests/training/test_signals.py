@@ -204,8 +204,8 @@ pairs = list(zip(sys.argv[1::2], sys.argv[2::2]))
 for run, (number, made) in enumerate(pairs):
     folder = Path(made).parents[1] / f"run{run}" / "checkpoints"
     if (child := os.fork()) == 0:
-        if number == "0":
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Whatever the shell that started the tests ignores.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if number == "0" else signal.SIG_DFL)
         sys.argv = ["train", made]
         try:
             sys.exit(train.main())
