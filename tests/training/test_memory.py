@@ -71,10 +71,10 @@ def test_lower_precision_and_compilation_lower_what_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     "fields",
     [
-        {"unet": {"block_out_channels": [1 << 17, 1 << 17]}},
+        {"unet": {"block_out_channels": [1 << 16, 1 << 16]}},
         {"unet": {"_class_name": "UNet2DModel", "block_out_channels": [1 << 16, 1 << 16, 1 << 16, 1 << 16]}},
-        {"model": "hvae", "hvae": {"block_out_channels": [1 << 17]}, "unet": {}, "noise_schedule": "linear"},
-        {"model": "latent_vdm", "first_stage": VAE | {"block_out_channels": [1 << 17]}},
+        {"model": "hvae", "hvae": {"block_out_channels": [1 << 16]}, "unet": {}, "noise_schedule": "linear"},
+        {"model": "latent_vdm", "first_stage": VAE | {"block_out_channels": [1 << 16]}},
         {
             "train_batch_size": 10**6,
             "max_train_samples": 1437,
@@ -100,7 +100,7 @@ def test_a_dry_run_shows_its_arguments_and_its_needs_also_where_it_is_refused(
     from vdm_hub.training.arguments import parse
 
     (tmp_path / "again.yaml").write_text("")
-    for fields in ({}, {"unet": {"block_out_channels": [1 << 17]}}):
+    for fields in ({}, {"unet": {"block_out_channels": [1 << 16]}}):
         try:
             train_here(tmp_path / "run", dry_run=True, seed=7, **fields)
         except ConfigurationError:

@@ -94,7 +94,7 @@ def test_a_dry_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (HVAE | {"hvae": SMALL | {"depth": 0}}, "depth is 0: a hierarchy has at least one latent"),
+        (HVAE | {"hvae": SMALL | {"depth": 0}}, "depth is 0"),
         (HVAE | {"hvae": SMALL | {"dept": 2}}, "unknown argument of MarkovianHVAE in hvae 'dept'.* depth"),
         (HVAE | {"hvae": SMALL | {"num_levels": 5}}, "hvae has num_levels=5, but the images are 1x8x8 of 17 levels"),
         (HVAE | {"hvae": SMALL | {"latent_shapes": [[2], [3], [4]]}}, "latent_shapes has 3 entries"),

@@ -93,7 +93,8 @@ class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
             arguments: Of this class.
         """
         described = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
-        stage = cls(described, **arguments)
+        with torch.device(autoencoder.device):
+            stage = cls(described, **arguments)
         stage.autoencoder.load_state_dict(autoencoder.state_dict())
         return stage
 

@@ -74,6 +74,9 @@ def needed(configuration: Configuration, shape: tuple[int, int, int], accelerato
     training = configuration.training
     with sketched():
         objective = build_objective(replace(configuration, training=replace(training, compile="none")), shape)
+    for part in (objective.body, getattr(getattr(objective, "process", None), "first_stage", None)):
+        if part is not None:
+            part.to("meta")  # a trained first stage was loaded
     counts = {name: sum(map(Tensor.numel, part.parameters())) for name, part in objective.parts.items()}
     every, trained = sum(counts.values()), sum(p.numel() for p in objective.parameters() if p.requires_grad)
     moments = 0.5 if training.optimizer == "adamw_8bit" else 2
