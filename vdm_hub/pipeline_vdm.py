@@ -22,6 +22,7 @@ from vdm_hub.diffusers_checkpoints import (
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
+from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule, LearnedMonotoneSchedule
 from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
 from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, shortened, unknown_name
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
@@ -128,7 +129,7 @@ class VDMPipeline(LikelihoodPipeline):
     def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
         pipeline = super()._from_checked(files, arguments)
         schedule = getattr(pipeline._vdm_scheduler.process, "schedule", None)
-        untrained = isinstance(schedule, nn.Module) and any(True for _ in schedule.parameters())
+        untrained = isinstance(schedule, (LearnedLinearSchedule, LearnedMonotoneSchedule))
         if untrained and pipeline.noise_schedule is None and not {"scheduler", "noise_schedule"} & arguments.keys():
             raise CheckpointError(
                 f"{files.name} has the noise schedule {shortened(pipeline.scheduler.config.noise_schedule)}, which is "
