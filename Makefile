@@ -52,7 +52,7 @@ install-plugins: install  ## Install the packages in plugins/, from where they a
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(addprefix -e ,$(PLUGINS))
 
 # The core's tests run without any plugin, also where some are installed; afterwards all are.
-test: install $(VENV)/deepspeed  ## Run the tests: the core's without plugins, then the plugins' (under 15 minutes on 2 cores).
+test: install $(VENV)/deepspeed  ## Run the tests: the core's without plugins, then the plugins'.
 	$(RUN)/pip uninstall -qq --yes $(notdir $(PLUGINS))
 	$(RUN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(MAKE) test-plugins
