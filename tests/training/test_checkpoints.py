@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from runs import ROOT, contents, environment
 from vdm_hub.errors import CheckpointError, OutputError
+from vdm_hub.files import entries
 from vdm_hub.training.checkpoints import (
     checkpoints,
     find_checkpoint,
@@ -221,6 +223,31 @@ def test_a_checkpoint_that_holds_notes_is_kept_beyond_the_limit_and_says_so(tmp_
     with pytest.raises(OutputError, match=r"notes\.txt"):
         save(tmp_path, 1)
     assert load_checkpoint(first).state == {"step": 1}
+
+
+def test_a_kill_within_safetensors_own_writing_leaves_nothing(tmp_path: Path) -> None:
+    """safetensors writes to a name of its own, too, and renames: what a kill leaves of it was written by the run."""
+    folder = tmp_path / "checkpoints"
+    words = (
+        "import sys, pathlib, torch; from vdm_hub.training.checkpoints import save_checkpoint\n"
+        "[save_checkpoint(pathlib.Path(sys.argv[1]), step, {'ema': {'w': torch.zeros(10_000_000)}}, {}, keep=1)"
+        " for step in range(1, 1000)]"
+    )
+    with subprocess.Popen([sys.executable, "-c", words, str(folder)], env=environment()) as saving:
+        while not (met := list(folder.glob(".step-*/.tmp*"))) and saving.poll() is None:
+            pass
+        saving.kill()
+    assert met, "no kill met safetensors' own file"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save(folder, 1000)
+    assert [path.name for path in entries(folder) if path.name.startswith(".")] == []
+    foreign = folder / ".step-00001001-0123abcd"
+    foreign.mkdir()
+    (foreign / ".tmp.notes").touch()
+    with pytest.warns(UserWarning, match="remove it yourself"):
+        save(folder, 1002)
+    assert foreign.is_dir()
 
 
 def test_a_damaged_checkpoint_goes_aside_beside_what_has_that_name(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ _HIDDEN = re.compile(r"\.(step-\d{8})-[0-9a-f]{8}(\.old)?", re.ASCII)
 _MAX_STATE_BYTES = 500_000_000  # a long run logs many figures
 _REMOVED = re.compile(r"\.step-\d{8}\.removed", re.ASCII)
 _FILE = re.compile(r"manifest\.json|state\.json|\w+\.safetensors")
+# Before the manifest is written: safetensors, too, writes beside and renames.
+_UNFINISHED = re.compile(rf"{_FILE.pattern}|\.tmp\w{{6}}", re.ASCII)
 
 
 class _File(TypedDict):
@@ -137,7 +139,9 @@ def holds_nothing_else(checkpoint: Path) -> bool:
     manifest = _read_manifest(checkpoint)
     known = None if manifest is None else {"manifest.json", *manifest["files"]}
     return all(
-        path.is_file() and not path.is_symlink() and (path.name in known if known else _FILE.fullmatch(path.name))
+        path.is_file()
+        and not path.is_symlink()
+        and (path.name in known if known else _UNFINISHED.fullmatch(path.name))
         for path in entries(checkpoint)
     )
 
