@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -22,10 +22,10 @@ from vdm_hub.diffusers_checkpoints import (
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
-from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule, LearnedMonotoneSchedule
+from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
 from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, shortened, unknown_name
-from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, ModelFiles
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
@@ -49,7 +49,8 @@ class VDMPipeline(LikelihoodPipeline):
     Args:
         unet: The network: `UNetVDMModel`, diffusers' `UNet2DModel`, or any model called alike.
         scheduler: `VDMScheduler`, or a stock scheduler made from its config.
-        noise_schedule: For schedules that have weights at inference.
+        noise_schedule: For schedules that have weights at inference; made from the scheduler's where that has some, so
+            that they are saved.
         preprocessing: How images become the model's levels, as `vdm_hub.preprocessing.Preprocessing` has it.
         held_out: How its test images were held out, as `vdm_hub.preprocessing.HeldOut` has it.
     """
@@ -67,7 +68,8 @@ class VDMPipeline(LikelihoodPipeline):
         held_out: HeldOutMapping | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
+        weights = _weights_of_schedule(scheduler) if noise_schedule is None else noise_schedule
+        self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=weights)
         self._register_images(preprocessing, held_out)
 
     @classmethod
@@ -128,13 +130,13 @@ class VDMPipeline(LikelihoodPipeline):
     @classmethod
     def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
         pipeline = super()._from_checked(files, arguments)
-        schedule = getattr(pipeline._vdm_scheduler.process, "schedule", None)
-        untrained = isinstance(schedule, (LearnedLinearSchedule, LearnedMonotoneSchedule))
-        if untrained and pipeline.noise_schedule is None and not {"scheduler", "noise_schedule"} & arguments.keys():
+        brought = {"scheduler", "noise_schedule"} & arguments.keys()
+        saved = files.read_json(INDEX).get("noise_schedule") != [None, None]
+        if pipeline.noise_schedule is not None and not brought and not saved:
             raise CheckpointError(
                 f"{files.name} has the noise schedule {shortened(pipeline.scheduler.config.noise_schedule)}, which is "
                 f"learned, and no component noise_schedule that holds its weights: it is incomplete. Save the "
-                f"pipeline again with noise_schedule=NoiseScheduleModel.from_schedule(...), or download it again."
+                f"pipeline again, or download it again."
             )
         return pipeline
 
@@ -338,6 +340,13 @@ class _InOwnPrecision(nn.Module):
         # UNetVDMModel takes float32 at any precision: its Fourier features read bits that float16 does not have.
         given = sample if isinstance(self.unet, UNetVDMModel) else sample.to(self.unet.dtype)
         return (self.unet(given, timestep, **arguments)[0].to(sample.dtype),)
+
+
+def _weights_of_schedule(scheduler: SchedulerMixin) -> NoiseScheduleModel | None:
+    schedule = getattr(getattr(scheduler, "process", None), "schedule", None)
+    if not isinstance(schedule, nn.Module) or not any(True for _ in schedule.parameters()):
+        return None
+    return NoiseScheduleModel.from_schedule(cast(NoiseSchedule, schedule))
 
 
 def _steps(num_inference_steps: int, sampler: Sampler | None) -> int:

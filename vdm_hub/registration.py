@@ -22,7 +22,7 @@ from typing import Any
 import diffusers
 import diffusers.pipelines
 
-from vdm_hub.errors import CheckpointError, ConfigurationError, shortened
+from vdm_hub.errors import CheckpointError, MissingFileError, shortened
 from vdm_hub.files import written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, open_files
@@ -80,17 +80,19 @@ def _hand_over(pipelines: Mapping[str, type], library: str) -> None:
 
     @wraps(own_loader)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        brings_code = kwargs.get("trust_remote_code") or kwargs.get("custom_pipeline")
-        if cls is diffusers.DiffusionPipeline and not brings_code:
+        is_special = any(kwargs.get(name) for name in ("trust_remote_code", "custom_pipeline", "dduf_file"))
+        if cls is diffusers.DiffusionPipeline and not is_special:
             index = _index(pretrained_model_name_or_path, kwargs)
             own = pipelines.get(str(index.get("_class_name")))
             if own is not None:
                 return own.from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[attr-defined]
-            if any(isinstance(value, list) and value[:1] == [library] for value in index.values()):
+            named = index.get("_class_name")
+            parts_of_ours = any(isinstance(value, list) and value[:1] == [library] for value in index.values())
+            if not isinstance(named, list) and (parts_of_ours or not _is_pipeline(named)):
                 raise CheckpointError(
-                    f"{pretrained_model_name_or_path}: {INDEX} names the class {shortened(index.get('_class_name'))} "
-                    f"beside components of {library}, which has only {', '.join(pipelines)}: it was changed. Save the "
-                    f"pipeline again, or download it again."
+                    f"{pretrained_model_name_or_path}: {INDEX} names the class {shortened(named)}, which is no "
+                    f"pipeline of diffusers or {library} ({', '.join(pipelines)}) that has these components: it was "
+                    f"changed. Save the pipeline again, or download it again."
                 )
         return own_loader(cls, pretrained_model_name_or_path, **kwargs)
 
@@ -99,20 +101,26 @@ def _hand_over(pipelines: Mapping[str, type], library: str) -> None:
 
 
 def _index(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a pipeline's index says; empty where there is none, which diffusers will say in its own words.
+    """What a pipeline's index says.
 
     Raises:
+        MissingFileError: There is none.
         CheckpointError: It is damaged, or not what the Hub lists.
         HubError: The Hub does not give it, and the cache has not got it.
     """
-    if Path(source).is_dir():
-        path = Path(source) / INDEX
-        return read_json(path) if path.is_file() else {}
-    try:
-        files = open_files(source, **{key: arguments[key] for key in HUB_ARGUMENTS if key in arguments})
-        return files.read_json(INDEX) if INDEX in files else {}
-    except ConfigurationError:
-        return {}
+    local = Path(source) / INDEX
+    if local.is_file():  # of any pipeline, whose other files are its own class's affair
+        return read_json(local)
+    files = open_files(source, **{key: arguments[key] for key in HUB_ARGUMENTS if key in arguments})
+    if INDEX not in files:
+        raise MissingFileError(f"{source} holds no pipeline (no {INDEX}): give a folder that save_pretrained wrote.")
+    return files.read_json(INDEX)
+
+
+def _is_pipeline(name: Any) -> bool:
+    """Whether diffusers has such a pipeline, or would have with a package that is not installed."""
+    found = getattr(diffusers, str(name).removeprefix("Flax"), None)
+    return isinstance(found, type) and (issubclass(found, diffusers.DiffusionPipeline) or hasattr(found, "_backends"))
 
 
 def _is_taken(holder: ModuleType, name: str, value: object) -> bool:

@@ -6,13 +6,18 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from hub.damage import damaged_json
 from hub.faults import FAULTS
 from hub.messages import Response
 from hub.server import Blob, LoopbackHub, Repository
@@ -48,6 +53,8 @@ for line in sys.stdin:
     print("ANSWER" + json.dumps([said, files]), flush=True)
 """
 OWN = ("VDMPipeline", "DiffusionPipeline", "VDMScheduler", "UNetVDMModel")
+COUNTS: Counter[str] = Counter()
+NUMBERS = count()
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -121,6 +128,11 @@ class Reader:
     hub: LoopbackHub
     process: subprocess.Popen[str]
     home: Path
+    sound: dict[str, Blob]
+
+    def __repr__(self) -> str:
+        """Short: hypothesis prints it."""
+        return f"Reader({self.hub.url})"
 
     def load(self, repo: str, *doors: str) -> tuple[dict[str, tuple[str, bool, str]], dict[str, int]]:
         """By each door: the error's class or "loaded", whether it is ours, its text; and all files there are."""
@@ -141,15 +153,16 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Blob]:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+def reader(sound: dict[str, Blob], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     home = tmp_path_factory.mktemp("around") / "home"
     with LoopbackHub() as hub:
         environment = hub.environment(home) | {"PYTHONPATH": str(REPOSITORY)}
         command = [sys.executable, "-c", READ]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
-            yield Reader(hub, process, home)
+            yield Reader(hub, process, home, sound)
             process.kill()
+    print(f"\n{sum(COUNTS.values())} lies of a server: {dict(COUNTS.most_common())}")
 
 
 def published(hub: LoopbackHub, name: str, files: dict[str, Blob]) -> str:
@@ -176,6 +189,62 @@ def test_nothing_of_a_server_that_sends_other_files_than_it_lists_is_used(
     assert max(files.values(), default=0) < 1_000_000, "no more than is listed stays on the disk"
     assert not [path for path in files if path.endswith(".incomplete")]
     assert reader.load(repo, "VDMPipeline")[0]["VDMPipeline"][0] == "loaded", "once the server is sound"
+
+
+HEADERS = ("ETag", "X-Linked-Etag", "X-Linked-Size", "X-Repo-Commit", "Content-Type", "Location")
+VALUES = ("", '""', '"../../evil"', '"' + "0" * 64 + '"', "-1", "9" * 30, "a" * 40, "/tmp/evil", "text/html", "\u00e9")
+
+
+@st.composite
+def lies(draw: st.DrawFn, listing: bytes) -> tuple[str, Callable[[Response], Response]]:
+    """A route, and what its answers become: a damaged listing, a header that says something else, damaged content."""
+    what = draw(st.sampled_from(["listing", "listing", "header", "content"]))
+    if what == "listing":
+        damaged = draw(damaged_json(listing))
+        return "model_info_at_revision", body(lambda _: damaged)
+    if what == "header":
+        return "resolve", headers(**{draw(st.sampled_from(HEADERS)): draw(st.sampled_from(VALUES))})
+    share, new = draw(st.floats(0, 1)), draw(st.sampled_from([b"", b"\x00", b"{", bytes(5000)]))
+    at = share / 2
+    return "resolve", body(
+        lambda content: content[: int(at * len(content))] + new + content[int(share * len(content)) :]
+    )
+
+
+def try_lies(number: int, reader: Reader, draw: Callable[..., Any]) -> Counter[str]:
+    """One lie of the server, by every door."""
+    repo = f"me/lie-{number}"
+    reader.hub.heal()
+    reader.hub.repositories[repo] = Repository()
+    reader.hub.repositories[repo].commit("main", "first", reader.sound)
+    told = reader.hub.answer("GET", f"/api/models/{repo}/revision/main?blobs=true", {}, b"").body
+    route, change = draw(lies(told))
+    reader.hub.fail(at=0, fault=Changed(change), times=None, route=route)
+    said, files = reader.load(repo, *OWN)
+    reader.hub.heal()
+    for door, (name, is_ours, text) in said.items():
+        assert is_ours and len(text) <= 1000 and "\n" not in text, (door, name, text)
+    assert not [
+        path for path in files if not path.startswith("home/") or "evil" in path or path.endswith("incomplete")
+    ]
+    assert max(files.values(), default=0) < 1_000_000
+    return Counter(name for name, _, _ in said.values())
+
+
+QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=QUIET, derandomize=True)
+def test_whatever_a_server_says_is_loaded_or_refused_in_one_paragraph(reader: Reader, data: st.DataObject) -> None:
+    COUNTS.update(try_lies(next(NUMBERS), reader, data.draw))
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=2000, deadline=None, suppress_health_check=QUIET)
+def test_whatever_a_server_says_however_often(reader: Reader, data: st.DataObject) -> None:
+    COUNTS.update(try_lies(next(NUMBERS), reader, data.draw))
 
 
 def test_a_file_that_was_changed_in_the_cache_is_fetched_again_or_refused(

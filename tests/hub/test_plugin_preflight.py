@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ from diffusers import DiffusionPipeline
 from vdm_hub import NoiseScheduleModel, VDMPipeline, VDMScheduler
 from tiny import quiet, sampled
 said, answers = {}, {}
-for repo in ("me/fixed", "me/carried"):
+for repo in ("me/fixed", "me/carried", "me/denied"):
     for cls in (VDMPipeline, DiffusionPipeline):
         try:
             answers[f"{cls.__name__} {repo}"] = sampled(quiet(cls.from_pretrained(f"{repo}-{cls.__name__}"))).tolist()
@@ -91,6 +92,10 @@ def saved(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         pipes = {"fixed": fixed, "carried": carried}
         for name, pipe in pipes.items():
             pipe.save_pretrained(root / name)
+        denied = Path(shutil.copytree(root / "carried", root / "denied"))
+        shutil.rmtree(denied / "noise_schedule")
+        index = json.loads((denied / "model_index.json").read_text())
+        (denied / "model_index.json").write_text(json.dumps(index | {"noise_schedule": [None, None]}))
         yield {"folders": root, "samples": {name: sampled(pipe).tolist() for name, pipe in pipes.items()}}
     sys.modules.pop("vdm_hub_steep", None)
 
@@ -99,7 +104,7 @@ def saved(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 def readers(saved: dict[str, Any], plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     with LoopbackHub() as hub:
-        for name in ("fixed", "carried"):
+        for name in ("fixed", "carried", "denied"):
             for repo in (f"{name}-VDMPipeline", f"{name}-DiffusionPipeline", "brought"):
                 hub.repositories[f"me/{repo}"] = Repository()
                 hub.repositories[f"me/{repo}"].commit("main", "first", blobs(saved["folders"] / name))
@@ -125,7 +130,7 @@ def test_the_config_says_whose_it_is(saved: dict[str, Any], path: str) -> None:
 
 def test_a_reader_without_the_plugin_learns_its_name_by_either_door(readers: dict[str, Any]) -> None:
     said, answers, _ = readers["without"]
-    assert not answers and len(said) == 4
+    assert not answers and len(said) == 6
     for kind, is_import_error, text in said.values():
         assert kind == "MissingPluginError" and is_import_error
         assert f"pip install {PACKAGE}" in text and "'steep'" in text and "unverified" in text and "\n" not in text
@@ -144,7 +149,11 @@ def test_components_that_the_reader_brings_need_no_plugin(readers: dict[str, Any
 
 def test_a_reader_with_the_plugin_gets_the_author_s_samples(readers: dict[str, Any], saved: dict[str, Any]) -> None:
     said, answers, _ = readers["with"]
-    assert not said
+    assert said.keys() == {"VDMPipeline me/denied", "DiffusionPipeline me/denied"}, (
+        "it has weights, and none are there"
+    )
+    for kind, _, text in said.values():
+        assert kind == "CheckpointError" and "noise_schedule" in text and "steep" in text
     for door in ("VDMPipeline", "DiffusionPipeline"):
         for name, samples in saved["samples"].items():
             assert answers[f"{door} me/{name}"] == samples

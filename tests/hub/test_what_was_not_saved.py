@@ -99,6 +99,13 @@ ROWS: dict[str, Row] = {
     "an index without a first stage": ("latent", INDEX, without("first_stage"), "first_stage"),
     # Another class.
     "a pipeline of another rung": ("carried", INDEX, with_(_class_name="LatentVDMPipeline"), ""),
+    "a pipeline and a part of no library": (
+        "hvae",
+        INDEX,
+        with_(_class_name="HVAEPipelin", hvae=["vdm_hum", "MarkovianHVAE"]),
+        "HVAEPipelin",
+    ),
+    "an index that is no pipeline's": ("carried", INDEX, lambda _: {}, ""),
     "a network of another class": ("carried", UNET, with_(_class_name="MarkovianHVAE"), "MarkovianHVAE"),
     "a scheduler in the place of a network": ("carried", INDEX, with_(unet=["vdm_hub", "VDMScheduler"]), "unet"),
     # Fields that nobody knows.
