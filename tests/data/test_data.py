@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -198,6 +199,21 @@ def test_resizing_warns_and_cropping_keeps_pixels(tmp_path: Path) -> None:
     assert len(crops) > 3, "each use draws its own crop"
     with pytest.warns(UserWarning):
         assert load_split(folder, "train", resolution=4).levels.shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"streaming": True}, {"test_split": None, "validation_size": 1}, {"test_size": 1}]
+)
+def test_resizing_is_said_once_whatever_splits_there_are(tmp_path: Path, more: dict[str, object]) -> None:
+    for split, width in (("train", 9), ("validation", 12), ("test", 10)):
+        for name in "ab":
+            (tmp_path / split).mkdir(exist_ok=True)
+            Image.new("L", (width, 8)).save(tmp_path / split / f"{name}.png")
+    splits: dict[str, Any] = {"validation_split": None if "validation_size" in more else "validation"}
+    with pytest.warns(UserWarning) as warned:
+        load_data(DataArguments(train_data_dir=str(tmp_path), resolution=8, **splits | more))
+    said = [str(one.message) for one in warned if "are resized" in str(one.message)]
+    assert len(said) == 1 and "9 x 8 pixels" in said[0]
 
 
 def test_equal_resolution_changes_nothing(recwarn: pytest.WarningsRecorder) -> None:

@@ -349,7 +349,12 @@ def test_names_that_are_no_dataset_are_refused_before_anything_is_read(
 def test_a_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
     folder_of(tmp_path, "a.png")
     shutil.copy(tmp_path / "a.png", os.fsencode(tmp_path / "b") + b"\xff.png")
-    assert "udcff" in refused(read, tmp_path)
+    assert "udcff" in refused(read, tmp_path) and "UTF-8" in refused(read, tmp_path, streaming=True)
+    os.rename(os.fsencode(tmp_path / "b") + b"\xff.png", os.fsencode(tmp_path / "b") + b"\xff.txt")  # noqa: PTH104
+    assert "udcff" in read(tmp_path).summary and len(greys(read(tmp_path).train)) == 1
+    (tmp_path / os.fsdecode(b"c\xff")).mkdir()
+    shutil.copy(tmp_path / "a.png", os.fsencode(tmp_path) + b"/c\xff/d.png")
+    assert "UTF-8" in refused(read, tmp_path)
 
 
 # --- labels and columns ---------------------------------------------------------------------------------------------
@@ -361,6 +366,88 @@ def test_classes_are_the_names_of_the_folders_in_all_splits(tmp_path: Path) -> N
     assert labels is not None and labels.tolist() == [1, 2]
     flat = str(folder_of(tmp_path / "flat", "train/1.png", "test/1.png"))
     assert "label" in refused(load_split, flat, "test", label_column="label")
+
+
+UNEQUAL = {
+    "one class deeper": ["a/1.png", "b/c/2.png"],
+    "one at the top": ["a/1.png", "b/2.png", "3.png"],
+    "within splits": ["train/a/1.png", "train/b/c/2.png", "test/a/1.png"],
+    "in one split alone": ["train/a/1.png", "train/b/2.png", "test/1.png"],
+}
+
+
+@both
+@pytest.mark.parametrize("what", UNEQUAL)
+def test_folders_that_say_no_classes_are_said_to_say_none(tmp_path: Path, what: str, streaming: bool) -> None:
+    folder = str(folder_of(tmp_path, *UNEQUAL[what]))
+    assert "no classes" in read(folder, streaming=streaming).summary
+    message = refused(load_split, folder, "train", label_column="label")
+    assert "no classes" in message and "one folder of its name" in message
+    with pytest.warns(UserWarning, match="no classes"):
+        load_split(folder, "train")
+
+
+@pytest.mark.parametrize(
+    "names", [["cat/2024/1.png", "dog/2024/2.png"], ["cat/a/1.png", "cat/b/2.png", "dog/a/3.png"]]
+)
+def test_folders_of_one_name_are_said_to_be_one_class(tmp_path: Path, names: list[str]) -> None:
+    assert "one class" in read(folder_of(tmp_path, *names)).summary
+
+
+def test_folders_that_say_their_classes_are_silent(tmp_path: Path) -> None:
+    for number, names in enumerate((["a/1.png", "b/1.png"], ["x/a/1.png", "y/b/1.png"], ["1.png"], ["a/1.png"])):
+        summary = read(folder_of(tmp_path / str(number), *names)).summary
+        assert "class" not in summary and "not used" not in summary
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_classes_of_folders_are_kept_beside_metadata(tmp_path: Path, suffix: str) -> None:
+    folder_of(tmp_path, "a/1.png", "b/2.png")
+    _write_rows(tmp_path / f"metadata.{suffix}", [{"file_name": f, "text": "x"} for f in ("a/1.png", "b/2.png")])
+    labels = load_split(str(tmp_path), "train", label_column="label").labels
+    assert labels is not None and labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_names_in_metadata_are_read_however_parquet_holds_them(tmp_path: Path, kind: pa.DataType) -> None:
+    folder_of(tmp_path, "1.png", "2.png")
+    for names in (["1.png", "2.png"], ["1.png", None]):
+        table = pa.table({"file_name": pa.array(names).cast(kind), "digit": [3, 4]})
+        pyarrow.parquet.write_table(table, tmp_path / "metadata.parquet")
+        if None in names:
+            assert "row 1 of 'metadata.parquet' names None" in refused(load_split, str(tmp_path), "train")
+        else:
+            labels = load_split(str(tmp_path), "train", label_column="digit").labels
+            assert labels is not None and labels.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_names_in_metadata_that_are_none_are_refused_by_their_row(tmp_path: Path, suffix: str) -> None:
+    folder_of(tmp_path, "1.png")
+    for name in (None, 1, True):
+        _write_rows(tmp_path / f"metadata.{suffix}", [{"file_name": name, "digit": 3}])
+        assert "row 0 of " in refused(load_split, str(tmp_path), "train")
+
+
+def test_metadata_without_a_row_is_refused_as_such(tmp_path: Path) -> None:
+    folder_of(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,digit\n")
+    assert "metadata.csv' has no rows" in refused(load_split, str(tmp_path), "train")
+    pyarrow.parquet.write_table(pa.table({"file_name": pa.array([], pa.string())}), tmp_path / "metadata.parquet")
+    (tmp_path / "metadata.csv").unlink()
+    assert "metadata.parquet' has no rows" in refused(load_split, str(tmp_path), "train")
+
+
+@both
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, streaming: bool) -> None:
+    folder_of(tmp_path / "images", "1.png")
+    (tmp_path / "images" / "metadata.csv").write_text("file_name,n,n\n1.png,1,2\n")
+    assert "2 columns 'n'" in refused(read, tmp_path / "images", streaming=streaming)
+    for name in ("image", "label"):
+        table = pa.table([pa.array([png(1)]), pa.array([1]), pa.array([2])], names=["image", "label", name])
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        message = refused(lambda: greys(read(tmp_path / f"{name}.parquet", streaming=streaming).train))  # noqa: B023
+        assert f"2 columns '{name}'" in message and f"{name}.parquet" in message
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])

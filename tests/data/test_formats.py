@@ -117,6 +117,45 @@ FRAMES: dict[str, Callable[[], bytes]] = {
     "a.mpo": lambda: frames("MPO"),
     "a.jpg": lambda: frames("MPO"),
 }
+PIXELS = NOISE[:2, :1].tobytes()
+GO_ON: dict[str, bytes] = {
+    "a.pgm": b"P5 2 1 255\n\1\2",
+    "sixteen_levels.pgm": b"P5\n# a comment\n2 1\n15\n\1\2",
+    "a.pbm": b"P4 9 1\n\xff\x80",
+    "a.ppm": b"P6 1 2 255\n" + PIXELS,
+    "named.png": b"P6 1 2 255\n" + PIXELS,
+    "plain.pbm": b"P1 2 1\n10\n",
+    "plain.pgm": b"P2 2 1 255\n1 2 # the second\n",
+    "plain.ppm": b"P3 1 1 255\n1 2 3\n",
+}
+
+
+def bitmap(colours: bytes, *pixels: int) -> bytes:
+    """A BMP file of one row with a palette."""
+    rows, start = bytes(pixels).ljust(4, b"\0"), 54 + len(colours)
+    header = struct.pack("<IiiHHIIiiII", 40, len(pixels), 1, 1, 8, 0, 4, 0, 0, len(colours) // 4, 0)
+    return b"BM" + struct.pack("<IHHI", start + 4, 0, 0, start) + header + colours + rows
+
+
+def short_gif() -> bytes:
+    """A GIF file whose table was cut from four colours to two."""
+    image = Image.new("P", (2, 1))
+    image.putpalette([9, 9, 9, 1, 2, 3, 7, 6, 5, 200, 3, 1])
+    image.putdata([0, 3])
+    content = bytearray(encoded(image, "GIF", optimize=False))
+    content[10:] = bytes([content[10] & 0xF8]) + content[11:19] + content[13 + (6 << (content[10] & 7)) :]
+    return bytes(content)
+
+
+TWO_COLOURS = chunk(b"PLTE", bytes([9, 8, 7, 6, 5, 4]))
+COLOURLESS: dict[str, Callable[[], bytes]] = {
+    "no_palette.png": lambda: png(2, 1, 8, 3, b"\0\0\1"),
+    "short_palette.png": lambda: png(2, 1, 8, 3, b"\0\1\2", TWO_COLOURS),
+    "two_bits.png": lambda: png(2, 1, 2, 3, b"\0\xb0", TWO_COLOURS),
+    "with_opacities.png": lambda: png(2, 1, 8, 3, b"\0\1\2", TWO_COLOURS, chunk(b"tRNS", b"\xff\xff")),
+    "a.bmp": lambda: bitmap(bytes([1, 2, 3, 0, 4, 5, 6, 0]), 0, 1, 7),
+    "a.gif": short_gif,
+}
 _EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
 UNKNOWN: dict[str, Callable[[], bytes]] = {
     "a.avif": lambda: encoded(RGB, "AVIF"),
@@ -203,6 +242,47 @@ def test_a_colour_key_that_no_pixel_has_changes_nothing(tmp_path: Path) -> None:
 def test_several_frames_are_refused_by_name(tmp_path: Path, name: str) -> None:
     message = refused(load_split, str(folder_with(tmp_path, name, FRAMES[name]())), "train", color="rgb")
     assert name in message and "2 frames" in message
+
+
+@pytest.mark.parametrize("name", GO_ON)
+def test_a_second_image_in_a_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(GO_ON[name])
+    alone = load_split(str(tmp_path), "train", color="rgb", num_levels=16 if "sixteen" in name else 256).levels
+    assert len(alone) == 1
+    for space in (b"", b"\n"):
+        (tmp_path / name).write_bytes(GO_ON[name] + space + GO_ON[name])
+        message = refused(load_split, str(tmp_path), "train", color="rgb")
+        assert name in message and "each one as a file of its own" in message
+
+
+@pytest.mark.parametrize("name", COLOURLESS)
+def test_a_pixel_beyond_its_palette_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    message = refused(load_split, str(folder_with(tmp_path, name, COLOURLESS[name]())), "train", color="rgb")
+    assert name in message and "palette" in message
+    with pytest.warns(UserWarning, match=name):
+        assert greys(read(tmp_path, skip_corrupt_images=True, color="grey").train) == [0]
+
+
+def test_a_palette_that_is_just_long_enough_is_read() -> None:
+    whole = {
+        "a.png": png(2, 1, 8, 3, b"\0\0\1", TWO_COLOURS),
+        "b.png": png(2, 1, 1, 3, b"\0\x40", TWO_COLOURS, chunk(b"tRNS", b"\xff\xff")),
+        "a.bmp": bitmap(bytes([7, 8, 9, 0, 4, 5, 6, 0]), 0, 1),
+    }
+    for content in whole.values():
+        assert Decoder(color="rgb").decode(content).tolist() == [[[9, 6]], [[8, 5]], [[7, 4]]]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_more_pixels_than_are_read_are_refused_with_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"image 3 .*12,000 x 12,000 pixels.* at most 89,478,485 .*scale it down"):
+        Decoder().decode(png(12_000, 12_000, 1, 0, bytes(12_000 * 1_501)), 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 29)
+    for name in ("a.png", "a.bmp", "a.ppm"):
+        with pytest.raises(DataError, match="6 pixels"):
+            Decoder().decode(READ[name]())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    assert Decoder().decode(READ["a.png"]()).shape == (3, 6, 5)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

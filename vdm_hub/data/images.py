@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -24,6 +24,10 @@ from vdm_hub.pixels import Color, Levels, check_depth, convert_color, levels_fro
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow may take an image for: no format that calls other programs, and none whose depth is not known here."""
+
+Size: TypeAlias = tuple[int, int]
+"""(W, H), as Pillow has it."""
+Fitted: TypeAlias = tuple[Levels, Size | None]
 
 _CHUNK = 1024  # images decoded between two reads of the dataset
 
@@ -88,16 +92,16 @@ class Decoder:
         """
         return self.fit(encoded, index)[0]
 
-    def fit(self, encoded: Any, index: int | None = None) -> tuple[Levels, bool]:
-        """`decode`, and whether the image is resized, or cropped now or at each use."""
+    def fit(self, encoded: Any, index: int | None = None) -> Fitted:
+        """`decode`, and the image's own size where it is resized, or cropped now or at each use."""
         image, name = self.open(encoded, index), ImageName(encoded, index)
         levels = levels_from_image(image, self.num_levels, color=self.color, name=name)
         if self.resolution is None or levels.shape[1:] == (self.resolution, self.resolution):
-            return levels, False
+            return levels, None
         if min(levels.shape[1:]) != self.resolution:
             resized = _resize(convert_color(image, self.color), self.resolution)
             levels = nearest_levels(resized, self.num_levels)
-        return crop(levels, self.resolution, 0.5, 0.5) if self.center_crop else levels, True
+        return crop(levels, self.resolution, 0.5, 0.5) if self.center_crop else levels, image.size
 
     def open(self, encoded: Any, index: int | None = None) -> Image:
         """The one image of a file, upright, of 8 bits a channel; it raises as `decode` does."""
@@ -108,7 +112,11 @@ class Decoder:
                 if (frames := getattr(image, "n_frames", 1)) > 1:
                     raise DataError(f"{name} holds {frames} frames or pages: give each one as an image of its own.")
                 check_depth(image, name)
+                _check_size(image)
+                if image.format == "PPM" and _goes_on(file, image):
+                    raise DataError(f"{name} goes on after its first image: give each one as a file of its own.")
                 image.load()
+                _check_palette(image)
                 PIL.ImageOps.exif_transpose(image, in_place=True)
         except DataError:
             raise
@@ -140,7 +148,7 @@ class Decoder:
             pass
         return ""
 
-    def fit_many(self, encoded: Sequence[Any], indices: Sequence[int] | None = None) -> list[tuple[Levels, bool]]:
+    def fit_many(self, encoded: Sequence[Any], indices: Sequence[int] | None = None) -> list[Fitted]:
         """`fit` for each, in order, on ``num_workers`` threads."""
         numbers = [None] * len(encoded) if indices is None else indices
         if self.num_workers == 0:
@@ -164,7 +172,7 @@ class ImageLevels:
         image_shape: (C, H, W).
         num_levels: K.
         labels: int64 of shape (N,), where a label column was asked for.
-        resized: Whether any image was resized or cropped, or is to be cropped at each use.
+        resized_from: The size of the first image that was resized or cropped, or is to be cropped at each use.
         names: The file of each image by its path in the folder, where they come from one.
     """
 
@@ -172,12 +180,17 @@ class ImageLevels:
     image_shape: tuple[int, int, int]
     num_levels: int
     labels: Tensor | None = None
-    resized: bool = False
+    resized_from: Size | None = None
     names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         """N."""
         return len(self.levels)
+
+    @property
+    def resized(self) -> bool:
+        """Whether any image was resized or cropped, or is to be cropped at each use."""
+        return self.resized_from is not None
 
     def take(self, indices: Tensor, offsets: Tensor | None = None) -> dict[str, Tensor]:
         """A batch of the images with these indices.
@@ -211,7 +224,7 @@ class ImageStream:
         num_levels: K.
         decoder: What turns a row into levels.
         shuffle_buffer_size: Images in the shuffle buffer of training.
-        resized: Whether the first image is resized or cropped.
+        resized_from: The size of the first image, where it is resized or cropped.
     """
 
     dataset: datasets.IterableDataset
@@ -220,7 +233,12 @@ class ImageStream:
     num_levels: int
     decoder: Decoder
     shuffle_buffer_size: int = 1
-    resized: bool = False
+    resized_from: Size | None = None
+
+    @property
+    def resized(self) -> bool:
+        """Whether the first image is resized or cropped."""
+        return self.resized_from is not None
 
     def decode(
         self, rows: Sequence[dict[str, Any]], offsets: Tensor | None = None, indices: Sequence[int] | None = None
@@ -261,10 +279,10 @@ def decode_all(
     _check_memory(len(dataset), shape)
     random_crop = decoder.resolution is not None and not decoder.center_crop
     images: list[Tensor] = []
-    resized = False
+    resized: Size | None = None
     levels = np.empty((0 if random_crop else len(dataset), *shape), dtype=np.uint8)
     for index, (one, changed) in enumerate(_decoded(dataset, image_column, decoder)):
-        resized |= changed
+        resized = resized or changed
         if decoder.output_shape(one) != shape:
             other = ImageName(dataset[index][image_column], index)
             raise _mixed(ImageName(first, 0), shape, other, decoder.output_shape(one))
@@ -279,24 +297,13 @@ def decode_all(
     return ImageLevels(held, shape, decoder.num_levels, labels, resized)
 
 
-def warn_if_resized(encoded: Any, decoder: Decoder) -> None:
-    """Say so, where the resolution is not the image's own."""
-    size = decoder.open(encoded, 0).size
-    if decoder.resolution is not None and size != (decoder.resolution, decoder.resolution):
-        warnings.warn(
-            f"images of {size[0]} x {size[1]} pixels are resized or cropped to resolution {decoder.resolution}: bits "
-            "per dimension on them can't be compared with published figures.",
-            stacklevel=3,
-        )
-
-
 def crop(levels: Any, size: int, down: float, right: float) -> Any:
     """The (C, size, size) part of an array or tensor whose corner lies at these fractions of the room there is."""
     top, left = (int(u * (room - size + 1)) for u, room in zip((down, right), levels.shape[1:], strict=True))
     return levels[:, top : top + size, left : left + size]
 
 
-def _decoded(encoded: datasets.Dataset, image_column: str, decoder: Decoder) -> Iterator[tuple[Levels, bool]]:
+def _decoded(encoded: datasets.Dataset, image_column: str, decoder: Decoder) -> Iterator[Fitted]:
     for start in range(0, len(encoded), _CHUNK):
         part = encoded[start : start + _CHUNK][image_column]
         yield from decoder.fit_many(part, range(start, start + len(part)))
@@ -307,6 +314,36 @@ def _resize(image: Image, resolution: int) -> Image:
     short = min(image.size)
     width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
     return image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+
+
+def _check_size(image: Image) -> None:
+    limit = PIL.Image.MAX_IMAGE_PIXELS  # Pillow itself refuses twice as many, and warns of what is between
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(
+            f"it has {image.width:,} x {image.height:,} pixels, and at most {limit:,} are read, against files that "
+            f"would fill the memory: cut it into parts, or scale it down"
+        )
+
+
+def _check_palette(image: Image) -> None:
+    """Refuse pixels that the palette has no colour for, which Pillow shows black."""
+    if image.mode not in ("P", "PA"):
+        return
+    colours = 0 if image.palette is None else len(image.palette.tobytes()) // len(image.palette.mode)
+    last: Any = image.getchannel(0).getextrema()[1]
+    if last >= colours:
+        raise ValueError(f"a pixel has the colour {last} of its palette, which has {colours} colours")
+
+
+def _goes_on(file: IO[bytes], image: Any) -> bool:
+    """Whether a netpbm file holds anything after its first image, where Pillow stops."""
+    tile = image.tile[0]
+    if tile.codec_name == "ppm_plain":  # numbers and comments
+        file.seek(tile.offset)
+        return b"P" in re.sub(rb"#[^\r\n]*", b"", file.read())
+    row = (image.width + 7) // 8 if image.mode == "1" else image.width * len(image.getbands())
+    file.seek(tile.offset + row * image.height)
+    return bool(file.read(_CHUNK).strip())
 
 
 def _why(error: Exception) -> str:

@@ -11,8 +11,13 @@ from vdm_hub.errors import DataError
 _INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
-def read_labels(dataset: datasets.Dataset, column: str) -> Tensor:
+def read_labels(dataset: datasets.Dataset, column: str, note: str = "") -> Tensor:
     """The labels of a column of integers or of `datasets.ClassLabel`, int64 of shape (N,).
+
+    Args:
+        dataset: Its images need not be decoded.
+        column: The column.
+        note: What to add where there is no such column.
 
     Raises:
         DataError: There is no such column, it holds anything else, or a label is missing, negative or no class.
@@ -21,7 +26,7 @@ def read_labels(dataset: datasets.Dataset, column: str) -> Tensor:
     tensor([2, 0])
     """
     if column not in dataset.column_names:
-        raise DataError(f"no column {column!r}: the columns are {', '.join(dataset.column_names)}.")
+        raise DataError(f"no column {column!r}: the columns are {', '.join(dataset.column_names)}.{note}")
     feature = dataset.features[column]
     is_class = isinstance(feature, datasets.ClassLabel)
     if not is_class and not (isinstance(feature, datasets.Value) and feature.dtype in _INTEGERS):

@@ -7,7 +7,7 @@ import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from vdm_hub.data.files import IMAGE_SUFFIXES, METADATA_NAMES, Listing, list_folder, names_and_count, said_of
-from vdm_hub.errors import DataError, explained
+from vdm_hub.errors import DataError, explained, shortened
 
 _SPLITS = {
     name: split
@@ -39,16 +39,16 @@ class Layout:
         listing: What lies in the folder; `Listing.unused` says what is not read.
         splits: The paths of images or of Parquet files, by split.
         is_parquet: Whether they are Parquet files.
-        is_divided: Whether the splits are folders or names, and not all files together.
         metadata: The paths of files with columns for the images.
-        note: What to say where names look like splits and are not taken as such.
+        classes: The class of each image by the name of its folder; empty where those say none.
+        note: What to say where names look like splits or classes and are not taken as such.
     """
 
     listing: Listing
     splits: Mapping[str, Sequence[str]]
     is_parquet: bool
-    is_divided: bool
     metadata: Sequence[str] = ()
+    classes: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
 
@@ -60,7 +60,8 @@ def read_layout(root: Path) -> Layout:
     name would leave out a single file, all of them are the split ``train``.
 
     Raises:
-        DataError: There are no images, or images and Parquet files; or a Parquet file of several is missing.
+        DataError: There are no images, or images and Parquet files; a Parquet file of several is missing; or a name is
+            not in UTF-8.
     """
     listing = list_folder(root)
     images: list[str] = []
@@ -88,11 +89,14 @@ def read_layout(root: Path) -> Layout:
             f"the folder {str(root)!r} holds neither images nor Parquet files: it has {there}. Name another, or "
             f"unpack what is packed."
         )
-    _check_shards(parquet)
     files = images or parquet
+    _check_names([*files, *metadata])
+    _check_shards(parquet)
     splits = _splits(files, _top_folder) or (_splits(files, _file_name) if parquet else None)
-    note = "" if splits else _note(files)
-    return Layout(listing, splits or {"train": files}, bool(parquet), splits is not None, metadata, note)
+    notes = [] if splits else [_note(files)]
+    classes, note = _classes(images, is_divided=splits is not None)
+    note = "; ".join(filter(None, [*notes, note]))
+    return Layout(listing, splits or {"train": files}, bool(parquet), metadata, classes, note)
 
 
 def _splits(files: Iterable[str], name: Callable[[str], str | None]) -> dict[str, list[str]] | None:
@@ -127,6 +131,12 @@ def _note(files: Iterable[str]) -> str:
     )
 
 
+def _check_names(paths: Iterable[str]) -> None:
+    for path in paths:
+        if not path.isascii() and any("\udc80" <= character <= "\udcff" for character in path):
+            raise DataError(f"the name of the file {shortened(path)} is not UTF-8: give it another name.")
+
+
 def _check_shards(files: Iterable[str]) -> None:
     """Parquet files that say how many they are must be so many."""
     found: dict[tuple[str, str, int], set[int]] = defaultdict(set)
@@ -143,19 +153,29 @@ def _check_shards(files: Iterable[str]) -> None:
             )
 
 
-def classes_of_folders(layout: Layout) -> tuple[list[str], dict[str, int]]:
-    """The classes by the names of the images' folders, in order, and the number of each image's.
+def _classes(images: Iterable[str], *, is_divided: bool) -> tuple[dict[str, str], str]:
+    """The images' classes by the names of their folders, as for `datasets`; and what to say where they drop any.
 
-    Empty where all images lie in one folder, or not all equally deep, as for `datasets`.
+    None where all images lie in one folder, or not all equally deep.
     """
-    folders = {path: posixpath.dirname(path) for files in layout.splits.values() for path in files}
-    if layout.is_divided:  # the split's own folder is no class
+    folders = {path: posixpath.dirname(path) for path in images}
+    if is_divided:  # the split's own folder is no class
         folders = {path: folder.partition("/")[2] for path, folder in folders.items()}
-    classes = sorted({posixpath.basename(folder) for folder in folders.values()})
-    if len(classes) < 2 or "" in classes or len({folder.count("/") for folder in folders.values()}) > 1:
-        return [], {}
-    numbers = {name: number for number, name in enumerate(classes)}
-    return classes, {path: numbers[posixpath.basename(folder)] for path, folder in folders.items()}
+    depths = {(folder.count("/"), bool(folder)): path for path, folder in folders.items()}
+    if len(depths) > 1:
+        unlike = " and ".join(map(shortened, [*depths.values()][:2]))
+        return {}, (
+            f"the folders say no classes, as images do not lie equally deep (such as {unlike}): for labels, put all "
+            f"images of a class into one folder of its name"
+        )
+    classes = {path: posixpath.basename(folder) for path, folder in folders.items()}
+    count, places = len(set(classes.values())), len(set(folders.values()))
+    if places == count:
+        return classes if count > 1 else {}, ""
+    return classes if count > 1 else {}, (
+        f"the {places} folders of images have {count} names, and those of one name are one class: for other labels, "
+        f"put all images of a class into one folder of its name"
+    )
 
 
 def metadata_columns(layout: Layout, images: Sequence[str]) -> pa.Table | None:
@@ -164,13 +184,13 @@ def metadata_columns(layout: Layout, images: Sequence[str]) -> pa.Table | None:
     Raises:
         DataError: A file is damaged, or names an image that is not there, or one twice.
     """
-    tables, rows = [], dict[str, int]()
+    tables, rows = list[pa.Table](), dict[str, int]()
     known = {path for files in layout.splits.values() for path in files}
     for path in layout.metadata:
         table = _read_metadata(layout.listing.root / path)
         for number, name in enumerate(table["file_name"].to_pylist()):
-            image = posixpath.normpath(posixpath.join(posixpath.dirname(path), name or ""))
-            if image not in known or image in rows:
+            image = posixpath.normpath(posixpath.join(posixpath.dirname(path), str(name)))
+            if image not in known or image in rows or not isinstance(name, str):
                 what = "a second time" if image in rows else "which is none of the folder's images"
                 raise DataError(f"row {number} of {path!r} names {name!r}, {what}: mend that row, or remove it.")
             rows[image] = len(rows)
@@ -191,11 +211,26 @@ def _read_metadata(path: Path) -> pa.Table:
     }
     with explained(f"{str(path)!r} can't be read", "mend or rename it", DataError):
         table = readers[path.suffix](io.BytesIO(path.read_bytes()))
+    refuse_doubled(table.column_names, path)
     if "image" in table.column_names:
         raise DataError(f"{str(path)!r} has a column image, as the images' own is called: rename that column.")
-    if "file_name" not in table.column_names or not pa.types.is_string(table["file_name"].type):
+    if "file_name" not in table.column_names:
         raise DataError(
             f"{str(path)!r} has no column file_name with the names of images, but {', '.join(table.column_names)}: "
             f"add it, or give the file another name."
         )
+    if not len(table):
+        raise DataError(f"{str(path)!r} has no rows below the names of its columns: add them, or remove the file.")
     return table
+
+
+def refuse_doubled(columns: Sequence[str], path: Path) -> None:
+    """Refuse a table that has two columns of one name, of which one would be lost.
+
+    Raises:
+        DataError: With the name and the file's.
+    """
+    if doubled := next((name for name in columns if columns.count(name) > 1), None):
+        raise DataError(
+            f"{str(path)!r} has {columns.count(doubled)} columns {doubled!r}: give each a name of its own."
+        )

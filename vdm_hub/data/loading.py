@@ -15,7 +15,7 @@ from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.corrupt import without_corrupt
 from vdm_hub.data.files import lies_in, list_folder
 from vdm_hub.data.held_out import choose_again, count, hold_out, names_held_out
-from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all, warn_if_resized
+from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all
 from vdm_hub.data.labels import read_labels
 from vdm_hub.data.sources import (
     AnyDataset,
@@ -94,6 +94,7 @@ def load_data(arguments: DataArguments) -> Data:
                 f"the {name} images have the shape {images.image_shape} (C, H, W) and the training images "
                 f"{train.image_shape}: set resolution and color so that they agree."
             )
+    _warn_if_resized(train, validation, test)
     uses: list[Use] = [("trains on", train, arguments.train_split)]
     if held_out is None:
         uses.append(("validates on", validation, arguments.validation_split))
@@ -156,10 +157,11 @@ def load_split(
         dataset = without_corrupt(dataset, image_column, decoder) if chosen["skip_corrupt"] else dataset
     dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
     images = _in_memory(opened, dataset, image_column, decoder, split, label_column)
+    _warn_if_resized(images)
     said = summary_of(opened, [("reads" if chosen is None else "reads what a run held out,", images, whole)])
     if say is not None:
         say(said)
-    elif opened.layout is not None and (opened.layout.note or opened.layout.listing.unused):
+    elif opened.note or (opened.layout is not None and opened.layout.listing.unused):
         warn(said, stacklevel=2)
     return images
 
@@ -325,15 +327,24 @@ def _in_memory(
         raise DataError(f"the split {split!r} has no images: name another one.")
     encoded = undecoded(source, dataset, column, split)
     try:
-        labels = None if label_column is None else read_labels(encoded, label_column)
+        labels = None if label_column is None else read_labels(encoded, label_column, source.note)
         images = decode_all(encoded, column, decoder, labels)
     except DataError as error:
         raise DataError(f"in the split {split!r}, {error}") from error
-    warn_if_resized(encoded[0][column], decoder)
     if source.has_names:
         names = (row["path"] for row in encoded.select_columns([column])[:][column])
         images = replace(images, names=tuple(names))
     return images
+
+
+def _warn_if_resized(*splits: Images | None) -> None:
+    found = [(images.resized_from, images.image_shape) for images in splits if images is not None]
+    for size, shape in [(size, shape) for size, shape in found if size is not None][:1]:
+        warn(
+            f"images of {size[0]} x {size[1]} pixels are resized or cropped to resolution {shape[-1]}: bits per "
+            f"dimension on them can't be compared with published figures.",
+            stacklevel=3,
+        )
 
 
 def _stream(
@@ -346,5 +357,4 @@ def _stream(
         raise DataError(f"the split {split!r} has no images: name another one.")
     levels, resized = decoder.fit(first[column], 0)
     shape, buffer = decoder.output_shape(levels), arguments.shuffle_buffer_size
-    warn_if_resized(first[column], decoder)
     return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, resized)

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from vdm_hub.data.digits import digits
-from vdm_hub.data.layouts import Layout, classes_of_folders, metadata_columns, read_layout
+from vdm_hub.data.layouts import Layout, metadata_columns, read_layout, refuse_doubled
 from vdm_hub.errors import DataError, explained, in_one_line
 
 AnyDataset: TypeAlias = Any  # datasets.Dataset | datasets.IterableDataset: the library has no type information
@@ -105,11 +105,15 @@ class Source(ABC):
         return whole if (start, stop) == (0, len(whole)) else whole.select(list(range(start, stop)))
 
     def _unknown(self, split: str, known: Iterable[str], why: str = "") -> UnknownSplitError:
-        note = f" {self.layout.note}." if self.layout is not None and self.layout.note else ""
         return UnknownSplitError(
             f"the dataset {self.name!r} has no split {split!r}{why}: it has {', '.join(known)}; slices are written "
-            f"like 'train[:90%]', and only of datasets that are not streamed.{note}"
+            f"like 'train[:90%]', and only of datasets that are not streamed.{self.note}"
         )
+
+    @property
+    def note(self) -> str:
+        """What the layout has to say, as a sentence that follows another."""
+        return f" {self.layout.note}." if self.layout is not None and self.layout.note else ""
 
     def explained(self) -> AbstractContextManager[None]:
         """Within it, whatever `datasets` and the libraries below it raise becomes one paragraph."""
@@ -154,14 +158,13 @@ class ImageFiles(Source):
     def _whole(self, split: str) -> datasets.Dataset:
         files = self.layout.splits[split]
         image = pa.StructArray.from_arrays([pa.array(files, pa.string())], ["path"])
-        table = metadata_columns(self.layout, files)
-        if table is not None:
-            return datasets.Dataset(table.append_column("image", image))
-        names, labels = classes_of_folders(self.layout)
-        if not names:
-            return datasets.Dataset(pa.table({"image": image}))
-        table = pa.table({"image": image, "label": pa.array([labels[path] for path in files], pa.int64())})
-        features = datasets.Features.from_arrow_schema(table.schema) | {"label": datasets.ClassLabel(names=names)}
+        told, classes = metadata_columns(self.layout, files), self.layout.classes
+        table = pa.table({"image": image}) if told is None else told.append_column("image", image)
+        if not classes or "label" in table.column_names:
+            return datasets.Dataset(table)
+        label = datasets.ClassLabel(names=sorted(set(classes.values())))
+        table = table.append_column("label", pa.array([label.str2int(classes[path]) for path in files], pa.int64()))
+        features = datasets.Features.from_arrow_schema(table.schema) | {"label": label}
         return datasets.Dataset(table, datasets.DatasetInfo(features=datasets.Features(features)))
 
     def _stream(self, split: str) -> datasets.IterableDataset:
@@ -198,8 +201,7 @@ class ParquetFiles(Source):
 
     def _stream(self, split: str) -> datasets.IterableDataset:
         files = self._splits[split]
-        with _opened(files[0]) as file:
-            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+        features = datasets.concatenate_datasets([datasets.Dataset(_no_rows(path)) for path in files]).features
         return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs={"files": files})
 
 
@@ -340,12 +342,18 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         pa.OSFile(str(path)) as source,
         pq.ParquetFile(source, page_checksum_verification=True) as file,
     ):
+        refuse_doubled(file.schema_arrow.names, path)
         yield file
 
 
 def _count_rows(path: Path) -> int:
     with _opened(path) as file:
         return int(file.metadata.num_rows)
+
+
+def _no_rows(path: Path) -> pa.Table:
+    with _opened(path) as file:
+        return file.schema_arrow.empty_table()
 
 
 def _read_table(path: Path) -> pa.Table:

@@ -22,7 +22,7 @@ def summary_of(source: Source, uses: Sequence[Use], *, streaming: bool = False) 
     used = _names([split for _, _, split in uses if split is not None])
     unused = [f"{size:,} images of the split {name!r}" for name, size in sizes.items() if name not in used]
     if source.layout is not None:
-        said += [source.layout.note] if source.layout.note else []
+        said += [source.layout.note] if source.note else []
         unused += [said_of(source.layout.listing.unused)] if source.layout.listing.unused else []
     said += [f"not used: {'; '.join(unused)}"] if unused else []
     return "; ".join(said) + "."
