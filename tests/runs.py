@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from vdm_hub.data.loading import load_data
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.loop import Run, build_accelerator, train
 from vdm_hub.training.outputs import OutputFolder
 

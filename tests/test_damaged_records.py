@@ -21,7 +21,7 @@ from hub.test_fuzz import QUIET, Door, refused_or_loaded
 from vdm_hub.evaluation.journal import Journal
 from vdm_hub.likelihood.per_image import Measured, Results
 from vdm_hub.publishing.contents import read_source
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.checkpoints import load_checkpoint, save_checkpoint
 
 RECIPE = {"dataset_name": "digits", "num_levels": 17, "max_train_steps": 3, "unet": {"layers_per_block": 1}, "seed": 1}

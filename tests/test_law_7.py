@@ -22,7 +22,7 @@ from vdm_hub import VDMObjective, VDMPipeline, VDMScheduler
 from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.times import stratified_times
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.loop import train
 from vdm_hub.training.setup import build_objective, build_pipeline
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from vdm_hub.commands import report_errors
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.loop import train
 
 

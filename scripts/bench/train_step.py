@@ -32,7 +32,7 @@ from torch import nn
 
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import Data
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.loop import Run, build_accelerator
 from vdm_hub.training.outputs import OutputFolder
 

@@ -16,7 +16,7 @@ from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.held_out import choose_again, hold_out, label_column
 from vdm_hub.data.loading import Data, load_data, load_split
 from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 
 
 def class_folders(root: Path, **classes: int) -> Path:

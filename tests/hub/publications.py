@@ -28,7 +28,13 @@ EVALUATION: dict[str, Any] = {
     "dimensions": 64,
     "dataset": {"name": "digits", "split": "test", "images": 360, "shape": [1, 8, 8], "levels": 17},
 }
-RECIPE: dict[str, Any] = {"dataset_name": "digits", "train_split": "train", "num_levels": 17, "seed": 0}
+RECIPE: dict[str, Any] = {
+    "dataset_name": "digits",
+    "train_split": "train",
+    "num_levels": 17,
+    "seed": 0,
+    "max_train_steps": 6,
+}
 RUN: dict[str, Any] = {
     "versions": {"vdm-hub": "0.1.0", "torch": "2.13.0"},
     "steps": 6,

@@ -18,12 +18,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from hub.publications import EVALUATION, write_run
+from hub.publications import EVALUATION, RECIPE, write_run
 from vdm_hub import VDMPipeline
+from vdm_hub.commands import main
 from vdm_hub.errors import CheckpointError, PublishError
 from vdm_hub.publishing.card import Edition, render_card
 from vdm_hub.publishing.contents import copy_pipeline, copy_records, read_source, refuse_secrets
 from vdm_hub.publishing.markdown import plain, visible
+from vdm_hub.recipes.arguments import read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,8 @@ def test_plain_text_stays_readable() -> None:
 
 
 def test_the_recipe_says_nothing_of_the_place(tmp_path: Path) -> None:
-    recipe = {"train_data_dir": "/home/ada/birds", "output_dir": "/home/ada/runs", "resume_from_checkpoint": "latest"}
+    recipe = {"dataset_name": None, "train_data_dir": "/home/ada/birds"}
+    recipe |= {"output_dir": "/home/ada/runs", "resume_from_checkpoint": "latest"}
     source = read_source(write_run(tmp_path / "run", recipe=recipe))
     (tmp_path / "out").mkdir()
     copy_records(source, tmp_path / "out")
@@ -152,21 +155,53 @@ def test_a_measurement_of_another_shape_is_refused(tmp_path: Path, wrong: dict[s
         read_source(folder)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"num_inference_steps": "many"},
-        {"resolution": [8]},
-        {"dataset_name": {"a": 1}},
-        {"seed": 0.5},
-        {"train_split": 7},
-        {"center_crop": "yes"},
-    ],
-    ids=str,
-)
-def test_a_recipe_of_another_shape_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match=r"recipe\.yaml"):
-        read_source(write_run(tmp_path / "run", recipe=wrong))
+WRONG_RECIPES: dict[str, dict[str, Any]] = {
+    "num_inference_steps": {"num_inference_steps": "many"},
+    "resolution": {"resolution": [8]},
+    "dataset_name": {"dataset_name": {"a": 1}},
+    "seed": {"seed": 0.5},
+    "train_split": {"train_split": 7},
+    "center_crop": {"center_crop": True},  # without a resolution
+    "train_batch_sise": {"train_batch_sise": 8},
+    "learning_rate": {"learning_rate": -1.0},
+    "lr_scheduler": {"lr_scheduler": "cosin"},
+    "unet": {"unet": 3},
+    "noise schedule": {"noise_schedule": "cosin"},
+    "max_train_steps": {"num_train_epochs": 3},
+    "test_size": {"test_size": 1.5},
+}
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("spoilt") / "run")
+
+
+@pytest.mark.parametrize("field", WRONG_RECIPES)
+def test_a_recipe_that_no_run_would_take_is_refused_by_every_command(
+    field: str, spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (spoilt / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | WRONG_RECIPES[field]))
+    output = ["--dry_run", "--output_dir", str(tmp_path / "out")]
+    for place in (spoilt, spoilt / "pipeline"):
+        for words in (["publish", str(place), "me/x", *output], ["evaluate", str(place), "--dataset_name", "digits"]):
+            assert main(words) == 2, words
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and field in said, said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_that_is_published_is_what_a_run_reads(tmp_path: Path) -> None:
+    """Text that other readers take for a number stays text, and a word that a run takes for false is false."""
+    folder = write_run(tmp_path / "run", recipe={"train_split": "1e3", "random_flip": "no"})
+    text = (
+        (folder / "recipe.yaml").read_text().replace("'1e3'", "1e3").replace("train_split: 1e3", "train_split: '1e3'")
+    )
+    (folder / "recipe.yaml").write_text(text)
+    source = read_source(folder)
+    assert source.recipe["random_flip"] is False
+    copy_records(source, tmp_path)
+    assert read_recipe(tmp_path / "recipe.yaml") == source.recipe
 
 
 @pytest.mark.parametrize("missing", ["bits_per_dim", "terms", "weights"])

@@ -17,7 +17,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.loop import train
 
 Start = Callable[[AcceleratorState, dict[str, Any]], DistributedType]

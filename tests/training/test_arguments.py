@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.errors import ConfigurationError, MissingPluginError
-from vdm_hub.training.arguments import FIELDS, GROUPS, Configuration, load_recipe, parse, recipes
-from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.recipes.arguments import FIELDS, GROUPS, Configuration, load_recipe, parse, recipes
+from vdm_hub.recipes.configuration import TrainingArguments
 
 MINIMAL = {"dataset_name": "digits", "max_train_steps": 5}
 

@@ -17,7 +17,7 @@ import pytest
 
 from runs import configuration, contents, environment, recipe, train_here
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.checkpoints import checkpoints
 from vdm_hub.training.outputs import OutputFolder
 

@@ -10,7 +10,7 @@ import pytest
 from image_folders import folder_of
 from runs import TINY, train_here
 from vdm_hub.errors import DataError
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.outputs import OutputFolder
 
 OF_A_FOLDER: dict[str, Any] = {"dataset_name": None, "test_split": None, "num_levels": 256, "train_batch_size": 2}

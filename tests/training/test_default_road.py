@@ -18,7 +18,7 @@ from PIL import Image
 from runs import ROOT, UNET, forget_accelerator
 from vdm_hub import VDMPipeline
 from vdm_hub.commands import main
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.loop import train
 
 CLASSES = ("cat", "dog", "fox", "owl")

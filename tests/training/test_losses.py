@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vdm_hub.errors import NonFiniteLossError
-from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.losses import GRADIENT_NORM, LossWatch
 
 

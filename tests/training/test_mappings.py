@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.arguments import Configuration, parse
+from vdm_hub.recipes.arguments import Configuration, parse
 
 UNET = {"_class_name": "UNetVDMModel", "block_out_channels": [32, 64], "layers_per_block": 3, "dropout": 0.1}
 BOTH = {"name": "linear", "config": {"gamma_min": -8.0, "gamma_max": 5.0}}

@@ -97,7 +97,7 @@ def test_what_cannot_fit_is_refused_before_memory_is_taken(
 def test_a_dry_run_shows_its_arguments_and_its_needs_also_where_it_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vdm_hub.training.arguments import parse
+    from vdm_hub.recipes.arguments import parse
 
     (tmp_path / "again.yaml").write_text("")
     for fields in ({}, {"unet": {"block_out_channels": [1 << 16]}}):

@@ -24,8 +24,8 @@ from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.variational_bound import Bound, VDMObjective
+from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training import setup
-from vdm_hub.training.arguments import Configuration
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
 from vdm_hub.training.losses import LossWatch
 from vdm_hub.training.processes import refuse_engine

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from runs import LAUNCH, LEARNED, ROOT, TORCHRUN, contents, environment, finished_run, python, recipe, train_here
 from vdm_hub import VDMPipeline
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
 
 
@@ -144,7 +144,7 @@ import torch
 
 from vdm_hub.data.loading import load_data
 from vdm_hub.training import loop
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 
 folder = Path(sys.argv[1])
 seen = []

@@ -13,7 +13,7 @@ from hub.server import LoopbackHub
 from runs import TORCHRUN, contents, python, recipe
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.recipes.configuration import TrainingArguments
 
 TOKEN = "hf_loopback"
 PUSHING: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "me/tiny", "max_train_steps": 2}

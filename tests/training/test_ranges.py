@@ -12,7 +12,7 @@ import pytest
 
 from runs import TINY, configuration, train_here
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.arguments import FIELDS, GROUPS, Configuration
+from vdm_hub.recipes.arguments import FIELDS, GROUPS, Configuration
 from vdm_hub.training.opening import without_effect
 
 NUMBERS = {

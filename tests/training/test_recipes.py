@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from runs import forget_accelerator
-from vdm_hub.training.arguments import parse, recipes
+from vdm_hub.recipes.arguments import parse, recipes
 from vdm_hub.training.loop import train
 from vdm_hub.training.networks import build_network
 from vdm_hub.training.setup import build_objective

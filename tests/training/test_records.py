@@ -23,8 +23,8 @@ from sklearn.model_selection import train_test_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runs import LEARNED, contents, environment, finished_run, start, train_here
+from vdm_hub.recipes.configuration import DiffusionArguments, Serialised
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from vdm_hub.training.configuration import DiffusionArguments, Serialised
 from vdm_hub.training.provenance import code_state, git_state, plugin_versions
 
 WATCHED: dict[str, Any] = {"logging_steps": 1, "validation_size": 40, "validation_steps": 3, "checkpointing_steps": 4}

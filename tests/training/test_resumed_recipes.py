@@ -13,7 +13,7 @@ from PIL import Image
 
 from runs import UNET, contents, train_here
 from vdm_hub.errors import CheckpointError
-from vdm_hub.training.configuration import differences
+from vdm_hub.recipes.configuration import differences
 
 
 def images(folder: Path, seed: int = 0) -> Path:

@@ -13,7 +13,7 @@ from runs import LAUNCH, python, recipe, start, train_here, weights
 from vdm_hub import HVAEPipeline, MarkovianHVAE
 from vdm_hub.commands.__main__ import main
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
 
 SMALL = {"latent_shapes": [[2, 4, 4], [4]], "depth": 2, "block_out_channels": [8], "norm_num_groups": 4}

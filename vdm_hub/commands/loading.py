@@ -9,10 +9,11 @@ import torch
 
 from vdm_hub.diffusers_checkpoints import pipeline_class
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.hub.places import pipeline_folder
+from vdm_hub.hub.places import RECIPE, pipeline_folder, run_folder
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.pipelines import PIPELINES
+from vdm_hub.recipes.arguments import read_recipe
 
 
 def load_pipeline(
@@ -39,6 +40,8 @@ def load_pipeline(
             f"{name} holds no pipeline (no model_index.json): give a run's folder such as runs/digits, a pipeline's "
             f"such as runs/digits/pipeline, or a Hub id."
         )
+    if looks_local and (run := run_folder(folder)) is not None:
+        read_recipe(run / RECIPE)  # a run that is said to be another than it was is no one's to measure
     pipeline = _load(str(folder) if looks_local else name, num_levels, revision, overrides or {})
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 

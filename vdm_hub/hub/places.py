@@ -7,6 +7,8 @@ from pathlib import Path
 INDEX = "model_index.json"
 PIPELINE = "pipeline"
 """The folder of a run that holds its pipeline."""
+RECIPE = "recipe.yaml"
+"""What a run was asked to do, as the run itself wrote it."""
 
 
 def pipeline_folder(folder: Path) -> Path:
@@ -17,3 +19,12 @@ def pipeline_folder(folder: Path) -> Path:
     """
     within = folder / PIPELINE
     return within if (within / INDEX).is_file() and not (folder / INDEX).is_file() else folder
+
+
+def run_folder(pipeline: Path) -> Path | None:
+    """The folder of the run that made a pipeline and has its recipe; ``None`` for a pipeline alone.
+
+    >>> run_folder(Path("no/run/pipeline"))
+    """
+    place = pipeline.resolve()
+    return place.parent if place.name == PIPELINE and (place.parent / RECIPE).is_file() else None

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from vdm_hub import plain_yaml
-from vdm_hub.errors import CheckpointError, explained
+from vdm_hub.errors import CheckpointError
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.schemas import Within, check_record
 
@@ -95,20 +94,6 @@ class History(TypedDict, total=False):
     validation: dict[str, list[Figure]]
 
 
-class Recipe(TypedDict, total=False):
-    """What a run was asked to do, as far as a card repeats it."""
-
-    dataset_name: Text | None
-    dataset_config_name: Text | None
-    train_data_dir: Text | None
-    train_split: Text | None
-    resolution: Whole | None
-    center_crop: bool | None
-    random_flip: bool | None
-    num_inference_steps: Whole
-    seed: Whole | None
-
-
 def read_record(path: Path, schema: type) -> dict[str, Any]:
     """A record, or empty where there is no such file.
 
@@ -139,17 +124,3 @@ def read_history(path: Path) -> dict[str, Any]:
         if len(lengths) > 1 or not {"step", "bits_per_dim"} <= columns.keys():
             raise CheckpointError(f"{path}: the columns of {part} do not belong together: it was changed; remove it.")
     return record
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The fields of the recipe that a run wrote.
-
-    Raises:
-        CheckpointError: It is damaged.
-    """
-    with explained(f"{path} can't be read", "make it again, or remove it"):
-        content = plain_yaml.load(path.read_bytes(), f"in {path}")
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no fields: it is damaged. Make it again, or remove it.")
-    check_record(Recipe, content, str(path))
-    return content

@@ -13,18 +13,19 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from vdm_hub import plain_yaml
 from vdm_hub.errors import CheckpointError, PublishError
 from vdm_hub.evaluation.provenance import public_name
 from vdm_hub.hub.json_files import read_json
-from vdm_hub.hub.places import pipeline_folder
-from vdm_hub.hub.records import Evaluation, Run, read_history, read_recipe, read_record
+from vdm_hub.hub.places import RECIPE, pipeline_folder, run_folder
+from vdm_hub.hub.records import Evaluation, Run, read_history, read_record
+from vdm_hub.recipes.arguments import read_recipe
 from vdm_hub.secret_values import find_secret, find_secret_in_bytes
 
 INDEX = "model_index.json"
 _COMPONENT_FILE = re.compile(r"(scheduler_)?config\.json|diffusion_pytorch_model[\w.-]*\.(json|safetensors)")
 RECORDS = ("evaluation.json", "history.json", "run.json")
 PICTURES = ("samples.png", "schedule.png", "training_curve.png")
-RECIPE = "recipe.yaml"
 
 _PARSERS: Mapping[str, Callable[[str], object]] = {".json": json.loads, ".yaml": yaml.safe_load}
 
@@ -62,14 +63,15 @@ def read_source(folder: Path, evaluation: Path | None = None) -> Source:
 
     Raises:
         CheckpointError: There is no pipeline, or a file is damaged.
+        ConfigurationError: The run's recipe says what no recipe may.
     """
     pipeline = pipeline_folder(folder)
     if not (pipeline / INDEX).is_file():
         raise CheckpointError(
             f"{folder} holds no pipeline (no {INDEX}): give a run's folder such as runs/digits, or its pipeline."
         )
-    run = pipeline.resolve().parent
-    if pipeline.resolve().name != "pipeline" or not (run / RECIPE).is_file():
+    run = run_folder(pipeline)
+    if run is None:
         return Source(pipeline, evaluation=read_record(evaluation, Evaluation) if evaluation else {})
     return Source(
         pipeline,
@@ -118,7 +120,7 @@ def forget_places(folder: Path) -> None:
 def copy_records(source: Source, destination: Path) -> None:
     """Recipe, measurements and pictures."""
     if source.recipe:
-        (destination / RECIPE).write_text(yaml.safe_dump(source.recipe, sort_keys=False))
+        (destination / RECIPE).write_text(plain_yaml.dump(source.recipe))
     for name in RECORDS:
         if record := getattr(source, Path(name).stem):
             (destination / name).write_text(json.dumps(record, indent=1))

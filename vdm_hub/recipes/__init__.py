@@ -1,1 +1,1 @@
-"""Recipes: one YAML file each, with the fields of `vdm_hub.training.configuration` as flat keys."""
+"""Recipes: one YAML file each, with the fields of `vdm_hub.recipes.configuration` as flat keys."""

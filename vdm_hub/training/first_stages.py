@@ -13,7 +13,7 @@ from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.hub.repositories import INDEX, ModelFiles, open_files
 from vdm_hub.models.first_stages import AutoencoderKLFirstStage
 from vdm_hub.models.hvae import MarkovianHVAE
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.networks import build_described, build_hvae
 
 _TRAINED: dict[str, Any] = {cls.__name__: cls for cls in (MarkovianHVAE, AutoencoderKLFirstStage, AutoencoderKL)}

@@ -25,9 +25,9 @@ from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.plots import save_grid
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.recipes.arguments import Configuration
+from vdm_hub.recipes.configuration import allowed_changes
 from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
-from vdm_hub.training.configuration import allowed_changes
 from vdm_hub.training.memory import needed, refuse_what_cannot_fit
 from vdm_hub.training.opening import describe, without_effect
 from vdm_hub.training.outputs import OutputFolder, Validation, publish_locally, results, sample_images

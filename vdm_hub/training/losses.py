@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vdm_hub.errors import NonFiniteLossError
+from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.checkpoints import find_checkpoint
-from vdm_hub.training.configuration import TrainingArguments
 from vdm_hub.training.shards import whole
 
 GRADIENT_NORM = "gradient norm"

@@ -18,8 +18,8 @@ from vdm_hub.errors import ConfigurationError, in_one_line
 from vdm_hub.likelihood.hierarchical import HVAEObjective
 from vdm_hub.likelihood.variational_bound import Objective, VDMObjective
 from vdm_hub.models.hvae import MarkovianHVAE
-from vdm_hub.training.arguments import Configuration
-from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.recipes.arguments import Configuration
+from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.networks import sketched
 from vdm_hub.training.processes import is_sharded
 from vdm_hub.training.setup import build_objective

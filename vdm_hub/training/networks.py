@@ -15,7 +15,7 @@ from torch import nn
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.models.unet_vdm import UNetVDMModel
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.recipes.arguments import Configuration
 
 _SKETCHED = ContextVar("_SKETCHED", default=False)
 

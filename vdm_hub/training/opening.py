@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from vdm_hub.fields import idle_fields
-from vdm_hub.training.arguments import Configuration, defaults
+from vdm_hub.recipes.arguments import Configuration, defaults
 
 _WIDTH = 119
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.variational_bound import Objective
-from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.shards import sharded_like
 from vdm_hub.training.zero import ZeroOptimizer
 

@@ -20,9 +20,9 @@ from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.plots import plot_schedule, plot_training_curve, save_grid
-from vdm_hub.training.arguments import Configuration, parse
+from vdm_hub.recipes.arguments import Configuration, parse
+from vdm_hub.recipes.configuration import differences
 from vdm_hub.training.checkpoints import checkpoints, strangers, tidy
-from vdm_hub.training.configuration import differences
 from vdm_hub.training.history import History
 from vdm_hub.training.provenance import describe_split
 from vdm_hub.training.setup import build_pipeline, describe_preprocessing

@@ -10,9 +10,9 @@ from torch import Tensor
 from vdm_hub.errors import CheckpointError, in_one_line
 from vdm_hub.hub.records import Positive, Whole
 from vdm_hub.hub.schemas import check_record
+from vdm_hub.recipes.configuration import differences
 from vdm_hub.training import optimizers
 from vdm_hub.training.checkpoints import Checkpoint
-from vdm_hub.training.configuration import differences
 from vdm_hub.training.history import History
 from vdm_hub.training.run_state import RunState
 from vdm_hub.training.shards import gathered, own_part, sharded_like

@@ -12,8 +12,8 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, T
 from torch import Tensor
 
 from vdm_hub.errors import ConfigurationError, in_one_line, unknown_name
-from vdm_hub.training.arguments import Configuration
-from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.recipes.arguments import Configuration
+from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.outputs import OutputFolder
 from vdm_hub.training.shards import check_shards
 from vdm_hub.training.zero import check_zero, has_zero

@@ -16,8 +16,8 @@ from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.loading import Data, Images
 from vdm_hub.evaluation.provenance import describe_images, library_versions
 from vdm_hub.likelihood.variational_bound import Objective
-from vdm_hub.training.arguments import Configuration
-from vdm_hub.training.configuration import DiffusionArguments
+from vdm_hub.recipes.arguments import Configuration
+from vdm_hub.recipes.configuration import DiffusionArguments
 from vdm_hub.training.zero import precision
 
 _PACKAGE = Path(__file__).resolve().parents[1]

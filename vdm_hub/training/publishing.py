@@ -6,7 +6,7 @@ import shlex
 
 from vdm_hub.errors import PublishError, in_one_line
 from vdm_hub.publishing.publishing import check_ready, publish
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.outputs import OutputFolder
 
 

@@ -16,7 +16,7 @@ from vdm_hub.data.batches import training_batches
 from vdm_hub.data.loading import Data
 from vdm_hub.diffusion.times import stratified_times
 from vdm_hub.likelihood.variational_bound import Bound
-from vdm_hub.training.arguments import Configuration
+from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.early_stopping import EarlyStopping
 from vdm_hub.training.history import History
 from vdm_hub.training.losses import GRADIENT_NORM, LossWatch

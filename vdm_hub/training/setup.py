@@ -21,9 +21,9 @@ from vdm_hub.pipeline_hvae import HVAEPipeline
 from vdm_hub.pipeline_latent_vdm import LatentVDMPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.preprocessing import HeldOut, Preprocessing
+from vdm_hub.recipes.arguments import Configuration
+from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.scheduling_vdm import VDMScheduler
-from vdm_hub.training.arguments import Configuration
-from vdm_hub.training.configuration import TrainingArguments
 from vdm_hub.training.first_stages import build_first_stage
 from vdm_hub.training.networks import build_hvae, build_network
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.variational_bound import Bound, Objective
-from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.recipes.configuration import TrainingArguments
 
 
 def check_shards(accelerator: Accelerator, training: TrainingArguments) -> None:

@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.configuration import TrainingArguments
+from vdm_hub.recipes.configuration import TrainingArguments
 
 _NO_DEVICE = (None, "none")
 _NOT_BROADCAST = "ds_optim_param"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vdm_hub import VDMPipeline
 from vdm_hub.data.loading import load_split
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.loop import train
 from vdm_hub_binomial.binarise import binarise
 

@@ -12,7 +12,7 @@ from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_lit
 from vdm_hub import VDMPipeline, VDMScheduler
 from vdm_hub.data.loading import load_split
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub_binomial.binarise import binarise, main
 
 RECIPE = Path(__file__).resolve().parents[1] / "binary_digits.yaml"

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.loop import train
 
 TARGETS: dict[str, dict[str, object]] = {

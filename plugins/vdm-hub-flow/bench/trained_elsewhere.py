@@ -17,7 +17,7 @@ from torch import Tensor
 from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
 from vdm_hub.data.loading import load_split
 from vdm_hub.evaluation.evaluate import evaluate
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 
 SIGMA_DATA = 0.7
 Loss = Callable[[torch.nn.Module, Tensor], Tensor]

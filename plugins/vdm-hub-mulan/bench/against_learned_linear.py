@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 from vdm_hub.training.loop import train
 
 ENDS = {"gamma_min": -7.65, "gamma_max": 5.5}  # of the recipe; both learn them from there

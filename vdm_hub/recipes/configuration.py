@@ -1,7 +1,7 @@
 """What a training run can be told: dataclasses whose fields are the keys of a recipe and the command line.
 
 Every field has a ``help`` text, which ``--help`` prints. Values are checked on construction; types are checked by
-`vdm_hub.training.arguments`, which reads recipes and command lines.
+`vdm_hub.recipes.arguments`, which reads recipes and command lines.
 """
 
 # ruff: noqa: RUF009 - `option` is dataclasses.field with a help text

@@ -1,6 +1,6 @@
 """From a recipe and a command line to a checked `Configuration`.
 
-The dataclasses of `vdm_hub.training.configuration` make the command line and ``--help``. argparse only collects text,
+The dataclasses of `vdm_hub.recipes.configuration` make the command line and ``--help``. argparse only collects text,
 and one function gives every value its type, wherever it comes from. Words are read by the rules of YAML 1.2 in both
 places, so ``1e-4`` is a number and ``1_000`` is none.
 """
@@ -26,15 +26,15 @@ from vdm_hub.data.arguments import DataArguments, Share
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.fields import require
 from vdm_hub.files import expanded
-from vdm_hub.secret_values import mask
-from vdm_hub.training.configuration import (
+from vdm_hub.recipes.configuration import (
     DEFAULT_CLASSES,
     DiffusionArguments,
     ModelArguments,
     Serialised,
     TrainingArguments,
 )
-from vdm_hub.training.secrets import refuse_secret, refuse_token_field
+from vdm_hub.recipes.secrets import refuse_secret, refuse_token_field
+from vdm_hub.secret_values import mask
 
 GROUPS: tuple[Any, ...] = (DataArguments, DiffusionArguments, ModelArguments, TrainingArguments)
 FIELDS: dict[str, Any] = {
@@ -197,6 +197,20 @@ def load_recipe(recipe: str) -> tuple[str, dict[str, Any], str]:
     named = values.pop("recipe", name)
     require(isinstance(named, str), "recipe", named, f"give a text {where}")
     return named, values, where
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields that a recipe gives, each with its type, after the whole of it was checked as a run's is.
+
+    Args:
+        path: The file, such as a run's ``recipe.yaml``.
+
+    Raises:
+        ConfigurationError: As `load_recipe`, or a field is unknown, or a value has the wrong type or range.
+    """
+    name, values, where = load_recipe(str(path))
+    checked = plain_yaml.load(Configuration.from_dict(values, name, where).to_yaml(), where)
+    return {field: checked[field] for field in checked if field in values}
 
 
 class _Words:
