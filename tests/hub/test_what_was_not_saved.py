@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import time
@@ -205,6 +206,20 @@ def test_weights_of_another_type_than_is_saved_are_refused(
     save_file(weights | {name: weights[name].to(dtype)}, folder / "unet" / WEIGHTS)
     for door in doors(kind, "unet/x"):
         with pytest.raises(CheckpointError, match=name):
+            door(folder)
+
+
+@pytest.mark.parametrize("kind", ["carried", "stock"])
+def test_weights_that_name_a_tensor_twice_are_refused(kind: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved[kind], tmp_path / "model"))
+    content = (folder / "unet" / WEIGHTS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip()
+    name, about = next((key, value) for key, value in json.loads(header).items() if key != "__metadata__")
+    doubled = header[:-1] + f", {json.dumps(name)}: {json.dumps(about)}}}".encode()
+    (folder / "unet" / WEIGHTS).write_bytes(len(doubled).to_bytes(8, "little") + doubled + content[8 + size :])
+    for door in doors(kind, "unet/x"):
+        with pytest.raises(CheckpointError, match=re.escape(name)):
             door(folder)
 
 

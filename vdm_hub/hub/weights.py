@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vdm_hub.errors import CheckpointError, MissingFileError, explained
-from vdm_hub.hub.json_files import MAX_JSON_BYTES, read_json
+from vdm_hub.hub.json_files import MAX_JSON_BYTES, parse_json, read_json
 
 WEIGHTS = "diffusion_pytorch_model"
 _SHOWN = 3
@@ -242,8 +242,10 @@ def read_header(path: Path, name: str) -> dict[str, Saved]:
     what = f"the weights in {name} can't be read, as the file is truncated or no safetensors file"
     with explained(what, "download or save it again"):
         with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > MAX_JSON_BYTES:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_JSON_BYTES:
                 raise ValueError("its header is too large, as of a git-lfs pointer or another kind of file")
+            parse_json(file.read(size), f"the header of {name}")  # safetensors takes the last of a doubled tensor
         with safe_open(path, framework="pt") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - it is no mapping
             return {key: Saved(tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
