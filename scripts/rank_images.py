@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from vdm_hub.command_line import Parser
 from vdm_hub.commands import report_errors
 from vdm_hub.commands.images import load_images
 from vdm_hub.commands.loading import load_pipeline
@@ -64,7 +65,7 @@ def draw(path: Path, groups: dict[str, tuple[Tensor, Tensor]]) -> None:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id")
     parser.add_argument("dataset", help="images of the kind that the model was trained on")
     parser.add_argument("--outliers", help="images of another kind, of the same shape and levels")

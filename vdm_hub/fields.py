@@ -109,16 +109,8 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise ConfigurationError(f"{name} is {value!r}: {remedy}.")
 
 
-def at_least(minimum: float, arguments: object, *names: str) -> None:
-    """Require that each named field is at least the minimum, or ``None``."""
+def within(minimum: float, maximum: float, arguments: object, *names: str) -> None:
+    """Require that each named field lies between the two, or is ``None``."""
     for name in names:
-        value = getattr(arguments, name)
-        # `not >=`, so that NaN is refused too.
-        require(value is None or value >= minimum, name, value, f"give at least {minimum}")
-
-
-def at_most(maximum: float, arguments: object, *names: str) -> None:
-    """Require that each named field is at most the maximum, or ``None``."""
-    for name in names:
-        value = getattr(arguments, name)
-        require(value is None or value <= maximum, name, value, f"give at most {maximum:,}")
+        if (value := getattr(arguments, name)) is not None:
+            _check_number(name, value, {"at least": minimum, "at most": maximum})

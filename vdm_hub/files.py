@@ -58,14 +58,15 @@ def destination(path: Path) -> Path:
     """Where something that is written to a path comes to lie: at the end of its links.
 
     Raises:
-        OutputError: There is something that no file may take the place of, or a link without end.
+        OutputError: There is something that no file may take the place of, or a link without end; or no file can have
+            such a name.
 
     >>> destination(Path("/no/such/folder/a.png"))
     PosixPath('/no/such/folder/a.png')
     """
     try:
         target = path.expanduser().resolve()
-        mode = target.lstat().st_mode if os.path.lexists(target) else None
+        mode = _mode(target)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, or no such home
         raise OutputError(f"{path} can't be written to ({error}): name another place.") from error
     if mode is not None and not is_replaceable(mode):
@@ -188,6 +189,14 @@ def _lock(descriptor: int) -> None:
 
 def _files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+def _mode(path: Path) -> int | None:
+    """That of what is there; none where nothing is, which is not so of a name that is too long."""
+    try:
+        return path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _kind(mode: int) -> str:

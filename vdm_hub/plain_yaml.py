@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from vdm_hub.errors import ConfigurationError, in_one_line
+from vdm_hub.errors import ConfigurationError, in_one_line, shortened
 
 MAX_BYTES = 2**17
 MAX_DEPTH = 20
@@ -115,7 +115,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != f"{_TAG}str":
-                raise self._refused(key, f"the key {str(key.value)[:50]!r} is no text")
+                shown = key.value if isinstance(key, yaml.ScalarNode) else self.construct_object(key, deep=True)
+                raise self._refused(key, f"the key {shortened(shown, 50)} is no text")
             if key.value == "<<":
                 raise self._refused(key, "a recipe has no place for a merge key")
             if key.value in seen:

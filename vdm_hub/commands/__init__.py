@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import gc
 import os
@@ -10,11 +9,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
+from vdm_hub.command_line import Parser
 from vdm_hub.commands import evaluate, plugins, publish, sample
-from vdm_hub.errors import VDMHubError, in_one_line, in_words
-from vdm_hub.secret_values import mask
+from vdm_hub.errors import VDMHubError, in_one_line
 
 # At exit, a last look for garbage among all that was imported takes two seconds and finds nothing that matters.
 atexit.register(gc.freeze)
@@ -22,24 +20,14 @@ atexit.register(gc.freeze)
 COMMANDS = {"evaluate": evaluate, "plugins": plugins, "publish": publish, "sample": sample}
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are as readable as all other messages, whatever words they repeat."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(in_words(mask(message)))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``vdm-hub COMMAND ...``; an error that is the user's to mend is one paragraph and exit status 2."""
-    parser = _Parser(prog="vdm-hub", description="Variational diffusion models.", allow_abbrev=False)
+    parser = Parser(prog="vdm-hub", description="Variational diffusion models.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         help_text = (module.__doc__ or "").splitlines()[0]
-        module.add_arguments(subparsers.add_parser(name, help=help_text, description=help_text, allow_abbrev=False))
-    words = sys.argv[1:] if argv is None else list(argv)
-    if any("\0" in word for word in words):  # which no path can hold
-        parser.error("a word of the command line holds a zero byte: leave it out")
-    arguments = parser.parse_args(words)
+        module.add_arguments(subparsers.add_parser(name, help=help_text, description=help_text))
+    arguments = parser.parse_args(argv)
     return report_errors(lambda: COMMANDS[arguments.command].run(arguments))
 
 

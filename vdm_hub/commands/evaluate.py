@@ -14,9 +14,10 @@ from vdm_hub.commands.outputs import check_output
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.evaluation.journal import check_place
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.tables import write_per_image
-from vdm_hub.fields import at_least
+from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.likelihood.decompositions import FORMS
 from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS
@@ -35,6 +36,15 @@ _OVERRIDES = {
     "variance_type": "of the reverse steps: fixed_small, fixed_large, learned_range, ...",
     "data_scaling": "where the levels lie: full, from -1 to 1, or bin_centers",
     "decoder": "from z_0 to the levels: ddpm or factorised",
+}
+_RANGES = {
+    (1, 10**6): ("replicates", "max_replicates", "batch_size", "times_per_image", "draws", "probes", "max_steps"),
+    (1, 10**7): ("transitions",),
+    (1, 10**12): ("max_images", "max_evaluations"),
+    (1, 16_384): ("resolution",),
+    (0, 10**9): ("pilot_evaluations",),
+    (0, MAX_SEED): ("seed",),
+    (2, 256): ("num_levels",),
 }
 _EPILOG = (
     "Exit status: 0; 2 for an error; 3 where --target_standard_error was not reached within the budget (the report is "
@@ -180,10 +190,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    at_least(1, arguments, "resolution", "max_images", "transitions", "replicates", "batch_size", "draws")
-    at_least(1, arguments, "times_per_image")
-    at_least(0, arguments, "seed", "pilot_evaluations")
-    at_least(2, arguments, "num_levels")
+    for (minimum, maximum), names in _RANGES.items():
+        within(minimum, maximum, arguments, *names)
     if arguments.target_standard_error is None:
         for name in ("max_replicates", "max_evaluations"):
             if getattr(arguments, name) is not None:
@@ -191,6 +199,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, suffix in (("per_image", ".parquet"), ("plot", ".png")):
         if (path := getattr(arguments, name)) is not None:
             check_output(path, name, suffix, overwrite=arguments.overwrite)
+    if arguments.journal is not None:
+        check_place(arguments.journal)
 
 
 def _load(

@@ -14,7 +14,7 @@ def check_output(path: Path, option: str, suffix: str, *, overwrite: bool) -> No
     Args:
         path: The place.
         option: The option that named it.
-        suffix: What the file's name must end in, such as ``.png``; "" for any.
+        suffix: What the file's name must end in, in any case, such as ``.png``.
         overwrite: Whether a plain file that is there may be replaced.
 
     Raises:
@@ -22,9 +22,8 @@ def check_output(path: Path, option: str, suffix: str, *, overwrite: bool) -> No
         ConfigurationError: There is a folder, or a file that may not be replaced; or the name is another kind's.
     """
     target = destination(path)
-    if target.is_dir() or path.suffix != (suffix or path.suffix):
-        ending = f" that ends in {suffix}" if suffix else ", such as grid.png"
+    if target.is_dir() or path.suffix.casefold() != suffix:
         what = "a folder" if target.is_dir() else "of another kind"
-        raise ConfigurationError(f"--{option} {path} is {what}: name a file{ending}.")
+        raise ConfigurationError(f"--{option} {path} is {what}: name a file that ends in {suffix}.")
     if target.exists() and not overwrite:
         raise ConfigurationError(f"{path} exists: name another --{option}, or replace it with --overwrite.")

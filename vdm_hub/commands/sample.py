@@ -12,7 +12,7 @@ from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.commands.outputs import check_output
 from vdm_hub.diffusion.samplers import ANCESTRAL, SAMPLERS
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.fields import MAX_SEED, at_least, at_most
+from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.plots import save_grid
@@ -40,11 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Sample and save."""
-    at_least(1, arguments, "num_images", "num_inference_steps", "batch_size")
-    at_least(0, arguments, "seed")
-    at_most(10**6, arguments, "num_images", "num_inference_steps", "batch_size")
-    at_most(MAX_SEED - arguments.num_images, arguments, "seed")
-    check_output(arguments.output, "output", "", overwrite=arguments.overwrite)
+    within(1, 10**6, arguments, "num_images", "num_inference_steps", "batch_size")
+    within(0, MAX_SEED - arguments.num_images, arguments, "seed")
+    check_output(arguments.output, "output", ".png", overwrite=arguments.overwrite)
     pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
     chosen = {} if arguments.sampler == ANCESTRAL else {"sampler": arguments.sampler}
     if chosen and not isinstance(pipeline, VDMPipeline):

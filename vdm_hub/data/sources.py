@@ -209,8 +209,9 @@ class HubDataset(Source):
     """A dataset on the Hugging Face Hub, or what the cache holds of it."""
 
     remedy = (
-        "check its name, its configuration (--dataset_config_name) and the network, log in by `hf auth login` where "
-        "it is not public, or give a local folder with --train_data_dir"
+        "there is no such folder here, so it was looked for on the Hub: check its name, its configuration "
+        "(--dataset_config_name) and the network, log in by `hf auth login` where it is not public, or give a local "
+        "folder with --train_data_dir"
     )
 
     def __init__(self, name: str, config_name: str | None) -> None:

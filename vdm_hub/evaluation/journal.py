@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vdm_hub.errors import CheckpointError, explained
-from vdm_hub.files import entries, remove, written_beside
+from vdm_hub.errors import CheckpointError, OutputError, explained
+from vdm_hub.files import destination, entries, remove, written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.schemas import check_record
 from vdm_hub.likelihood.per_image import Measured, Results
@@ -47,6 +47,7 @@ class Journal:
 
     Raises:
         CheckpointError: The folder holds another measurement, or files that are no journal.
+        OutputError: It is no folder, or can't be written.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -54,6 +55,11 @@ class Journal:
         self._pieces: dict[int, list[Path]] = {}
         self._marked, self.seconds_before = time.perf_counter(), 0.0
         plain = json.loads(json.dumps(key))
+        check_place(folder)
+        with explained(f"the journal {folder} can't be kept", "name another folder", OutputError):
+            self._open(folder, plain)
+
+    def _open(self, folder: Path, plain: dict[str, Any]) -> None:
         if (folder / _KEY).is_file():
             self._check(plain)
         elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
@@ -144,6 +150,16 @@ class Journal:
             if bool(torch.isin(indices, results.missing(replicate)).any()):  # a kill may leave the same twice
                 self.seconds_before += seconds
             results.add(replicate, indices, measured)
+
+
+def check_place(folder: Path) -> None:
+    """Refuse, before anything is measured, a place where there can be no folder.
+
+    Raises:
+        OutputError: There is a file, a device, a pipe or a socket, or a link without end.
+    """
+    if (target := destination(folder)).exists() and not target.is_dir():
+        raise OutputError(f"the journal {folder} is a file, and a journal is a folder: name another place.")
 
 
 def _read(path: Path) -> tuple[float, int, Tensor, Measured]:

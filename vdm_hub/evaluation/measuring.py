@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.evaluation.journal import Journal
 from vdm_hub.evaluation.processes import Processes
-from vdm_hub.fields import at_least
+from vdm_hub.fields import within
 from vdm_hub.likelihood.per_image import Measurement, Results, evaluating
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.stages import FEWEST_REPLICATES, next_replicates
@@ -44,7 +44,8 @@ class Stages:
     max_evaluations: int | None = None
 
     def __post_init__(self) -> None:
-        at_least(1, self, "replicates", "max_replicates", "max_evaluations")
+        within(1, 10**6, self, "replicates", "max_replicates")
+        within(1, 10**12, self, "max_evaluations")
         if self.target is None:
             return
         if not 0 < self.target < math.inf:

@@ -139,7 +139,7 @@ def _files_of_folder(name: str, folder: Path) -> ModelFiles:
 
 
 def _files_on_hub(place: _Place, force_download: bool) -> ModelFiles:
-    with hub_explained(f"{place.repo_id} can't be read from the Hub"):
+    with hub_explained(f"there is no folder {place.repo_id}, and {place.repo_id} can't be read from the Hub"):
         commit = place.resolved(offline=False)
         sha = str(commit.resolved)
         info = huggingface_hub.model_info(place.repo_id, revision=sha, files_metadata=True, token=place.token)
@@ -161,14 +161,12 @@ def _files_on_hub(place: _Place, force_download: bool) -> ModelFiles:
 
 
 def _files_in_cache(place: _Place) -> ModelFiles:
-    with hub_explained(f"the cache holds nothing of {place.repo_id} at the revision {place.revision or 'main'!r}"):
+    missing = f"the cache holds nothing of {place.repo_id} at the revision {place.revision or 'main'!r}"
+    with hub_explained(f"there is no folder {place.repo_id}, and {missing}"):
         commit = place.resolved(offline=True)
     folder = place.folder / "snapshots" / str(commit.resolved)
     if not folder.is_dir():
-        raise HubError(
-            f"the cache holds nothing of {place.repo_id} at the revision {place.revision or 'main'!r}: load it once "
-            f"with a network."
-        )
+        raise HubError(f"there is no folder {place.repo_id}, and {missing}: load it once with a network.")
     files = _files_of_folder(place.repo_id, folder.resolve())
 
     def whole(path: str) -> Path:

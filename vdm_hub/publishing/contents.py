@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from vdm_hub import plain_yaml
-from vdm_hub.errors import CheckpointError, PublishError
+from vdm_hub.errors import CheckpointError, PublishError, explained
 from vdm_hub.evaluation.provenance import public_name
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import RECIPE, pipeline_folder, run_folder
@@ -152,7 +152,10 @@ def _secret_in(path: Path) -> str | None:
         return find_secret_in_bytes(header) or find_secret(_parsed(header, json.loads))
     content = path.read_bytes()
     if path.suffix == ".png":
-        with Image.open(path) as picture:
+        unreadable = explained(
+            f"{path.name} is no PNG that can be read", "draw it again, or take it away", PublishError
+        )
+        with unreadable, Image.open(path, formats=("PNG",)) as picture:
             picture.load()  # what it says of itself may stand at its end
             return find_secret_in_bytes(content) or find_secret([picture.info, dict(picture.getexif())])
     if path.suffix == ".py":  # this package's own code, compared with what it is; it speaks of tokens

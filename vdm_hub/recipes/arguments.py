@@ -14,7 +14,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -22,8 +22,9 @@ from typing import Any, Literal, NoReturn, Self, TypeVar, Union
 from warnings import warn
 
 from vdm_hub import plain_yaml, registry
+from vdm_hub.command_line import Parser
 from vdm_hub.data.arguments import DataArguments, Share
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.errors import ConfigurationError, shortened, unknown_name
 from vdm_hub.fields import require
 from vdm_hub.files import expanded
 from vdm_hub.recipes.configuration import (
@@ -260,6 +261,7 @@ def _merged(
 
     A name, or an empty mapping, takes the place of all that the recipe says.
     """
+    _refuse_doubled(dotted)
     given = [(field, json.loads(value)) for field, value in overrides.items() if str(value).startswith("{")]
     merged: dict[str, Any] = {}
     for field, change in [*given, *dotted]:
@@ -269,6 +271,24 @@ def _merged(
             before = overrides[field] if named else _convert(field, values.get(field, defaults()[field]), where)
         merged[field] = _serialised(_together(field, _as_mapping(field, before), change) if change else {})
     return merged
+
+
+def _refuse_doubled(dotted: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    told: dict[str, Any] = {}
+    for path, value in (leaf for field, change in dotted for leaf in _leaves(field, change)):
+        for other in told:
+            if f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}."):
+                raise ConfigurationError(
+                    f"--{path} is given twice on the command line, as {shortened(value)} after --{other} "
+                    f"{shortened(told[other])}: give it once."
+                )
+        told[path] = value
+
+
+def _leaves(path: str, change: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The single values of a mapping, by their dotted names."""
+    for key, value in change.items():
+        yield from _leaves(f"{path}.{key}", value) if value and isinstance(value, dict) else [(f"{path}.{key}", value)]
 
 
 def _as_mapping(field: str, value: Serialised | None) -> dict[str, Any]:
@@ -299,8 +319,8 @@ def _deep(before: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any
     return {**before, **change} | {key: _deep(before[key], change[key]) for key in both}
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises its complaints instead of printing a usage dump."""
+class _Parser(Parser):
+    """One that raises its complaints instead of printing a usage dump."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"{message}: write `--field value`, or `--help` for all fields.")
@@ -316,7 +336,6 @@ def _parser() -> _Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
         add_help=False,
-        allow_abbrev=False,
     )
     for group in GROUPS:
         section = parser.add_argument_group(group._argument_group_name)
