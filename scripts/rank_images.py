@@ -18,6 +18,7 @@ from vdm_hub.command_line import Parser
 from vdm_hub.commands import report_errors
 from vdm_hub.commands.images import load_images
 from vdm_hub.commands.loading import load_pipeline
+from vdm_hub.commands.outputs import check_output
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 
@@ -82,6 +83,7 @@ def main() -> int:
 
 def rank(arguments: argparse.Namespace) -> None:
     """Measure, print and draw."""
+    check_output(arguments.picture, "picture", ".png", overwrite=True)
     pipe = load_pipeline(arguments.pipeline)
     groups = {arguments.dataset: measure(pipe, arguments.dataset, arguments.split, arguments.replicates)}
     if arguments.outliers:

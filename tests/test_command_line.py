@@ -17,7 +17,7 @@ from vdm_hub.hub.repositories import open_files
 from vdm_hub.likelihood.per_image import Measured, Results
 from vdm_hub.plain_yaml import load
 from vdm_hub.publishing.contents import refuse_secrets
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 
 EVALUATE = ("evaluate", "nowhere/at-all", "--dataset_name", "digits")
 SAMPLE = ("sample", "nowhere/at-all")

@@ -228,6 +228,50 @@ def test_the_counts_and_the_other_splits_are_said(tmp_path: Path) -> None:
     assert "tests on 7 images of 'test'" in summary and "not used" not in summary
 
 
+@pytest.mark.parametrize("kind", ["plain", "classes", "splits", "parquet", "one file"])
+def test_every_kind_of_data_says_how_many_images_are_for_what(tmp_path: Path, kind: str) -> None:
+    name = {"classes": "a{0}/{1}.png", "splits": "train/{1}.png"}.get(kind, "{1}.png")
+    if kind in ("parquet", "one file"):
+        parquet_of(tmp_path / "train.parquet", [{"bytes": png(i), "path": None} for i in range(20)])
+    else:
+        folder_of(tmp_path, *(name.format(i % 2, i) for i in range(20)))
+    source = tmp_path / "train.parquet" if kind == "one file" else tmp_path
+    for unused in (".hidden.png", "notes.txt"):
+        (tmp_path / unused).write_bytes(png(1))
+    (tmp_path / "nothing").mkdir()
+    said = read(source, test_split="test", test_size=0.1, validation_size=4).summary
+    assert "trains on 14 of the 20 images of 'train'" in said
+    assert "holds out for validation 4 of the 20" in said and "holds out for the test 2 of the 20" in said
+    stream = read(source, streaming=True, validation_size=5, max_train_samples=9).summary
+    assert "trains on a stream of 9 of the 20 images of 'train'" in stream and "validation 5 of the 20" in stream
+    with pytest.warns(UserWarning, match="no evaluation at the end"):
+        without = read(source, test_split="test", streaming=True).summary
+    assert "trains on a stream of 20 images of 'train'" in without and "tests on none" in without
+    if kind != "one file":
+        for unused in (".hidden.png", "notes.txt", "nothing/"):
+            assert unused in said and unused in stream
+
+
+def test_what_is_left_of_a_split_by_its_slices_is_said(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, *(f"{split}/{i}.png" for split in ("train", "test") for i in range(10)))
+    for train, test, left in (
+        ("train[:50%]", "test", ["5 of the 10 images of the split 'train'"]),
+        ("train[:5]", "train[8:]", ["3 of the 10 images of the split 'train'", "; 10 images of the split 'test'"]),
+        ("train[:6]+test[:3]", "train[5:]", ["7 of the 10 images of the split 'test'"]),
+        ("train[:5]", "train[5:]+test", []),
+    ):
+        summary = read(folder, train_split=train, test_split=test).summary
+        assert all(words in summary.replace("not used: ", "; ") for words in left)
+        assert summary.count("of the split") == len(left)
+
+
+def test_images_without_a_row_in_metadata_are_named(tmp_path: Path) -> None:
+    folder_of(tmp_path, "1.png", "2.png", "3.png")
+    (tmp_path / "metadata.csv").write_text("file_name,n\n2.png,1\n")
+    with pytest.warns(UserWarning, match=r"'1.png', '3.png'.*metadata.csv"):
+        assert len(greys(read(tmp_path).train)) == 3
+
+
 def test_what_load_split_leaves_in_a_folder_is_a_warning_or_said(tmp_path: Path) -> None:
     folder = str(folder_of(tmp_path, "train/a.png", "test/a.png"))
     said: list[str] = []

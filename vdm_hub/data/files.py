@@ -62,6 +62,8 @@ def list_folder(root: Path) -> Listing:
             listing.folders.add(identity)
             with os.scandir(root / path) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
+        if path and not entries:
+            listing.leave_out("empty folders", path)
         for entry in entries:
             inside = f"{path}{entry.name}"
             if entry.name.startswith("."):

@@ -225,6 +225,7 @@ class ImageStream:
         decoder: What turns a row into levels.
         shuffle_buffer_size: Images in the shuffle buffer of training.
         resized_from: The size of the first image, where it is resized or cropped.
+        size: How many images it has, with those that can't be decoded; ``None`` where only a download would tell.
     """
 
     dataset: datasets.IterableDataset
@@ -234,6 +235,7 @@ class ImageStream:
     decoder: Decoder
     shuffle_buffer_size: int = 1
     resized_from: Size | None = None
+    size: int | None = None
 
     @property
     def resized(self) -> bool:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from warnings import warn
 
 import pyarrow as pa
 import pyarrow.csv
@@ -200,6 +201,9 @@ def metadata_columns(layout: Layout, images: Sequence[str]) -> pa.Table | None:
     remedy = "give them the same columns, of the same kinds"
     with explained(f"{names_and_count(layout.metadata)} can't be read together", remedy, DataError):
         whole = pa.concat_tables(tables, promote_options="default")
+    if silent := [image for image in images if image not in rows]:
+        about = names_and_count(layout.metadata)
+        warn(f"{names_and_count(silent)} images have no row in {about}: their columns are empty.", stacklevel=2)
     return whole.take(pa.array([rows.get(image) for image in images], pa.int64()))
 
 

@@ -294,7 +294,11 @@ def _training_stream(
         held_out = _in_memory(source, rows, arguments.image_column, _decoder(source, arguments), name)
         dataset = dataset.skip(size)
     dataset = dataset if limit is None else dataset.take(limit)
-    return _stream(source, dataset, arguments, name, center_crop=arguments.center_crop), held_out
+    stream = _stream(source, dataset, arguments, name, center_crop=arguments.center_crop)
+    if stream.size is not None:
+        left = stream.size - size
+        stream = replace(stream, size=left if limit is None else min(left, limit))
+    return stream, held_out
 
 
 def _evaluation_split(source: Source, arguments: DataArguments, split: str | None) -> Images | None:
@@ -357,4 +361,5 @@ def _stream(
         raise DataError(f"the split {split!r} has no images: name another one.")
     levels, resized = decoder.fit(first[column], 0)
     shape, buffer = decoder.output_shape(levels), arguments.shuffle_buffer_size
-    return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, resized)
+    size = None if source.is_remote else source.sizes[split]
+    return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, resized, size)

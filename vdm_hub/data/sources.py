@@ -46,11 +46,12 @@ class Source(ABC):
         open_file: Opens what the rows name by a path; ``None`` where rows hold the images themselves, and a path in
             them is nothing that may be opened.
         remedy: What to do where the data can't be read.
+        is_remote: Whether it is counted only by a download.
         has_names: Whether those paths are names in a folder, which say something to whoever reads them.
     """
 
     open_file: Opener | None = None
-    has_names = False
+    has_names = is_remote = False
     remedy = "look whether it is whole"
 
     def __init__(self, name: str, layout: Layout | None = None) -> None:
@@ -87,11 +88,16 @@ class Source(ABC):
                 return self._stream(split)
             parts = [
                 self._part(one.splitname, one.from_ or 0, self.sizes[one.splitname] if one.to is None else one.to)
-                for one in self._instructions(split)
+                for one in self.parts(split)
             ]
             return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
-    def _instructions(self, split: str) -> Sequence[Any]:
+    def parts(self, split: str) -> Sequence[Any]:
+        """What a split, or an expression of several, is made of: ``splitname``, and ``from_`` and ``to`` of its rows.
+
+        Raises:
+            UnknownSplitError: There are other splits.
+        """
         try:
             return list(datasets.ReadInstruction.from_spec(split).to_absolute(dict(self.sizes)))
         except (ValueError, AssertionError) as error:
@@ -208,6 +214,7 @@ class ParquetFiles(Source):
 class HubDataset(Source):
     """A dataset on the Hugging Face Hub, or what the cache holds of it."""
 
+    is_remote = True
     remedy = (
         "there is no such folder here, so it was looked for on the Hub: check its name, its configuration "
         "(--dataset_config_name) and the network, log in by `hf auth login` where it is not public, or give a local "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
+
+import numpy as np
 
 from vdm_hub.data.files import said_of
 from vdm_hub.data.images import ImageLevels, ImageStream
@@ -16,11 +17,10 @@ Use: TypeAlias = tuple[str, ImageLevels | ImageStream | None, str | None]
 
 def summary_of(source: Source, uses: Sequence[Use], *, streaming: bool = False) -> str:
     """One paragraph: how many images each use has, which splits have none, and what in a folder is no image."""
-    counts = [f"{what} {_count(source, images, split)}" for what, images, split in uses]
+    sizes = {} if streaming and source.is_remote else source.sizes  # else it takes a download
+    counts = [f"{what} {_count(sizes, images, split)}" for what, images, split in uses]
     said = [f"data from {source.name!r}: {', '.join(counts)}"]
-    sizes = source.sizes if source.layout is not None or not streaming else {}  # else it takes a download
-    used = _names([split for _, _, split in uses if split is not None])
-    unused = [f"{size:,} images of the split {name!r}" for name, size in sizes.items() if name not in used]
+    unused = _unused(source, sizes, [split for _, images, split in uses if images is not None and split is not None])
     if source.layout is not None:
         said += [source.layout.note] if source.note else []
         unused += [said_of(source.layout.listing.unused)] if source.layout.listing.unused else []
@@ -28,15 +28,24 @@ def summary_of(source: Source, uses: Sequence[Use], *, streaming: bool = False) 
     return "; ".join(said) + "."
 
 
-def _count(source: Source, images: ImageLevels | ImageStream | None, split: str | None) -> str:
+def _count(sizes: Mapping[str, int], images: ImageLevels | ImageStream | None, split: str | None) -> str:
     if images is None:
         return "none"
-    if not isinstance(images, ImageLevels):
-        return f"a stream of {split!r}"
-    whole = source.sizes.get(str(split), len(images))
-    return f"{len(images):,} {f'of the {whole:,} ' if whole != len(images) else ''}images of {split!r}"
+    stream = "" if isinstance(images, ImageLevels) else "a stream of "
+    count = len(images) if isinstance(images, ImageLevels) else images.size
+    if count is None:
+        return f"{stream}{split!r}"
+    whole = sizes.get(str(split), count)
+    return f"{stream}{count:,} {f'of the {whole:,} ' if whole != count else ''}images of {split!r}"
 
 
-def _names(splits: Sequence[str]) -> set[str]:
-    """The splits that expressions such as ``train[:90%]+test`` are parts of."""
-    return {name for split in splits for name in re.findall(r"[\w.-]+", re.sub(r"\[[^\]]*\]", " ", split))}
+def _unused(source: Source, sizes: Mapping[str, int], splits: Sequence[str]) -> list[str]:
+    """The images of which none of these splits, or slices of them, is made."""
+    read = {name: np.zeros(size, dtype=bool) for name, size in sizes.items()}
+    for part in (part for split in splits if read for part in source.parts(split)):
+        read[part.splitname][part.from_ : part.to] = True
+    left = {name: (int((~used).sum()), len(used)) for name, used in read.items() if not used.all()}
+    return [
+        f"{count:,} {f'of the {size:,} ' if count != size else ''}images of the split {name!r}"
+        for name, (count, size) in left.items()
+    ]
