@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tiny import LEVELS, sampled, tiny_pipeline, tiny_unet, tiny_unet_2d
+from vdm_hub.data.images import ImageLevels
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
+from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.images import images_from_levels
-from vdm_hub.likelihood.estimator import estimate_bound
 
 # ---- precision ------------------------------------------------------------------------------------------------------
 
@@ -112,17 +113,15 @@ def test_the_report_counts_what_was_done(transitions: int | None, evaluations: i
 
 
 def test_terms_do_not_depend_on_the_batches() -> None:
-    """An image's draws are a function of the seed, the pass and its index among the images."""
+    """An image's draws are a function of the seed, the pass and its index among the images, also by `evaluate`."""
     pipe = tiny_pipeline()
     levels = torch.arange(6 * 64).reshape(6, 1, 8, 8) % LEVELS
-
-    def estimate(*batches: Sequence[int]) -> dict[str, Tensor]:
-        parts = [{"levels": levels[list(b)], "indices": torch.tensor(b)} for b in batches]
-        return estimate_bound(pipe.objective(), lambda: parts, 6, replicates=2, seed=1).terms_per_image
-
-    whole = estimate([0, 1, 2, 3, 4, 5])
-    for name, terms in estimate([5, 1, 3], [0], [4, 2]).items():
-        torch.testing.assert_close(terms, whole[name], rtol=1e-5, atol=1e-4)
+    arguments: dict[str, Any] = {"replicates": 2, "seed": 1}
+    whole = pipe.bits_per_dim(levels, **arguments).terms_per_image
+    evaluated = evaluate(pipe, ImageLevels(levels.byte(), (1, 8, 8), LEVELS), progress=False, **arguments)
+    for report in (pipe.bits_per_dim(levels, batch_size=4, **arguments), evaluated):
+        for name, terms in report.terms_per_image.items():
+            torch.testing.assert_close(terms, whole[name], rtol=1e-5, atol=1e-4)
     assert whole["diffusion"].flatten().unique().numel() == 12
 
 

@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ from vdm_hub import VDMPipeline
 from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
-from vdm_hub.likelihood.estimator import estimate_bound
-from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
+from vdm_hub.evaluation import measuring
+from vdm_hub.likelihood.estimator import BoundEstimator
+from vdm_hub.likelihood.variational_bound import VDMObjective
 
 NOTHING = {"stratified": False, "importance_sampling": False, "control_variate": False}
 BASELINE = "independent uniform times, linear log-SNR"
@@ -99,14 +99,14 @@ def measure(
     techniques = TECHNIQUES[name]
     times = techniques.get("times_per_image", 1)
     pilot = 0 if techniques == NOTHING | {"stratified": techniques.get("stratified", True)} else arguments.pilot
-    report = estimate_bound(
-        objective,
-        batches_of(levels, arguments.batch_size),
+    seed = 1000 + repetition
+    report = measuring.measure(
+        BoundEstimator(objective, len(levels), seed, pilot_evaluations=pilot, **techniques),
+        lambda indices: {"levels": levels[indices], "indices": indices},
         len(levels),
-        max(arguments.replicates // times, 2),
-        seed=1000 + repetition,
-        pilot_evaluations=pilot,
-        **techniques,
+        measuring.Stages(max(arguments.replicates // times, 2)),
+        batch_size=arguments.batch_size,
+        progress=False,
     )
     total = torch.stack(list(report.terms_per_image.values())).sum(0) / (report.dimensions * math.log(2))
     paid = arguments.budget * len(levels)
@@ -120,16 +120,6 @@ def measure(
         "pilot": pilot,
         "seconds": round(time.perf_counter() - started, 1),
     }
-
-
-def batches_of(levels: Tensor, size: int) -> Callable[[], Iterator[Batch]]:
-    """The images in batches, with their indices."""
-
-    def batches() -> Iterator[Batch]:
-        for part in torch.arange(len(levels)).split(size):
-            yield {"levels": levels[part], "indices": part}
-
-    return batches
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -60,6 +60,28 @@ def test_factorised_equals_the_naive_softmax(gamma_0: float, num_levels: int, sc
     torch.testing.assert_close(factorised(levels, z_0, g, scaling), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("gamma_0", [-30.0, -13.3, -7.65, -1.0, 5.0])
+@every_k
+@every_scaling
+def test_the_expectation_of_each_level_is_that_of_the_textbook_decoder(
+    gamma_0: float, num_levels: int, scaling_name: str
+) -> None:
+    """By a rule twice as fine or more: both converge geometrically, so they agree to rounding or one is wrong."""
+    scaling, g = DataScaling(scaling_name, num_levels), torch.tensor([[gamma_0]], dtype=torch.float64)
+    found = FactorisedDecoder().expected_by_level(gamma_0, scaling)
+    eps = torch.linspace(-9.5, 9.5, 4001, dtype=torch.float64)
+    weights = torch.exp(-0.5 * eps**2) / torch.exp(-0.5 * eps**2).sum()
+    for level in {0, 1, num_levels // 2, num_levels - 1}:
+        levels = torch.full((len(eps), 1), level)
+        z_0 = torch.sigmoid(-g).sqrt() * scaling.encode(levels, torch.float64) + torch.sigmoid(g).sqrt() * eps[:, None]
+        exact = -weights @ naive_log_likelihood(levels, z_0, g.expand(len(eps), 1), scaling)[:, 0]
+        assert float(found[level]) == pytest.approx(float(exact), rel=1e-10, abs=1e-12)
+
+
+def test_a_decoder_that_asks_the_network_has_no_expectation_by_level() -> None:
+    assert DDPMDecoder().expected_by_level(-13.3, DataScaling("full", 256)) is None
+
+
 @every_gamma
 @every_k
 def test_factorised_in_float32_is_right_to_float32(gamma_0: float, num_levels: int) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 import registered
 from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule
 from linear_gaussian import Batches, images, objective, z_score
+from measured import measured
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.consistency import ConsistencyObjective, transition_profile
-from vdm_hub.likelihood.estimator import estimate_bound
+from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
 STEPS = ("previous", "current", "next")
@@ -64,7 +65,7 @@ def test_both_forms_agree_by_monte_carlo_and_the_matching_form_has_less_noise() 
     matching, levels = objective(6), images(150)
     consistency = ConsistencyObjective(matching.network, matching.process, 6)
     reports = [
-        estimate_bound(each, Batches(levels), len(levels), 16, pilot_evaluations=400)
+        measured(BoundEstimator(each, len(levels), pilot_evaluations=400), Batches(levels), 16)
         for each in (matching, consistency)
     ]
     assert set(reports[1].terms_per_image) == {"reconstruction", "prior", "consistency"}

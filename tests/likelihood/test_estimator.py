@@ -25,12 +25,14 @@ from exact_denoisers import (
     continuous_diffusion_term,
 )
 from linear_gaussian import Batches, exact_diffusion, images, objective, z_score
+from measured import measured
+from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import CosineSchedule, LinearSchedule, TabulatedSchedule
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
-from vdm_hub.likelihood.estimator import BoundEstimator, _Draws, estimate_bound
+from vdm_hub.likelihood.estimator import BoundEstimator, _Draws
 from vdm_hub.likelihood.per_image import Batches as BatchesOf
-from vdm_hub.likelihood.per_image import Measured, collect
+from vdm_hub.likelihood.per_image import Measured
 from vdm_hub.likelihood.proposals import Proposal
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
@@ -45,7 +47,7 @@ ALL = TECHNIQUES[-1]
 
 def estimate(model: VDMObjective, levels: Tensor = LEVELS, seed: int = 0, **arguments: Any) -> Any:
     arguments = {"pilot_evaluations": PILOT} | arguments
-    return estimate_bound(model, Batches(levels), len(levels), REPLICATES, seed, **arguments)
+    return measured(BoundEstimator(model, len(levels), seed, **arguments), Batches(levels), REPLICATES)
 
 
 @pytest.mark.parametrize("transitions", [None, 7])
@@ -82,6 +84,24 @@ def test_on_a_finite_alphabet_the_whole_bound_has_its_exact_mean() -> None:
     denoiser = ExactDenoiser(population, process)
     exact = 20 * continuous_diffusion_term(process, denoiser.bare, alphabet_points(population), panels=100)
     assert abs(z_score(estimate(VDMObjective(denoiser, process), levels), exact)) < 4.5
+
+
+@pytest.mark.parametrize("transitions", [None, 5])
+def test_the_reconstruction_term_of_the_test_digits_is_exact_in_every_replicate(transitions: int | None) -> None:
+    """A function of how often each of the 17 levels occurs: a quadrature, without Monte Carlo error."""
+    levels = load_split("digits", "test", num_levels=17).levels
+    process = registered.process(LinearSchedule(-7.65, 5.5), num_levels=17)
+    model = VDMObjective(ExactDenoiser(Mixture.gaussian(0.3), process), process, transitions)
+    report = measured(BoundEstimator(model, len(levels), pilot_evaluations=0), Batches(levels), 2)
+    assert report.terms["reconstruction"] == pytest.approx(0.0201977, abs=6e-8)
+    assert torch.equal(*report.terms_per_image["reconstruction"])
+
+
+def test_a_reconstruction_term_that_asks_the_network_is_drawn() -> None:
+    process = registered.process(LinearSchedule(-8.0, 4.0), decoder="ddpm", num_levels=16)
+    model = VDMObjective(ExactDenoiser(Mixture.gaussian(0.1), process), process, 5)
+    terms = measured(BoundEstimator(model, len(LEVELS), pilot_evaluations=0), Batches(LEVELS), 2).terms_per_image
+    assert float(terms["reconstruction"].diff(dim=0).abs().max()) > 0.1
 
 
 class WithoutWeights(BoundEstimator):
@@ -125,14 +145,14 @@ def test_a_biased_estimator_planted_here_is_caught(biased: type[BoundEstimator])
     model = objective()
     # With a control variate, little is left that a wrong density could get wrong.
     planted = biased(model, len(LEVELS), pilot_evaluations=PILOT, control_variate=biased is WithoutTheMean)
-    report = collect(planted, Batches(LEVELS), len(LEVELS), REPLICATES)
+    report = measured(planted, Batches(LEVELS), REPLICATES)
     assert abs(z_score(report, float(exact_diffusion(model.process, LEVELS, None).mean()))) > 8
 
 
 def test_replicates_that_reuse_draws_have_no_error_and_so_are_caught() -> None:
     model = objective()
     planted = ReusesThePilot(model, len(LEVELS), pilot_evaluations=PILOT)
-    assert collect(planted, Batches(LEVELS), len(LEVELS), REPLICATES).standard_error < 1e-12
+    assert measured(planted, Batches(LEVELS), REPLICATES).standard_error < 1e-12
 
 
 def test_the_pilot_and_all_replicates_share_no_draw() -> None:
@@ -225,7 +245,7 @@ def test_a_gamma_per_pixel_has_no_control_variate_and_all_else() -> None:
     denoiser = CorrelatedGaussianDenoiser(0.1 * torch.eye(16, dtype=torch.float64), process)
     model = VDMObjective(denoiser, process, 6)
     estimator = BoundEstimator(model, len(LEVELS), pilot_evaluations=PILOT)
-    report = collect(estimator, Batches(LEVELS), len(LEVELS), REPLICATES)
+    report = measured(estimator, Batches(LEVELS), REPLICATES)
     assert estimator.variate is None and estimator.pilot_evaluations == PILOT
     plain = estimate(model, seed=1, **TECHNIQUES[0])
     difference = report.bits_per_dim - plain.bits_per_dim
@@ -234,13 +254,13 @@ def test_a_gamma_per_pixel_has_no_control_variate_and_all_else() -> None:
 
 def test_few_images_take_a_pilot_too_and_scatter_less_for_it() -> None:
     def estimate(**techniques: Any) -> LikelihoodReport:
-        return estimate_bound(objective(), Batches(LEVELS[:3]), 3, replicates=64, **techniques)
+        return measured(BoundEstimator(objective(), 3, **techniques), Batches(LEVELS[:3]), 64)
 
     plain, fitted = estimate(pilot_evaluations=0), estimate()
     assert plain.network_evaluations == 3 * 64 and fitted.network_evaluations == 256 + 3 * 64
     ratio = plain.standard_error_per_image / fitted.standard_error_per_image
     assert bool((ratio > 2).all()), "an eighth of the evaluations or less would do"
-    assert estimate_bound(objective(), Batches(LEVELS[:1]), 1, replicates=2).num_images == 1
+    assert measured(BoundEstimator(objective(), 1), Batches(LEVELS[:1]), 2).num_images == 1
 
 
 def test_nan_in_the_pilot_names_the_image() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_gaussian import Batches
+from measured import measured
 from tiny import randomised, seeded
 from vdm_hub import HVAEObjective, MarkovianHVAE
 from vdm_hub.errors import ConfigurationError, DataError
@@ -21,7 +22,6 @@ from vdm_hub.likelihood.hierarchical import (
     joint_terms,
 )
 from vdm_hub.likelihood.methods import build_measurement
-from vdm_hub.likelihood.per_image import collect
 
 LEVELS = torch.randint(0, 5, (6, 1, 2, 2), generator=torch.Generator().manual_seed(0))
 NO_TIMES = torch.empty(0)
@@ -54,8 +54,8 @@ def test_the_bound_lies_above_minus_log_p_and_importance_weights_close_the_gap(d
     exact = -exact_log_likelihood(model, LEVELS)
     objective = HVAEObjective(model)
     batches = Batches(LEVELS)
-    bound = collect(HierarchicalMeasurement(objective), batches, len(LEVELS), replicates=400)
-    weighted = collect(HierarchicalChains(objective, draws=256), batches, len(LEVELS), replicates=16)
+    bound = measured(HierarchicalMeasurement(objective), batches, 400)
+    weighted = measured(HierarchicalChains(objective, draws=256), batches, 16)
     bits = 4 * math.log(2)
     mean = float(exact.mean()) / bits
     assert bound.bits_per_dim > mean - 4 * bound.standard_error
@@ -124,7 +124,7 @@ def test_an_image_draws_the_same_in_any_batch() -> None:
     model = hvae(2)
     for method in ("bound", "importance_weighted"):
         measurement = hierarchical_measurement(HVAEObjective(model), method, draws=3)
-        whole, parts = (collect(measurement, Batches(LEVELS, size), len(LEVELS), 2) for size in (6, 1))
+        whole, parts = (measured(measurement, Batches(LEVELS, size), 2) for size in (6, 1))
         torch.testing.assert_close(whole.per_image, parts.per_image, rtol=1e-5, atol=1e-6)
 
 

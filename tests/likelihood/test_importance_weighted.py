@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 import registered
 from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
+from measured import measured
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.diffusion.reverse_variances import reverse_variance
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
 from vdm_hub.likelihood.importance_weighted import (
+    ChainsMeasurement,
+    WeightedFlowMeasurement,
     effective_sample_size,
-    estimate_importance_weighted,
-    estimate_importance_weighted_flow,
     log_mean_exp,
 )
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow, estimate_probability_flow
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
 LEVELS, FIRST, LAST = 5, -1.5, 3.0
@@ -88,9 +89,7 @@ def test_one_chain_has_the_finite_bound_as_its_expectation_term_by_term(
 ) -> None:
     count, level = 6000, 3
     objective = chain_objective(transitions, target, variance)
-    report = estimate_importance_weighted(
-        objective, images(repeated(level, count)), count, chains=1, replicates=1, seed=transitions
-    )
+    report = measured(ChainsMeasurement(objective, 1, seed=transitions), images(repeated(level, count)), 1)
     expected = exact_bound(objective, level)
     for name, term in report.terms_per_image.items():
         error = float(term.std()) / math.sqrt(count)
@@ -105,9 +104,7 @@ def test_one_chain_has_the_finite_bound_as_its_expectation_term_by_term(
 def test_many_chains_find_the_log_likelihood(transitions: int, level: int, variance: str) -> None:
     exact, count, chains = log_p(level, transitions, variance == "fixed_large"), 40, 300
     objective = chain_objective(transitions, variance=variance)
-    report = estimate_importance_weighted(
-        objective, images(repeated(level, count)), count, chains, replicates=1, seed=level
-    )
+    report = measured(ChainsMeasurement(objective, chains, seed=level), images(repeated(level, count)), 1)
     error = float(report.log_likelihood.std()) / math.sqrt(count)
     assert error < 0.01
     # To second order, the logarithm of a mean lies half of its variance below the logarithm of the expectation.
@@ -126,7 +123,7 @@ def test_the_bound_rises_with_the_number_of_chains_and_never_passes_the_log_like
     level, transitions, count = 4, 2, 2500
     objective, exact, values = chain_objective(transitions), log_p(level, transitions), []
     for chains in (1, 4, 16):
-        report = estimate_importance_weighted(objective, images(repeated(level, count)), count, chains, 1, seed=9)
+        report = measured(ChainsMeasurement(objective, chains, seed=9), images(repeated(level, count)), 1)
         values.append(report.log_likelihood)
         gain = report.terms_per_image["importance_weighting"]
         assert float(gain.max()) <= 1e-12 and (chains == 1) == bool((gain.abs() < 1e-12).all())
@@ -153,7 +150,7 @@ class Knows(nn.Module):
 def test_a_reverse_model_that_is_the_posterior_costs_nothing_on_any_draw() -> None:
     objective = chain_objective(5)
     objective.network = Knows(objective)
-    report = estimate_importance_weighted(objective, images(repeated(2, 50)), 50, chains=3, replicates=1)
+    report = measured(ChainsMeasurement(objective, 3), images(repeated(2, 50)), 1)
     assert float(report.terms_per_image["diffusion"].abs().max()) < 1e-12
     assert float(report.terms_per_image["prior"].std()) > 0.01
 
@@ -164,11 +161,11 @@ def test_the_report_counts_every_evaluation_and_does_not_depend_on_the_batch() -
         objective = chain_objective(3, decoder=decoder)
         calls: list[int] = []
         objective.network.register_forward_pre_hook(lambda _, arguments, calls=calls: calls.append(len(arguments[0])))
-        whole = estimate_importance_weighted(objective, images(levels), 4, chains=5, replicates=2)
+        whole = measured(ChainsMeasurement(objective, 5), images(levels), 2)
         assert whole.network_evaluations == sum(calls) == 2 * 4 * 5 * (3 + extra)
         assert (whole.method, whole.is_bound, whole.transitions) == ("importance_weighted", True, 3)
         assert list(whole.terms_per_image) == ["reconstruction", "prior", "diffusion", "importance_weighting"]
-        parts = estimate_importance_weighted(objective, images(levels, 3), 4, chains=5, replicates=2)
+        parts = measured(ChainsMeasurement(objective, 5), images(levels, 3), 2)
         for name, term in whole.terms_per_image.items():
             torch.testing.assert_close(parts.terms_per_image[name], term, rtol=1e-9, atol=1e-9)
 
@@ -198,9 +195,8 @@ def test_many_dequantised_flows_find_the_mass_of_a_level(level: int, kind: str) 
     flow = ProbabilityFlow(kind, "exact", tolerance=1e-4)
     count, values = 500, []
     for draws in (1, 4, 20):
-        report = estimate_importance_weighted_flow(
-            flow_objective(), images(repeated(level, count)), count, flow, draws, 1, seed=level
-        )
+        measurement = WeightedFlowMeasurement(flow_objective(), flow, draws, seed=level)
+        report = measured(measurement, images(repeated(level, count)), 1)
         values.append(report.log_likelihood)
     exact = torch.full((count,), log_mass(level))
     assert rises(values[0], values[1]) and values[1].mean() < values[2].mean() and not rises(exact, values[2])
@@ -212,9 +208,9 @@ def test_many_dequantised_flows_find_the_mass_of_a_level(level: int, kind: str) 
 
 def test_one_dequantised_flow_has_the_plain_likelihood_as_its_expectation() -> None:
     flow, count, level = ProbabilityFlow("truncated_normal", "exact", tolerance=1e-4), 400, 1
-    arguments = (flow_objective(), images(repeated(level, count)), count, flow, 1, 1)
-    weighted = estimate_importance_weighted_flow(*arguments)
-    plain = estimate_probability_flow(*arguments[:-1], seed=0)
+    batches = images(repeated(level, count))
+    weighted = measured(WeightedFlowMeasurement(flow_objective(), flow, draws=1), batches, 1)
+    plain = measured(FlowMeasurement(flow_objective(), flow), batches, 1)
     difference = weighted.log_likelihood - plain.log_likelihood  # log q against its mean, on the same draws
     assert float(difference.std()) > 0.05
     assert abs(float(difference.mean())) < 5 * float(difference.std()) / math.sqrt(count)
@@ -224,7 +220,7 @@ def test_stochastic_divergences_are_noted_as_biased_and_the_exact_one_is_not() -
     levels, notes = torch.tensor([[1]]), {}
     for divergence in ("rademacher", "exact"):
         flow = ProbabilityFlow(divergence=divergence, tolerance=1e-3)
-        report = estimate_importance_weighted_flow(flow_objective(), images(levels), 1, flow, draws=2, replicates=2)
+        report = measured(WeightedFlowMeasurement(flow_objective(), flow, draws=2), images(levels), 2)
         notes[divergence] = " ".join(report.to_dict()["notes"])
         assert report.is_bound is False and report.to_dict()["importance_weights"]["draws"] == 2
     assert "biases importance weights" in notes["rademacher"] and "biases" not in notes["exact"]
@@ -249,15 +245,15 @@ def test_noise_in_the_logarithm_of_weights_biases_them_upwards() -> None:
 
 def test_random_times_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="whole chains"):
-        estimate_importance_weighted(chain_objective(None), images(repeated(1, 1)), 1)
+        ChainsMeasurement(chain_objective(None))
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_draws_are_refused(count: int) -> None:
     with pytest.raises(ConfigurationError, match=f"chains is {count}"):
-        estimate_importance_weighted(chain_objective(2), images(repeated(1, 1)), 1, chains=count)
+        ChainsMeasurement(chain_objective(2), chains=count)
     with pytest.raises(ConfigurationError, match=f"draws is {count}"):
-        estimate_importance_weighted_flow(flow_objective(), images(repeated(1, 1)), 1, draws=count)
+        WeightedFlowMeasurement(flow_objective(), draws=count)
 
 
 def test_a_gamma_per_pixel_is_refused() -> None:
@@ -265,7 +261,7 @@ def test_a_gamma_per_pixel_is_refused() -> None:
     process = registered.process(schedule, conditioning=AffineConditioning(-4.0, 5.0), num_levels=LEVELS)
     objective = VDMObjective(ExactDenoiser(DATA, process), process, 2)
     with pytest.raises(ConfigurationError, match="PerPixelSchedule"):
-        estimate_importance_weighted(objective, images(repeated(1, 1)), 1)
+        ChainsMeasurement(objective)
 
 
 class Broken(ExactDenoiser):
@@ -283,4 +279,4 @@ def test_the_image_whose_term_is_not_finite_is_named() -> None:
     objective.process.scaling.spacing = 1.0
     objective.network = Broken(Mixture.gaussian(1.0), objective.process)
     with pytest.raises(NonFiniteLossError, match="diffusion term of image 2 "):
-        estimate_importance_weighted(objective, images(torch.tensor([[0], [1], [4]])), 3, chains=1)
+        measured(ChainsMeasurement(objective, 1), images(torch.tensor([[0], [1], [4]])), 1)

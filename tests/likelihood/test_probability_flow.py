@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import registered
 from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
+from measured import measured
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
-from vdm_hub.likelihood.probability_flow import SOLVERS, ProbabilityFlow, estimate_probability_flow, flow_density
+from vdm_hub.likelihood.probability_flow import SOLVERS, FlowMeasurement, ProbabilityFlow, flow_density
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
 NATS = 1e-4
@@ -277,7 +278,7 @@ def test_the_expectation_is_dequantisation_s_own_bound_on_the_mass_of_a_level(ki
     flow = replace(EXACT, dequantization=kind, tolerance=1e-5)
     count = 400
     levels = torch.arange(LEVELS).repeat_interleave(count)[:, None]
-    report = estimate_probability_flow(objective_of(), images(levels), len(levels), flow, replicates=1)
+    report = measured(FlowMeasurement(objective_of(), flow), images(levels), 1)
     log_p = report.log_likelihood.view(LEVELS, count)
     gamma = torch.tensor(-4.0, dtype=torch.float64)
     alpha, sigma = (float(v) for v in alpha_sigma(gamma))
@@ -304,7 +305,7 @@ def test_the_report_says_what_its_terms_are_and_what_they_cost() -> None:
     calls: list[int] = []
     objective.network.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0].shape[0]))
     levels = torch.arange(4)[:, None]
-    report = estimate_probability_flow(objective, images(levels, 3), 4, EXACT, replicates=2)
+    report = measured(FlowMeasurement(objective, EXACT), images(levels, 3), 2)
     assert list(report.terms_per_image) == ["base_density", "volume_change", "dequantization"]
     assert (report.method, report.is_bound, report.transitions, report.num_images) == ("ode", False, None, 4)
     assert report.replicates == 2 and report.dimensions == 1
@@ -347,11 +348,11 @@ def labelled(size: int, order: Tensor) -> Callable[[], list[dict[str, Tensor]]]:
 @pytest.mark.parametrize("divergence", ["rademacher", "gaussian", "exact"])
 def test_an_image_s_terms_are_a_function_of_seed_and_index_alone(divergence: str) -> None:
     objective, flow = small().double(), ProbabilityFlow(divergence=divergence, probes=2, tolerance=1e-4)
-    whole = estimate_probability_flow(objective, labelled(6, torch.arange(6)), 6, flow, replicates=2, seed=4)
-    parts = estimate_probability_flow(objective, labelled(2, torch.tensor([5, 0, 3, 1, 4, 2])), 6, flow, 2, seed=4)
+    whole = measured(FlowMeasurement(objective, flow, seed=4), labelled(6, torch.arange(6)), 2)
+    parts = measured(FlowMeasurement(objective, flow, seed=4), labelled(2, torch.tensor([5, 0, 3, 1, 4, 2])), 2)
     for name, term in whole.terms_per_image.items():
         torch.testing.assert_close(parts.terms_per_image[name], term, rtol=1e-9, atol=1e-9)
-    other = estimate_probability_flow(objective, labelled(6, torch.arange(6)), 6, flow, 2, seed=5)
+    other = measured(FlowMeasurement(objective, flow, seed=5), labelled(6, torch.arange(6)), 2)
     assert not torch.allclose(other.log_likelihood, whole.log_likelihood, atol=1e-3)
     assert float((whole.terms_per_image["base_density"].diff(dim=0)).abs().min()) > 1e-6, "replicates differ"
 
@@ -360,13 +361,13 @@ def test_a_float32_network_keeps_its_precision_and_mode_and_loses_little() -> No
     objective = small()
     order, flow = torch.arange(6), ProbabilityFlow(tolerance=1e-5)
     objective.network.train()
-    single = estimate_probability_flow(objective, labelled(6, order), 6, flow, replicates=1)
+    single = measured(FlowMeasurement(objective, flow), labelled(6, order), 1)
     assert objective.network.training and objective.network.layers[2].training
     assert objective.network.modes == {False} and objective.network.dtypes == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = estimate_probability_flow(objective, labelled(6, order), 6, flow, replicates=1)
+        inside = measured(FlowMeasurement(objective, flow), labelled(6, order), 1)
     assert torch.equal(inside.log_likelihood, single.log_likelihood)
-    double = estimate_probability_flow(objective.double(), labelled(6, order), 6, flow, replicates=1)
+    double = measured(FlowMeasurement(objective.double(), flow), labelled(6, order), 1)
     assert objective.network.dtypes == {torch.float32, torch.float64}
     assert single.log_likelihood.dtype == torch.float64
     torch.testing.assert_close(single.log_likelihood, double.log_likelihood, rtol=0, atol=16 * 1e-4)
@@ -388,25 +389,25 @@ def test_the_image_whose_flow_is_not_finite_is_named() -> None:
     objective.network = Broken(ONE_DIMENSION, objective.process)
     levels = torch.tensor([0, 0, 0, 4])[:, None]
     with pytest.raises(NonFiniteLossError, match="image 3 "):
-        estimate_probability_flow(objective, images(levels, 2), 4, EXACT, replicates=1)
+        measured(FlowMeasurement(objective, EXACT), images(levels, 2), 1)
 
 
 def test_too_few_steps_are_said_to_be_too_few() -> None:
     with pytest.raises(ConfigurationError, match=r"image 0 needs more than 3 steps at a tolerance of 1e-06"):
-        estimate_probability_flow(objective_of(), images(torch.zeros(1, 1).long()), 1, replace(EXACT, max_steps=3))
+        measured(FlowMeasurement(objective_of(), replace(EXACT, max_steps=3)), images(torch.zeros(1, 1).long()))
 
 
 def test_a_missing_solver_library_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchode", None)  # an import of it now fails as if it were not there
     with pytest.raises(ConfigurationError, match=r"pip install torchode"):
-        estimate_probability_flow(objective_of(), images(torch.zeros(1, 1).long()), 1)
+        FlowMeasurement(objective_of())
 
 
 def test_a_gamma_per_pixel_is_refused() -> None:
     schedule = PerPixelSchedule(-4.0, 5.0, tilt=torch.zeros(1), bump=torch.zeros(1))
     objective = objective_of(schedule=schedule, conditioning=AffineConditioning(-4.0, 5.0))
     with pytest.raises(ConfigurationError, match="PerPixelSchedule"):
-        estimate_probability_flow(objective, images(torch.zeros(1, 1).long()), 1)
+        FlowMeasurement(objective)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 import linear_gaussian
 import registered
 from linear_gaussian import Batches, images
+from measured import measured
 from tiny import seeded, tiny_unet
 from vdm_hub import HVAEObjective, MarkovianHVAE, VDMObjective
 from vdm_hub.diffusion import gaussian
@@ -19,7 +20,7 @@ from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.decompositions import compare_decompositions, decompositions
 from vdm_hub.likelihood.hierarchical import HierarchicalMeasurement, joint_terms
 from vdm_hub.likelihood.importance_weighted import chain_terms
-from vdm_hub.likelihood.per_image import CountedNetwork, collect, image_generator
+from vdm_hub.likelihood.per_image import CountedNetwork, image_generator
 from vdm_hub.likelihood.restrictions import DenoisingHVAEObjective, as_hierarchical_vae
 
 SHAPE, SEED = (1, 8, 8), 3
@@ -129,7 +130,7 @@ def test_the_denoising_terms_are_the_transitions_kl_of_the_vdm_term_by_term() ->
 
 def test_the_hierarchy_is_measured_as_any_other() -> None:
     model = as_hierarchical_vae(vdm(2), SHAPE)
-    report = collect(HierarchicalMeasurement(HVAEObjective(model)), Batches(LEVELS), 4, replicates=2)
+    report = measured(HierarchicalMeasurement(HVAEObjective(model)), Batches(LEVELS), 2)
     assert list(report.terms) == ["reconstruction", "consistency_1", "consistency_2", "prior"]
 
 

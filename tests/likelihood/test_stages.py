@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from linear_gaussian import Batches, images, objective
+from measured import measured
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.estimator import estimate_bound
+from vdm_hub.likelihood.estimator import BoundEstimator
+from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.stages import FEWEST_REPLICATES, next_replicates
 
 LEVELS = images(130)
@@ -43,16 +46,18 @@ def test_stages_of_a_known_variance_come_to_an_end(ratio: float, done: int) -> N
     assert error <= 1.0 + 1e-9
 
 
-def test_a_target_in_reach_is_reached_and_one_out_of_reach_is_said_not_to_be() -> None:
-    first = estimate_bound(objective(), Batches(LEVELS), len(LEVELS), replicates=8)
-    target = first.standard_error / 1.3
-    report = estimate_bound(objective(), Batches(LEVELS), len(LEVELS), target_standard_error=target)
-    outcome = report.details["target"]
-    assert outcome["reached"] and report.standard_error <= target < first.standard_error
-    assert outcome["stages"][0] == 8 and outcome["stages"][-1] == report.replicates > 8
+def estimate(**stages: Any) -> LikelihoodReport:
+    return measured(BoundEstimator(objective(), len(LEVELS)), Batches(LEVELS), **stages)
 
-    report = estimate_bound(objective(), Batches(LEVELS), len(LEVELS), target_standard_error=1e-6, max_replicates=11)
-    assert report.details["target"] == {"standard_error": 1e-6, "reached": False, "stages": [8, 11]}
+
+def test_a_target_in_reach_is_reached_and_one_out_of_reach_is_said_not_to_be() -> None:
+    first = estimate()
+    target = first.standard_error / 1.3
+    report = estimate(target=target)
+    assert report.reached and report.standard_error <= target < first.standard_error and report.replicates > 8
+
+    report = estimate(target=1e-6, max_replicates=11)
+    assert not report.reached and report.details["target"]["ended_by"] == "max_replicates"
     assert report.replicates == 11
 
 

@@ -444,6 +444,11 @@ class ScoresBlackImages(Process):
             return super().reconstruction(torch.zeros_like(levels), x, noise, network)
 
 
+class ExpectsNothing(Process):
+    def reconstruction_by_level(self) -> Tensor:
+        return torch.zeros(self.num_levels, dtype=torch.float64)
+
+
 class DecodesToTheNegative(Process):
     class bound(BoundGaussian):
         def decode(self, z_0: Tensor, network: Network, generator: Any) -> Tensor:
@@ -553,6 +558,7 @@ BROKEN: dict[str, dict[str, Callable[[], object]]] = {
         "transition_kl_is_seen": TenthOfTheDiffusion,
         "prior_kl_is_seen": NoPrior,
         "decoder": NoReconstruction,
+        "reconstruction_by_level": ExpectsNothing,
         "estimate": NoEstimate,
         "one_timestep": TrainedBackwards,
         "registered": UndeclaredProcess,

@@ -135,6 +135,13 @@ class ForwardProcess(nn.Module, ABC):
     def quantise(self, x: Tensor) -> Tensor:
         """The nearest levels of data that a sampler left in the space of x, int64."""
 
+    def reconstruction_by_level(self) -> Tensor | None:
+        """The reconstruction term's expectation over z_0 for a dimension at each level, (K,), nats, float64.
+
+        None where it is no sum over dimensions of a function of each one's level: then it is estimated by draws.
+        """
+        return None
+
     @abstractmethod
     def draw_noise(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
         """All base noise that one evaluation of the bound on data of this shape needs, by name."""

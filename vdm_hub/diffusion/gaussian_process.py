@@ -97,6 +97,17 @@ class GaussianProcess(ForwardProcess):
     def quantise(self, x: Tensor) -> Tensor:
         return self.scaling.nearest(x)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bound is this class's own, at one gamma that nothing but t decides: what closed forms need."""
+        own = type(self).bind is GaussianProcess.bind and type(self.schedule).bind is NoiseSchedule.bind
+        return own and self.schedule.scalar
+
+    def reconstruction_by_level(self) -> Tensor | None:
+        if not self.is_plain:
+            return None
+        return self.decoder.expected_by_level(self.schedule.endpoints()[0], self.scaling)
+
     def split(self, output: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """What the network says of the mean and, in the other half of its channels, of the variance, where it does.
 

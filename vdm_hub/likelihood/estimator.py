@@ -1,13 +1,13 @@
 """The variational bound by Monte Carlo, at as few evaluations of the network as its error allows.
 
-Four techniques, each unbiased and each to be switched off: times stratified over all images and over each image's own
+Four techniques, each unbiased: times stratified over all images and over each image's own
 (`vdm_hub.diffusion.times`), importance sampling of t (`vdm_hub.likelihood.proposals`), a control variate
-(`vdm_hub.likelihood.control_variates`), and stages that end at a target error (`vdm_hub.likelihood.stages`).
+(`vdm_hub.likelihood.control_variates`), and the reconstruction term by quadrature, where the decoder allows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,6 @@ from vdm_hub.likelihood.control_variates import ControlVariate, fit_coefficients
 from vdm_hub.likelihood.image_features import StatisticsCollector
 from vdm_hub.likelihood.per_image import Batches, Measured, Measurement, Results, evaluating, image_generator
 from vdm_hub.likelihood.proposals import Proposal, fit_proposal
-from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.stages import TargetOutcome, next_replicates
 from vdm_hub.likelihood.time_grid import TimeGrid
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 
@@ -106,6 +104,8 @@ class BoundEstimator(Measurement):
         default = min(max(2 * num_images, _FEWEST_PILOT), _MOST_PILOT)
         planned = default if pilot_evaluations is None else pilot_evaluations
         self._planned_pilot = planned if importance_sampling or self.control_variate else 0
+        by_level = objective.process.reconstruction_by_level()
+        self._reconstruction = None if by_level is None else by_level.cpu()
         self.grid = TimeGrid.of(objective.process, objective.transitions)
         self.proposal = Proposal.uniform(self.grid)
         self.variate: ControlVariate | None = None
@@ -175,7 +175,10 @@ class BoundEstimator(Measurement):
         with _counted(self.objective.network) as calls:
             bound = self.objective(batch, times.float().to(batch["levels"].device), noise)
         self.network_evaluations += sum(calls)
-        return {name: term.double().cpu() for name, term in bound.terms.items()}
+        terms = {name: term.double().cpu() for name, term in bound.terms.items()}
+        if self._reconstruction is not None:
+            terms["reconstruction"] = self._reconstruction[batch["levels"].long().cpu()].flatten(1).sum(1)
+        return terms
 
     def measure(self, batch: Batch, replicate: int) -> Measured:
         """The terms of the images of a batch in one replicate, importance weights and control variate included.
@@ -253,61 +256,6 @@ class BoundEstimator(Measurement):
                 "defensive": self.defensive,
             }
         }
-
-
-def estimate_bound(
-    objective: VDMObjective,
-    batches: Callable[[], Iterable[Batch]],
-    num_images: int,
-    replicates: int = 8,
-    seed: int = 0,
-    on_batch: Callable[[float], object] = lambda images: None,
-    *,
-    target_standard_error: float | None = None,
-    max_replicates: int = 64,
-    **techniques: Any,
-) -> LikelihoodReport:
-    """The bound of a set of images, each estimated in each of several independent replicates: see `BoundEstimator`.
-
-    Args:
-        objective: The model; evaluated in ``eval`` mode, without gradients.
-        batches: Called once a replicate, and for the pilot; each batch carries ``indices``, (B,), the images' indices.
-        num_images: How many images all batches hold together.
-        replicates: Independent replicates, the first stage's where there is a target; at least 2 for an error.
-        seed: Of all draws.
-        on_batch: Told how many images a batch had.
-        target_standard_error: Monte Carlo error of the mean, bits/dim, until which stages add replicates. The report's
-            ``details["target"]`` says whether it was reached. That the error decides when to stop biases a mean by
-            much less than the error itself.
-        max_replicates: Where to stop without it.
-        techniques: Keywords of `BoundEstimator`.
-
-    Raises:
-        DataError: There is no image, or no replicate.
-        NonFiniteLossError: A term of an image is NaN or infinite; the message names the image and the term.
-    """
-    if num_images < 1 or replicates < 1:
-        raise DataError(f"{num_images} images and {replicates} replicates were given: give at least one of each.")
-    estimator, results = BoundEstimator(objective, num_images, seed, **techniques), Results(num_images)
-    stages: list[int] = []
-    with evaluating(objective), torch.no_grad():
-        estimator.fit(batches)
-        more = replicates
-        while more:
-            start = stages[-1] if stages else 0
-            for replicate in range(start, start + more):
-                for batch in batches():
-                    results.add(replicate, batch["indices"], estimator.measure(batch, replicate))
-                    on_batch(len(batch["indices"]))
-            stages.append(start + more)
-            report = results.report(estimator, stages[-1], int(batch["levels"][0].numel()))
-            if target_standard_error is None:
-                break
-            more = next_replicates(stages[-1], report.standard_error, target_standard_error, max_replicates)
-    if target_standard_error is not None:
-        reached = report.standard_error <= target_standard_error
-        report.details["target"] = TargetOutcome(target_standard_error, reached, tuple(stages)).to_json()
-    return report
 
 
 @contextmanager

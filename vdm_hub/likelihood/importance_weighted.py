@@ -13,7 +13,7 @@ of the bound at random times:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, collect, image_generator
+from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, image_generator
 from vdm_hub.likelihood.probability_flow import (
     FlowMeasurement,
     ProbabilityFlow,
@@ -54,16 +54,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return torch.exp(2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0))
 
 
-def estimate_importance_weighted(
-    objective: VDMObjective,
-    batches: Callable[[], Iterable[Batch]],
-    num_images: int,
-    chains: int = 16,
-    replicates: int = 8,
-    seed: int = 0,
-    on_batch: Callable[[float], object] = lambda images: None,
-) -> LikelihoodReport:
-    """The importance-weighted bound of the T-transition model, over K whole chains per image.
+class ChainsMeasurement(Measurement):
+    """The method ``importance_weighted`` over K whole chains per image, of the T-transition model.
 
     Its expectation is an upper bound of ``-log p(x)``, falls with K to ``-log p(x)`` itself, and is the finite-T bound
     of `VDMObjective` at K = 1. Terms: ``reconstruction``, ``prior`` and ``diffusion`` as there, averaged over chains,
@@ -71,26 +63,7 @@ def estimate_importance_weighted(
 
     Args:
         objective: The model, with a finite number of transitions; its process Gaussian with a scalar schedule.
-        batches: Called once a replicate; each batch carries ``indices``, (B,), the images' indices.
-        num_images: How many images all batches hold together.
         chains: K. Chain k of an image is a function of (seed, replicate, image, k), so fewer are a part of more.
-        replicates: Independent estimates of each image; at least 2 for a standard error.
-        seed: Of all draws.
-        on_batch: Told how many images a batch had.
-
-    Raises:
-        ConfigurationError: The objective is in continuous time, or its process has no scalar gamma.
-        NonFiniteLossError: A term of an image is not finite; the message names both.
-    """
-    return collect(ChainsMeasurement(objective, chains, seed), batches, num_images, replicates, on_batch)
-
-
-class ChainsMeasurement(Measurement):
-    """The method ``importance_weighted`` over whole chains: see `estimate_importance_weighted`.
-
-    Args:
-        objective: The model, with a finite number of transitions; its process Gaussian with a scalar schedule.
-        chains: K.
         seed: Of all draws.
 
     Raises:
@@ -128,47 +101,18 @@ class ChainsMeasurement(Measurement):
         return {"importance_weights": self.protocol()["importance_weights"] | effective_sizes(diagnostics)}
 
 
-def estimate_importance_weighted_flow(
-    objective: VDMObjective,
-    batches: Callable[[], Iterable[Batch]],
-    num_images: int,
-    flow: ProbabilityFlow | None = None,
-    draws: int = 16,
-    replicates: int = 8,
-    seed: int = 0,
-    on_batch: Callable[[float], object] = lambda images: None,
-) -> LikelihoodReport:
-    """The importance-weighted likelihood of the probability-flow model, over K dequantised draws per image.
+class WeightedFlowMeasurement(FlowMeasurement):
+    """The method ``importance_weighted`` over K dequantised draws per image, of the probability-flow model.
 
     Its expectation falls with K to ``-log P(x)``, where P is the mass that the ODE's density has in each level's bin;
-    at K = 1 it is the expectation of `estimate_probability_flow`. ``is_bound`` is false as there. Terms: as there,
-    averaged over draws, with ``dequantization`` the draws' own ``log q(z_0|x)`` in place of minus the entropy, and
+    at K = 1 it is that of `FlowMeasurement`, and ``is_bound`` is false as there. Terms: as there, averaged over draws,
+    with ``dequantization`` the draws' own ``log q(z_0|x)`` in place of minus the entropy, and
     ``importance_weighting``, at most zero.
 
     Args:
         objective: The model; its process Gaussian with a scalar schedule.
-        batches: Called once a replicate; each batch carries ``indices``, (B,), the images' indices.
-        num_images: How many images all batches hold together.
         flow: The protocol of each ODE. ``divergence="exact"`` is the only one without bias here.
         draws: K. Draw k of an image is a function of (seed, replicate, image, k).
-        replicates: Independent estimates of each image; at least 2 for a standard error.
-        seed: Of all draws.
-        on_batch: Told how many images a batch had.
-
-    Raises:
-        NonFiniteLossError: The flow of an image is not finite; the message names it.
-        ConfigurationError: The process has no scalar gamma, or ``max_steps`` are too few.
-    """
-    return collect(WeightedFlowMeasurement(objective, flow, draws, seed), batches, num_images, replicates, on_batch)
-
-
-class WeightedFlowMeasurement(FlowMeasurement):
-    """The method ``importance_weighted`` over dequantised draws: see `estimate_importance_weighted_flow`.
-
-    Args:
-        objective: The model; its process Gaussian with a scalar schedule.
-        flow: The protocol of each ODE.
-        draws: K.
         seed: Of all draws.
     """
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ from vdm_hub.diffusion.gaussian import alpha, broadcast, sigma, sum_dimensions
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError, unknown_name
 from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS, dequantization
-from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, collect, image_generator
+from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, image_generator
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 
@@ -271,16 +271,8 @@ def _error_norm(error: Tensor) -> Tensor:
 # ---- images -------------------------------------------------------------------------------------------------------
 
 
-def estimate_probability_flow(
-    objective: VDMObjective,
-    batches: Callable[[], Iterable[Batch]],
-    num_images: int,
-    flow: ProbabilityFlow | None = None,
-    replicates: int = 8,
-    seed: int = 0,
-    on_batch: Callable[[float], object] = lambda images: None,
-) -> LikelihoodReport:
-    """The probability-flow likelihood of a set of images: ``E_q[log p_0(z_0)] + H(q)``, estimated.
+class FlowMeasurement(Measurement):
+    """The method ``ode``, the probability-flow likelihood: ``E_q[log p_0(z_0)] + H(q)``, estimated.
 
     The number is that of another model than the bound's: the ODE's, with the same network. Of this model it is
     three things at once. ``log p_0(z_0)`` is exact up to the tolerance, where the divergence is; a probe's noise is
@@ -292,27 +284,7 @@ def estimate_probability_flow(
     I)``; ``volume_change``, minus the integrated divergence; ``dequantization``, minus the entropy of q(z_0|x).
 
     Args:
-        objective: The model; its process must be Gaussian with a scalar schedule. It is evaluated in ``eval`` mode,
-            outside autocast.
-        batches: Called once a replicate; each batch carries ``indices``, (B,), the images' indices.
-        num_images: How many images all batches hold together.
-        flow: The protocol.
-        replicates: Independent estimates of each image; at least 2 for a standard error.
-        seed: Of all draws: an image's are a function of (seed, replicate, its index).
-        on_batch: Told how many images a batch had.
-
-    Raises:
-        NonFiniteLossError: The flow of an image is not finite; the message names it.
-        ConfigurationError: The process has no scalar gamma, or ``max_steps`` are too few.
-    """
-    return collect(FlowMeasurement(objective, flow, seed), batches, num_images, replicates, on_batch)
-
-
-class FlowMeasurement(Measurement):
-    """The method ``ode``: see `estimate_probability_flow`.
-
-    Args:
-        objective: The model; its process Gaussian with a scalar schedule.
+        objective: The model; its process Gaussian with a scalar schedule. It is evaluated outside autocast.
         flow: The protocol.
         seed: Of all draws.
 

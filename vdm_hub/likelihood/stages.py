@@ -7,8 +7,6 @@ error itself is uncertain, by a share of about ``(2 (R-1))^{-1/2}``, so no stage
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from vdm_hub.errors import ConfigurationError
 
@@ -41,26 +39,3 @@ def next_replicates(done: int, standard_error: float, target: float, maximum: in
     ratio = standard_error / target
     needed = math.ceil(done * min(ratio, 2) ** 2) - done if math.isfinite(ratio) else done
     return min(max(needed, 1), done, left)
-
-
-@dataclass(frozen=True)
-class TargetOutcome:
-    """Whether a target was reached, part of the result.
-
-    Attributes:
-        standard_error: What was wanted, bits/dim.
-        reached: Whether it was.
-        stages: Replicates after each stage.
-    """
-
-    standard_error: float
-    reached: bool
-    stages: tuple[int, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON.
-
-        >>> TargetOutcome(0.005, True, (8, 12)).to_json()
-        {'standard_error': 0.005, 'reached': True, 'stages': [8, 12]}
-        """
-        return asdict(self) | {"stages": list(self.stages)}

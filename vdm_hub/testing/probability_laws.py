@@ -130,6 +130,24 @@ def decoder(process: ForwardProcess) -> None:
 
 
 @PROCESS_LAWS.add
+def reconstruction_by_level(process: ForwardProcess) -> None:
+    """What is said to be the reconstruction term's expectation by level is the mean of its draws."""
+    by_level = process.reconstruction_by_level()
+    if by_level is None:
+        return
+    batch = Batch(process, size=256)
+    with torch.no_grad():
+        drawn = batch.bind()[1].reconstruction(batch.levels, batch.x, batch.noise, network).double()
+    told = by_level.to(drawn)[batch.levels].flatten(1).sum(1)
+    off, error = float((drawn - told).mean()), float((drawn - told).std()) / math.sqrt(len(drawn))
+    require(
+        abs(off) < 6 * error + _NOISE,
+        f"reconstruction() is {float(drawn.mean()):.4g} nats a datum, and reconstruction_by_level() tells "
+        f"{float(told.mean()):.4g}",
+    )
+
+
+@PROCESS_LAWS.add
 def estimate(process: ForwardProcess) -> None:
     """With the best output for a known datum, the estimate of reverse_step() is that datum."""
     fitted = Fitted(process)
