@@ -22,6 +22,7 @@ from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.measuring import Stages
+from vdm_hub.hub.records import read_evaluation
 from vdm_hub.likelihood.methods import check_endpoints
 from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -56,7 +57,10 @@ def test_every_method_prints_an_object_a_table_and_writes_its_files(
 ) -> None:
     files = "--per_image", tmp_path / "images.parquet", "--plot", tmp_path / "bits.png"
     assert main(words(folder, *METHODS[method], *files, "--json")) == 0
-    figures = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    (tmp_path / "evaluation.json").write_text(printed)
+    figures = json.loads(printed)
+    assert read_evaluation(tmp_path / "evaluation.json") == figures, "as a publication reads it"
     assert figures["bits_per_dim"] == pytest.approx(sum(figures["terms"].values()), rel=1e-9)
     assert figures["method"] == {"finite bound": "bound", "chains": "importance_weighted"}.get(
         method, "importance_weighted" if method == "weighted flow" else method

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,10 @@ from vdm_hub.errors import (
     VDMHubError,
     in_one_line,
     shortened,
+    warn,
 )
 from vdm_hub.evaluation.provenance import describe_images
-from vdm_hub.publishing.contents import refuse_secrets
+from vdm_hub.hub.outgoing import refuse_secrets
 from vdm_hub.publishing.dry_run import write_publication
 from vdm_hub.recipes.arguments import Configuration, parse
 from vdm_hub.secret_values import find_secret, mask, masked_values
@@ -54,6 +58,24 @@ SECRETS = {
     "a signed address": ("https://example.org/b.zip?v=1&X-Amz-Signature=5f3c9a", "5f3c9a"),
     "another host's token": ("ghp_" + "x1" * 18, "x1x1"),
     "a header": ("Authorization: Bearer abcdef.ghijkl", "ghijkl"),
+    "npm's": ("npm_" + "x1Yz" * 9, "x1Yz"),
+    "Google's": ("AIza" + "SyD-9tSrke72PouQMnMX-a7eZSW0jkFMBWY", "SyD-9t"),
+    "PyPI's": ("pypi-AgEIcHlwaS5vcmcCJDU3" + "xY9_" * 9, "cHlwaS5v"),
+    "GitHub's app": ("gho_" + "a1B2" * 9, "a1B2"),
+    "GitHub's, of fine grain": ("github_pat_" + "11ABCDEFG0" * 4, "11ABCDEFG0"),
+    "another model's service": ("sk-proj-" + "aB3-" * 10, "aB3-aB3"),
+    "Slack's bot": ("xoxb-123456789012-abcdefABCDEF", "abcdefABCDEF"),
+    "Slack's person": ("xoxp-123456789012-123456789012-abcdef", "123456789012-abcdef"),
+    "Slack's hook": ("https://hooks.slack.com/services/T00/B00/XyZ123abc", "XyZ123abc"),
+    "Amazon's": ("AKIAIOSFODNN7EXAMPLE", "IOSFODNN7"),
+    "a user and a password": ("Authorization: Basic YWRhOnRpZ2Vy", "YWRhOnRpZ2Vy"),
+    "the same without its header's name": ("Basic YWRhOnRpZ2Vy", "YWRhOnRpZ2Vy"),
+    "a header in JSON": ('{"Authorization": "Bearer abcdef.ghijkl"}', "ghijkl"),
+    "a header of another scheme": ("authorization: token 0123456789abcdef", "0123456789abcdef"),
+    "a fragment": ("https://example.org/cb#access_token=abc123&state=x", "abc123"),
+    "a query": ("https://example.org/x?token=abc123", "abc123"),
+    "a private key": ("-----BEGIN RSA PRIVATE KEY-----\nMIIEow\n-----END RSA PRIVATE KEY-----", "MIIEow"),
+    "a private key that is cut": ("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNza\nC1rZXk", "b3BlbnNza"),
     "the value of a token's variable": ("say xyzzy-plugh!", "xyzzy-plugh"),
     "the value of a key's variable": ("prefix_correct/horse_suffix", "correct/horse"),
     "the value of a password's variable": ("swordfish", "swordfish"),
@@ -72,6 +94,10 @@ HARMLESS = [
     "hf_runs/one", "hf_", "hf_hub_download", "HF_HUB_OFFLINE", "hf_xet", "hf_cifar10", "uoft-cs/cifar10",
     "https://host:8080/birds@v1", "hf://datasets/ada/birds@main/data", "mailto:ada@example.org", "https://h.org/?v=1",
     "git@example.org:ada/birds.git", "abfs://container@account.dfs.core.windows.net/birds", "test", "12:30@noon",
+    "Basic configuration of a run", "Basic UNet2DConditionModel", "Bearer of news", "Authorization is asked for",
+    "a94a8fe5ccb19ba61c4c0873d391e987982fbc84", "e75d1b71124569a842262056a9fd4d6a521bc74085f828313ea4918f81294ec5",
+    "sk-learn-digits-and-many-other-words", "npm_config_userconfig_and_more", "pypi-a-long-name-of-a-package-here",
+    "stabilityai/stable-diffusion-xl-base-1.0", "me/vdm-digits@7290964e6138cd3d1ede70362a41a24ca0b742b4",
     "swordfishes", "sha256:" + "0f" * 32, "runs/digits/pipeline", "{'_class_name': 'UNet2DModel'}",
 ]  # fmt: skip
 
@@ -98,6 +124,19 @@ def test_a_secret_is_found_and_masked(text: str, hidden: str) -> None:
 def test_what_is_no_secret_is_left_alone(text: str) -> None:
     assert find_secret(text) is None
     assert masked_values({text: [text]}) == {text: [text]}
+
+
+@pytest.mark.parametrize(
+    "unit", ["//a:", "a.", "hf_", "eyJ-", "?token", "sk-", "-----BEGIN ", "Authorization: ", " \\\\"]
+)
+def test_a_long_text_costs_no_more_than_its_length(unit: str) -> None:
+    def seconds(length: int) -> float:
+        text, started = unit * (length // len(unit)), time.perf_counter()
+        assert find_secret(text) is None or mask(text)
+        return time.perf_counter() - started
+
+    short = min(seconds(10_000) for _ in range(3))
+    assert seconds(80_000) < 8 * short * 4 + 0.2
 
 
 @pytest.mark.parametrize("secret", ["hf_oauth_abcdefgh", "https://ada:tiger@host/x", "xyzzy-plugh!"])
@@ -142,6 +181,24 @@ def test_the_doors_say_none_of_what_others_raise(capsys: pytest.CaptureFixture[s
     assert "tiger" not in said and "abcdefgh" not in said and "example.org" in said
 
 
+def test_no_warning_says_one_whoever_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        for text, _ in SECRETS.values():
+            warnings.warn(f"another library's: {text}", FutureWarning, stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *told, **more: print(warnings.formatwarning(*told[:4]), file=sys.stderr)
+        assert report_errors(work) == 0
+    said = capsys.readouterr().err
+    assert said.count("another library's") == len(SECRETS)
+    assert not [hidden for _, hidden in SECRETS.values() if hidden in said]
+    for text, hidden in SECRETS.values():  # as it is, for those who call the package from their own code
+        with pytest.warns(UserWarning, match="ours") as told:
+            warn(f"ours: {text}\n\u202e")
+        assert hidden not in str(told[0].message) and "\n" not in str(told[0].message)
+
+
 # ---- recipes and records --------------------------------------------------------------------------------------------
 
 SOME = [SECRETS[name] for name in ("an OAuth token", "a password in an address", "the value of a password's variable")]
@@ -181,7 +238,7 @@ def test_nothing_is_published_with_one(secret: str, hidden: str, tmp_path: Path)
         "run.json": {"run": {"command": f"train {secret}"}},
         "a key in run.json": {"run": {"versions": {secret: "1"}}},
         "evaluation.json": {"evaluation": named},
-        "an unknown field": {"run": {"notes": [{"a": secret}]}},
+        "a note": {"evaluation": EVALUATION | {"notes": [secret]}},
     }
     for place, fields in places.items():
         folder = write_run(tmp_path / place, **fields)
@@ -196,7 +253,8 @@ def test_what_is_said_beside_the_records_is_searched_too(tmp_path: Path) -> None
     for arguments in ({"license": "hf_oauth_abcdefgh"}, {"revision": "hf_oauth_abcdefgh"}):
         with pytest.raises(PublishError, match="would hold"):
             write_publication(folder, "me/tiny", tmp_path / "out", **arguments)
-    (folder / "history.json").write_text(json.dumps({"note": "https://ada:tiger@host"}))
+    columns = {"step": [1], "bits_per_dim": [1.0], "https://ada:tiger@host": [1.0]}
+    (folder / "history.json").write_text(json.dumps({"train": columns, "validation": columns}))
     with pytest.raises(PublishError, match=r"history\.json"):
         write_publication(folder, "me/tiny", tmp_path / "out")
     assert not (tmp_path / "out").exists()

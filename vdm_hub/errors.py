@@ -1,10 +1,11 @@
-"""The errors a user may meet. Each message says what is wrong, with the value, and what to do about it."""
+"""The errors and warnings that a user may meet. Each says what is wrong, with the value, and what to do about it."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -65,6 +66,25 @@ class PublishError(VDMHubError):
 
 class MissingPluginError(VDMHubError, ImportError):
     """A config names a plugin that is not installed."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C where more is to be said than that nothing half-written is left."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(in_words(mask(_ends(message))))
+
+
+def warn(message: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
+    """Warn of something, in text that is shown as that of an error is: no secret, and nothing that would be obeyed.
+
+    >>> with warnings.catch_warnings(record=True) as said:
+    ...     warnings.simplefilter("always")
+    ...     warn("the file at https://ada:tiger@example.org is left out")
+    >>> str(said[0].message)
+    'the file at https://***@example.org is left out'
+    """
+    warnings.warn(in_words(mask(_ends(message))), category, stacklevel + 1)
 
 
 def in_words(text: str) -> str:

@@ -12,9 +12,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from warnings import warn
 
-from vdm_hub.errors import ConfigurationError, OutputError
+from vdm_hub.errors import ConfigurationError, OutputError, warn
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 

@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 
+from vdm_hub.hub.outgoing import make_public
 from vdm_hub.hub.weights import replacing_weights
 from vdm_hub.registration import add_install_hint
 
@@ -48,11 +49,13 @@ class KeepsPublishedCard:
 
         Returns:
             The commit's address.
+
+        Raises:
+            PublishError: It would send a secret.
         """
-        repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            return self._upload(Path(folder), repo_id, token, commit_message, create_pr, subfolder)
+            return self._upload(Path(folder), repo_id, private, token, commit_message, create_pr, subfolder)
 
     def save_pretrained(
         self,
@@ -88,19 +91,21 @@ class KeepsPublishedCard:
         if push_to_hub:
             folder, token = Path(save_directory), upload["token"]
             name = upload["repo_id"] or folder.resolve().name
-            repo_id = huggingface_hub.create_repo(name, private=upload["private"], token=token, exist_ok=True).repo_id
-            self._upload(folder, repo_id, token, upload["commit_message"], bool(upload["create_pr"]))
+            self._upload(folder, name, upload["private"], token, upload["commit_message"], bool(upload["create_pr"]))
 
     def _upload(
         self,
         folder: Path,
         repo_id: str,
+        private: bool | None,
         token: str | bool | None,
         message: str | None,
         create_pr: bool,
         subfolder: str | None = None,
     ) -> str:
         add_install_hint(folder)
+        make_public(folder, (repo_id, message, subfolder))
+        repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         published = huggingface_hub.file_exists(repo_id, CARD, token=token)
         if not (published or subfolder or (folder / CARD).is_file()):
             populate_model_card(load_or_create_model_card(repo_id, token=token, is_pipeline=True)).save(folder / CARD)

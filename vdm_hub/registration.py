@@ -12,7 +12,6 @@ names the first that is not there. So a repository's first such entry, which not
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import diffusers
 import diffusers.pipelines
 
-from vdm_hub.errors import CheckpointError, MissingFileError, shortened
+from vdm_hub.errors import CheckpointError, MissingFileError, shortened, warn
 from vdm_hub.files import written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, open_files
@@ -131,4 +130,4 @@ def _is_taken(holder: ModuleType, name: str, value: object) -> bool:
 
 
 def _warn(name: str, instead: str) -> None:
-    warnings.warn(f"{name} exists already and is left alone: {instead} instead of DiffusionPipeline.", stacklevel=3)
+    warn(f"{name} exists already and is left alone: {instead} instead of DiffusionPipeline.", stacklevel=3)

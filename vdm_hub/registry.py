@@ -17,7 +17,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from vdm_hub.errors import (
     in_one_line,
     shortened,
     unknown_name,
+    warn,
 )
 from vdm_hub.version import is_older
 
@@ -404,7 +404,7 @@ def _find(kind: str, serialised: Serialised) -> tuple[Registration, dict[str, An
     name, arguments, package, saved = _parts(kind, serialised)
     found = lookup(kind, name, package)
     if saved and found.version and is_older(found.version, saved):
-        warnings.warn(
+        warn(
             f"the {_KIND_WORDS[kind]} {name!r} was saved with {found.package} {saved}, and {found.version} is "
             f"installed, which may give other results: upgrade {found.package}.",
             OlderPluginWarning,

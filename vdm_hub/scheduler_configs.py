@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from diffusers import DDPMScheduler
 from vdm_hub import registry
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, warn
 from vdm_hub.registry import Serialised
 
 STOCK_TARGETS = ("epsilon", "sample", "v_prediction")
@@ -70,7 +69,7 @@ def unread_fields(process: ForwardProcess, config: Mapping[str, Any]) -> dict[st
     read = process.fields()
     unread = {key: value for key, value in _UNREAD.items() if key not in read and config[key] != value}
     for key in unread:
-        warnings.warn(f"{type(process).__name__} reads no {key}: {config[key]!r} is left out.", stacklevel=4)
+        warn(f"{type(process).__name__} reads no {key}: {config[key]!r} is left out.", stacklevel=4)
     return unread
 
 

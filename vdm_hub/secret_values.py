@@ -20,40 +20,87 @@ _VARIABLE = re.compile(r"(?i)\w*(TOKEN|PASSWORD|PASSWD)S?|(\w*_)?(KEY|SECRET|PAS
 # A folder may be called hf_runs: words in lower case are no token, unless the first is a kind of token.
 _WORD = r"(?:[a-z]{1,15}|[a-z]{5,15}\d{1,2}|v?\d{1,3})"
 _KIND = r"(?:oauth|jwt|app|api|org|pat|sso|secret|key|access|refresh|session)(?![a-z])"
-_NAME = rf"(?!{_KIND}|token[_-])(?=[a-z]){_WORD}(?:[_-]{_WORD})*(?![\w-])"
+_NAME = rf"(?!{_KIND}|token[_-])(?=[a-z]){_WORD}(?:[_-]{_WORD}){{0,30}}(?![\w-])"
 _LIBRARY = r"(?:hub(?:_[a-z]+)*|xet|transfer|home|token|api)(?![\w-])"
 _HF = r"(?<![A-Za-z0-9])hf_"
 
+# Base64 of what holds a colon, as a user and a password do.
+_PAIR = r"(?:[A-Za-z0-9+/]{4}){0,99}?(?:O[g-v]|[A-Za-z0-9+/][DTjz][o-r]|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]6)"
+_MIXED = r"(?=[\w-]{0,60}[A-Z])(?=[\w-]{0,60}\d)"  # no name is so
+# Tokens by their first letters, as their services document them. No hash in hexadecimal is among them.
+_TOKENS = (
+    r"gh[opsur]_\w{20,}",  # GitHub
+    r"github_pat_\w{20,}",
+    r"gl(?:pat|ptt|dt|rt|soat|cbt|ft)-[\w-]{16,}",  # GitLab
+    r"npm_[A-Za-z0-9]{16,}",
+    rf"pypi-{_MIXED}[\w-]{{20,}}",
+    r"AIza[\w-]{30,}",  # Google
+    r"ya29\.[\w-]{20,}",
+    r"GOCSPX-[\w-]{20,}",
+    r"xox[abceoprs](?:\.[\w-]{1,9})?-[\w-]{10,}",  # Slack
+    r"xapp-[\w-]{20,}",
+    r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])",  # Amazon
+    rf"sk-{_MIXED}[\w-]{{20,}}",  # OpenAI, Anthropic and others
+    r"(?:[sr]k|whsec)_(?:live_|test_)?[A-Za-z0-9]{16,}",  # Stripe
+    r"dckr_[op]at_[\w-]{20,}",  # Docker
+    r"SG\.[\w-]{16,64}\.[\w-]{16,}",  # SendGrid
+    r"(?:dop|doo|dor)_v1_[0-9a-f]{40,}",  # DigitalOcean
+    r"hv[sbr]\.[\w-]{20,}",  # Vault
+    r"(?:nvapi-|gsk_|xai-|r8_|shp(?:at|ca|pa|ss)_|lin_api_|PMAK-|dapi)(?=[\w-]{0,60}\d)[\w-]{24,}",
+)
+
+# Each repetition that something must follow is bounded: what a file says may cost no more than its length.
 _FORMS = (
     # scheme://user:password@host; what follows the colon may also be a port.
-    (r"(//)[^\s/?#:@'\"<>]*:(?!\d{1,5}(?:[/?#\s'\"]|$))\S*@", r"\1***@", "a password in an address"),
+    (
+        r"(//)[^\s/?#:@'\"<>]{0,500}:(?!\d{1,5}(?:[/?#\s'\"]|$))\S{0,500}@",
+        r"\1***@",
+        "a password in an address",
+    ),
     # A user alone, where services take a token for one.
     (
-        r"(?i)((?:https?|s3|ftps?)://)(?!\*\*\*@)[^\s/?#:@'\"<>]+@",
+        r"(?i)((?:https?|s3|ftps?)://)(?!\*\*\*@)[^\s/?#:@'\"<>]{1,500}@",
         r"\1***@",
         "the user of an address, which may be a token",
     ),
     # Without a scheme; an address for mail is none.
     (
-        r"(?i)(?<![\w/])(?!mailto:)[\w.+-]+:(?=[^\s/@:]*[\d\W_])[^\s/@:]{6,}@(?=[\w-]+(?:\.[\w-]+)*\.[a-z]{2,})",
+        r"(?i)(?<![\w/])(?!mailto:)[\w.+-]{1,100}:(?=[^\s/@:]{0,200}[\d\W_])[^\s/@:]{6,200}@"
+        r"(?=[\w-]{1,100}(?:\.[\w-]{1,100}){0,9}\.[a-z]{2,})",
         "***@",
         "a password in an address",
     ),
     (
-        r"(?i)([?&;](?:access_?token|auth|token|api_?key|key|secret|password|pwd|sig|signature|x-amz-signature"
-        r"|x-amz-security-token|x-goog-signature)=)(?!\*\*\*)[^&#\s'\";,)]+",
+        r"(?i)([?&;#](?:[\w-]{0,40}(?:token|secret|password|passwd|signature|credential|api_?key|access_?key|jwt)"
+        r"|auth|key|pwd|sig)=)(?!\*\*\*)[^&#\s'\";,)]+",
         r"\1***",
         "a key in an address",
     ),
-    (r"(\bBearer\s+)[\w.~+/=-]{8,}", r"\1***", "a token"),
-    (r"(?<![A-Za-z0-9])(api_org_)\w+", r"\1***", "a Hugging Face token"),
     (
-        r"(?<![A-Za-z0-9])(?:gh[opsur]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}"
-        r"|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[\w-]{20,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}[\w.-]*)",
-        MASK,
-        "a token",
+        r"(?i)(hooks\.slack(?:-gov)?\.com/(?:services|workflows|triggers)/|discord(?:app)?\.com/api/webhooks/"
+        r"|api\.telegram\.org/bot)(?!\*\*\*)[\w/:-]+",
+        r"\1***",
+        "a hook's address, which is its key",
     ),
-    (r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]*-----END [A-Z ]*PRIVATE KEY-----)?", MASK, "a private key"),
+    (
+        r"(?i)(\b(?:proxy-)?authorization(?:\\?[\"'])?\s{0,9}[:=]\s{0,9}(?:\\?[\"'])?)(?!\*\*\*)"
+        r"(?:(?:basic|bearer|digest|token|negotiate|apikey|aws4-hmac-sha256)\s+)?(?!\*\*\*)[^\s\"'\\]{4,}",
+        r"\1***",
+        "a header that logs in",
+    ),
+    (rf"(\bBasic\s+)(?={_PAIR})[A-Za-z0-9+/]{{8,}}={{0,2}}", r"\1***", "a user and a password"),
+    (r"(\bBearer\s+)[\w.~+/=-]{8,}", r"\1***", "a token"),
+    (r"((?:Account|SharedAccess)Key=)(?!\*\*\*)[\w+/=]{20,}", r"\1***", "a key"),
+    (r"(?<![A-Za-z0-9])(api_org_)\w+", r"\1***", "a Hugging Face token"),
+    (rf"(?<![A-Za-z0-9])(?:{'|'.join(_TOKENS)})", MASK, "a token"),
+    (r"(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{8,}[\w.-]*", MASK, "a token"),
+    # To its end, or as far as it is there; what stands before the key in such a block, too.
+    (
+        r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----)[\w+/=\s\\:,.()-])*"
+        r"(?:-----END [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----)?",
+        MASK,
+        "a private key",
+    ),
     (rf"({_HF})(?!{_NAME}|{_LIBRARY})\w[\w-]*", r"\1***", "what may be a Hugging Face token"),
 )
 _PATTERNS = [(re.compile(pattern), masked, what) for pattern, masked, what in _FORMS]
@@ -72,7 +119,10 @@ def find_secret(value: object) -> str | None:
     ('a password in an address', 'what may be a Hugging Face token')
     >>> find_secret(["hf_runs/one", "https://host:8080/x@v1", 0.5])
     """
-    known = _known_values()
+    return _find(value, _known_values())
+
+
+def _find(value: object, known: Mapping[str, re.Pattern[str]]) -> str | None:
     for text in _texts(value):
         for reading in _readings(text):
             for name, pattern in known.items():
@@ -102,14 +152,15 @@ def mask(text: str) -> str:
 
 def _without_secrets(text: str) -> str:
     """Text without what `find_secret` finds."""
-    for pattern in _known_values().values():
+    known = _known_values()
+    for pattern in known.values():
         text = pattern.sub(MASK, text)
     for pattern, masked, _ in _PATTERNS:
         text = pattern.sub(masked, text)
 
     def escaped(word: re.Match[str]) -> str:
         """A word, unless it hides something by escapes."""
-        hides = any(sign in word[0] for sign in "\\%&") and find_secret(word[0].replace(MASK, "")) is not None
+        hides = any(sign in word[0] for sign in "\\%&") and _find(word[0].replace(MASK, ""), known) is not None
         return MASK if hides else word[0]
 
     return re.sub(r"\S+", escaped, text)

@@ -14,6 +14,17 @@ from PIL import Image
 from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
 from vdm_hub.evaluation.provenance import weights_fingerprint
 
+IMAGES: dict[str, Any] = {
+    "name": "digits",
+    "config": None,
+    "split": "test",
+    "images": 360,
+    "shape": [1, 8, 8],
+    "levels": 17,
+    "resolution": None,
+    "resized": False,
+    "fingerprint": "sha256:8c43",
+}
 EVALUATION: dict[str, Any] = {
     "bits_per_dim": 1.75,
     "standard_error": 0.01,
@@ -26,7 +37,11 @@ EVALUATION: dict[str, Any] = {
     "is_bound": True,
     "method": "bound",
     "dimensions": 64,
-    "dataset": {"name": "digits", "split": "test", "images": 360, "shape": [1, 8, 8], "levels": 17},
+    "dataset": IMAGES,
+    "seed": 0,
+    "processes": 1,
+    "versions": {"vdm-hub": "0.1.0"},
+    "seconds": 1.0,
 }
 RECIPE: dict[str, Any] = {
     "dataset_name": "digits",
@@ -36,12 +51,20 @@ RECIPE: dict[str, Any] = {
     "max_train_steps": 6,
 }
 RUN: dict[str, Any] = {
+    "command": "accelerate launch --num_processes 1 -m vdm_hub.train recipe.yaml",
     "versions": {"vdm-hub": "0.1.0", "torch": "2.13.0"},
+    "plugins": {},
+    "git": None,
+    "dataset": IMAGES | {"split": "train", "images": 1437},
+    "augmentation": {"random_flip": False, "random_crop": False},
     "steps": 6,
     "processes": 1,
     "global_batch_size": 16,
     "training_seconds": 1.5,
     "device": "cpu",
+    "gradient_accumulation_steps": 1,
+    "mixed_precision": "no",
+    "parameters": {"network": 100, "schedule": 0},
 }
 
 
@@ -75,7 +98,10 @@ def write_run(
     tiny_pipeline(stock, seed, **scheduler).save_pretrained(folder / "pipeline")
     weights = weights_fingerprint(tiny_pipeline(stock, seed, **scheduler))
     records = {"evaluation.json": {"weights": weights} | (evaluation or EVALUATION), "run.json": RUN | (run or {})}
-    records["history.json"] = {"train": {"step": [1, 2], "bits_per_dim": [9.0, 8.0 - seed]}}
+    records["history.json"] = {
+        "train": {"step": [1, 2], "bits_per_dim": [9.0, 8.0 - seed]},
+        "validation": {"step": [], "bits_per_dim": []},
+    }
     for name, record in records.items():
         (folder / name).write_text(json.dumps(record))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | (recipe or {})))

@@ -18,12 +18,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from hub.publications import EVALUATION, RECIPE, write_run
+from hub.publications import EVALUATION, IMAGES, RECIPE, RUN, write_run
 from vdm_hub import VDMPipeline
 from vdm_hub.commands import main
 from vdm_hub.errors import CheckpointError, PublishError
+from vdm_hub.hub.outgoing import refuse_secrets
+from vdm_hub.hub.records import read_evaluation, read_history, read_run
 from vdm_hub.publishing.card import Edition, render_card
-from vdm_hub.publishing.contents import copy_pipeline, copy_records, read_source, refuse_secrets
+from vdm_hub.publishing.contents import copy_pipeline, copy_records, read_source
 from vdm_hub.publishing.markdown import plain, visible
 from vdm_hub.recipes.arguments import read_recipe
 
@@ -83,7 +85,7 @@ def test_what_is_not_known_is_said(tmp_path: Path, run: Path) -> None:
 
 
 def test_resized_images_are_not_comparable(tmp_path: Path) -> None:
-    resized = EVALUATION | {"dataset": EVALUATION["dataset"] | {"resolution": 8}}
+    resized = EVALUATION | {"dataset": IMAGES | {"resolution": 8, "resized": True}}
     text = card(write_run(tmp_path / "run", evaluation=resized, recipe={"resolution": 8})).text
     assert text.count("not comparable with published") == 2
 
@@ -92,7 +94,7 @@ HOSTILE = '<script>alert("x")</script>](javascript:alert(1)) {{ 7 * 7 }} \n\n# H
 
 
 def test_a_hostile_name_is_shown_as_text(tmp_path: Path) -> None:
-    hostile = EVALUATION | {"dataset": {"name": HOSTILE, "split": HOSTILE}, "terms": {HOSTILE: 1.0}}
+    hostile = EVALUATION | {"dataset": IMAGES | {"name": HOSTILE, "split": HOSTILE}, "terms": {HOSTILE: 1.75}}
     run = {"versions": {HOSTILE: HOSTILE}, "device": HOSTILE, "steps": 3}
     folder = write_run(tmp_path / "run", evaluation=hostile, recipe={"dataset_name": HOSTILE}, run=run)
     rendered = card(folder)
@@ -136,6 +138,9 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
         read_source(folder)
 
 
+CLIPPED = ("standard_error", "standard_error_over_images", "terms", "network_evaluations")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -146,6 +151,24 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
         {"network_evaluations": "many"},
         {"dataset": "digits"},
         {"dataset": {"name": 7}},
+        {"standard_error": -0.01},
+        {"standard_error_over_images": -1e-9},
+        {"num_images": 0},
+        {"replicates": 0},
+        {"network_evaluations": -1},
+        {"transitions": 0},
+        {"bits_per_dims": 1.75},
+        {"dataset": IMAGES | {"licence": "x"}},
+        {"estimator": {"stratified": True}},
+        {"method": "bounds"},
+        {"bits_per_dim": 1.76},
+        {"terms": {"reconstruction": 0.25, "prior": 0.125}},
+        {"bits_per_dim": -1.0, "terms": {"diffusion": -1.0}},
+        {"standard_error": None},
+        {"replicates": 1},
+        {"dataset": IMAGES | {"images": 359}},
+        {"clipped": {key: EVALUATION[key] for key in ("standard_error", "terms")}},
+        {"clipped": {key: EVALUATION[key] for key in CLIPPED} | {"bits_per_dim": 1.5}},
     ],
     ids=str,
 )
@@ -202,6 +225,64 @@ def test_the_recipe_that_is_published_is_what_a_run_reads(tmp_path: Path) -> Non
     assert source.recipe["random_flip"] is False
     copy_records(source, tmp_path)
     assert read_recipe(tmp_path / "recipe.yaml") == source.recipe
+
+
+TRAIN = {"step": [1, 2], "bits_per_dim": [9.0, 8.0], "diffusion": [8.5, 7.5], "prior": [0.5, 0.5]}
+WRONG_RECORDS: dict[str, tuple[str, Any]] = {
+    "a field too many": ("run.json", RUN | {"gpu": "x"}),
+    "a field of git too many": ("run.json", RUN | {"git": {"commit": "0f", "dirty": False, "branch": "x"}}),
+    "a field too few": ("run.json", {key: RUN[key] for key in RUN if key != "steps"}),
+    "a step below 0": ("run.json", RUN | {"steps": -1}),
+    "no process": ("run.json", RUN | {"processes": 0}),
+    "time below 0": ("run.json", RUN | {"training_seconds": -1.0}),
+    "no images in a batch": ("run.json", RUN | {"global_batch_size": 0}),
+    "an error below 0": (
+        "run.json",
+        RUN | {"validation": {"step": 1, "bits_per_dim": 2.0, "standard_error": -0.1, "images": 3}},
+    ),
+    "fewer bits than none": (
+        "run.json",
+        RUN | {"validation": {"step": 1, "bits_per_dim": -2.0, "standard_error": 0.1, "images": 3}},
+    ),
+    "a part too many": ("history.json", {"train": TRAIN, "validation": TRAIN, "test": TRAIN}),
+    "a part too few": ("history.json", {"train": TRAIN}),
+    "columns of two lengths": ("history.json", {"train": TRAIN | {"prior": [0.5]}, "validation": TRAIN}),
+    "steps that fall": ("history.json", {"train": TRAIN, "validation": TRAIN | {"step": [2, 1]}}),
+    "a step twice": ("history.json", {"train": TRAIN | {"step": [2, 2]}, "validation": TRAIN}),
+    "half a step": ("history.json", {"train": TRAIN | {"step": [0.5, 1]}, "validation": TRAIN}),
+    "another sum": ("history.json", {"train": TRAIN | {"bits_per_dim": [9.0, 8.5]}, "validation": TRAIN}),
+    "a rate below 0": ("history.json", {"train": TRAIN | {"learning_rate": [0.1, -0.1]}, "validation": TRAIN}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_RECORDS)
+def test_a_record_that_no_run_writes_is_refused(wrong: str, tmp_path: Path) -> None:
+    name, record = WRONG_RECORDS[wrong]
+    read: dict[str, Any] = {"run.json": read_run, "history.json": read_history}
+    (tmp_path / name).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        read[name](tmp_path / name)
+    (tmp_path / name).write_text(
+        json.dumps({"run.json": RUN, "history.json": {"train": TRAIN, "validation": TRAIN}}[name])
+    )
+    assert read[name](tmp_path / name)
+
+
+def test_an_estimate_of_almost_nothing_may_lie_below_it(tmp_path: Path) -> None:
+    for more in ({}, {"method": "ode", "probability_flow": FLOW, "standard_error": 1e-9}):
+        record = EVALUATION | {"weights": "sha256:0", "bits_per_dim": -0.03, "terms": {"diffusion": -0.03}} | more
+        (tmp_path / "evaluation.json").write_text(json.dumps(record))
+        assert read_evaluation(tmp_path / "evaluation.json")["bits_per_dim"] == -0.03
+
+
+FLOW = {"dequantization": "uniform", "divergence": "exact", "probes": 1, "tolerance": 1e-5, "max_steps": 1000}
+FLOW |= {"solver": "tsit5", "steps_mean": 9.0, "steps_max": 12, "evaluations_per_solve": 60.0}
+
+
+def test_what_the_package_wrote_before_is_read(tmp_path: Path) -> None:
+    for card_folder in (Path(__file__).parents[2] / "model_cards").iterdir():
+        assert read_evaluation(card_folder / "evaluation.json") and read_run(card_folder / "run.json")
+        assert read_history(card_folder / "history.json") and read_recipe(card_folder / "recipe.yaml")
 
 
 @pytest.mark.parametrize("missing", ["bits_per_dim", "terms", "weights"])

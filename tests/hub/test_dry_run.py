@@ -124,6 +124,17 @@ def test_a_branch_that_git_cannot_have_is_refused(revision: str, runs: tuple[Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_what_lies_beside_a_pipeline_is_named_and_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for name in ("notes.txt", "unet/notes.txt", "images/a.png"):
+        (run / "pipeline" / name).parent.mkdir(exist_ok=True)
+        (run / "pipeline" / name).write_text("mine")
+    with pytest.warns(UserWarning, match=r"images/a\.png, notes\.txt, unet/notes\.txt") as told:
+        files = write_publication(run, "me/tiny", tmp_path / "out")
+    assert len([one for one in told if "notes" in str(one.message)]) == 1
+    assert not [path for path in files if path.name in ("notes.txt", "a.png")]
+
+
 def test_nothing_says_where_the_model_lay(tmp_path: Path) -> None:
     run = write_run(tmp_path / "where-ada-works" / "run", stock=True)
     loaded = VDMPipeline.from_pretrained(run / "pipeline")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,13 @@ from hub.publications import write_run
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("dropped", "a gateway's answer", "then no rights", "never arrived")
+
+
+def said_by(text: str) -> list[str]:
+    """The lines of a command, without those of progress bars."""
+    return [
+        line for line in text.splitlines() if line and "it/s" not in line and "B/s" not in line and "?it" not in line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +84,43 @@ def test_a_model_that_is_published_is_never_said_to_have_failed(results: dict[st
 
 
 def test_each_message_is_one_paragraph(results: dict[str, Any]) -> None:
-    said = [one["said"] for one in results.values() if isinstance(one, dict)]
-    assert all(one["struck"] for one in results.values() if isinstance(one, dict)), (
-        "a fault that hits nothing shows nothing"
-    )
-    assert all(0 < len(text) <= 1000 and "\n" not in text for text in said)
+    told = [one for one in results.values() if isinstance(one, dict) and "said" in one]
+    assert all(one["struck"] for one in told), "a fault that hits nothing shows nothing"
+    for one in told:
+        (said,) = said_by(one["said"])
+        assert 0 < len(said) <= 1020
+
+
+@pytest.mark.parametrize("handled", [True, False])
+@pytest.mark.parametrize("where", ["main", "side"])
+def test_ctrl_c_while_a_commit_is_under_way_says_that_it_may_be_there(
+    results: dict[str, Any], where: str, handled: bool
+) -> None:
+    one = results[f"stopped: {where}, {handled}"]
+    assert one["status"] == 130 and one["again"] == ""
+    assert "may have been published" in one["said"] and "/commits/" in one["said"] and "publish again" in one["said"]
+
+
+def test_ctrl_c_between_two_commits_says_which_is_there(results: dict[str, Any]) -> None:
+    one = results["stopped: then"]
+    assert one["status"] == 130 and "on diffusers" in one["said"] and "publish again" in one["said"]
+
+
+def test_ctrl_c_before_anything_is_there_says_so(results: dict[str, Any]) -> None:
+    one = results["stopped: before"]
+    assert one["status"] == 130 and "nothing half-written" in one["said"] and "may have" not in one["said"]
+
+
+def test_ctrl_c_at_a_pull_request_sends_to_where_it_would_be_seen(results: dict[str, Any]) -> None:
+    one = results["stopped: request"]
+    assert one["requests"] == 1 and "may have been published" in one["said"] and "/discussions" in one["said"]
+
+
+def test_what_the_hub_answers_is_one_paragraph_with_what_to_do_at_every_door(results: dict[str, Any]) -> None:
+    assert len(results["answers"]) == 35
+    for where, (word, said) in results["answers"].items():
+        assert len(said_by(said)) == 1 and len(said_by(said)[0]) < 1010, (where, said)
+        if not where.endswith("publish"):
+            assert word in said, (where, said)
+        else:
+            assert re.search("hf auth login|write access|check the name|minutes", said), (where, said)

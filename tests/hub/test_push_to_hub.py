@@ -19,10 +19,11 @@ CARD = b"---\nlicense:    apache-2.0\ntags: [a,   'b']\n---\r\n# Mine \xe2\x80\x
 LOCAL = "# Beside the weights\n"
 
 PUSH = """
-import sys, tempfile
+import json, sys
 from pathlib import Path
 from tiny import tiny_pipeline
 pipe = tiny_pipeline()
+PREPROCESSING = {"resolution": None, "center_crop": False, "color": "auto", "num_levels": 17, "image_column": "image"}
 pipe.push_to_hub("me/published")
 pipe.push_to_hub("me/fresh", commit_message="My words", private=True)
 pipe.push_to_hub("me/fresh", subfolder="inner", variant="fp16")
@@ -38,7 +39,29 @@ pipe.save_pretrained(root / "two", push_to_hub=True, repo_id="me/local-card")
 pipe.save_pretrained(root / "three", push_to_hub=True, repo_id="me/both-cards")
 pipe.unet.push_to_hub("me/parts", subfolder="unet")
 pipe.scheduler.push_to_hub("me/parts", subfolder="scheduler")
-print("ANSWER1")
+
+from vdm_hub.errors import PublishError
+secret, refusals = "hf_" + "aB1" * 12, []
+
+def refused(what, push):
+    try:
+        push()
+    except PublishError as error:
+        assert "nothing was sent" in str(error) and "aB1aB1" not in str(error), error
+        refusals.append(what)
+
+(root / "four").mkdir()
+(root / "four" / "notes.md").write_text(f"log in with {secret}")
+refused("a file beside", lambda: pipe.save_pretrained(root / "four", push_to_hub=True, repo_id="me/secrets"))
+refused("a message", lambda: pipe.push_to_hub("me/secrets", commit_message=f"with {secret}"))
+refused("a part's message", lambda: pipe.scheduler.push_to_hub("me/secret-part", commit_message=secret))
+pipe.register_to_config(preprocessing={**PREPROCESSING, "image_column": secret})
+refused("the index", lambda: pipe.push_to_hub("me/secrets"))
+pipe.unet.register_to_config(down_block_types=[secret])
+refused("a network's config", lambda: pipe.unet.push_to_hub("me/secret-part"))
+to_parts = {"push_to_hub": True, "repo_id": "me/secret-part"}
+refused("a part that is saved", lambda: pipe.unet.save_pretrained(root / "five", **to_parts))
+print("ANSWER" + json.dumps(refusals))
 """
 
 
@@ -50,7 +73,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Any:
             hub.repositories[repo] = Repository()
             hub.repositories[repo].commit("main", "card", {"README.md": Blob(CARD), "notes.txt": Blob(b"mine")})
         environment = hub.environment(root / "home")
-        run(PUSH, str(root), LOCAL, **environment)
+        hub.refused = run(PUSH, str(root), LOCAL, **environment)  # type: ignore[attr-defined]
     hub.root = root  # type: ignore[attr-defined]
     return hub
 
@@ -96,6 +119,15 @@ def test_what_was_pushed_loads_and_tells_others_what_to_install(hub: LoopbackHub
     loaded.set_progress_bar_config(disable=True)
     assert sampled(loaded).tolist() == sampled(tiny_pipeline()).tolist()
     assert json.loads((tmp_path / "model_index.json").read_text())["_requires"] == [INSTALL_HINT, None]
+
+
+def test_no_door_sends_a_secret(hub: LoopbackHub) -> None:
+    expected = ["a file beside", "a message", "a part's message", "the index", "a network's config"]
+    assert hub.refused == [*expected, "a part that is saved"]  # type: ignore[attr-defined]
+    assert "me/secrets" not in hub.repositories
+    assert not hub.repositories["me/secret-part"].at("main").files.keys() - {".gitattributes"}
+    sent = b"".join(call.body for call in hub.calls)
+    assert b"aB1aB1" not in sent
 
 
 def test_parts_are_pushed_as_ever(hub: LoopbackHub) -> None:

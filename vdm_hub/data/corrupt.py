@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
-from warnings import warn
 
 import datasets
 
 from vdm_hub.data.images import Decoder
+from vdm_hub.errors import warn
 
 
 def without_corrupt(dataset: Any, image_column: str, decoder: Decoder) -> Any:

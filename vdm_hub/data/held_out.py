@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from typing import Any, TypeAlias
-from warnings import warn
 
 import datasets
 import numpy as np
 
-from vdm_hub.errors import DataError, in_one_line
+from vdm_hub.errors import DataError, in_one_line, warn
 from vdm_hub.preprocessing import HeldOut
 
 SPLIT = "held_out"

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
-from warnings import warn
 
 import datasets
 import torch
@@ -28,7 +27,7 @@ from vdm_hub.data.sources import (
     open_source,
 )
 from vdm_hub.data.summaries import Use, summary_of
-from vdm_hub.errors import DataError
+from vdm_hub.errors import DataError, warn
 from vdm_hub.pixels import Color
 from vdm_hub.preprocessing import HeldOut
 

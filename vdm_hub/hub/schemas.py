@@ -11,7 +11,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias, Union
@@ -112,9 +112,7 @@ def check_config(cls: type, config: Mapping[str, Any], name: str) -> None:
     """
     fields = fields_of_class(cls)
     if _is_ours(cls):
-        unknown = [key for key in config if key not in fields and not key.startswith("_")]
-        if unknown:
-            raise CheckpointError(f"{name}: {unknown_name(f'field of {cls.__name__}', unknown[0], fields)}")
+        _check_known(fields, (key for key in config if not key.startswith("_")), name, cls)
     if _is_ours(cls) or config.get("_diffusers_version") == diffusers.__version__:
         _check_complete(fields, config, name)
     check_fields(cls, config, name)
@@ -161,14 +159,15 @@ def check_record(schema: type, record: Mapping[str, Any], name: str) -> None:
     """Refuse a record that we did not write.
 
     Args:
-        schema: A `typing.TypedDict`; what it does not name may be there all the same.
+        schema: A `typing.TypedDict`.
         record: As it is in the file.
         name: What messages call it.
 
     Raises:
-        CheckpointError: A field is missing, or of another type or out of range.
+        CheckpointError: A field is missing, unknown, of another type or out of range.
     """
     fields = fields_of_record(schema)
+    _check_known(fields, record, name, schema)
     _check_complete(fields, record, name)
     _check_values(fields, record, lambda field, value, words: _damaged(name, field, value, words))
 
@@ -243,6 +242,15 @@ def _check_bearable(value: Any) -> None:
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_known(fields: Fields, content: Iterable[str], name: str, schema: type) -> None:
+    unknown = next((key for key in content if key not in fields), None)
+    if unknown is not None:
+        what = f"field of {schema.__name__.strip('_')}"
+        raise CheckpointError(
+            f"{name}: {unknown_name(what, unknown, fields)} It was changed, or is of another version."
+        )
 
 
 def _check_complete(fields: Fields, content: Mapping[str, Any], name: str) -> None:

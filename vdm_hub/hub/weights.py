@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from vdm_hub.errors import CheckpointError, MissingFileError, explained
+from vdm_hub.errors import CheckpointError, MissingFileError, explained, warn
 from vdm_hub.hub.json_files import MAX_JSON_BYTES, parse_json, read_json
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -290,4 +289,4 @@ def replacing_weights(folder: Path, variant: str | None = None) -> Iterator[None
         path.unlink()
     if stale:
         some = ", ".join(sorted(path.name for path in stale)[:_SHOWN])
-        warnings.warn(f"{folder} held weights of an earlier save ({some}), which are removed.", stacklevel=4)
+        warn(f"{folder} held weights of an earlier save ({some}), which are removed.", stacklevel=4)

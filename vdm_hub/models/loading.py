@@ -12,13 +12,14 @@ from torch import nn
 
 from vdm_hub.errors import ConfigurationError, explained, shortened
 from vdm_hub.hub.checks import check_component, is_checked
+from vdm_hub.hub.outgoing import SearchedUpload
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, open_files
 from vdm_hub.hub.weights import check_finite, replacing_weights
 
 REMEDY = "check the arguments, and save it again, or download it again"
 
 
-class CheckedLoading:
+class CheckedLoading(SearchedUpload):
     """Put before diffusers' ``ModelMixin`` or ``SchedulerMixin``: refuses what was not saved so, or was changed.
 
     The files are those of a folder, or of one commit on the Hub, held against its listing. Weights are read from
@@ -73,7 +74,7 @@ class CheckedModel(CheckedLoading):
     def save_pretrained(self, save_directory: Any, *arguments: Any, **kwargs: Any) -> None:
         """Save as diffusers does; what the folder held of an earlier save's weights is replaced."""
         with replacing_weights(Path(save_directory), kwargs.get("variant")):
-            super().save_pretrained(save_directory, *arguments, **kwargs)  # type: ignore[misc]
+            super().save_pretrained(str(save_directory), *arguments, **kwargs)  # type: ignore[misc]
 
 
 def refuse_pickles(arguments: dict[str, Any]) -> None:

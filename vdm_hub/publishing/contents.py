@@ -5,29 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from PIL import Image
-
 from vdm_hub import plain_yaml
-from vdm_hub.errors import CheckpointError, PublishError, explained
+from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.evaluation.provenance import public_name
 from vdm_hub.hub.json_files import read_json
-from vdm_hub.hub.places import RECIPE, pipeline_folder, run_folder
-from vdm_hub.hub.records import Evaluation, Run, read_history, read_record
+from vdm_hub.hub.places import INDEX, RECIPE, pipeline_folder, run_folder
+from vdm_hub.hub.records import read_evaluation, read_history, read_run
 from vdm_hub.recipes.arguments import read_recipe
-from vdm_hub.secret_values import find_secret, find_secret_in_bytes
 
-INDEX = "model_index.json"
 _COMPONENT_FILE = re.compile(r"(scheduler_)?config\.json|diffusion_pytorch_model[\w.-]*\.(json|safetensors)")
 RECORDS = ("evaluation.json", "history.json", "run.json")
 PICTURES = ("samples.png", "schedule.png", "training_curve.png")
-
-_PARSERS: Mapping[str, Callable[[str], object]] = {".json": json.loads, ".yaml": yaml.safe_load}
 
 # Of a recipe, what says where this run lay and what it sent, rather than what it did.
 _OWN_AFFAIRS = ("recipe", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo")
@@ -72,13 +64,13 @@ def read_source(folder: Path, evaluation: Path | None = None) -> Source:
         )
     run = run_folder(pipeline)
     if run is None:
-        return Source(pipeline, evaluation=read_record(evaluation, Evaluation) if evaluation else {})
+        return Source(pipeline, evaluation=read_evaluation(evaluation) if evaluation else {})
     return Source(
         pipeline,
         recipe=published_recipe(read_recipe(run / RECIPE)),
-        evaluation=read_record(evaluation or run / "evaluation.json", Evaluation),
+        evaluation=read_evaluation(evaluation or run / "evaluation.json"),
         history=read_history(run / "history.json"),
-        run=read_record(run / "run.json", Run),
+        run=read_run(run / "run.json"),
         pictures={name: run / name for name in PICTURES if (run / name).is_file()},
     )
 
@@ -97,7 +89,7 @@ def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_pipeline(pipeline: Path, destination: Path) -> None:
-    """The index, configs and weights of a pipeline, and nothing else that lies there."""
+    """The index, configs and weights of a pipeline, and nothing else that lies there; that is named in a warning."""
     index = read_json(pipeline / INDEX)
     components = [name for name, value in index.items() if isinstance(value, list)]
     destination.mkdir(parents=True, exist_ok=True)
@@ -107,14 +99,10 @@ def copy_pipeline(pipeline: Path, destination: Path) -> None:
             if path.is_file() and _COMPONENT_FILE.fullmatch(path.name):
                 (destination / component).mkdir(exist_ok=True)
                 shutil.copyfile(path, destination / component / path.name)
-
-
-def forget_places(folder: Path) -> None:
-    """Take out of a pipeline's configs where it was loaded from, which diffusers notes there."""
-    for path in (folder / INDEX, *folder.glob("*/*config.json")):
-        config = read_json(path)
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2) + "\n")
+    names = sorted(path.relative_to(pipeline).as_posix() for path in pipeline.rglob("*") if path.is_file())
+    if left_out := [name for name in names if not (destination / name).is_file()]:
+        more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
+        warn(f"{pipeline} also holds {', '.join(left_out[:4])}{more}: no part of a pipeline, and not published.")
 
 
 def copy_records(source: Source, destination: Path) -> None:
@@ -128,55 +116,6 @@ def copy_records(source: Source, destination: Path) -> None:
         (destination / "images").mkdir()
     for name, path in source.pictures.items():
         shutil.copyfile(path, destination / "images" / name)
-
-
-def refuse_secrets(folder: Path) -> None:
-    """Refuse to send a file that holds a secret, in its text or in what a picture or weights say of themselves.
-
-    Raises:
-        PublishError: With the file's name and the kind of secret, and never the secret.
-    """
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder)
-        if what := find_secret(str(name)) or _secret_in(path):
-            raise PublishError(
-                f"{name} would hold {what}: nothing was sent. Take it out of the recipe or the file that it came "
-                f"from, and revoke it if others may have seen it."
-            )
-
-
-def _secret_in(path: Path) -> str | None:
-    """What a file holds that is nobody's business, read as its kind is read."""
-    if path.suffix == ".safetensors":
-        header = _header(path)
-        return find_secret_in_bytes(header) or find_secret(_parsed(header, json.loads))
-    content = path.read_bytes()
-    if path.suffix == ".png":
-        unreadable = explained(
-            f"{path.name} is no PNG that can be read", "draw it again, or take it away", PublishError
-        )
-        with unreadable, Image.open(path, formats=("PNG",)) as picture:
-            picture.load()  # what it says of itself may stand at its end
-            return find_secret_in_bytes(content) or find_secret([picture.info, dict(picture.getexif())])
-    if path.suffix == ".py":  # this package's own code, compared with what it is; it speaks of tokens
-        return find_secret_in_bytes(content)
-    return find_secret(_parsed(content, _PARSERS.get(path.suffix, str))) or find_secret_in_bytes(content)
-
-
-def _parsed(content: bytes, parser: Callable[[str], object]) -> object:
-    """What the content says to a parser; the text itself where it says nothing."""
-    text = content.decode("utf-8", errors="replace")
-    try:
-        return parser(text)
-    except (ValueError, yaml.YAMLError, RecursionError):
-        return text
-
-
-def _header(weights: Path) -> bytes:
-    """The JSON before the weights in a safetensors file."""
-    with weights.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return file.read(min(size, 100_000_000))
 
 
 def is_managed(path: str, components: set[str]) -> bool:

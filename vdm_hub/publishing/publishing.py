@@ -12,6 +12,7 @@ from pathlib import Path
 from vdm_hub.errors import CheckpointError, ConfigurationError, PublishError
 from vdm_hub.evaluation.provenance import weights_fingerprint
 from vdm_hub.hub.json_files import read_json
+from vdm_hub.hub.outgoing import make_public, refuse_secrets
 from vdm_hub.hub.repositories import INDEX
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
@@ -22,10 +23,8 @@ from vdm_hub.publishing.contents import (
     components_of,
     copy_pipeline,
     copy_records,
-    forget_places,
     is_managed,
     read_source,
-    refuse_secrets,
 )
 from vdm_hub.publishing.remote_code import add_remote_code, check_remote_code
 from vdm_hub.publishing.repository import MAIN, HubRepository, check_ready
@@ -128,7 +127,8 @@ def publish(
     with prepared_publication(folder, edition, evaluation, twin=not create_pr, remote_code=remote_code) as prepared:
         if create_pr:
             return _request(prepared, repository)
-        return send(prepared, repository, private)
+        with repository.interruptible():
+            return send(prepared, repository, private)
 
 
 @contextmanager
@@ -159,8 +159,7 @@ def prepared_publication(
             check_remote_code(folders[CODE_BRANCH])
         add_install_hint(folders[MAIN])
         for staged in folders.values():
-            forget_places(staged)
-            refuse_secrets(staged)
+            make_public(staged)
         yield Prepared(source, pipeline, edition, folders)
 
 

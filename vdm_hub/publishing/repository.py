@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._validators import validate_repo_id
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-from vdm_hub.errors import ConfigurationError, PublishError, VDMHubError, in_one_line
+from vdm_hub.errors import ConfigurationError, Interrupted, PublishError, VDMHubError, in_one_line
 from vdm_hub.hub.fetching import HTTP_ERROR
 from vdm_hub.version import __version__
 
@@ -80,6 +80,7 @@ class HubRepository:
     def __init__(self, repo_id: str) -> None:
         check_ready(repo_id)
         self.repo_id = repo_id
+        self._commits: list[str] = []
         self._api = HfApi(library_name="vdm-hub", library_version=__version__)
 
     def create(self, private: bool | None = None) -> None:
@@ -160,10 +161,32 @@ class HubRepository:
                     f"{self.repo_id} got a commit from elsewhere on {branch} while this one was under way: look at "
                     f"{self.url}/commits/{branch}, then publish again."
                 )
-            return str(answer.of(lambda: self._create_commit(folder, message, branch, parent, removed)).oid)
+            operations = self._uploaded(folder, branch, removed)
+            return str(answer.of(lambda: self._create_commit(operations, message, branch, parent)).oid)
 
         with answer.missed():
-            return self._retried(attempt)
+            made = self._retried(attempt)
+        self._commits.append(f"{made} on {branch}")
+        return made
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Where Ctrl-C ends a publication that has changed the repository, say what it did.
+
+        Raises:
+            Interrupted: With what is there, and what to do.
+        """
+        try:
+            yield
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as stop:
+            if not self._commits:
+                raise
+            raise Interrupted(
+                f"the commit {' and '.join(self._commits)} of {self.repo_id} is there, and what should follow is not: "
+                f"publish again, which finishes it."
+            ) from stop
 
     def open_pull_request(
         self, folder: Path, message: str, branch: str, parent: str, delete: Iterable[str] = ()
@@ -179,7 +202,8 @@ class HubRepository:
         removed = list(delete)
 
         def attempt() -> str:
-            made = answer.of(lambda: self._create_commit(folder, message, branch, parent, removed, create_pr=True))
+            operations = self._uploaded(folder, branch, removed, create_pr=True)
+            made = answer.of(lambda: self._create_commit(operations, message, branch, parent, create_pr=True))
             return str(made.pr_url)
 
         with answer.missed():
@@ -190,10 +214,17 @@ class HubRepository:
         """Where a browser finds it."""
         return f"{self._api.endpoint}/{self.repo_id}"
 
+    def _uploaded(
+        self, folder: Path, branch: str, removed: list[str], create_pr: bool = False
+    ) -> list[CommitOperation]:
+        """What a commit consists of, its large files sent beforehand: then nobody sees them yet."""
+        added = list(_additions(folder))
+        self._api.preupload_lfs_files(self.repo_id, added, revision=branch, create_pr=create_pr, free_memory=False)
+        return [*added, *map(CommitOperationDelete, removed)]
+
     def _create_commit(
-        self, folder: Path, message: str, branch: str, parent: str, removed: list[str], create_pr: bool = False
+        self, operations: list[CommitOperation], message: str, branch: str, parent: str, create_pr: bool = False
     ) -> CommitInfo:
-        operations: list[CommitOperation] = [*_additions(folder), *map(CommitOperationDelete, removed)]
         return self._api.create_commit(
             self.repo_id,
             operations,
@@ -254,14 +285,15 @@ class _Answer:
 
     def __init__(self, path: str, what: str, remedy: str) -> None:
         self._path, self._what, self._remedy = path, what, remedy
-        self._lost = False
+        self._lost = self._is_open = False
 
     def of(self, request: Callable[[], R]) -> R:
         """The answer to a request, which may be sent more than once."""
+        self._is_open = True
         try:
             return request()
         except Exception as error:
-            self._lost = self._lost or self._is_lost(_cause(error))
+            self._is_open = self._lost = self._lost or self._is_lost(_cause(error))
             raise
 
     @contextmanager
@@ -275,6 +307,10 @@ class _Answer:
             raise PublishError(
                 f"{self._what}: the Hub's answer was lost, and then {str(error)[:400].rstrip('.')}. So {self._remedy}."
             ) from error
+        except KeyboardInterrupt as stop:
+            if not self._is_open:
+                raise
+            raise Interrupted(f"{self._what}: the Hub's answer was not waited for. So {self._remedy}.") from stop
 
     def _is_lost(self, error: BaseException) -> bool:
         """Whether the Hub may have acted, though it did not say so."""

@@ -19,12 +19,11 @@ from dataclasses import Field, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar, Union
-from warnings import warn
 
 from vdm_hub import plain_yaml, registry
 from vdm_hub.command_line import Parser
 from vdm_hub.data.arguments import DataArguments, Share
-from vdm_hub.errors import ConfigurationError, shortened, unknown_name
+from vdm_hub.errors import ConfigurationError, shortened, unknown_name, warn
 from vdm_hub.fields import require
 from vdm_hub.files import expanded
 from vdm_hub.recipes.configuration import (
@@ -35,7 +34,6 @@ from vdm_hub.recipes.configuration import (
     TrainingArguments,
 )
 from vdm_hub.recipes.secrets import refuse_secret, refuse_token_field
-from vdm_hub.secret_values import mask
 
 GROUPS: tuple[Any, ...] = (DataArguments, DiffusionArguments, ModelArguments, TrainingArguments)
 FIELDS: dict[str, Any] = {
@@ -309,7 +307,7 @@ def _together(field: str, before: Mapping[str, Any], change: Mapping[str, Any]) 
         if key in change and was not in (None, change[key]):
             left = ", ".join(sorted(before.keys() - {key})) or "none"
             said = f"{field} is {change[key]!r} on the command line, and {was!r} in the recipe, whose other arguments"
-            warn(mask(f"{said} are not taken over: {left}."), stacklevel=2)
+            warn(f"{said} are not taken over: {left}.", stacklevel=2)
             return change
     return _deep(before, change)
 

@@ -15,13 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
-from warnings import warn
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vdm_hub.errors import CheckpointError
+from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.files import clear_leftovers, entries, expanded, remove, written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.records import Whole

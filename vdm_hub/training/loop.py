@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from warnings import warn
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import Data, Images, load_data
-from vdm_hub.errors import CheckpointError
+from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport

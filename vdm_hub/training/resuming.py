@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from warnings import warn
 
-from vdm_hub.errors import CheckpointError, in_one_line
+from vdm_hub.errors import CheckpointError, in_one_line, warn
 from vdm_hub.training.checkpoints import (
     Checkpoint,
     checkpoints,

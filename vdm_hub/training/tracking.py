@@ -6,14 +6,13 @@ import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from warnings import warn
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from vdm_hub.errors import ConfigurationError, in_one_line
+from vdm_hub.errors import ConfigurationError, in_one_line, warn
 from vdm_hub.secret_values import masked_values
 
 
