@@ -81,9 +81,9 @@ class _Target(TypedDict):
 
 class _Latents(TypedDict):
     images: Whole
-    mean: list[Figure]
-    standard_deviation: list[Positive]
-    information: Positive
+    information: Positive | list[Positive]
+    mean: NotRequired[list[Figure]]
+    standard_deviation: NotRequired[list[Positive]]
 
 
 class _Hierarchy(TypedDict):
