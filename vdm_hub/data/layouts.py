@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from warnings import warn
 
 import pyarrow as pa
 import pyarrow.csv
@@ -17,7 +16,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from vdm_hub.data.files import IMAGE_SUFFIXES, METADATA_NAMES, Listing, list_folder, names_and_count, said_of
-from vdm_hub.errors import DataError, explained, shortened
+from vdm_hub.errors import DataError, explained, shortened, warn
 
 _SPLITS = {
     name: split
