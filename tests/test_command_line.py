@@ -13,10 +13,10 @@ from PIL import Image
 from vdm_hub.commands import main
 from vdm_hub.errors import CheckpointError, ConfigurationError, HubError, OutputError, PublishError
 from vdm_hub.evaluation.journal import Journal
+from vdm_hub.hub.outgoing import refuse_secrets
 from vdm_hub.hub.repositories import open_files
 from vdm_hub.likelihood.per_image import Measured, Results
 from vdm_hub.plain_yaml import load
-from vdm_hub.publishing.contents import refuse_secrets
 from vdm_hub.recipes.arguments import parse
 
 EVALUATE = ("evaluate", "nowhere/at-all", "--dataset_name", "digits")
