@@ -27,7 +27,10 @@ from vdm_hub.models.loading import CheckedModel
 _ALIGNMENT = 64  # bytes: where torch's own allocator puts a CPU tensor
 Exponent = Annotated[float, Within(-64, 64)]
 
+_CUT_DEVIATION = 0.8796256610342398  # of a standard normal that is cut at -2 and 2
+
 Module = TypeVar("Module", bound=nn.Module)
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 @dataclass
@@ -117,7 +120,7 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
         widths, embedding = list(block_out_channels), 4 * block_out_channels[0]
         self.time_embedding = TimeEmbedding(widths[0], embedding, num_train_timesteps, num_class_embeds)
         self.input_features = FourierFeatures(fourier_features)
-        self.conv_in = nn.Conv2d(in_channels * (1 + 2 * len(fourier_features)), widths[0], 3, padding=1)
+        self.conv_in = _lecun(nn.Conv2d(in_channels * (1 + 2 * len(fourier_features)), widths[0], 3, padding=1))
         attend = partial(AttentionBlock, groups=norm_num_groups, eps=norm_eps, head_dim=attention_head_dim)
 
         def block(channels: int, out: int, attention: bool) -> ResnetBlock:
@@ -230,7 +233,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, channels: int, out: int, num_train_timesteps: int, num_classes: int | None) -> None:
         super().__init__()
         self.channels, self.scale = channels, 1000 / (num_train_timesteps - 1)
-        self.linear_1, self.linear_2 = nn.Linear(channels, out), nn.Linear(out, out)
+        self.linear_1, self.linear_2 = _lecun(nn.Linear(channels, out)), _lecun(nn.Linear(out, out))
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, out)
 
     def forward(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
@@ -269,12 +272,12 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, channels, eps)
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv1 = _lecun(nn.Conv2d(channels, out, 3, padding=1))
         self.time_emb_proj = _zero(nn.Linear(embedding, out * (1 + scale_shift), bias=False))
         self.norm2 = nn.GroupNorm(groups, out, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(out, out, 3, padding=1))
-        self.conv_shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+        self.conv_shortcut = nn.Identity() if channels == out else _lecun(nn.Conv2d(channels, out, 1))
         self.attention = nn.Identity() if attention is None else attention
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
@@ -296,7 +299,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.head_dim = head_dim or channels
         self.norm = nn.GroupNorm(groups, channels, eps)
-        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_qkv = _lecun(nn.Linear(channels, 3 * channels))
         self.to_out = _zero(nn.Linear(channels, channels))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -311,7 +314,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = _lecun(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(hidden)
@@ -322,7 +325,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = _lecun(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
@@ -332,6 +335,15 @@ def _zero(module: Module) -> Module:
     """The module with its parameters at zero: a branch that starts as nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
+    return module
+
+
+def _lecun(module: Layer) -> Layer:
+    """The layer with the first weights of the reference code, flax's: of variance 1/fan_in, cut at two deviations."""
+    deviation = 1 / (math.sqrt(module.weight[0].numel()) * _CUT_DEVIATION)
+    nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
     return module
 
 

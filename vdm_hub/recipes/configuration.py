@@ -285,15 +285,21 @@ class TrainingArguments:
         0.01, "Weight decay of AdamW; the noise schedule's parameters have none.", at_least=0
     )
     adam_epsilon: float = option(1e-8, "epsilon of AdamW.", above=0)
-    max_grad_norm: float = option(1.0, "Clip the gradient to this norm.", above=0)
+    decay_biases: bool = option(True, "Decay biases as the other weights; VDM's reference code does not.")
+    max_grad_norm: float | None = option(1.0, "Clip the gradient to this norm; none: not at all.", above=0)
     use_ema: bool = option(True, "Keep an exponential moving average of the weights, and publish that.")
     ema_max_decay: float = option(
         0.9999, "The largest decay of the moving average.", at_least=0, below=1, idle_without="use_ema"
     )
-    ema_inv_gamma: float = option(
-        1.0, "The warm-up of the decay is 1 - (1 + step/ema_inv_gamma)^-ema_power.", above=0, idle_without="use_ema"
+    ema_warmup: bool = option(
+        True,
+        "Whether the decay of the moving average rises to ema_max_decay, or is that from the first step on.",
+        idle_without="use_ema",
     )
-    ema_power: float = option(0.75, "See ema_inv_gamma.", above=0, idle_without="use_ema")
+    ema_inv_gamma: float = option(
+        1.0, "The warm-up of the decay is 1 - (1 + step/ema_inv_gamma)^-ema_power.", above=0, idle_without="ema_warmup"
+    )
+    ema_power: float = option(0.75, "See ema_inv_gamma.", above=0, idle_without="ema_warmup")
     offload_ema: bool = option(
         False, "Keep the moving average in the host's memory, not the GPU's; slower.", idle_without="use_ema"
     )

@@ -56,7 +56,7 @@ class LossWatch:
                 raise NonFiniteLossError(
                     f"the loss of step {step} {wrong} ({named}; bits/dim). Training stopped; the last good "
                     f"checkpoint is {self._last_good()}. Resume from it with a lower learning_rate (now "
-                    f"{self._training.learning_rate:g}) or max_grad_norm (now {self._training.max_grad_norm:g}), or "
+                    f"{self._training.learning_rate:g}) or max_grad_norm (now {self._training.max_grad_norm}), or "
                     f"use bf16 instead of fp16."
                 )
 

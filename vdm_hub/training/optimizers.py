@@ -22,15 +22,21 @@ _OF_THE_RECIPE = {"lr", "initial_lr", "eps", "weight_decay"}
 
 
 def build_optimizer(objective: Objective, arguments: TrainingArguments, learning_rate: float) -> torch.optim.Optimizer:
-    """The recipe's optimiser; the noise schedule's parameters are not decayed: zero is no better a log-SNR than any.
+    """The recipe's optimiser.
+
+    The noise schedule's parameters are not decayed, as zero is no better a log-SNR than any, nor are biases where
+    ``decay_biases`` is false.
 
     Raises:
         ConfigurationError: Its package is not installed.
     """
-    schedule = {id(parameter) for parameter in objective.parts.get("schedule", nn.Module()).parameters()}
+    named = dict(objective.named_parameters())
+    kept = {id(parameter) for parameter in objective.parts.get("schedule", nn.Module()).parameters()}
+    if not arguments.decay_biases:
+        kept |= {id(parameter) for name, parameter in named.items() if name.rpartition(".")[2] == "bias"}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in objective.parameters() if id(p) not in schedule]},
-        {"params": [p for p in objective.parameters() if id(p) in schedule], "weight_decay": 0.0},
+        {"params": [p for p in named.values() if id(p) not in kept]},
+        {"params": [p for p in named.values() if id(p) in kept], "weight_decay": 0.0},
     ]
     fused = {"fused": True} if arguments.optimizer == "adamw" else {}
     optimizer: torch.optim.Optimizer = _optimizer_class(arguments.optimizer)(

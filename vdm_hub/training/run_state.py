@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -125,7 +126,8 @@ class RunState:
         if has_zero(self.accelerator):
             return gradient_norm(self.accelerator)
         average_gradients(self.accelerator, self._replicated)
-        norm: Tensor = self.accelerator.clip_grad_norm_(self._parameters, self.training.max_grad_norm)
+        limit = math.inf if self.training.max_grad_norm is None else self.training.max_grad_norm
+        norm: Tensor = self.accelerator.clip_grad_norm_(self._parameters, limit)
         return norm
 
     def _place(self, part: int) -> int:

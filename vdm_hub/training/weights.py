@@ -14,16 +14,23 @@ from vdm_hub.training.shards import own_part, put_together
 
 
 def build_ema(training: TrainingArguments, model: nn.Module, device: torch.device) -> EMAModel | None:
-    """The moving average of the weights, with diffusers' warm-up; ``None`` where the recipe wants none."""
+    """The moving average of the weights, by diffusers; ``None`` where the recipe wants none.
+
+    Its decay rises as `EMAModel` has it, or is constant from the first step on, as in VDM's reference code:
+    ``average + (1 - decay) (weights - average)``, starting at the initial weights.
+    """
     if not training.use_ema:
         return None
+    # diffusers counts the first step as none, and has a rise of its own without the warm-up.
+    constant = {} if training.ema_warmup else {"min_decay": training.ema_max_decay, "update_after_step": -1}
     ema = EMAModel(
         [own_part(parameter) for parameter in model.parameters()],
         decay=training.ema_max_decay,
-        use_ema_warmup=True,
+        use_ema_warmup=training.ema_warmup,
         inv_gamma=training.ema_inv_gamma,
         power=training.ema_power,
         foreach=True,
+        **constant,
     )
     ema.to(device)
     if training.offload_ema and device.type == "cuda":

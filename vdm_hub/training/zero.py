@@ -56,7 +56,7 @@ def check_zero(accelerator: Accelerator, training: TrainingArguments) -> None:
     config.pop("bf16", None)
     # No class is named as safe to send in bfloat16: gradients are averaged in float32.
     config["torch_autocast"] = {"enabled": lowered, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    config["gradient_clipping"] = training.max_grad_norm
+    config["gradient_clipping"] = training.max_grad_norm or 0.0
     config["gradient_accumulation_steps"] = training.gradient_accumulation_steps
     config["train_micro_batch_size_per_gpu"] = training.train_batch_size
     config["train_batch_size"] = "auto"
