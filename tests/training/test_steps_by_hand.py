@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runs import start
-from vdm_hub.training.arguments import parse
+from vdm_hub.recipes.arguments import parse
 
 STEPS = 4
 KEPT_FROM_DECAY = "gamma_"  # the schedule's endpoints
