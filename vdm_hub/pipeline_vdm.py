@@ -30,7 +30,7 @@ from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
-from vdm_hub.models.unet_vdm import UNetVDMModel
+from vdm_hub.models.unet_vdm import UNetVDMModel, check_context
 from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.registry import Serialised
 from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
@@ -69,6 +69,8 @@ class VDMPipeline(LikelihoodPipeline):
     ) -> None:
         super().__init__()
         weights = _weights_of_schedule(scheduler) if noise_schedule is None else noise_schedule
+        if isinstance(scheduler, VDMScheduler):
+            check_context(scheduler.process.context_size, unet)
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=weights)
         self._register_images(preprocessing, held_out)
 
@@ -296,7 +298,7 @@ class VDMPipeline(LikelihoodPipeline):
     def _network(self, arguments: dict[str, Any]) -> Network:
         """The network in its own precision; latents stay in float32."""
         unet = _InOwnPrecision(self.unet)
-        return lambda sample, timestep: unet(sample, timestep, return_dict=False, **arguments)[0]
+        return lambda sample, timestep, **context: unet(sample, timestep, return_dict=False, **arguments, **context)[0]
 
     # ---- likelihood -------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.errors import ConfigurationError
 
-Network = Callable[[Tensor, Tensor], Tensor]
-"""``(sample (B, C, H, W), timestep (B,)) -> output``: the bare network, its other arguments closed over."""
+Network = Callable[..., Tensor]
+"""``(sample (B, C, H, W), timestep (B,)) -> output``: the bare network, its other arguments closed over.
+
+Where the process has a `ForwardProcess.context_size`, it is given ``context=`` (B, context_size) too.
+"""
 
 Noise = Mapping[str, Tensor]
 """Base noise by name, as `ForwardProcess.draw_noise` gives it."""
@@ -82,6 +85,11 @@ class ForwardProcess(nn.Module, ABC):
 
     num_levels: int
     num_train_timesteps: int
+
+    @property
+    def context_size(self) -> int | None:
+        """Length of the vector that the network is told beside the timestep; ``None`` where there is none."""
+        return None
 
     @classmethod
     @abstractmethod

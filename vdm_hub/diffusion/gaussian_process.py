@@ -55,6 +55,10 @@ class GaussianProcess(ForwardProcess):
         self.decoder, self.scaling = decoder, scaling
         self.num_levels, self.num_train_timesteps = scaling.num_levels, num_train_timesteps
 
+    @property
+    def context_size(self) -> int | None:
+        return self.schedule.context_size
+
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], schedule: nn.Module | None = None) -> GaussianProcess:
         steps = fields.get("num_train_timesteps", 1000)
@@ -167,6 +171,8 @@ class BoundGaussian(BoundProcess):
 
     def __init__(self, process: GaussianProcess, gamma: Gamma) -> None:
         self.process, self.gamma = process, gamma
+        context = getattr(gamma, "context", None)
+        self._told = {} if context is None else {"context": context}
 
     @property
     def sde(self) -> DiffusionSDE:
@@ -190,7 +196,7 @@ class BoundGaussian(BoundProcess):
         level = gamma.flatten(1).mean(1) if gamma.ndim > 1 else gamma  # one number a datum for the network
         timestep = self.process.conditioning(level).to(torch.promote_types(z.dtype, torch.float32)).expand(z.shape[0])
         gamma = broadcast(gamma, z)
-        output = network((parameterization.input_scale(gamma) * z).to(z.dtype), timestep)
+        output = network((parameterization.input_scale(gamma) * z).to(z.dtype), timestep, **self._told)
         output = output.to(z.dtype)
         if not self.process.variance.learned:
             return parameterization.output_scale(gamma) * output

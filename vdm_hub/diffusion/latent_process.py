@@ -136,6 +136,10 @@ class LatentProcess(ForwardProcess):
         own = {"latent": normal_noise(latent, generator, device)}
         return own | self.gaussian.draw_noise(latent, generator, device)
 
+    @property
+    def context_size(self) -> int | None:
+        return self.gaussian.context_size
+
     def draw_context(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
         return self.gaussian.draw_context(self.latent_shape(shape), generator, device)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,23 @@ def gamma_and_derivative(gamma: Gamma, t: Tensor) -> tuple[Tensor, Tensor]:
     return pair
 
 
+@dataclass(frozen=True)
+class BoundGamma:
+    """Gamma of one batch as a function of t alone, and what the network is told of it beside its mean.
+
+    Attributes:
+        gamma: The function.
+        context: (B, context_size).
+    """
+
+    gamma: Gamma
+    context: Tensor
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """``gamma(t)``."""
+        return self.gamma(t)
+
+
 class NoiseSchedule(nn.Module, ABC):
     """``gamma(t)``, strictly increasing, finite and differentiable on [0, 1].
 
@@ -45,6 +63,9 @@ class NoiseSchedule(nn.Module, ABC):
 
     scalar: bool = True
     """Whether gamma is one number per time, the same for every datum and dimension."""
+
+    context_size: int | None = None
+    """Length of the vector ``context`` (B, context_size) that the gamma of `bind` carries for the network, if any."""
 
     baked_knots: int = 513
     """How many knots a learned schedule is published with."""
@@ -67,6 +88,8 @@ class NoiseSchedule(nn.Module, ABC):
 
     def bind(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Gamma]:
         """Extra bound terms (named, (B,), nats) and gamma as a function of t alone.
+
+        Where the schedule has a `context_size`, gamma has an attribute ``context``: see `BoundGamma`.
 
         Args:
             x: Data of shape (B, *data) when bounding, ``None`` when sampling.

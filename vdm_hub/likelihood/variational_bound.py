@@ -190,7 +190,7 @@ class _OutsideIslands:
         self._enabled = torch.is_autocast_enabled(device_type)
         self._dtype = torch.get_autocast_dtype(device_type)
 
-    def __call__(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         with torch.autocast(self._device_type, dtype=self._dtype, enabled=self._enabled):
-            output: Tensor = self._network(sample, timestep, return_dict=False, **self._arguments)[0]
+            output: Tensor = self._network(sample, timestep, return_dict=False, **self._arguments, **context)[0]
         return output

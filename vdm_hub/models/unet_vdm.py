@@ -71,6 +71,8 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
             ``eps_hat = z``, which is right at high noise.
         num_class_embeds: Number of classes for ``class_labels``; ``None`` is unconditional.
         num_train_timesteps: Timesteps lie in [0, num_train_timesteps - 1].
+        context_size: Length of a vector ``context`` that is told beside the timestep, as a process with a
+            `context_size` gives it; ``None`` takes none.
 
     Raises:
         ConfigurationError: If the arguments contradict each other.
@@ -107,6 +109,7 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
         add_input: bool = True,
         num_class_embeds: Count | None = None,
         num_train_timesteps: Annotated[int, Within(2, 20_000)] = 1000,
+        context_size: Count | None = None,
     ) -> None:
         super().__init__()
         check_arguments(type(self), self.config)
@@ -118,7 +121,7 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
             )
         self.gradient_checkpointing = False
         widths, embedding = list(block_out_channels), 4 * block_out_channels[0]
-        self.time_embedding = TimeEmbedding(widths[0], embedding, num_train_timesteps, num_class_embeds)
+        self.time_embedding = TimeEmbedding(widths[0], embedding, num_train_timesteps, num_class_embeds, context_size)
         self.input_features = FourierFeatures(fourier_features)
         self.conv_in = _lecun(nn.Conv2d(in_channels * (1 + 2 * len(fourier_features)), widths[0], 3, padding=1))
         attend = partial(AttentionBlock, groups=norm_num_groups, eps=norm_eps, head_dim=attention_head_dim)
@@ -161,7 +164,12 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
         return loaded
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        context: Tensor | None = None,
     ) -> UNetVDMOutput | tuple[Tensor]:
         """Predict from a noisy latent.
 
@@ -171,12 +179,15 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
             timestep: ``tau(gamma)`` in [0, num_train_timesteps - 1], fractions included, () or (B,).
             class_labels: Integers below num_class_embeds, (B,), for class-conditional models.
             return_dict: Whether to return a `UNetVDMOutput` or a tuple.
+            context: (B, context_size), for models that take it.
 
         Raises:
-            ConfigurationError: If the resolutions do not divide the image, or labels are missing or uncalled for.
+            ConfigurationError: If the resolutions do not divide the image, or labels or context are missing or
+                uncalled for.
         """
         self._check_size(sample)
-        embedding = self.time_embedding(torch.as_tensor(timestep, device=sample.device).reshape(-1), class_labels)
+        times = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        embedding = self.time_embedding(times, class_labels, context)
         hidden = self.conv_in(self.input_features(sample).to(self.conv_in.weight.dtype))
         skips = [hidden]
         for block in self.down_blocks:
@@ -228,21 +239,36 @@ class FourierFeatures(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the timestep, then two linear layers with SiLU; a class adds its embedding before the second."""
+    """Sinusoids of the timestep beside the context, then two linear layers with SiLU; a class adds to the second."""
 
-    def __init__(self, channels: int, out: int, num_train_timesteps: int, num_classes: int | None) -> None:
+    def __init__(
+        self, channels: int, out: int, num_train_timesteps: int, num_classes: int | None, context_size: int | None
+    ) -> None:
         super().__init__()
         self.channels, self.scale = channels, 1000 / (num_train_timesteps - 1)
-        self.linear_1, self.linear_2 = _lecun(nn.Linear(channels, out)), _lecun(nn.Linear(out, out))
+        self.context_size = context_size or 0
+        self.linear_1, self.linear_2 = (
+            _lecun(nn.Linear(channels + self.context_size, out)),
+            _lecun(nn.Linear(out, out)),
+        )
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, out)
 
-    def forward(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
+    def forward(self, timestep: Tensor, class_labels: Tensor | None, context: Tensor | None = None) -> Tensor:
         if (class_labels is None) != (self.class_embedding is None):
             raise ConfigurationError(
                 "class_labels and num_class_embeds go together: this network "
                 + ("knows no classes." if self.class_embedding is None else "needs the class of each image.")
             )
-        embedding = self.linear_2(F.silu(self.linear_1(self.sinusoids(timestep).to(self.linear_1.weight.dtype))))
+        given = None if context is None else context.shape[-1]
+        if (given or 0) != self.context_size:
+            raise ConfigurationError(
+                f"context_size is {self.context_size or None}, and the context has {given} entries: give the network "
+                f"the context_size of the process that it is trained with."
+            )
+        told = self.sinusoids(timestep)
+        if context is not None:  # one timestep may stand for the whole batch
+            told = torch.cat([told.expand(context.shape[0], -1), context.to(told.dtype)], dim=1)
+        embedding = self.linear_2(F.silu(self.linear_1(told.to(self.linear_1.weight.dtype))))
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(class_labels)
         return F.silu(embedding)
@@ -329,6 +355,24 @@ class Upsample(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+def check_context(context_size: int | None, network: Any) -> None:
+    """Refuse a network that does not take the context that a process gives.
+
+    Args:
+        context_size: Of the process.
+        network: Any, with a config or without.
+
+    Raises:
+        ConfigurationError: It takes none, or one of another length.
+    """
+    taken = getattr(getattr(network, "config", None), "context_size", None)
+    if taken != context_size:
+        raise ConfigurationError(
+            f"the process tells its network {context_size or 'no'} numbers beside the timestep, and "
+            f"{type(network).__name__} takes {taken or 'none'}: use UNetVDMModel with context_size={context_size}."
+        )
 
 
 def _zero(module: Module) -> Module:

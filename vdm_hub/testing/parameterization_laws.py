@@ -227,7 +227,7 @@ def _losses(parameterization: Parameterization, dtype: torch.dtype) -> tuple[Ten
     scaling, conditioning = DataScaling("bin_centers", 256), AffineConditioning()
     process = GaussianProcess(schedule, parameterization, conditioning, FactorisedDecoder(), scaling)
 
-    def network(sample: Tensor, timestep: Tensor) -> Tensor:
+    def network(sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         gamma = conditioning.inverse(timestep.double()).reshape(-1, 1, 1, 1)
         z = sample.double() / parameterization.input_scale(gamma)
         whitened = z / (alpha(gamma) ** 2 * variance + sigma(gamma) ** 2)

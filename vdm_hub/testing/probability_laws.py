@@ -72,7 +72,7 @@ def _draws(fitted: Fitted, output: Tensor, seed: int) -> Tensor:
         s, t = (torch.tensor(time, dtype=torch.float64) for time in (fitted.s, fitted.t))
         bound = fitted.process.bind(x, noise)[1]
         z_t = bound.sample(x, t.expand(len(x)), noise)
-        prediction = bound.predict(lambda sample, timestep: _repeated(output), z_t, t)
+        prediction = bound.predict(lambda sample, timestep, **context: _repeated(output), z_t, t)
         return bound.reverse_step(prediction, z_t, s, t, seeded(seed))[0][:, 0, 0, 0]
 
 
@@ -110,7 +110,9 @@ def decoder(process: ForwardProcess) -> None:
         z_0 = bound.sample(batch.x, torch.zeros(len(batch.x)), batch.noise)
         wrong = (bound.decode(z_0, network, seeded(6)) != batch.levels).flatten(1).sum(1).double()
         cost = bound.reconstruction(batch.levels, batch.x, batch.noise, network).double()
-        other = bound.reconstruction(batch.levels, batch.x, batch.noise, lambda sample, timestep: -sample).double()
+        other = bound.reconstruction(
+            batch.levels, batch.x, batch.noise, lambda sample, timestep, **context: -sample
+        ).double()
     dimensions, told = batch.x[0].numel(), f"reconstruction() is {float(cost.mean()):.4g} nats a datum"
     errors, noise = float(wrong.mean()), 4 * float((wrong.std() + cost.std()) / math.sqrt(len(wrong)))
     # A level that another one beats, or that a draw misses, has p(x|z_0) <= 1/2, or costs -log p >= 1 - p.

@@ -34,7 +34,7 @@ from vdm_hub.testing.subjects import (
 PROCESS_LAWS = Laws("forward_processes", ForwardProcess)
 
 
-def network(sample: Tensor, timestep: Tensor) -> Tensor:
+def network(sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
     """No denoiser of anything: smooth, elementwise, and dependent on both of its inputs."""
     level = torch.as_tensor(timestep, device=sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
     return torch.tanh(0.7 * sample + 0.3 * torch.sin(level / 300).to(sample.dtype))
@@ -146,10 +146,15 @@ def data_do_not_mix(process: ForwardProcess) -> None:
 
 @PROCESS_LAWS.add
 def network_inputs(process: ForwardProcess) -> None:
-    """The network is called with a finite (B, *data) and one timestep a datum, in float32 or better."""
+    """The network is called with a finite (B, *data), one timestep a datum in float32 or better, and the context."""
     batch = Batch(process)
 
-    def listen(sample: Tensor, timestep: Tensor) -> Tensor:
+    def listen(sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
+        sizes = {} if process.context_size is None else {"context": process.context_size}
+        require(context.keys() == sizes.keys(), f"the network is given {sorted(context)} for a context of {sizes}")
+        for name, value in context.items():
+            require_shape(value, (BATCH, sizes[name]), f"the {name} that the network is given")
+            require_finite(value, f"the {name} that the network is given")
         require_shape(sample, (BATCH, *SHAPE), "the sample that the network is given")
         require_shape(timestep, (BATCH,), "the timestep that the network is given")
         require(
@@ -174,7 +179,7 @@ def gradients_reach_the_network(process: ForwardProcess) -> None:
     batch = Batch(process)
     weight = torch.ones(SHAPE, requires_grad=True)
     bound = batch.bind()[1]
-    emit: Network = lambda sample, timestep: weight * network(sample, timestep)  # noqa: E731
+    emit: Network = lambda sample, timestep, **context: weight * network(sample, timestep)  # noqa: E731
     losses = {"transition_kl": bound.transition_kl(batch.x, batch.s, batch.t, batch.noise, emit)}
     rate = batch.rate(bound, emit)
     for name, loss in (losses if rate is None else losses | {"kl_rate": rate}).items():
@@ -254,7 +259,7 @@ class Fitted:
 
     def _kl(self, output: Tensor) -> Tensor:
         s, t = (torch.full((len(self.x),), time, dtype=torch.float64) for time in (self.s, self.t))
-        return self.bound.transition_kl(self.x, s, t, self.noise, lambda sample, timestep: output).mean()
+        return self.bound.transition_kl(self.x, s, t, self.noise, lambda sample, timestep, **context: output).mean()
 
     def _fit(self, output: Tensor) -> Tensor:
         optimizer = torch.optim.LBFGS([output], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-14)
@@ -274,7 +279,7 @@ class Fitted:
         """z_s from the reverse step, and its estimate of the data, at times as a sampler gives them."""
         s, t = (torch.tensor(time, dtype=torch.float64) for time in (self.s, self.t))
         z_t = self.bound.sample(self.x, t.expand(len(self.x)), self.noise)
-        prediction = self.bound.predict(lambda sample, timestep: self.output, z_t, t)
+        prediction = self.bound.predict(lambda sample, timestep, **context: self.output, z_t, t)
         return self.bound.reverse_step(prediction, z_t, s, t, seeded(4))
 
     @torch.no_grad()

@@ -174,7 +174,9 @@ def _kept(objective: Objective, shape: tuple[int, int, int]) -> int:
             total += _count(stage, lambda: _bound(stage, levels))
     network: Any = objective.body
     inputs = torch.zeros(_IMAGES, *latents, device="meta"), torch.zeros(_IMAGES, device="meta")
-    return total + _count(network, lambda: network(*inputs))
+    size = process.context_size
+    told = {} if size is None else {"context": torch.zeros(_IMAGES, size, device="meta")}
+    return total + _count(network, lambda: network(*inputs, **told))
 
 
 def _bound(objective: Any, levels: Tensor) -> object:

@@ -14,7 +14,7 @@ from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.models.hvae import MarkovianHVAE
-from vdm_hub.models.unet_vdm import UNetVDMModel
+from vdm_hub.models.unet_vdm import UNetVDMModel, check_context
 from vdm_hub.recipes.arguments import Configuration
 
 _SKETCHED = ContextVar("_SKETCHED", default=False)
@@ -30,13 +30,19 @@ def sketched() -> Iterator[None]:
         _SKETCHED.reset(token)
 
 
-def build_network(configuration: Configuration, shape: Sequence[int], features: bool = True) -> nn.Module:
+def build_network(
+    configuration: Configuration, shape: Sequence[int], features: bool = True, context_size: int | None = None
+) -> nn.Module:
     """The network that the recipe describes, its channels and size taken from the data where it is silent.
 
     Args:
         configuration: The recipe.
         shape: Of what is diffused, (C, H, W).
         features: Whether it is images: Fourier features tell their levels apart, and latents have none.
+        context_size: Of the process, which gives the network a vector so long beside the timestep.
+
+    Raises:
+        ConfigurationError: The description is wrong, or of a network that takes no context where there is one.
     """
     name = configuration.model.unet_class
     cls = UNetVDMModel if name == "UNetVDMModel" else getattr(diffusers, name)
@@ -46,10 +52,12 @@ def build_network(configuration: Configuration, shape: Sequence[int], features: 
         "out_channels": shape[0],
     }
     others: dict[str, Any] = {"num_train_timesteps": configuration.diffusion.num_train_timesteps}
-    if cls is UNetVDMModel and not features:
-        others["fourier_features"] = ()
-    built: nn.Module = build_described(cls, "unet", configuration.model.unet_config, from_data, others)
-    return built
+    if cls is UNetVDMModel:
+        others |= {"context_size": context_size} | ({} if features else {"fourier_features": ()})
+    built: Any = build_described(cls, "unet", configuration.model.unet_config, from_data, others)
+    check_context(context_size, built)
+    network: nn.Module = built
+    return network
 
 
 def build_described(

@@ -56,8 +56,8 @@ def build_objective(configuration: Configuration, shape: tuple[int, int, int]) -
 
 
 def _build_vdm(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
-    network = build_network(configuration, shape)
     process = build_scheduler(configuration).build_process()
+    network = build_network(configuration, shape, context_size=process.context_size)
     return VDMObjective(network, process, configuration.diffusion.transitions)
 
 
@@ -74,7 +74,7 @@ def _build_latent_vdm(configuration: Configuration, shape: tuple[int, int, int])
     process = LatentProcess(build_first_stage(configuration, shape), gaussian)
     process.normalises = configuration.model.scale_latents
     process.frozen = configuration.model.freeze_first_stage
-    network = build_network(configuration, process.latent_shape((1,))[1:], features=False)
+    network = build_network(configuration, process.latent_shape((1,))[1:], False, process.context_size)
     return VDMObjective(network, process, configuration.diffusion.transitions)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_equal_constant_coefficients_and_no_kl_are_the_linear_schedule(
     levels = torch.randint(0, 17, (4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     s, t = torch.tensor([0.0, 0.3, 0.5, 0.8]), torch.tensor([0.1, 0.4, 0.6, 1.0])
     s, t = s.double(), t.double()
-    network = lambda sample, timestep: torch.tanh(sample) + timestep.reshape(-1, 1, 1, 1) / 999  # noqa: E731
+    network = lambda sample, timestep, **context: torch.tanh(sample) + timestep.reshape(-1, 1, 1, 1) / 999  # noqa: E731
     found = []
     for process in (process_of(LinearSchedule(**ENDS)), process_of(schedule)):
         x = process.encode(levels).double()
@@ -108,7 +109,14 @@ def test_a_correlated_gaussian_has_the_closed_form_bound_of_its_two_ends(cls: ty
             a, b = alpha(gamma), sigma(gamma)
             gain = covariance * a @ torch.linalg.inv(a[:, None] * covariance * a + torch.diag(b**2))
 
-            def exact(z: Tensor, timestep: Tensor, a: Tensor = a, b: Tensor = b, gain: Tensor = gain) -> Tensor:
+            def exact(
+                z: Tensor,
+                timestep: Tensor,
+                context: Tensor | None = None,
+                a: Tensor = a,
+                b: Tensor = b,
+                gain: Tensor = gain,
+            ) -> Tensor:
                 flat = z.flatten(1)
                 return ((flat - a * (flat @ gain.T)) / b).reshape(z.shape)
 
@@ -117,6 +125,51 @@ def test_a_correlated_gaussian_has_the_closed_form_bound_of_its_two_ends(cls: ty
     spread = bound.gamma(torch.full((8,), 0.5, dtype=torch.float64))[0]
     assert float(spread.detach().std()) > 0.1  # pixels differ, indeed
     assert total == pytest.approx(float(ends[0] - ends[1]) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
+def test_a_denoiser_that_is_told_which_pixel_is_noised_first_reaches_the_exact_bound(strength: float) -> None:
+    """Two independent N(0, 1) pixels: 7.998 nats, ``1/2 ln((1 + e^8)/(1 + e^-6))`` each; more for one told the mean.
+
+    The best denoiser that is told the mean gamma alone weighs both paths by how likely they make z. Squared errors
+    are integrated by Gauss-Hermite over x and eps of both pixels, and by Gauss-Legendre over t.
+    """
+    schedule = MulanLatentSchedule([1, 1, 2], -8.0, 6.0, latent_size=1, hidden_size=2).double()
+    hidden, coefficients = schedule.decoder[0], schedule.decoder[2]
+    hidden.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+    hidden.bias.data.zero_()
+    coefficients.weight.data[1, 0] = coefficients.weight.data[4, 1] = (
+        strength  # b of one pixel if c > 0, else the other's
+    )
+    process = process_of(schedule)
+    nodes, weights = (torch.tensor(each) for each in np.polynomial.hermite_e.hermegauss(8))
+    x0, x1, e0, e1 = torch.cartesian_prod(nodes, nodes, nodes, nodes).unbind(1)
+    mass = torch.cartesian_prod(*[weights / weights.sum()] * 4).prod(1)
+    x, eps = (torch.stack(pair, 1).reshape(-1, 1, 1, 2) for pair in ((x0, x1), (e0, e1)))
+    drawn = [torch.full((len(x), 1), c, dtype=torch.float64) for c in (4.0, -4.0)]
+    paths = [process.bind(None, {"latent": c})[1] for c in drawn]
+
+    def told(z: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        mine = now[0] if float(context[0]) > 0 else now[1]
+        return sigma(mine) * z
+
+    def mean_only(z: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        # x and eps are N(0, 1), so z is, too, along either path: z says nothing of which it is.
+        return sum(sigma(gamma) for gamma in now) / 2 * z
+
+    totals = dict.fromkeys((told, mean_only), 0.0)
+    times, shares = np.polynomial.legendre.leggauss(60)
+    with torch.no_grad():
+        for time, share in zip((times + 1) / 2, shares / 2, strict=True):
+            t = torch.full((len(x),), time, dtype=torch.float64)
+            now = [path.gamma(t) for path in paths]
+            for network in totals:
+                for path in paths:  # each path half of the time
+                    rate = path.kl_rate(x, t, {"marginal": eps}, network)
+                    totals[network] += 0.5 * share * float((mass * rate).sum())
+    assert totals[told] == pytest.approx(math.log((1 + math.exp(8)) / (1 + math.exp(-6))), rel=1e-6)
+    assert totals[told] == pytest.approx(7.998, abs=1e-3)
+    assert totals[mean_only] > totals[told] + 0.02 * strength
 
 
 # ---- the formulas ---------------------------------------------------------------------------------------------------
@@ -128,18 +181,29 @@ def test_the_polynomial_is_the_integral_of_a_square() -> None:
     u = torch.linspace(0, 1, 20_001, dtype=torch.float64)
     square = (a[:, None] * u**2 + b[:, None] * u + d[:, None]) ** 2
     integral = torch.cat([torch.zeros(5, 1), torch.cumulative_trapezoid(square, u)], 1)
-    linear = 0.005 * (1 + integral[:, -1:])
     for index in (0, 4_000, 12_345, 20_000):
-        expected = (integral[:, index] + linear[:, 0] * u[index]) / (integral[:, -1] + linear[:, 0])
-        actual = polynomial(u[index].expand(5, 1, 1, 1), coefficients).flatten()
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
+        expected = 0.99 * integral[:, index] / integral[:, -1] + 0.01 * u[index]
+        for size in (1e-2, 1.0, 1e6):  # a share is the same at every size of the coefficients
+            actual = polynomial(u[index].expand(5, 1, 1, 1), size * coefficients).flatten()
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coefficients_of_zero_are_the_linear_schedule(dtype: torch.dtype) -> None:
+    coefficients = torch.zeros(1, 1, 1, 1, 3, dtype=dtype, requires_grad=True)
+    t = torch.linspace(0, 1, 9, dtype=dtype).reshape(9, 1, 1, 1)
+    share = polynomial(t, coefficients)
+    torch.testing.assert_close(share.detach(), t)
+    (gradient,) = torch.autograd.grad(share.sum(), coefficients)
+    assert bool(gradient.isfinite().all())
 
 
 def test_the_extra_term_is_the_exact_kl_of_the_latent_that_is_drawn() -> None:
-    schedule = moved(MulanLatentSchedule(SHAPE, latent_size=3), "encoder", "decoder")
+    schedule = moved(MulanLatentSchedule(SHAPE, latent_size=3), "encoder.out", "decoder")
+    assert schedule.context_size == 3 and MulanLatentSchedule(SHAPE, tells_network=False).context_size is None
     x, noise = torch.randn(5, *SHAPE), {"latent": torch.randn(5, 3)}
     extras, gamma = schedule.bind(x, noise)
-    mean, log_variance = schedule.encoder(x.flatten(1)).chunk(2, 1)
+    mean, log_variance = schedule.encoder(x).chunk(2, 1)
     q, t = Normal(mean, torch.exp(log_variance / 2)), torch.full((5,), 0.4)
     assert list(extras) == ["latent"]
     torch.testing.assert_close(extras["latent"], kl_divergence(q, Normal(0.0, 1.0)).sum(1))
@@ -147,6 +211,7 @@ def test_the_extra_term_is_the_exact_kl_of_the_latent_that_is_drawn() -> None:
     none, given_latent = schedule.bind(None, drawn)  # sampling from p, that very latent
     assert not none
     torch.testing.assert_close(gamma(t), given_latent(t))
+    torch.testing.assert_close(gamma.context, drawn["latent"])  # what the network is told
     assert float(gamma(t).detach().flatten(1).std(0).min()) > 1e-3  # data differ in their gamma
 
 
@@ -162,7 +227,7 @@ def test_data_of_another_shape_are_refused() -> None:
             schedule.bind(torch.zeros(2, 3, 8, 8), schedule.draw_noise(2, None, torch.device("cpu")))
     with pytest.raises(ConfigurationError, match="bind"):
         MulanLatentSchedule([1, 8, 8])(torch.zeros(1))
-    with pytest.raises(ConfigurationError, match="latent_size=0"):
+    with pytest.raises(ConfigurationError, match="'latent_size': 0"):
         MulanLatentSchedule([1, 8, 8], latent_size=0)
 
 

@@ -4,29 +4,34 @@ r"""A gamma per pixel, a monotone polynomial of degree five in t with learned co
     s(t) proportional to the integral of (a u^2 + b u + d)^2 over u from 0 to t, plus a linear part,
 
 with a, b and d one number a pixel. The integrand is a square, so s never falls; where it touches zero it would not
-rise either, which the linear part, about 1 % of the whole, makes up for. A gamma per pixel changes the bound through
-its whole path, not through its endpoints alone, so all of it is trained by the bound. The two endpoints, one number
-each for all pixels, are trained too, as VDM's are; MuLAN's paper holds them fixed, as ``learn_endpoints=False`` does.
+rise either, which the linear part, 1 % of the whole whatever the coefficients, makes up for. A gamma per pixel changes
+the bound through its whole path, not through its endpoints alone, so all of it is trained by the bound. The two
+endpoints, one number each for all pixels, are trained too, as VDM's are; MuLAN's paper holds them fixed, as
+``learn_endpoints=False`` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm_hub import NoiseSchedule
 from vdm_hub.diffusion.draws import normal_noise
-from vdm_hub.diffusion.noise_schedules import Gamma, check_endpoints
+from vdm_hub.diffusion.noise_schedules import BoundGamma, Gamma, check_endpoints
 from vdm_hub.errors import ConfigurationError
 
-_LINEAR_PART = 0.005
+_LINEAR_PART = 0.01
+_SMALLEST = 1e-12  # of the integral: below it, s is linear
+_MOST, _PLACES = 4096, 4
 
 
 def polynomial(t: Tensor, coefficients: Tensor) -> Tensor:
-    """``s(t)``, from 0 to 1 on [0, 1].
+    """``s(t)``, from 0 to 1 on [0, 1]: 0.99 of the integral's share at t, and 0.01 t.
 
     Args:
         t: Times, (B, 1, 1, 1).
@@ -44,8 +49,9 @@ def polynomial(t: Tensor, coefficients: Tensor) -> Tensor:
     fifth, fourth, third, second, first = a * a / 5, a * b / 2, (b * b + 2 * a * d) / 3, b * d, d * d
     integral = t * (first + t * (second + t * (third + t * (fourth + t * fifth))))
     whole = first + second + third + fourth + fifth
-    linear = _LINEAR_PART * (1 + whole)
-    return (integral + linear * t) / (whole + linear)
+    # s does not depend on the coefficients' size, but where all are zero it would be 0/0.
+    share = (integral + _SMALLEST * t) / (whole + _SMALLEST)
+    return (1 - _LINEAR_PART) * share + _LINEAR_PART * t
 
 
 class MulanSchedule(NoiseSchedule):
@@ -123,13 +129,18 @@ class MulanLatentSchedule(MulanSchedule):
     sampling, ``c ~ N(0, I)``, once for a chain (MuLAN section 3, where c is categorical, relaxed, and its KL another
     latent's). gamma depends on x through c alone. It starts as ``linear``, with a KL of zero.
 
+    The network is told c beside its timestep, which is that of the mean gamma: without c it can't know which pixels
+    are noised first.
+
     Args:
         shape: As for `MulanSchedule`.
         gamma_min: Likewise.
         gamma_max: Likewise.
         learn_endpoints: Likewise.
         latent_size: Dimensions of c.
-        hidden_size: Of the one hidden layer of encoder and decoder each.
+        hidden_size: Of the one hidden layer between c and the coefficients.
+        encoder_channels: Width of the small U-Net behind q(c|x).
+        tells_network: Whether the network is told c.
     """
 
     def __init__(
@@ -140,19 +151,24 @@ class MulanLatentSchedule(MulanSchedule):
         learn_endpoints: bool = True,
         latent_size: int = 8,
         hidden_size: int = 64,
+        encoder_channels: int = 16,
+        tells_network: bool = True,
     ) -> None:
         super().__init__(shape, gamma_min, gamma_max, learn_endpoints)
-        if not all(isinstance(size, int) and size >= 1 for size in (latent_size, hidden_size)):
-            raise ConfigurationError(
-                f"the schedule 'mulan_latent' got latent_size={latent_size!r} and hidden_size={hidden_size!r}: give "
-                f"whole numbers of at least 1."
-            )
-        self._config |= {"latent_size": latent_size, "hidden_size": hidden_size}
+        sizes = {"latent_size": latent_size, "hidden_size": hidden_size, "encoder_channels": encoder_channels}
+        if not all(type(size) is int and 1 <= size <= _MOST for size in sizes.values()):
+            raise ConfigurationError(f"the schedule 'mulan_latent' got {sizes}: give whole numbers, 1 to {_MOST}.")
+        if not isinstance(tells_network, bool):
+            raise ConfigurationError(f"tells_network is {tells_network!r}: give true or false.")
+        self._config |= sizes | {"tells_network": tells_network}
+        self.context_size = latent_size if tells_network else None
         del self.coefficients
         dimensions = self.shape[0] * self.shape[1] * self.shape[2]
-        self.encoder = _network(dimensions, hidden_size, 2 * latent_size)
-        self.decoder = _network(latent_size, hidden_size, 3 * dimensions)
-        last = self.decoder.get_parameter(f"{len(self.decoder) - 1}.bias")
+        self.encoder = SmallUNet(self.shape, encoder_channels, 2 * latent_size)
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_size, hidden_size), nn.SiLU(), _zero(nn.Linear(hidden_size, 3 * dimensions))
+        )
+        last = self.decoder.get_parameter("2.bias")
         with torch.no_grad():
             last.copy_(_linear_start().repeat(dimensions))
 
@@ -174,11 +190,47 @@ class MulanLatentSchedule(MulanSchedule):
         dtype = self.gamma_min.dtype
         latent, extras = noise["latent"].to(dtype), {}
         if x is not None:
-            mean, log_variance = self.encoder(x.to(dtype).flatten(1)).chunk(2, dim=1)
+            mean, log_variance = self.encoder(x.to(dtype)).chunk(2, dim=1)
             extras = {"latent": 0.5 * (mean**2 + torch.expm1(log_variance) - log_variance).sum(1)}
             latent = mean + torch.exp(0.5 * log_variance) * latent
         coefficients = self.decoder(latent).reshape(-1, *self.shape, 3)
-        return extras, lambda t: self.gamma(t, coefficients)
+        gamma = partial(self._gamma_of, coefficients)
+        return extras, BoundGamma(gamma, latent) if self._config["tells_network"] else gamma
+
+    def _gamma_of(self, coefficients: Tensor, t: Tensor) -> Tensor:
+        return self.gamma(t, coefficients)
+
+
+class SmallUNet(nn.Module):
+    """A vector of an image: two resolutions, joined again at the finer, then averaged over at most 4 x 4 places.
+
+    Args:
+        shape: Of the image, (C, H, W), of any size.
+        channels: Width of the finer resolution; the coarser has twice as many.
+        outputs: Length of the vector, which starts at zero.
+
+    >>> SmallUNet((1, 8, 8), 4, 6)(torch.ones(2, 1, 8, 8)).shape
+    torch.Size([2, 6])
+    """
+
+    def __init__(self, shape: tuple[int, int, int], channels: int, outputs: int) -> None:
+        super().__init__()
+        inputs, *size = shape
+        self._places = (min(size[0], _PLACES), min(size[1], _PLACES))
+        self.fine = nn.Conv2d(inputs, channels, 3, padding=1)
+        self.down = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
+        self.coarse = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1)
+        self.joined = nn.Conv2d(3 * channels, channels, 3, padding=1)
+        self.out = _zero(nn.Linear(channels * self._places[0] * self._places[1], outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The vector of each image, (B, outputs)."""
+        fine = F.silu(self.fine(x))
+        coarse = F.silu(self.coarse(F.silu(self.down(fine))))
+        again = F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
+        joined = F.silu(self.joined(torch.cat([fine, again], dim=1)))
+        vector: Tensor = self.out(F.adaptive_avg_pool2d(joined, self._places).flatten(1))
+        return vector
 
 
 def _linear_start() -> Tensor:
@@ -186,12 +238,11 @@ def _linear_start() -> Tensor:
     return torch.tensor([0.0, 0.0, 1.0])
 
 
-def _network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Two linear layers, the last one zero at the start."""
-    last = nn.Linear(hidden, outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), last)
+def _zero(layer: nn.Linear) -> nn.Linear:
+    """The layer with its parameters at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _checked(shape: Sequence[int]) -> tuple[int, int, int]:
