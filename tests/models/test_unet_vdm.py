@@ -217,3 +217,46 @@ def test_labels_without_classes_and_classes_without_labels_are_refused(name, lab
     sample, timestep, _ = inputs(model)
     with pytest.raises(ConfigurationError, match="class_labels"):
         model(sample, timestep, labels)
+
+
+# ---- a vector beside the timestep -----------------------------------------------------------------------------------
+
+
+def test_a_context_is_told_beside_the_timestep_and_trains_whoever_gives_it():
+    model = build("paper", context_size=3)
+    sample, timestep, _ = inputs(model)
+    context = torch.randn(len(sample), 3, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    output = model(sample, timestep, context=context).sample
+    assert bool((output != model(sample, timestep, context=context.roll(1, 0)).sample).flatten(1).any(1).all())
+    (gradient,) = torch.autograd.grad(output.square().sum(), context)
+    assert bool(gradient.isfinite().all()) and bool((gradient != 0).all())
+    torch.testing.assert_close(model(sample[:1], 3.0, context=context[:1]).sample.shape, sample[:1].shape)
+
+
+@pytest.mark.parametrize(("size", "given"), [(None, 3), (3, None), (3, 4)])
+def test_a_context_that_the_network_does_not_take_is_refused(size: int | None, given: int | None):
+    model = build("paper", context_size=size)
+    sample, timestep, _ = inputs(model)
+    with pytest.raises(ConfigurationError, match=f"context_size is {size}"):
+        model(sample, timestep, context=None if given is None else torch.zeros(len(sample), given))
+
+
+# ---- the first weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_weights_are_those_of_the_reference_code(variant: str):
+    """Normal of variance 1/fan_in, cut at two deviations of the uncut one; zero are biases and what ends a branch."""
+    drawn, model = [], build(variant, randomise=False, block_out_channels=(64, 64), norm_num_groups=8)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        assert layer.bias is None or not bool(layer.bias.any()), name
+        ends_a_branch = name.rpartition(".")[2] in ("conv2", "conv_out", "time_emb_proj", "to_out")
+        assert bool(layer.weight.any()) != ends_a_branch, name
+        if not ends_a_branch:
+            drawn.append((layer.weight * layer.weight[0].numel() ** 0.5).detach().flatten())
+    values = torch.cat(drawn).double()
+    # Of some 1e5 draws: the deviation of their own deviation is below 1e-3 times 0.7.
+    assert float(values.std()) == pytest.approx(1, abs=0.01) and float(values.mean()) == pytest.approx(0, abs=0.01)
+    assert float(values.abs().max()) == pytest.approx(2 / 0.8796256610342398, rel=1e-3)
