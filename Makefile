@@ -14,7 +14,7 @@ THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 RECIPE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-plugins quickstart quickstart-short test test-plugins test-slow test-diffusers test-latest quality style bench clean
+.PHONY: help install install-plugins quickstart quickstart-short test test-plugins test-slow test-diffusers test-latest quality style mutants bench clean
 
 help:  ## Show this list.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s%s\n", $$1, $$2}' Makefile
@@ -92,6 +92,14 @@ quality: install  ## Check style, types and the floors.
 style: install  ## Mend what the style checks can mend by themselves.
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+
+# Only here: the tests and the other checks do without mutmut.
+$(VENV)/.mutants: $(VENV)/.installed
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[mutants]'
+	@touch $@
+
+mutants: $(VENV)/.mutants  ## Change the code line by line, and name what no test notices: MODULE=a module (default: all; hours).
+	$(RUN)/python scripts/mutants.py $(MUTANTS_ARGS) $(MODULE)
 
 bench: install  ## Time training and sampling steps over the bare network, and print the digits' three seeds.
 	$(RUN)/python scripts/bench/train_step.py
