@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import difflib
 import gc
+import importlib
 import os
 import resource
 import signal
@@ -230,6 +231,8 @@ class Tests:
             return compile(mutant.code, path, "exec") if loader.path == path else as_written(loader, name)
 
         SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+        # Before pytest, which reads a module by itself that it is to look for doctests in.
+        importlib.import_module(".".join(Path(path).relative_to(ROOT).with_suffix("").parts))
 
 
 def id_of(code: CodeType) -> tuple[str, int]:

@@ -1,0 +1,106 @@
+"""An optimiser's state as tensors and numbers, and back: the next steps are those of the optimiser it came from."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import prodigyopt
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from vdm_hub.training.optimizers import load_state, pack_state, unpack_state
+
+MADE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
+    "amsgrad": lambda groups: torch.optim.AdamW(groups, lr=0.1, amsgrad=True),
+    "prodigy": lambda groups: prodigyopt.Prodigy(groups, lr=1.0),
+    "momentum": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    "adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.1),
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    weights, biases = ([p for p in model.parameters() if (p.ndim == 1) == is_bias] for is_bias in (False, True))
+    return [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+    for seed in seeds:
+        x = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def through_files(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return load(save({name: value.contiguous() for name, value in tensors.items()})), json.loads(
+        json.dumps(numbers, allow_nan=False)
+    )
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_an_optimiser_goes_on_from_what_was_packed(name: str) -> None:
+    calm = network()
+    optimizer = MADE[name](groups(calm))
+    steps(calm, optimizer, range(3))
+    resumed = copy.deepcopy(calm)
+    other = MADE[name](groups(resumed))
+    unpack_state(other, *through_files(*pack_state(optimizer)))
+    steps(calm, optimizer, range(3, 6))
+    steps(resumed, other, range(3, 6))
+    for ours, theirs in zip(resumed.parameters(), calm.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_recipes_settings_are_those_of_now_and_the_rest_is_state() -> None:
+    model = network()
+    optimizer = MADE["prodigy"](groups(model))
+    steps(model, optimizer, range(3))
+    tensors, numbers = pack_state(optimizer)
+    settings = {"lr": 0.25, "eps": 0.125, "weight_decay": 0.5}
+    for group in optimizer.param_groups:
+        group.update(settings)
+    other = MADE["prodigy"](groups(network()))
+    kept = [{name: group[name] for name in settings} for group in other.param_groups]
+    unpack_state(other, tensors, pack_state(optimizer)[1])
+    assert [{name: group[name] for name in settings} for group in other.param_groups] == kept
+    assert [group["d"] for group in other.param_groups] == [group["d"] for group in optimizer.param_groups]
+    assert all("growth_rate" not in group for group in numbers["groups"]), "infinite: JSON has no such number"
+
+
+def test_moments_lie_in_memory_as_their_parameters_do() -> None:
+    """A fused kernel on a CPU takes that for granted, and reads the wrong numbers otherwise."""
+    model = network()
+    optimizer = MADE["adamw"](groups(model))
+    steps(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    for values in state["state"].values():
+        for name, value in values.items():
+            values[name] = value.contiguous().double()
+    load_state(optimizer, state)
+    for parameter in model.parameters():
+        moments = optimizer.state[parameter]
+        assert moments["exp_avg"].stride() == parameter.stride() and moments["step"].shape == ()
+
+
+def test_names_of_what_is_nested_are_paths() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter])
+    optimizer.state[parameter] = {"quantised": {"code": torch.arange(3.0), "blocks": 4}, "count": 7}
+    tensors, numbers = pack_state(optimizer)
+    assert tensors.keys() == {"0.quantised.code"} and numbers["parameters"] == {"0.quantised.blocks": 4, "0.count": 7}
+    other = torch.optim.SGD([parameter])
+    unpack_state(other, tensors, numbers)
+    state = other.state_dict()["state"][0]
+    assert state["count"] == 7 and state["quantised"]["blocks"] == 4
+    assert torch.equal(state["quantised"]["code"], torch.arange(3.0))
