@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -46,7 +46,7 @@ SPEAKS = {"warn", "print", "write", "log", "info", "debug", "warning"}
 REDUCTIONS = {"mean": "sum", "sum": "mean", "min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"}
 REDUCTIONS |= {"amin": "amax", "amax": "amin", "floor": "ceil", "ceil": "floor", "all": "any", "any": "all"}
 REDUCTIONS |= {"sqrt": "square", "exp": "expm1", "log": "log1p", "std": "var", "log_softmax": "softmax"}
-HOW = {"device", "non_blocking", "foreach", "fused"}  # where and how fast, not what, is computed
+HOW = {"device", "non_blocking", "foreach", "fused", "strict"}  # where, how fast, and what is refused: no number
 LEFT_ALONE = m.Annotation() | m.Decorator() | m.Raise() | m.Assert() | m.Import() | m.ImportFrom() | m.BaseString()
 TESTS_PASS, TESTS_FAIL = 0, 1
 
@@ -101,7 +101,7 @@ def is_left_alone(node: cst.CSTNode) -> bool:
         if isinstance(call, cst.Call):
             name = call.func.attr if isinstance(call.func, cst.Attribute) else call.func
             return isinstance(name, cst.Name) and name.value in SPEAKS
-    if isinstance(node, cst.If) and m.matches(node, m.If(test=m.Name("TYPE_CHECKING"))):
+    if isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value in HOW:
         return True
     # A refusal: its condition is held by the tests of what is refused.
     if isinstance(node, cst.If) and node.orelse is None:
@@ -183,7 +183,8 @@ class Tests:
         ]
 
     def _pytest(self, *arguments: str) -> int:
-        return int(self.pytest(["-x", "-q", "-p", "no:cacheprovider", *arguments, *self.files]))
+        how = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--assert=plain", "--hypothesis-profile=one_failure"]
+        return int(self.pytest([*how, *arguments, *self.files]))
 
     def start(self, mutant: Mutant | None, seconds: float, loud: bool = False) -> int:
         """Run them in a process of their own on a mutant, or on the code as it is; gives the process's number."""
@@ -196,6 +197,7 @@ class Tests:
                 resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 5))
                 if mutant is not None:
                     self._become(mutant)
+                gc.freeze()
                 status = self._pytest()
         finally:
             os._exit(status)
@@ -283,6 +285,11 @@ def survivors(tests: Tests, tried: Sequence[Mutant], jobs: int) -> list[Mutant]:
     return alive
 
 
+def is_listed(mutant: Mutant, one: tuple[str, str | None]) -> bool:
+    """Whether it is that change, or any change of that line where none is named."""
+    return mutant.before == one[0] and one[1] in (None, mutant.after)
+
+
 def test_module(module: str, entry: dict[str, Any], jobs: int, lines: range | None) -> int:
     """Try all mutants of a module; the exit status."""
     began = time.monotonic()
@@ -290,16 +297,16 @@ def test_module(module: str, entry: dict[str, Any], jobs: int, lines: range | No
     tried = [mutant for mutant in mutants(path.read_text()) if lines is None or mutant.line in lines]
     print(f"{module}: {len(tried)} mutants, tests {' '.join(entry['tests'])}", flush=True)
     alive = survivors(Tests(path, [module, *entry["tests"]]), tried, jobs)
-    listed = Counter((one["before"], one["after"]) for one in entry.get("unnoticed", []))
-    new = [mutant for mutant in alive if (mutant.before, mutant.after) not in listed]
-    stale = set(listed) - {(mutant.before, mutant.after) for mutant in alive} if lines is None else set()
+    listed = [(one["before"], one.get("after")) for one in entry.get("unnoticed", [])]
+    new = [mutant for mutant in alive if not any(is_listed(mutant, one) for one in listed)]
+    stale = [one for one in listed if lines is None and not any(is_listed(mutant, one) for mutant in alive)]
     print(
         f"{module}: {len(tried)} mutants, {len(tried) - len(alive)} killed, {len(alive) - len(new)} listed with a "
         f"reason, {len(new)} survive; {time.monotonic() - began:.0f} s",
         flush=True,
     )
-    for before, after in sorted(stale):
-        print(f"  {TABLE.name} lists a mutant that does not survive:\n    - {before}\n    + {after}")
+    for before, after in stale:
+        print(f"  {TABLE.name} lists what does not survive:\n    - {before}\n    + {after or '(any change)'}")
     return int(bool(new or stale))
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: no test may need the network
 torch.set_num_threads(1)
 settings.register_profile("laws", deadline=None, derandomize=True, max_examples=30, database=None)
 settings.load_profile("laws")
+# For `make mutants`: that something fails is all that is asked, not the smallest example.
+settings.register_profile("one_failure", settings.get_profile("laws"), phases=[Phase.explicit, Phase.generate])
 
 DATA_VARIABLE = "VDM_HUB_TEST_DATA"
 
