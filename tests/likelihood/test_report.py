@@ -83,6 +83,7 @@ def test_the_two_standard_errors_are_those_of_what_they_name() -> None:
 
 def test_defaults_are_those_of_a_bound_without_a_protocol() -> None:
     plain = LikelihoodReport({"diffusion": torch.ones(2, 3, dtype=torch.float64)}, None, 4)
+    assert "notes" not in plain.with_notes([]).details
     assert plain.is_bound and plain.reached and plain.network_evaluations == 0 and plain.transitions is None
 
 
