@@ -121,6 +121,7 @@ def convert_color(image: Image, color: Color, name: object = "the image") -> Ima
             more than 8 bits a channel.
     """
     check_depth(image, name)
+    load_pixels(image)
     if image.mode == _MODES.get(color, image.mode) and image.mode in ("L", "RGB") and not _is_transparent(image):
         return image
     if color == "auto" and image.mode not in ("L", "RGB"):
@@ -169,14 +170,20 @@ def _is_deep(image: Any) -> bool:
     return False
 
 
-_SCALED = ("L;2", "L;4")
+def load_pixels(image: Any) -> None:
+    """Read the pixels of an image that was opened, and scale a colour key with them, which Pillow leaves as it is.
+
+    Of an image that is loaded already nothing tells how many bits it had.
+    """
+    bits = next((int(mode[2:]) for tile in getattr(image, "tile", ()) if (mode := tile.args) in ("L;2", "L;4")), None)
+    image.load()
+    if bits is not None and "transparency" in image.info:
+        largest = 2**bits - 1
+        image.info["transparency"] = (image.info["transparency"] & largest) * 255 // largest
 
 
 def _is_transparent(image: Image) -> bool:
     if "transparency" not in image.info and image.mode not in ("RGBA", "LA", "PA"):
         return False
-    depth = next((mode for tile in getattr(image, "tile", ()) for mode in (str(tile.args),) if mode in _SCALED), None)
-    if depth is not None:  # Pillow scales such pixels to 8 bits, and not the key: none of it can be told any more
-        return True
     extrema: Any = image.convert("RGBA").getchannel("A").getextrema()
     return bool(extrema[0] < 255)

@@ -238,6 +238,26 @@ def test_a_colour_key_that_no_pixel_has_changes_nothing(tmp_path: Path) -> None:
     assert np.array_equal(load_split(str(tmp_path), "train").levels[0, 0], pixels)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_colour_key_is_of_the_file_s_own_bits(tmp_path: Path, depth: int) -> None:
+    """Every key of few bits, in files that have it and in files that have all values but this one."""
+    values = np.arange(2**depth, dtype=np.uint8)
+    for key in values.tolist() if depth < 8 else (0, 1, 17, 255):
+        for pixels in (values, np.where(values == key, (key + 1) % 2**depth, values).astype(np.uint8)):
+            bits = np.unpackbits(pixels[:, None], axis=1)[:, -depth:].reshape(-1)
+            rows, told = b"\0" + np.packbits(bits).tobytes(), chunk(b"tRNS", struct.pack(">H", key))
+            file = tmp_path / f"{key}" / "a.png"
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(png(len(pixels), 1, depth, 0, rows, told))
+            if key in pixels:
+                assert "transparent" in refused(load_split, str(file.parent), "train", color="grey")
+                with pytest.raises(DataError, match=r"transparent|mode 1"):
+                    levels_from_images(Image.open(file), 256)
+            else:
+                read_back = load_split(str(file.parent), "train", color="grey", num_levels=2**depth).levels
+                assert read_back.flatten().tolist() == pixels.tolist()
+
+
 @pytest.mark.parametrize("name", FRAMES)
 def test_several_frames_are_refused_by_name(tmp_path: Path, name: str) -> None:
     message = refused(load_split, str(folder_with(tmp_path, name, FRAMES[name]())), "train", color="rgb")
@@ -253,6 +273,56 @@ def test_a_second_image_in_a_file_is_refused_by_name(tmp_path: Path, name: str) 
         (tmp_path / name).write_bytes(GO_ON[name] + space + GO_ON[name])
         message = refused(load_split, str(tmp_path), "train", color="rgb")
         assert name in message and "each one as a file of its own" in message
+
+
+FOLLOWED = {f"a.{kind}": encoded(RGB, file_format) for kind, file_format in {
+    "png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF", "tif": "TIFF"
+}.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("behind", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.gif", "a.tif"])
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_picture_behind_another_in_its_file_is_refused_by_name(tmp_path: Path, name: str, behind: str) -> None:
+    (tmp_path / name).write_bytes(FOLLOWED[name] + b"what is no picture: GIF89a, \xff\xd8\xff")
+    assert len(load_split(str(tmp_path), "train", color="rgb").levels) == 1
+    (tmp_path / name).write_bytes(FOLLOWED[name] + b"\0\n" + FOLLOWED[behind])
+    message = refused(load_split, str(tmp_path), "train", color="rgb")
+    assert name in message and "each one as a file of its own" in message
+
+
+def test_a_preview_within_a_picture_is_none_of_its_own(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x9286] = FOLLOWED["a.jpg"] + FOLLOWED["a.png"]
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        RGB.save(tmp_path / f"a.{kind.lower()}", exif=exif)
+        assert FOLLOWED["a.jpg"] in (tmp_path / f"a.{kind.lower()}").read_bytes()
+    assert len(load_split(str(tmp_path), "train", color="rgb").levels) == 4
+
+
+@pytest.mark.parametrize("maximum", [1, 15, 100, 254])
+def test_a_pixel_beyond_the_largest_value_is_refused_by_name(tmp_path: Path, maximum: int) -> None:
+    for name, pixels in (("a.pgm", b"P5 2 1 %d\n"), ("b.ppm", b"P6 1 1 %d\n\0"), ("plain.pgm", b"P2 2 1 %d\n")):
+        plain = name.startswith("plain")
+        for last in (maximum, maximum + 1):
+            (tmp_path / name).write_bytes(pixels % maximum + (b"0 %d\n" % last if plain else bytes([0, last])))
+            if last > maximum:
+                assert name in refused(load_split, str(tmp_path), "train", color="grey")
+            else:
+                assert load_split(str(tmp_path), "train", color="grey").levels.max() <= 255
+        (tmp_path / name).unlink()
+
+
+def test_the_fourth_channel_of_a_bitmap_is_no_opacity_where_it_is_always_0_or_always_255(tmp_path: Path) -> None:
+    for name, opacities in (("a", [0] * 4), ("b", [255] * 4), ("c", [40] * 4), ("d", [0, 255, 255, 255])):
+        pixels = np.full((2, 2, 4), 9, dtype=np.uint8)
+        pixels[..., 3] = np.reshape(opacities, (2, 2))
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "x.bmp")
+        if name in "ab":
+            assert load_split(str(tmp_path / name), "train").levels.unique().tolist() == [9]
+        else:
+            message = refused(load_split, str(tmp_path / name), "train")
+            assert "x.bmp" in message and "transparent" in message
 
 
 @pytest.mark.parametrize("name", COLOURLESS)

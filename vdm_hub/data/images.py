@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +17,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from vdm_hub.data.picture_files import FORMATS, check_one_picture, check_palette, check_size, check_values
 from vdm_hub.data.sources import Opener, check_memory
 from vdm_hub.errors import DataError, in_one_line
-from vdm_hub.pixels import Color, Levels, check_depth, convert_color, levels_from_image, nearest_levels
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What Pillow may take an image for: no format that calls other programs, and none whose depth is not known here."""
+from vdm_hub.pixels import Color, Levels, check_depth, convert_color, levels_from_image, load_pixels, nearest_levels
 
 Size: TypeAlias = tuple[int, int]
 """(W, H), as Pillow has it."""
@@ -109,14 +106,12 @@ class Decoder:
         try:
             with self._file(encoded, name) as file:
                 image = PIL.Image.open(file, formats=FORMATS)
-                if (frames := getattr(image, "n_frames", 1)) > 1:
-                    raise DataError(f"{name} holds {frames} frames or pages: give each one as an image of its own.")
                 check_depth(image, name)
-                _check_size(image)
-                if image.format == "PPM" and _goes_on(file, image):
-                    raise DataError(f"{name} goes on after its first image: give each one as a file of its own.")
-                image.load()
-                _check_palette(image)
+                check_size(image)
+                check_one_picture(file, image, name)
+                check_values(file, image, name)
+                load_pixels(image)
+                check_palette(image)
                 PIL.ImageOps.exif_transpose(image, in_place=True)
         except DataError:
             raise
@@ -316,36 +311,6 @@ def _resize(image: Image, resolution: int) -> Image:
     short = min(image.size)
     width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
     return image.resize((width, height), PIL.Image.Resampling.BILINEAR)
-
-
-def _check_size(image: Image) -> None:
-    limit = PIL.Image.MAX_IMAGE_PIXELS  # Pillow itself refuses twice as many, and warns of what is between
-    if limit is not None and image.width * image.height > limit:
-        raise ValueError(
-            f"it has {image.width:,} x {image.height:,} pixels, and at most {limit:,} are read, against files that "
-            f"would fill the memory: cut it into parts, or scale it down"
-        )
-
-
-def _check_palette(image: Image) -> None:
-    """Refuse pixels that the palette has no colour for, which Pillow shows black."""
-    if image.mode not in ("P", "PA"):
-        return
-    colours = 0 if image.palette is None else len(image.palette.tobytes()) // len(image.palette.mode)
-    last: Any = image.getchannel(0).getextrema()[1]
-    if last >= colours:
-        raise ValueError(f"a pixel has the colour {last} of its palette, which has {colours} colours")
-
-
-def _goes_on(file: IO[bytes], image: Any) -> bool:
-    """Whether a netpbm file holds anything after its first image, where Pillow stops."""
-    tile = image.tile[0]
-    if tile.codec_name == "ppm_plain":  # numbers and comments
-        file.seek(tile.offset)
-        return b"P" in re.sub(rb"#[^\r\n]*", b"", file.read())
-    row = (image.width + 7) // 8 if image.mode == "1" else image.width * len(image.getbands())
-    file.seek(tile.offset + row * image.height)
-    return bool(file.read(_CHUNK).strip())
 
 
 def _why(error: Exception) -> str:
