@@ -233,3 +233,11 @@ def test_a_lock_is_one_process_s_and_ends_with_it_even_by_a_kill(tmp_path: Path)
     with locked(lock):
         assert is_locked(lock)
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("address", ["https://host.example/x.png", "s3://bucket/x", "hf://me/x.png"])
+def test_an_address_is_no_place_to_write_to(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="address"), written_beside(Path(address)) as beside:
+        beside.write_text("x")
+    assert list(tmp_path.iterdir()) == []

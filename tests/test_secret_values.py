@@ -47,6 +47,11 @@ SECRETS = {
     "an app's token": ("hf_app_zzzz", "zzzz"),
     "a token of a kind to come": ("hf_newkind_9f8E7d6C", "9f8E7d6C"),
     "a token in a path": ("/data/hf_abc123/x", "abc123"),
+    "a token of letters": ("hf_abc", "abc"),
+    "what looks like a folder": ("hf_runs/one", "runs"),
+    "an address that became a path": (str(Path("https://ada:tigerP4ss@host.example/x")), "tigerP4ss"),
+    "a bucket that became a path": (str(Path("s3://ada:tigerP4ss@bucket/x")), "tigerP4ss"),
+    "a user of an address that became a path": (str(Path("https://s3cretuser@host/x")), "s3cretuser"),
     "an organisation's token": ("api_org_qwertyuiop", "qwertyuiop"),
     "a password in an address": ("https://ada:tiger@example.org/birds.zip", "tiger"),
     "keys of a bucket": ("s3://AKIDEXAMPLE:wJalrXUtnFEMI/K7MDENG+b@bucket/birds", "K7MDENG"),
@@ -91,7 +96,7 @@ ENVIRONMENT = {
     "SHORT_KEY": "test",
 }
 HARMLESS = [
-    "hf_runs/one", "hf_", "hf_hub_download", "HF_HUB_OFFLINE", "hf_xet", "hf_cifar10", "uoft-cs/cifar10",
+    "hf_", "hf_hub_download", "HF_HUB_OFFLINE", "hf_xet", "uoft-cs/cifar10", "runs:/x@v1", "C:/a@b",
     "https://host:8080/birds@v1", "hf://datasets/ada/birds@main/data", "mailto:ada@example.org", "https://h.org/?v=1",
     "git@example.org:ada/birds.git", "abfs://container@account.dfs.core.windows.net/birds", "test", "12:30@noon",
     "Basic configuration of a run", "Basic UNet2DConditionModel", "Bearer of news", "Authorization is asked for",

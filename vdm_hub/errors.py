@@ -152,7 +152,8 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> Configuration
     unknown noise schedule 'cosin': did you mean 'cosine'? Known: cosine, linear.
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(str(name)[:100], names, n=1, cutoff=0.5)
+    nearest = [one for one in names if one.lower() == str(name).lower()]
+    nearest = nearest or difflib.get_close_matches(str(name)[:100], names, n=1, cutoff=0.5)
     hint = f" did you mean '{nearest[0]}'?" if nearest else ""
     return ConfigurationError(f"unknown {kind} {shortened(name)}:{hint} Known: {', '.join(names)}.")
 

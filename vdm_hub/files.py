@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vdm_hub.errors import ConfigurationError, OutputError, warn
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -63,6 +64,8 @@ def destination(path: Path) -> Path:
     >>> destination(Path("/no/such/folder/a.png"))
     PosixPath('/no/such/folder/a.png')
     """
+    if _ADDRESS.match(str(path)):
+        raise OutputError(f"{path} is an address, and files are written on this machine: name a folder there.")
     try:
         target = path.expanduser().resolve()
         mode = _mode(target)

@@ -14,13 +14,10 @@ from typing import Any
 from urllib.parse import unquote
 
 MASK = "***"
-_SHORTEST = 8  # of a secret that is known by its value: shorter ones are words that occur by themselves
+_SHORTEST = 4  # of a secret that is known by its value
+_SURE = 8  # shorter ones are found as words of their own, and letters or digits alone not at all
 _VARIABLE = re.compile(r"(?i)\w*(TOKEN|PASSWORD|PASSWD)S?|(\w*_)?(KEY|SECRET|PASSPHRASE|PAT|CREDENTIALS?)S?")
 
-# A folder may be called hf_runs: words in lower case are no token, unless the first is a kind of token.
-_WORD = r"(?:[a-z]{1,15}|[a-z]{5,15}\d{1,2}|v?\d{1,3})"
-_KIND = r"(?:oauth|jwt|app|api|org|pat|sso|secret|key|access|refresh|session)(?![a-z])"
-_NAME = rf"(?!{_KIND}|token[_-])(?=[a-z]){_WORD}(?:[_-]{_WORD}){{0,30}}(?![\w-])"
 _LIBRARY = r"(?:hub(?:_[a-z]+)*|xet|transfer|home|token|api)(?![\w-])"
 _HF = r"(?<![A-Za-z0-9])hf_"
 
@@ -53,13 +50,13 @@ _TOKENS = (
 _FORMS = (
     # scheme://user:password@host; what follows the colon may also be a port.
     (
-        r"(//)[^\s/?#:@'\"<>]{0,500}:(?!\d{1,5}(?:[/?#\s'\"]|$))\S{0,500}@",
+        r"(//|\b[A-Za-z][A-Za-z0-9+.-]{1,20}:/)[^\s/?#:@'\"<>]{0,500}:(?!\d{1,5}(?:[/?#\s'\"]|$))\S{0,500}@",
         r"\1***@",
         "a password in an address",
     ),
     # A user alone, where services take a token for one.
     (
-        r"(?i)((?:https?|s3|ftps?)://)(?!\*\*\*@)[^\s/?#:@'\"<>]{1,500}@",
+        r"(?i)((?:https?|s3|ftps?)://?)(?!\*\*\*@)[^\s/?#:@'\"<>]{1,500}@",
         r"\1***@",
         "the user of an address, which may be a token",
     ),
@@ -101,10 +98,9 @@ _FORMS = (
         MASK,
         "a private key",
     ),
-    (rf"({_HF})(?!{_NAME}|{_LIBRARY})\w[\w-]*", r"\1***", "what may be a Hugging Face token"),
+    (rf"({_HF})(?!{_LIBRARY})\w[\w-]*", r"\1***", "what may be a Hugging Face token"),
 )
 _PATTERNS = [(re.compile(pattern), masked, what) for pattern, masked, what in _FORMS]
-_PERHAPS = re.compile(rf"({_HF})(?!{_LIBRARY})\w[\w-]*")
 _LONG = re.compile(rb"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}")
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
 
@@ -117,7 +113,7 @@ def find_secret(value: object) -> str | None:
 
     >>> find_secret({"unet": {"path": "s3://ada:tiger@bucket/x"}}), find_secret("hf%5Foauth_1x")
     ('a password in an address', 'what may be a Hugging Face token')
-    >>> find_secret(["hf_runs/one", "https://host:8080/x@v1", 0.5])
+    >>> find_secret(["runs/hf", "https://host:8080/x@v1", 0.5])
     """
     return _find(value, _known_values())
 
@@ -147,11 +143,6 @@ def mask(text: str) -> str:
     >>> mask("unknown recipe 'hf_abc', https://ada:tiger@host/x?token=1f3c; run hf_hub_download")
     "unknown recipe 'hf_***', https://***@host/x?token=***; run hf_hub_download"
     """
-    return _PERHAPS.sub(r"\1***", _without_secrets(text))
-
-
-def _without_secrets(text: str) -> str:
-    """Text without what `find_secret` finds."""
     known = _known_values()
     for pattern in known.values():
         text = pattern.sub(MASK, text)
@@ -173,7 +164,7 @@ def masked_values(value: Any) -> Any:
     {'name': 'ftp://***@host', 'images': 360}
     """
     if isinstance(value, str):
-        return _without_secrets(value)
+        return mask(value)
     if isinstance(value, Mapping):
         return {masked_values(key): masked_values(item) for key, item in value.items()}
     return [masked_values(item) for item in value] if isinstance(value, list | tuple) else value
@@ -212,14 +203,20 @@ def _known_values() -> dict[str, re.Pattern[str]]:
     """The secrets of this process, longest first, by what they are."""
     values = {f"the value of {name}": value for name, value in os.environ.items() if _VARIABLE.fullmatch(name)}
     values |= {f"the token in {path}": token for path, token in _stored_tokens()}
-    long = {what: value for what, value in values.items() if len(value.strip()) >= _SHORTEST}
+    long = {what: value for what, value in values.items() if _is_known(value.strip())}
     return {what: _exactly(value) for what, value in sorted(long.items(), key=lambda item: -len(item[1]))}
 
 
+def _is_known(value: str) -> bool:
+    """Whether a secret's value is long or odd enough not to occur by itself."""
+    return len(value) >= _SURE or (len(value) >= _SHORTEST and not value.isalpha() and not value.isdecimal())
+
+
 def _exactly(value: str) -> re.Pattern[str]:
-    """A value, however its words are spaced; one of letters alone only as a word of its own."""
+    """A value, however its words are spaced; a short one, or one of letters alone, only as a word of its own."""
     spaced = r"(?:\s|\\[nrt])+".join(map(re.escape, value.split()))
-    return re.compile(rf"(?<![A-Za-z0-9]){spaced}(?![A-Za-z0-9])" if value.isalpha() else spaced)
+    alone = value.isalpha() or len(value.strip()) < _SURE
+    return re.compile(rf"(?<![A-Za-z0-9]){spaced}(?![A-Za-z0-9])" if alone else spaced)
 
 
 def _stored_tokens() -> Iterator[tuple[Path, str]]:
@@ -231,5 +228,5 @@ def _stored_tokens() -> Iterator[tuple[Path, str]]:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             continue
-        for line in lines:
+        for line in (line for line in lines if not line.startswith("[")):
             yield path, line.partition("=")[2].strip() or line.strip()

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hub.damage import damaged_json
-from hub.faults import FAULTS
+from hub.faults import FAULTS, rate_limited
 from hub.messages import Response
 from hub.server import Blob, LoopbackHub, Repository
 from hub.test_idioms import blobs
@@ -272,6 +273,18 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(
     for door, answer in reader.load(repo, "VDMPipeline", "VDMScheduler", "from_diffusers")[0].items():
         name, is_ours, text = answer
         assert is_ours and name == "HubError" and remedy in text, (door, text)
+
+
+@pytest.mark.parametrize("door", ["VDMPipeline", "VDMScheduler"])
+def test_an_answer_that_asks_to_wait_for_an_hour_is_refused_at_once(
+    door: str, sound: dict[str, Blob], reader: Reader
+) -> None:
+    repo = published(reader.hub, f"patient {door}", sound)
+    reader.hub.fail(at=0, fault=rate_limited(3600), times=None)
+    started = time.monotonic()
+    name, is_ours, text = reader.load(repo, door)[0][door]
+    assert is_ours and name == "HubError" and "3,600 s" in text
+    assert time.monotonic() - started < 60  # the client's own patience with short waits is within
 
 
 def test_a_stock_network_loads_through_the_same_door(tmp_path: Path, reader: Reader) -> None:

@@ -219,3 +219,20 @@ for run, (number, made) in enumerate(pairs):
         time.sleep(0.5)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_before_the_first_step_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-u", *DOOR, recipe(tmp_path / "recipe", tmp_path / "run", **LONG)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout and process.stderr
+        assert any(line.startswith("parameters") for line in process.stdout), "it said what it is"
+        process.send_signal(number)
+        said = process.stderr.read()
+    # The step may have been quicker than the signal.
+    assert process.returncode == 128 + number and number.name in said
+    if "before the first step" in said:
+        assert contents(tmp_path / "run") == {}
+    else:
+        assert steps(tmp_path / "run")

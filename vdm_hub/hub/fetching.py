@@ -13,10 +13,12 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import huggingface_hub
 from huggingface_hub import constants, file_download
@@ -33,8 +35,11 @@ _REMEDIES = {
     401: "log in with `hf auth login`, or set HF_TOKEN; and check the name",
     403: "log in with `hf auth login` as someone who may read it, or ask its owner for access",
     404: "check the name and the revision; of a private repository, log in with `hf auth login` first",
+    402: "its owner's plan does not serve it: ask its owner",
     429: "wait some minutes, as the Hub limits how often it may be asked, and try again",
+    451: "it may not be served for legal reasons: load another model",
 }
+_PATIENCE = 60.0  # seconds that an answer may ask a reader to wait
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,8 @@ def hub_explained(what: str) -> Iterator[None]:
         HubError: The Hub said no, or nothing.
     """
     try:
-        yield
+        with _no_long_waits():
+            yield
     except VDMHubError:
         raise
     except hub_errors.OfflineModeIsEnabled as error:
@@ -137,7 +143,11 @@ def hub_explained(what: str) -> Iterator[None]:
 def _said(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     # The client's own message spans paragraphs, with advice for browsers.
-    return f"{type(error).__name__}, status {status}" if status else in_one_line(error)[:300].rstrip(". ")
+    if status:
+        return f"{type(error).__name__}, status {status}"
+    if isinstance(error, (LookupError, TypeError, ValueError, AttributeError)):  # what is no such answer breaks it
+        return f"what it answers can't be understood: {type(error).__name__}, {in_one_line(error)[:200].rstrip('. ')}"
+    return in_one_line(error)[:300].rstrip(". ")
 
 
 def _remedy(error: Exception) -> str:
@@ -146,7 +156,40 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, PermissionError):
         return f"the cache can't be written: set HF_HOME to a folder that can ({constants.HF_HUB_CACHE} is used now)"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None and not isinstance(error, (HTTP_ERROR, OSError)):
+        return f"check that {constants.ENDPOINT} is a Hub (HF_ENDPOINT), and try again"
     return _REMEDIES.get(status or 0, "check the network, and try again")
+
+
+@contextmanager
+def _no_long_waits() -> Iterator[None]:
+    """Refuse an answer that asks to wait longer than a minute, as the client would do, up to five times.
+
+    Raises:
+        HubError: Saying how long.
+    """
+    session = huggingface_hub.get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {**hooks, "response": [*hooks.get("response", ()), _refuse_long_wait]}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
+
+
+def _refuse_long_wait(response: Any) -> None:
+    asked = response.headers.get("Retry-After", "")
+    reset = re.search(r"\bt=(\d{1,9})", response.headers.get("RateLimit", ""))
+    seconds = float(asked) if re.fullmatch(r"\d{1,9}(\.\d*)?", asked) else 0.0
+    if asked and not seconds:  # a date
+        with suppress(ValueError, TypeError):
+            seconds = (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds()
+    seconds = max(seconds, float(reset[1]) if reset and response.status_code == 429 else 0.0)
+    if response.status_code >= 400 and seconds > _PATIENCE:
+        raise HubError(
+            f"the Hub answers {response.status_code} and asks to wait {seconds:,.0f} s: try again after that, or load "
+            f"from a local folder."
+        )
 
 
 def _check_announced(name: str, url: str, commit: str, listed: Listed, token: str | bool | None) -> None:

@@ -59,7 +59,7 @@ def train(configuration: Configuration) -> LikelihoodReport | None:
     accelerator = build_accelerator(configuration, folder)
     if not accelerator.is_main_process:
         return _train(configuration, accelerator, folder)
-    with folder.reserved(configuration):
+    with StopSignals(before_first_step=True), folder.reserved(configuration):
         check_publishing(configuration)
         return _train(configuration, accelerator, folder)
 

@@ -21,7 +21,7 @@ from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.networks import sketched
-from vdm_hub.training.processes import is_sharded
+from vdm_hub.training.processes import is_sharded, whole_number
 from vdm_hub.training.setup import build_objective
 from vdm_hub.training.zero import has_zero
 
@@ -99,7 +99,7 @@ def refuse_what_cannot_fit(needs: Needs, accelerator: Accelerator) -> None:
     Raises:
         ConfigurationError: With both figures, and the fields that decide.
     """
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    beside = whole_number("LOCAL_WORLD_SIZE")
     everything = needs.weights + needs.training + needs.fewest
     on_gpu = accelerator.device.type == "cuda"
     host = beside * (needs.weights if on_gpu else everything) + _in_use()  # networks are built on the host

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, TorchDynamoPlugin
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, TorchDynamoPlugin, str_to_bool
 from torch import Tensor
 
-from vdm_hub.errors import ConfigurationError, in_one_line, unknown_name
+from vdm_hub.errors import ConfigurationError, explained, unknown_name
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.outputs import OutputFolder
@@ -34,7 +34,9 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
             f"it out of report_to."
         )
     check_environment(training, os.environ)
-    try:
+    launched = whole_number("WORLD_SIZE")
+    remedy = f"change {_told(training)}, or run `accelerate config`"
+    with explained("accelerate can't run this", remedy, ConfigurationError):
         accelerator = Accelerator(
             # All that it would take from the environment where it is not told.
             mixed_precision=training.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no",
@@ -43,22 +45,13 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
             log_with=list(training.trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
         )
-    except ImportError as error:
-        raise ConfigurationError(f"accelerate can't run this ({in_one_line(error)}).") from error
-    except (ValueError, RuntimeError) as error:
-        told = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
-        raise ConfigurationError(
-            f"accelerate can't run this ({in_one_line(error)}): change mixed_precision, which is "
-            f"{training.mixed_precision or 'what the launcher says'}, or run `accelerate config`. Of the environment "
-            f"it reads {', '.join(told) or 'nothing'}."
-        ) from error
+        torch.zeros((), device=accelerator.device)
     _check_built(accelerator, training)
     refuse_engine(accelerator.distributed_type)
     if is_sharded(accelerator):
         check_shards(accelerator, training)
     if has_zero(accelerator):
         check_zero(accelerator, training)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigurationError(
             f"{launched} processes were launched, but accelerate runs {accelerator.num_processes} each on its own: "
@@ -68,6 +61,29 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
     if training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def whole_number(variable: str) -> int:
+    """A number of processes that a launcher says in the environment; one where it says nothing.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    text = os.environ.get(variable, "1")
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise ConfigurationError(
+            f"{variable} is {text!r} in the environment, which is no number of processes: take it out, or start the "
+            f"run with `accelerate launch` or torchrun, which set it."
+        )
+    return int(text)
+
+
+def _told(training: TrainingArguments) -> str:
+    """All that accelerate reads, for a message."""
+    launchers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "FORK_LAUNCHED")
+    told = sorted(name for name in os.environ if name.startswith("ACCELERATE_") or name in launchers)
+    precision = f"mixed_precision, which is {training.mixed_precision or 'what the launcher says'}"
+    return f"{', '.join(told)} in the environment, or {precision}" if told else precision
 
 
 def check_environment(training: TrainingArguments, environment: Mapping[str, str]) -> None:
@@ -98,6 +114,11 @@ def check_environment(training: TrainingArguments, environment: Mapping[str, str
             f"{variable} is {value!r} in the environment, and {field} is {wanted!r}: say it in the recipe, or by "
             f"--{field}, and leave it out of the environment or the launcher's configuration."
         )
+    for variable, value in environment.items():
+        if variable.startswith("ACCELERATE_USE_") and value:
+            # Some are read in the midst of a step.
+            with explained(f"{variable} is {value!r} in the environment", "say true or false", ConfigurationError):
+                str_to_bool(value)
     for variable in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         if _is_true(environment, variable):
             raise ConfigurationError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from vdm_hub.data.batches import training_batches
 from vdm_hub.data.loading import Data
 from vdm_hub.diffusion.times import stratified_times
+from vdm_hub.errors import ConfigurationError, explained
 from vdm_hub.likelihood.variational_bound import Bound
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.early_stopping import EarlyStopping
@@ -63,7 +64,8 @@ class RunState:
         if is_sharded(accelerator):
             self._replicated = plan_shards(accelerator, self.model, repeated_blocks(self.model))
         prepare: Callable[..., Any] = prepare_zero if has_zero(accelerator) else Accelerator.prepare
-        self.objective, self.optimizer = prepare(accelerator, self.model, optimizer)
+        with explained("accelerate can't prepare the run", "look at its ACCELERATE_ variables", ConfigurationError):
+            self.objective, self.optimizer = prepare(accelerator, self.model, optimizer)
         self.ema = build_ema(training, self.model, accelerator.device)
         self._parameters = list(self.model.parameters())  # listed once: walking the modules takes 1 % of a small step
         self.lr_scheduler = get_scheduler(

@@ -36,6 +36,7 @@ class StopSignals:
 
     Args:
         show: Say on standard error that the signal was received; for one of several processes.
+        before_first_step: They end the process in order instead, as Ctrl-C, which is left to Python, does anyway.
 
     >>> with StopSignals(show=False) as stop:
     ...     os.kill(os.getpid(), signal.SIGTERM)
@@ -43,15 +44,20 @@ class StopSignals:
     <Signals.SIGTERM: 15>
     """
 
-    def __init__(self, *, show: bool = True) -> None:
+    def __init__(self, *, show: bool = True, before_first_step: bool = False) -> None:
         self.received: signal.Signals | None = None
-        self._show, self._at_once = show, False
+        self._show, self._at_once = show, before_first_step
+        self._left_alone = {signal.SIGINT} if before_first_step else set()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         """Take the signals over."""
         if threading.current_thread() is threading.main_thread():
-            heard = set(_SIGNALS) - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set())
+            heard = (
+                set(_SIGNALS)
+                - self._left_alone
+                - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set())
+            )
             self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
@@ -79,6 +85,8 @@ class StopSignals:
             return
         self.received = signal.Signals(number)
         if self._at_once:
+            if self._show and self._left_alone:
+                os.write(2, f"\n{self.received.name} received before the first step: the run ends.\n".encode())
             raise TrainingStopped(self.received)
         if self._show:  # not by print, which a signal may have interrupted
             words = f"\n{self.received.name} received: one more step and a checkpoint, then the run ends"
