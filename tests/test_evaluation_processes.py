@@ -165,6 +165,26 @@ def test_a_journal_is_of_one_measurement(tmp_path: Path) -> None:
         evaluate(pipeline, images, **arguments)
 
 
+@pytest.mark.parametrize("change", ["weights", "seed", "images"])
+def test_a_piece_of_another_journal_is_never_taken_for_one_of_this(change: str, tmp_path: Path) -> None:
+    images, pipeline = load_split("digits", "test[:4]", num_levels=17), tiny_pipeline()
+    arguments: dict[str, Any] = {"replicates": 2, "progress": False, "pilot_evaluations": 0}
+    own = evaluate(pipeline, images, **arguments, journal=tmp_path / "own")
+    other = tiny_pipeline()
+    if change == "weights":
+        with torch.no_grad():
+            next(other.unet.parameters()).add_(1)
+    others = load_split("digits", "test[4:8]", num_levels=17) if change == "images" else images
+    evaluate(other, others, **arguments, journal=tmp_path / "other", seed=int(change == "seed"))
+    piece = next((tmp_path / "other").rglob("replicate-*"))
+    copy = tmp_path / "own" / "unclipped" / piece.name
+    copy.write_bytes(piece.read_bytes())
+    with pytest.raises(CheckpointError, match=f"{piece.name} of the journal is .*of another journal.*: remove it"):
+        evaluate(pipeline, images, **arguments, journal=tmp_path / "own")
+    copy.unlink()
+    assert evaluate(pipeline, images, **arguments, journal=tmp_path / "own").bits_per_dim == own.bits_per_dim
+
+
 def test_a_folder_that_is_no_journal_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     images, pipeline = load_split("digits", "test[:4]", num_levels=17), tiny_pipeline()
     arguments: dict[str, Any] = {"replicates": 2, "progress": False}
@@ -175,7 +195,7 @@ def test_a_folder_that_is_no_journal_or_a_damaged_one_is_refused(tmp_path: Path)
     whole = evaluate(pipeline, images, **arguments, journal=tmp_path / "journal")
     shard = next((tmp_path / "journal").rglob("replicate-*"))
     shard.write_bytes(shard.read_bytes()[:40])
-    with pytest.raises(CheckpointError, match=f"{shard.name} of the journal is damaged .*: remove it"):
+    with pytest.raises(CheckpointError, match=f"{shard.name} of the journal is damaged.*: remove it"):
         evaluate(pipeline, images, **arguments, journal=tmp_path / "journal")
     shard.unlink()
     again = evaluate(pipeline, images, **arguments, journal=tmp_path / "journal")

@@ -25,12 +25,13 @@ from vdm_hub import (
     VDMScheduler,
 )
 from vdm_hub.data.images import ImageLevels
-from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
+from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, NonFiniteLossError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.images import levels_from_images
 
 LEVELS = torch.randint(0, 17, (5, 1, 8, 8), generator=seeded(1)).byte()
 SCALING = {"shift": [0.25, -0.5], "scale": [2.0, 0.75]}
+UNSCALED = {"shift": [0.0], "scale": [1.0]}
 KINDS = ("grid", "vector", "autoencoder_kl")
 
 
@@ -136,7 +137,7 @@ def test_the_evaluator_and_the_pipeline_say_the_same(transitions: int | None) ->
 
 
 def test_a_report_tells_how_the_latents_lie() -> None:
-    pipe = pipeline(scaling=None)
+    pipe = pipeline(scaling=UNSCALED)
     mean, scale = pipe.first_stage.posterior(pipe.first_stage.scale(LEVELS))
     told = pipe.bits_per_dim(LEVELS, replicates=2).to_dict()["latents"]
     spread = mean.var((0, 2, 3), correction=0) + (scale**2).mean((0, 2, 3))
@@ -158,7 +159,7 @@ def test_latents_that_are_not_normalised_are_reported(scaling: dict[str, list[fl
 
 
 def test_latents_that_carry_nothing_are_reported() -> None:
-    pipe = pipeline(scaling=None)
+    pipe = pipeline(scaling=UNSCALED)
     with torch.no_grad():
         for parameter in pipe.first_stage.encoders[0].trunk.head.parameters():
             parameter.zero_()
@@ -171,13 +172,35 @@ def test_latents_that_carry_nothing_are_reported() -> None:
     [
         ({"foo": [1.0]}, "latent_scaling is {'foo'"),
         ([1, 2], r"latent_scaling is \[1, 2\]"),
-        ({"scale": None}, r"latent_scaling is \{'scale': None\}"),
-        ({"shift": ["a", "b"]}, "latent_scaling is .*shift"),
+        ({"shift": [0.0], "scale": None}, r"latent_scaling is \{.*'scale': None\}"),
+        ({"shift": ["a", "b"], "scale": [1.0]}, "latent_scaling is .*shift"),
+        ({"shift": [0.0]}, "latent_scaling is .*scale"),
+        ({"scale": [1.0]}, "latent_scaling is .*shift"),
+        ({}, "latent_scaling is {}.*with shift, scale"),
+        (None, "latent_scaling is None"),
     ],
 )
 def test_what_is_no_scaling_is_refused(scaling: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         pipeline(scaling=scaling)
+
+
+@pytest.mark.parametrize("kept", [{}, None, {"shift": [0.25, -0.5]}, {"scale": [2.0, 0.75]}], ids=str)
+def test_a_saved_scaling_without_a_part_of_it_is_refused(kept: Any, tmp_path: Path) -> None:
+    pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"latent_scaling": kept}))
+    with pytest.raises(CheckpointError, match="latent_scaling is"):
+        LatentVDMPipeline.from_pretrained(tmp_path)
+
+
+def test_latents_as_they_are_are_said_to_be_so(tmp_path: Path) -> None:
+    pipe = LatentVDMPipeline(**pipeline().components)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["latent_scaling"] == {"shift": [0.0], "scale": [1.0]}
+    loaded = quiet(LatentVDMPipeline.from_pretrained(tmp_path))
+    assert torch.equal(loaded.encode(LEVELS, mean=True), pipe.encode(LEVELS, mean=True))
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
@@ -197,7 +220,7 @@ def test_latents_that_are_not_finite_are_not_decoded() -> None:
 
 
 def test_the_scaling_decides_the_likelihood_s_description() -> None:
-    assert pipeline().description() != pipeline(scaling=None).description()
+    assert pipeline().description() != pipeline(scaling=UNSCALED).description()
 
 
 def test_what_it_has_not_is_refused() -> None:

@@ -86,18 +86,18 @@ def test_the_carried_code_keeps_them(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, Any] = {
-    "an unknown key": {"resolution": 8, "crop": "centre"},
-    "text for a number": {"resolution": "8"},
-    "truth for a number": {"resolution": True},
-    "a number below the range": {"resolution": 0},
-    "a number above the range": {"num_levels": 257},
-    "an unknown colour": {"color": "sepia"},
-    "a colour of another kind": {"color": ["grey"]},
-    "a number for truth": {"center_crop": 1},
-    "nothing for text": {"image_column": None},
+    "an unknown key": PREPROCESSING | {"crop": "centre"},
+    "text for a number": PREPROCESSING | {"resolution": "8"},
+    "truth for a number": PREPROCESSING | {"resolution": True},
+    "a number below the range": PREPROCESSING | {"resolution": 0},
+    "a number above the range": PREPROCESSING | {"num_levels": 257},
+    "an unknown colour": PREPROCESSING | {"color": "sepia"},
+    "a colour of another kind": PREPROCESSING | {"color": ["grey"]},
+    "a number for truth": PREPROCESSING | {"center_crop": 1},
+    "nothing for text": PREPROCESSING | {"image_column": None},
     "a list": [8],
     "text": "resolution",
-    "what is no number": {"num_levels": float("nan")},
+    "what is no number": PREPROCESSING | {"num_levels": float("nan")},
 }
 
 
@@ -106,6 +106,43 @@ def test_what_can_not_be_a_preprocessing_is_refused_by_name(wrong: Any) -> None:
     with pytest.raises(ConfigurationError, match="preprocessing is") as caught:
         VDMPipeline(**tiny_pipeline().components, preprocessing=wrong)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+IMAGES_OF_ANOTHER_MODEL: dict[str, dict[str, Any]] = {
+    "levels": {"num_levels": 256},
+    "a side": {"resolution": 65_536},
+    "a smaller side": {"resolution": 4},
+    "channels": {"color": "rgb"},
+}
+
+
+@pytest.mark.parametrize("change", IMAGES_OF_ANOTHER_MODEL.values(), ids=IMAGES_OF_ANOTHER_MODEL)
+@pytest.mark.parametrize("rung", ["vdm", "hvae", "latent_vdm"])
+def test_a_saved_preprocessing_that_makes_other_images_than_the_models_is_refused(
+    rung: str, change: dict[str, Any], sound: dict[str, Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "p"
+    shutil.copytree(sound[rung], place)
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps(index | {"preprocessing": PREPROCESSING | change}))
+    with pytest.raises(ConfigurationError, match=r"preprocessing is .*and the model's are"):
+        RUNGS[rung][0].from_pretrained(place)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sound")
+    for rung, (_, fields) in RUNGS.items():
+        build_pipeline(start(root / f"{rung}-run", **fields).model.eval(), PREPROCESSING).save_pretrained(root / rung)
+    return {rung: root / rung for rung in RUNGS}
+
+
+@pytest.mark.parametrize("missing", PREPROCESSING)
+def test_a_preprocessing_without_a_part_of_it_is_refused(missing: str) -> None:
+    told = {name: value for name, value in PREPROCESSING.items() if name != missing}
+    for less in (told, {}):
+        with pytest.raises(ConfigurationError, match=f"preprocessing is .*with .*{missing if less else 'resolution'}"):
+            VDMPipeline(**tiny_pipeline().components, preprocessing=less)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +193,7 @@ def evaluated(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, 
 def test_the_command_reads_images_as_the_model_was_trained_on_them(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = {"resolution": 8, "color": "grey", "num_levels": 256}
+    told = PREPROCESSING | {"num_levels": 256, "image_column": "image"}
     VDMPipeline(**pipeline_256().components, preprocessing=told).save_pretrained(tmp_path / "told")
     pipeline_256().save_pretrained(tmp_path / "silent")
     status, report, _ = evaluated(capsys, tmp_path / "told", "--dataset_name", pictures)
@@ -174,12 +211,13 @@ def test_the_command_reads_images_as_the_model_was_trained_on_them(
 def test_an_option_that_is_given_comes_before_the_models_and_is_said(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    VDMPipeline(**pipeline_256().components, preprocessing={"resolution": 7, "color": "rgb"}).save_pretrained(tmp_path)
+    told = PREPROCESSING | {"resolution": None, "color": "auto", "num_levels": 256}
+    VDMPipeline(**pipeline_256().components, preprocessing=told).save_pretrained(tmp_path)
     given = ("--resolution", 8, "--color", "grey")
     status, report, _ = evaluated(capsys, tmp_path, "--dataset_name", pictures, *given)
     assert status == 0 and report["dataset"]["resolution"] == 8
     said = [note for note in report["notes"] if "trained with" in note]
-    assert len(said) == 2 and "8" in said[0] and "7" in said[0]
+    assert len(said) == 2 and "8" in said[0] and "None" in said[0]
 
 
 def test_a_column_of_the_models_is_read_too(
@@ -207,7 +245,7 @@ def test_a_column_of_the_models_is_read_too(
 def test_a_split_that_is_named_is_never_replaced(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = {"preprocessing": {"resolution": 8, "color": "grey"}, "held_out": HELD_OUT | {"images": 8, "size": 2}}
+    known = {"preprocessing": PREPROCESSING | {"num_levels": 256}, "held_out": HELD_OUT | {"images": 8, "size": 2}}
     known["held_out"]["label_column"] = None
     VDMPipeline(**pipeline_256().components, **known).save_pretrained(tmp_path / "p")
     status, report, _ = evaluated(capsys, tmp_path / "p", "--dataset_name", pictures)

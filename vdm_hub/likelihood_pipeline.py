@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.errors import ConfigurationError, DataError, explained
+from vdm_hub.errors import ConfigurationError, DataError, explained, shortened
 from vdm_hub.hub.checks import already_checked, check_pipeline
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.hub.schemas import check_arguments
@@ -51,7 +51,23 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         """Keep what is known in the pipeline's own config: mappings, as a list there is the class of a component."""
         images = {"preprocessing": preprocessing, "held_out": held_out}
         check_arguments(type(self), images)
+        if preprocessing is not None:
+            self._check_preprocessing(preprocessing)
         self.register_to_config(**{name: copy.deepcopy(known) for name, known in images.items() if known is not None})
+
+    def _check_preprocessing(self, preprocessing: Mapping[str, Any]) -> None:
+        """Refuse images that are not the model's, before any is read."""
+        channels, height, width = self.image_shape
+        side = preprocessing["resolution"] or height
+        needed = {"grey": 1, "rgb": 3}.get(preprocessing["color"], channels)
+        read = {"num_levels": preprocessing["num_levels"], "shape": (needed, side, side if side != height else width)}
+        own = {"num_levels": self.num_levels, "shape": self.image_shape}
+        if read != own:
+            raise ConfigurationError(
+                f"preprocessing is {shortened(dict(preprocessing), 200)}: that makes images of shape {read['shape']} "
+                f"(channels, height, width) and {read['num_levels']} levels, and the model's are of {own['shape']} "
+                f"and {own['num_levels']} levels: give the preprocessing that it was trained with."
+            )
 
     @property
     @abstractmethod

@@ -23,7 +23,7 @@ from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
 _INTERFACE = ("image_shape", "latent_shape", "num_levels", "posterior", "log_likelihood", "draw_levels")
 
 
-class LatentScaling(TypedDict, total=False):
+class LatentScaling(TypedDict):
     """``shift`` and ``scale``, one number a channel of the latents, or one for all."""
 
     shift: list[float]
@@ -31,6 +31,8 @@ class LatentScaling(TypedDict, total=False):
 
 
 Scaling = Annotated[dict[str, Any], Record(LatentScaling)]
+
+_AS_THEY_ARE: dict[str, Any] = {"shift": [0.0], "scale": [1.0]}
 
 
 class LatentVDMPipeline(VDMPipeline):
@@ -70,17 +72,18 @@ class LatentVDMPipeline(VDMPipeline):
         unet: ModelMixin,
         scheduler: SchedulerMixin,
         noise_schedule: NoiseScheduleModel | None = None,
-        latent_scaling: Scaling | None = None,
+        latent_scaling: Scaling = _AS_THEY_ARE,
         preprocessing: PreprocessingMapping | None = None,
         held_out: HeldOutMapping | None = None,
     ) -> None:
-        super().__init__(unet, scheduler, noise_schedule, preprocessing, held_out)
+        super().__init__(unet, scheduler, noise_schedule)
         _check_first_stage(first_stage)
         check_arguments(type(self), {"latent_scaling": latent_scaling})
         _check_network(first_stage, unet)
         self.register_modules(first_stage=first_stage)
         # A mapping: diffusers takes a list in a pipeline's index for the library and class of a component.
-        self.register_to_config(latent_scaling=None if latent_scaling is None else dict(latent_scaling))
+        self.register_to_config(latent_scaling={name: list(values) for name, values in latent_scaling.items()})
+        self._register_images(preprocessing, held_out)
 
     @classmethod
     def from_diffusers(cls, *args: Any, **kwargs: Any) -> Any:
@@ -103,8 +106,7 @@ class LatentVDMPipeline(VDMPipeline):
             raise ConfigurationError(
                 f"the scheduler's process is {type(process).__name__}, and latents are diffused by a Gaussian one."
             )
-        scaling = self.config.get("latent_scaling") or {}
-        return LatentProcess(self.first_stage, process, **scaling).to(self._execution_device)
+        return LatentProcess(self.first_stage, process, **self.config.latent_scaling).to(self._execution_device)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -123,8 +125,7 @@ class LatentVDMPipeline(VDMPipeline):
     def description(self) -> dict[str, Any]:
         """The configs of scheduler and first stage, and the latents' scaling."""
         stage = {name: value for name, value in self.first_stage.config.items() if not name.startswith("_")}
-        scaling = self.config.get("latent_scaling")
-        return super().description() | {"first_stage": stage, "latent_scaling": scaling}
+        return super().description() | {"first_stage": stage, "latent_scaling": self.config.latent_scaling}
 
     def examine(self, levels: Tensor) -> tuple[dict[str, Any], list[str]]:
         """Mean and deviation of the latents, and whether they carry anything."""

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 from vdm_hub.hub.schemas import Record, Within
 
 
-class Preprocessing(TypedDict, total=False):
-    """What is done to images before they are a model's levels. What is not said is not done.
+class Preprocessing(TypedDict):
+    """What is done to images before they are a model's levels.
 
     Attributes:
         resolution: The shorter side is resized to so many pixels, and a square is cropped; ``None`` resizes nothing.

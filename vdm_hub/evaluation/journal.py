@@ -3,6 +3,7 @@
 A journal is a folder. ``key.json`` says what is measured: the weights, the images, the process and the protocol; a run
 with another key is refused. Each batch is one safetensors file, written beside its place, flushed to the disk and
 renamed; those of a finished replicate are joined. So any number of processes may write, and any other number go on.
+The digest of each file covers the key, too: one of another journal is refused.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Journal:
         self._pieces: dict[int, list[Path]] = {}
         self._marked, self.seconds_before = time.perf_counter(), 0.0
         plain = json.loads(json.dumps(key))
+        self._key = json.dumps(plain, sort_keys=True)
         check_place(folder)
         with explained(f"the journal {folder} can't be kept", "name another folder", OutputError):
             self._open(folder, plain)
@@ -86,14 +88,16 @@ class Journal:
             return None
         kept = read_json(path)
         check_record(_State, kept, str(path))
-        if kept["sha256"] != _digest({}, {"state": json.dumps(kept["found"], sort_keys=True)}):
-            raise CheckpointError(f"{path} of the journal is damaged: remove the journal's folder, and begin anew.")
+        if kept["sha256"] != _digest(self._key, {}, {"state": json.dumps(kept["found"], sort_keys=True)}):
+            raise CheckpointError(
+                f"{path} of the journal is damaged, or of another one: remove the journal's folder, and begin anew."
+            )
         found: dict[str, Any] = kept["found"]
         return found
 
     def keep_state(self, state: Mapping[str, Any]) -> None:
         """Keep what the pilot found, for whoever goes on."""
-        digest = _digest({}, {"state": json.dumps(state, sort_keys=True)})
+        digest = _digest(self._key, {}, {"state": json.dumps(state, sort_keys=True)})
         _write(self.folder / _STATE, json.dumps({"found": state, "sha256": digest}).encode())
 
     def write(self, replicate: int, indices: Tensor, measured: Measured, seconds: float | None = None) -> None:
@@ -114,7 +118,7 @@ class Journal:
         plain = {name: value.detach().double().cpu().contiguous().clone() for name, value in tensors.items()}
         about = {"replicate": str(replicate), "seconds": repr(seconds), "terms": json.dumps(list(measured.terms))}
         tensors = plain | {_INDICES: indices.cpu().contiguous()}
-        _write(path, save(tensors, about | {"sha256": _digest(tensors, about)}))
+        _write(path, save(tensors, about | {"sha256": _digest(self._key, tensors, about)}))
         self._pieces.setdefault(replicate, []).append(path)
 
     def join(self, replicate: int, num_images: int) -> None:
@@ -124,7 +128,7 @@ class Journal:
             return
         own, seconds = Results(num_images), 0.0
         for piece in pieces:
-            took, _, indices, measured = _read(piece)
+            took, _, indices, measured = _read(piece, self._key)
             own.add(replicate, indices, measured)
             seconds += took
         self.write(replicate, *own.found(replicate), seconds)
@@ -144,7 +148,7 @@ class Journal:
         """Take in all that is kept, whichever process measured it; ``seconds_before`` is what all of it took."""
         self.seconds_before = 0.0
         for path in sorted(self.folder.glob("replicate-*.safetensors")):
-            seconds, replicate, indices, measured = _read(path)
+            seconds, replicate, indices, measured = _read(path, self._key)
             if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < results.num_images:
                 raise CheckpointError(f"{path} of the journal is of other images: remove the journal's folder.")
             if bool(torch.isin(indices, results.missing(replicate)).any()):  # a kill may leave the same twice
@@ -162,13 +166,15 @@ def check_place(folder: Path) -> None:
         raise OutputError(f"the journal {folder} is a file, and a journal is a folder: name another place.")
 
 
-def _read(path: Path) -> tuple[float, int, Tensor, Measured]:
-    """What a piece holds, if it is what was written."""
-    with explained(f"{path} of the journal is damaged", "remove it, and its images are measured again"):
+def _read(path: Path, key: str) -> tuple[float, int, Tensor, Measured]:
+    """What a piece holds, if it is what was written into the journal with this key."""
+    with explained(
+        f"{path} of the journal is damaged, or of another journal", "remove it, and its images are measured again"
+    ):
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        if about.pop("sha256") != _digest(tensors, about):
+        if about.pop("sha256") != _digest(key, tensors, about):
             raise ValueError("its content is not what was written")
         indices = tensors.pop(_INDICES)
         parts: dict[str, dict[str, Tensor]] = {"term": {}, "diagnostic": {}}
@@ -179,9 +185,9 @@ def _read(path: Path) -> tuple[float, int, Tensor, Measured]:
         return float(about["seconds"]), int(about["replicate"]), indices, Measured(ordered, parts["diagnostic"])
 
 
-def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    """Of all that a piece holds."""
-    digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+def _digest(key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Of all that a piece holds, and of what its journal measures."""
+    digest = hashlib.sha256(json.dumps([key, dict(about)], sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
