@@ -176,7 +176,7 @@ def test_latents_that_carry_nothing_are_reported() -> None:
         ({"shift": ["a", "b"], "scale": [1.0]}, "latent_scaling is .*shift"),
         ({"shift": [0.0]}, "latent_scaling is .*scale"),
         ({"scale": [1.0]}, "latent_scaling is .*shift"),
-        ({}, "latent_scaling is {}.*with shift, scale"),
+        ({}, "latent_scaling is {}.*with 'shift, scale'"),
         (None, "latent_scaling is None"),
     ],
 )
