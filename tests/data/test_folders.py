@@ -7,8 +7,10 @@ import os
 import shutil
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -599,3 +601,57 @@ def test_rgb_folders_keep_their_bytes(tmp_path: Path) -> None:
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     levels = load_data(DataArguments(train_data_dir=str(tmp_path), test_split=None)).train
     assert isinstance(levels, ImageLevels) and np.array_equal(levels.levels, pixels.transpose(0, 3, 1, 2))
+
+
+OVERLAPS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "test is train": ({"test_split": "train"}, ["test"]),
+    "a slice": ({"test_split": "train[:2]"}, ["test"]),
+    "slices that meet": ({"train_split": "train[:4]", "test_split": "train[3:]"}, ["test"]),
+    "beside another split": ({"test_split": "test+train[:1]"}, ["test"]),
+    "validation is train": ({"validation_split": "train", "test_split": None}, ["validation"]),
+    "both": ({"validation_split": "train[:2]", "test_split": "train[1:]"}, ["validation", "test", "test"]),
+    "validation is test": ({"validation_split": "test", "test_split": "test"}, ["test"]),
+    "more is held out": ({"validation_size": 2, "test_split": "train[:2]"}, ["test"]),
+    "of what a share is held out": (
+        {"validation_split": "train[:1]", "test_split": None, "test_size": 2},
+        ["validation"],
+    ),
+    "the first images": ({"max_train_samples": 3, "test_split": "train[2:]"}, ["test"]),
+    "as streams": ({"streaming": True, "test_split": "train"}, ["test"]),
+    "slices apart": ({"train_split": "train[:4]", "test_split": "train[4:]"}, []),
+    "the others": ({"max_train_samples": 3, "test_split": "train[3:]"}, []),
+    "splits": ({"test_split": "test", "validation_size": 2}, []),
+    "shares": ({"test_split": None, "test_size": 2, "validation_size": 2}, []),
+}
+
+
+@pytest.mark.parametrize("what", OVERLAPS)
+def test_images_that_are_trained_on_and_measured_are_said(tmp_path: Path, what: str) -> None:
+    folder_of(tmp_path, *(f"train/{i}.png" for i in range(6)), *(f"test/{i}.png" for i in range(3)))
+    arguments, expected = OVERLAPS[what]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data = read(tmp_path, **arguments)
+    found = [str(warning.message) for warning in said if "held-out" in str(warning.message)]
+    assert [message.rpartition("--")[2] for message in found] == [f"{name}_split." for name in expected]
+    assert len(data.notes) == expected.count("test")
+
+
+@pytest.mark.parametrize("split", ["train+train", "train[:4]+train[3:]", "test+train+test[:1]"])
+def test_a_split_that_has_images_twice_is_refused(tmp_path: Path, split: str) -> None:
+    folder_of(tmp_path, *(f"train/{i}.png" for i in range(6)), *(f"test/{i}.png" for i in range(3)))
+    for field in ("train_split", "validation_split", "test_split"):
+        assert repr(split) in refused(read, tmp_path, **{field: split})
+    assert repr(split) in refused(load_split, str(tmp_path), split)
+    assert len(load_split(str(tmp_path), "train[4:]+test+train[:4]").levels) == 9
+
+
+def test_what_is_called_digits_here_is_said_not_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(load_split("digits", "test", num_levels=17)) == 360
+    folder_of(tmp_path / "digits", "0.png", "1.png")
+    with pytest.warns(UserWarning, match=r"\./digits"):
+        assert len(load_split("digits", "test", num_levels=17)) == 360
+    assert (
+        len(load_split("./digits", "train")) == len(load_split("digits/", "train")) == len(read("digits").train) == 2
+    )

@@ -8,10 +8,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from image_folders import png, refused
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.held_out import choose_again, hold_out, label_column
 from vdm_hub.data.loading import Data, load_data, load_split
@@ -116,8 +119,7 @@ def test_classes_that_can_not_be_spread_are_said_to_be_left_to_the_seed() -> Non
         ("label", datasets.Value("int64"), "label"),
         ("labels", datasets.Value("uint8"), "labels"),
         ("fine_label", datasets.ClassLabel(num_classes=2), "fine_label"),
-        ("label", datasets.Value("float32"), None),
-        ("label", datasets.Value("string"), None),
+        ("weight", datasets.Value("float32"), None),
         ("id", datasets.Value("int64"), None),
     ],
 )
@@ -126,9 +128,40 @@ def test_a_class_is_a_class_label_or_an_integer_of_a_usual_name(name: str, featu
     assert label_column(labelled(labels, feature, name)) == found
 
 
-def test_labels_that_are_missing_are_a_class_of_their_own() -> None:
-    _, held, record = hold_out(labelled([0, None] * 6), "train", 4)
-    assert Counter(held["label"]) == {0: 2, None: 2} and record["label_column"] == "label"
+NO_LABELS: dict[str, pa.Array] = {
+    "null": pa.array([0, None] * 6),
+    "negative": pa.array([-1, 3] * 6),
+    "beyond int64": pa.array([2**64 - 1, 0] * 6, pa.uint64()),
+    "only nulls": pa.nulls(12),
+    "words": pa.array(["a", "b"] * 6),
+    "floats": pa.array([0.5, 1.0] * 6),
+    "truths": pa.array([True, False] * 6),
+    "decimals": pa.array([1, 2] * 6, pa.decimal128(5, 2)),
+    "dates": pa.array([1, 2] * 6, pa.date32()),
+    "lists": pa.array([[1], [2]] * 6),
+    "mappings": pa.array([{"a": 1}, {"a": 2}] * 6),
+    "no class": pa.array([9, 1] * 6),
+}
+
+
+@pytest.mark.parametrize("what", NO_LABELS)
+def test_what_is_refused_as_labels_spreads_nothing_and_that_is_said(tmp_path: Path, what: str) -> None:
+    rows = [{"bytes": png(i), "path": None} for i in range(12)]
+    table = pa.table({"image": rows, "label": NO_LABELS[what]})
+    if what == "no class":
+        classes = datasets.ClassLabel(names=["a", "b"])
+        told = datasets.Features(image=datasets.Image(), label=classes).arrow_schema.metadata
+        table = table.replace_schema_metadata(told)
+    pq.write_table(table, tmp_path / "a.parquet")
+    reasons = refused(load_split, str(tmp_path), "train", label_column="label")
+    with pytest.warns(UserWarning, match="column 'label'") as said:
+        data = load(tmp_path, test_split=None, test_size=0.25)
+    assert reasons.partition("'train', ")[2] in str(said[0].message)
+    assert data.held_out_test is not None and data.held_out_test["label_column"] is None
+    for column in ("label", "image", "nowhere", ""):
+        record: Any = data.held_out_test | {"label_column": column}
+        message = refused(load_split, str(tmp_path), "held_out", held_out=record)
+        assert "chosen again" in message and repr(column) in message
 
 
 # ---- where there is a test split, or none can be made ---------------------------------------------------------------

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import datasets
 import numpy as np
+import numpy.typing as npt
 
+from vdm_hub.data.labels import holds_labels, read_labels
 from vdm_hub.errors import DataError, in_one_line, warn
 from vdm_hub.preprocessing import HeldOut
 
@@ -17,8 +17,6 @@ SEED = 0
 """Of the choice: a constant, so that runs of different seeds are tested on the same images."""
 
 _LABELS = ("label", "labels", "class", "target")  # of columns of integers; a ClassLabel may have any name
-
-Labels: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
 def count(size: float, images: int) -> int:
@@ -47,12 +45,17 @@ def hold_out(
     rows, number = len(dataset), count(size, len(dataset))
     if number >= rows:
         raise DataError(f"test_size is {size}, and {split!r} has {rows} images: hold out fewer with --test_size.")
-    column = label_column(dataset)
-    kept, held = _choose(rows, number, SEED, _labels(dataset, column))
+    column, why = label_column(dataset), "they can't be spread so thinly."
+    kept, held = list[int](), None
+    try:
+        labels = None if column is None else read_labels(dataset, column).numpy()
+        kept, held = _choose(rows, number, SEED, labels)
+    except DataError as error:
+        why = str(error)
     if held is None:
         warn(
-            f"{number} of {rows} images can't be spread over the classes of the column {column!r}: those held out are "
-            f"chosen by the seed alone.",
+            f"{number} of {rows} images are held out by the seed alone, and not spread over the classes of the column "
+            f"{column!r}: {why}",
             stacklevel=2,
         )
         column = None
@@ -82,16 +85,19 @@ def choose_again(dataset: datasets.Dataset, source: str, record: HeldOut, split:
     Raises:
         DataError: The split has not as many images as it had, or not those labels: the same can't be chosen.
     """
-    rows, column = len(dataset), record["label_column"]
-    held = None
-    if rows == record["images"] and (column is None or column in dataset.column_names):
-        _, held = _choose(rows, record["size"], record["seed"], _labels(dataset, column))
+    rows, column, held, why = len(dataset), record["label_column"], None, ""
+    if rows == record["images"]:
+        try:
+            labels = None if column is None else read_labels(dataset, column).numpy()
+            _, held = _choose(rows, record["size"], record["seed"], labels)
+        except DataError as error:
+            why = f" ({in_one_line(error)})"
     if held is None:
         raise DataError(
             f"the images that the run held out can't be chosen again: its split {record['split']!r} had "
             f"{record['images']} images{'' if column is None else f' with the column {column!r}'}, and {source!r} has "
-            f"{rows} there{'' if rows != record['images'] else ', with other labels'}. Some of another choice would "
-            f"have been trained on: give the dataset as it was, or name a split with --split."
+            f"{rows} there{'' if rows != record['images'] else f', with other labels{why}'}. Some of another choice "
+            f"would have been trained on: give the dataset as it was, or name a split with --split."
         )
     try:
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({SPLIT: len(held)})
@@ -113,21 +119,21 @@ def names_held_out(split: str) -> bool:
 
 
 def label_column(dataset: datasets.Dataset) -> str | None:
-    """The column that says an image's class: a ClassLabel, or integers of a usual name; ``None`` where none does."""
+    """The column that says an image's class: a ClassLabel, or integers of a usual name; ``None`` where none does.
+
+    Where columns of a usual name hold something else, the first of them, which `read_labels` refuses with the reason.
+    """
     features = dict(dataset.features or {})
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    integers = [name for name in _LABELS if "int" in str(getattr(features.get(name), "dtype", ""))]
-    named = [name for name in _LABELS if name in classes]
-    return next(iter([*named, *classes, *integers]), None)
+    usual = [name for name in _LABELS if name in features]
+    named = [name for name in usual if name in classes]
+    integers = [name for name in usual if holds_labels(features[name])]
+    return next(iter([*named, *classes, *integers, *usual]), None)
 
 
-def _labels(dataset: datasets.Dataset, column: str | None) -> Labels | None:
-    if column is None:
-        return None
-    return np.array([-1 if label is None else int(label) for label in dataset[column]], dtype=np.int64)
-
-
-def _choose(rows: int, number: int, seed: int, labels: Labels | None) -> tuple[list[int], list[int] | None]:
+def _choose(
+    rows: int, number: int, seed: int, labels: npt.NDArray[np.int64] | None
+) -> tuple[list[int], list[int] | None]:
     """The rows that are kept and those held out, each in their order; none where classes can't be spread so thinly."""
     from sklearn.model_selection import train_test_split  # here, as it takes half a second that other data need not
 

@@ -29,7 +29,7 @@ def read_labels(dataset: datasets.Dataset, column: str, note: str = "") -> Tenso
         raise DataError(f"no column {column!r}: the columns are {', '.join(dataset.column_names)}.{note}")
     feature = dataset.features[column]
     is_class = isinstance(feature, datasets.ClassLabel)
-    if not is_class and not (isinstance(feature, datasets.Value) and feature.dtype in _INTEGERS):
+    if not holds_labels(feature):
         first = str(dataset[0][column])[:40] if len(dataset) else ""
         raise DataError(
             f"the column {column!r} holds {str(feature)[:200]} (first {first!r}): labels are integers or ClassLabel, "
@@ -46,3 +46,13 @@ def read_labels(dataset: datasets.Dataset, column: str, note: str = "") -> Tenso
             f"images without a label, or name another column."
         )
     return torch.tensor(labels, dtype=torch.int64)
+
+
+def holds_labels(feature: object) -> bool:
+    """Whether a column of this kind may hold labels: integers, or `datasets.ClassLabel`.
+
+    >>> holds_labels(datasets.Value("uint8")), holds_labels(datasets.Value("bool"))
+    (True, False)
+    """
+    is_integer = isinstance(feature, datasets.Value) and feature.dtype in _INTEGERS
+    return is_integer or isinstance(feature, datasets.ClassLabel)

@@ -16,6 +16,7 @@ from vdm_hub.data.files import lies_in, list_folder
 from vdm_hub.data.held_out import choose_again, count, hold_out, names_held_out
 from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all
 from vdm_hub.data.labels import read_labels
+from vdm_hub.data.overlaps import overlaps
 from vdm_hub.data.sources import (
     AnyDataset,
     Source,
@@ -47,6 +48,7 @@ class Data:
         held_out: How many images of the training split are not trained on, but held out.
         summary: How many images each of them has, and what lies in the folder and is not used: one paragraph.
         held_out_test: How the test images were chosen, where they were held out of the training split.
+        notes: What the reader of a figure on the test images must know, one sentence each.
     """
 
     train: Images
@@ -55,6 +57,7 @@ class Data:
     held_out: int = 0
     summary: str = ""
     held_out_test: HeldOut | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -105,7 +108,8 @@ def load_data(arguments: DataArguments) -> Data:
         uses.append(("holds out for the test", test, arguments.train_split))
     summary = summary_of(source, uses, streaming=arguments.streaming)
     sizes = (0 if held_out is None else len(held_out), 0 if chosen is None else chosen["size"])
-    return Data(train, validation, test, sum(sizes), summary, chosen)
+    notes = _warn_of_overlaps(source, arguments, sum(sizes), test is not None and chosen is None)
+    return Data(train, validation, test, sum(sizes), summary, chosen, notes)
 
 
 def load_split(
@@ -338,6 +342,19 @@ def _in_memory(
         names = (row["path"] for row in encoded.select_columns([column])[:][column])
         images = replace(images, names=tuple(names))
     return images
+
+
+def _warn_of_overlaps(source: Source, arguments: DataArguments, held_out: int, has_test: bool) -> tuple[str, ...]:
+    """Warn where images are both trained on and measured; what is to be said of the figure at the end."""
+    splits = {"train": arguments.train_split}
+    splits |= {} if arguments.validation_split is None else {"validation": arguments.validation_split}
+    splits |= {"test": str(arguments.test_split)} if has_test else {}
+    limit = arguments.max_train_samples
+    limit = None if limit is None else limit + held_out
+    found = overlaps(source, splits, limit, streaming=arguments.streaming)
+    for said in found.values():
+        warn(said, stacklevel=3)
+    return tuple(said for (_, measured), said in found.items() if measured == "test")
 
 
 def _warn_if_resized(*splits: Images | None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
@@ -21,7 +22,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from vdm_hub.data.digits import digits
 from vdm_hub.data.layouts import Layout, metadata_columns, read_layout, refuse_doubled
-from vdm_hub.errors import DataError, explained, in_one_line
+from vdm_hub.errors import DataError, explained, in_one_line, warn
 
 AnyDataset: TypeAlias = Any  # datasets.Dataset | datasets.IterableDataset: the library has no type information
 Opener: TypeAlias = Callable[[str], IO[bytes]]
@@ -97,14 +98,24 @@ class Source(ABC):
 
         Raises:
             UnknownSplitError: There are other splits.
+            DataError: A row is named twice.
         """
         try:
-            return list(datasets.ReadInstruction.from_spec(split).to_absolute(dict(self.sizes)))
+            parts = list(datasets.ReadInstruction.from_spec(split).to_absolute(dict(self.sizes)))
         except (ValueError, AssertionError) as error:
             if isinstance(error, DataError):
                 raise
             why = "" if "Unknown split" in str(error) else f" ({in_one_line(error)})"
             raise self._unknown(split, self.sizes, why) from error
+        numbers = {name: np.zeros(size, dtype=np.int64) for name, size in self.sizes.items()}
+        for part in parts:
+            numbers[part.splitname][part.from_ : part.to] += 1
+        if twice := sum(int((number > 1).sum()) for number in numbers.values()):
+            raise DataError(
+                f"the split {split!r} names {twice:,} images of {self.name!r} more than once, and each counts once: "
+                f"leave one of its parts out."
+            )
+        return parts
 
     def _part(self, split: str, start: int, stop: int) -> datasets.Dataset:
         whole = self._whole(split)
@@ -258,6 +269,10 @@ def open_source(name: str, config_name: str | None = None) -> Source:
         DataError: There is no such dataset, or it can't be read.
     """
     if name == "digits":
+        if os.path.lexists(name):
+            warn(
+                "'digits' is scikit-learn's dataset, and what is here under that name is not read: name it './digits'."
+            )
         return Digits(name)
     if is_local(name):
         return open_folder(name, config_name)

@@ -226,7 +226,7 @@ def publish_locally(
             batch_size=training.eval_batch_size,
             seed=training.seed,
             dataset=told,
-        )
+        ).with_notes(data.notes)
         with written_beside(folder.evaluation) as beside:
             beside.write_text(json.dumps(report.to_dict(), indent=1))
     if pipeline.process is not None:
