@@ -193,8 +193,8 @@ def test_what_the_model_has_no_likelihood_for_is_refused(folder: Path, capsys: p
 def test_a_missing_solver_is_named_with_its_install_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torchode", None)
-    assert "pip install torchode" in refused(capsys, words(folder, "--method", "ode"))
+    monkeypatch.setitem(sys.modules, "scipy.integrate", None)
+    assert "pip install scipy" in refused(capsys, words(folder, "--method", "ode"))
     assert main(words(folder, "--max_images", 2, "--replicates", 1)) == 0, "the bound needs none"
 
 

@@ -93,7 +93,7 @@ def test_images_need_not_be_square() -> None:
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents have shape \(2, 3, 8, 8\)"),
         ({"generator": [seeded()], "batch_size": 2}, "1 generators for 2 images"),
-        ({"class_labels": [0], "batch_size": 2}, r"\(1,\) class labels for 2 images"),
+        ({"class_labels": [0, 0], "batch_size": 2}, "the network knows no classes"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"callback asks for \['noise'\]"),
     ],
 )

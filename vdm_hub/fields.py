@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 import reprlib
 import types
 import typing
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import field, fields
 from typing import Any, Literal, TypeVar, Union
 
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.errors import ConfigurationError, shortened, unknown_name
 
 T = TypeVar("T")
 
@@ -114,3 +116,19 @@ def within(minimum: float, maximum: float, arguments: object, *names: str) -> No
     for name in names:
         if (value := getattr(arguments, name)) is not None:
             _check_number(name, value, {"at least": minimum, "at most": maximum})
+
+
+def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """A whole number in a range; 2.0, True and "2" are none.
+
+    >>> whole_number("batch_size", 2.5)
+    Traceback (most recent call last):
+    ...
+    vdm_hub.errors.ConfigurationError: batch_size is 2.5: give a whole number of at least 1.
+    """
+    is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    with contextlib.suppress(TypeError, ValueError):  # an array of one has an index only where it holds whole numbers
+        if is_whole and least <= (number := operator.index(value)) <= (number if most is None else most):
+            return number
+    wanted = f"of at least {least:,}" if most is None else f"from {least:,} to {most:,}"
+    raise ConfigurationError(f"{name} is {shortened(value)}: give a whole number {wanted}.")

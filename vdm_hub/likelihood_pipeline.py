@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError, DataError, explained, shortened
+from vdm_hub.fields import whole_number
 from vdm_hub.hub.checks import already_checked, check_pipeline
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.hub.schemas import check_arguments
@@ -95,6 +96,11 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         return None
 
     @property
+    def _takes_labels(self) -> bool:
+        """Whether labels may be given: networks of a user's own may read them though their config says nothing."""
+        return self.num_classes is not None
+
+    @property
     @abstractmethod
     def main_model(self) -> ModelMixin:
         """The component that the model is named by."""
@@ -147,15 +153,22 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
     def _batch_shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
         """Of what a sample starts from, given or drawn: ``latents`` decide how many, where 1 is asked for."""
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size is {batch_size}: give at least 1.")
+        batch_size = whole_number("batch_size", batch_size)
+        if latents is not None and not (isinstance(latents, Tensor) and latents.is_floating_point()):
+            what = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+            raise ConfigurationError(f"latents are {what}: give a tensor of floating-point numbers.")
         shape = (batch_size, *self.latent_shape) if latents is None else tuple(latents.shape)
         if shape[1:] != self.latent_shape:
             raise ConfigurationError(f"latents have shape {shape}; the model needs (B, *{self.latent_shape}).")
         if batch_size not in (1, shape[0]):
             raise ConfigurationError(f"batch_size is {batch_size}, and {shape[0]} latents were given: leave it out.")
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ConfigurationError(f"{len(generator)} generators for {shape[0]} images: give one each, or just one.")
+        each = [generator] if generator is None or isinstance(generator, torch.Generator) else generator
+        if not isinstance(each, Sequence) or not all(one is None or isinstance(one, torch.Generator) for one in each):
+            raise ConfigurationError(
+                f"generator is {shortened(generator)}: give a torch.Generator, or a list with one for each image."
+            )
+        if each is generator and (len(each) != shape[0] or None in each):
+            raise ConfigurationError(f"{len(each)} generators for {shape[0]} images: give one each, or just one.")
         return shape
 
     @classmethod
@@ -180,6 +193,44 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         if trusts_code:  # the repository's own code chooses what it reads
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs | dict(files.pinned))
         return cls._from_checked(files, kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A pipeline of another's components, which both then share: see `DiffusionPipeline.from_pipe`.
+
+        Args:
+            pipeline: Any pipeline that has them.
+            kwargs: Components and arguments of this class that take the place of the other's. Without ``dtype``, the
+                weights keep their type.
+
+        Raises:
+            ConfigurationError: The other lacks a component, or has one that this class would leave out.
+
+        Example:
+            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> unet = UNetVDMModel(8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
+            >>> VDMPipeline.from_pipe(pipe, scheduler=VDMScheduler(num_levels=256)).unet is pipe.unet
+            True
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ConfigurationError(f"from_pipe got {shortened(pipeline)}: give a pipeline.")
+        takes, _ = cls._get_signature_keys(cls)
+        required = {name for name in takes if name not in cls._optional_components}
+        parts = {name: part for name, part in pipeline.components.items() if part is not None}
+        missing = sorted(required - parts.keys() - kwargs.keys())
+        left_out = sorted(parts.keys() - set(takes))
+        if missing or left_out:
+            wrong = (
+                f"has no {', '.join(missing)}" if missing else f"has {', '.join(left_out)}, which would be left out"
+            )
+            raise ConfigurationError(
+                f"a {type(pipeline).__name__} {wrong}; a {cls.__name__} is made of {', '.join(sorted(required))}. "
+                f"Give a pipeline of these, or what is missing by name."
+            )
+        # Given by name: diffusers asks for the very class of an annotation, and here any model called alike will do.
+        dtype = next((part.dtype for part in parts.values() if isinstance(part, ModelMixin)), None)
+        return super().from_pipe(pipeline, **{"dtype": dtype} | parts | kwargs)
 
     @classmethod
     def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
@@ -215,10 +266,9 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         Args:
             images: PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) as the pipeline returns them (in [0, 1], on
                 the K levels), or integer tensors of levels.
-            method: ``bound``, the variational lower bound; ``ode``, the likelihood of the probability-flow ODE, which
-                needs `pip install torchode`; ``importance_weighted``, over ``draws`` whole chains where there is
-                a number of transitions, or a hierarchy of latents, else over dequantised draws of the probability
-                flow.
+            method: ``bound``, the variational lower bound; ``ode``, the likelihood of the probability-flow ODE;
+                ``importance_weighted``, over ``draws`` whole chains where there is a number of transitions, or a
+                hierarchy of latents, else over dequantised draws of the probability flow.
             transitions: T, or ``None`` for continuous time.
             replicates: Independent estimates per image, behind the standard error.
             seed: Of all draws: an image's noise is a function of it, the replicate and the image's index; its time
@@ -236,7 +286,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
         Raises:
             DataError: A pixel is none of the K levels, or the images' shape is not the network's.
-            ConfigurationError: The method is unknown, the model has no such likelihood, or torchode is missing.
+            ConfigurationError: The method is unknown, or the model has no such likelihood.
             NonFiniteLossError: A term of an image is NaN or infinite; the message names both.
 
         Example:
@@ -251,6 +301,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             >>> report.log_likelihood.shape, report.per_image.shape, report.is_bound  # nats, bits/dim
             (torch.Size([3]), torch.Size([3]), True)
         """
+        batch_size, replicates = whole_number("batch_size", batch_size), whole_number("replicates", replicates)
         levels = levels_from_images(images, self.num_levels)
         if tuple(levels.shape[1:]) != self.image_shape:
             raise DataError(
@@ -283,9 +334,20 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         return self.log_likelihood(images, **kwargs)
 
     def _labels(self, class_labels: Tensor | Sequence[int] | None, batch_size: int) -> dict[str, Tensor]:
+        classes = self.num_classes
         if class_labels is None:
+            if classes is not None:
+                raise ConfigurationError(f"class_labels is None, and the network knows {classes} classes: give them.")
             return {}
-        labels = torch.as_tensor(class_labels, device=self.device_of_latents)
-        if labels.shape != (batch_size,):
+        if not self._takes_labels:
+            raise ConfigurationError("class_labels were given, and the network knows no classes: leave them out.")
+        with explained("class_labels are no numbers", "give one whole number for each image", ConfigurationError):
+            labels = torch.as_tensor(class_labels, device=self.device_of_latents)
+        if labels.shape[:1] != (batch_size,) or (classes is not None and labels.ndim != 1):
             raise ConfigurationError(f"{tuple(labels.shape)} class labels for {batch_size} images: give one each.")
-        return {"class_labels": labels}
+        if classes is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise ConfigurationError(f"class_labels are {labels.dtype}: give whole numbers from 0 to {classes - 1}.")
+        if classes is not None and not bool(((labels >= 0) & (labels < classes)).all()):
+            first = labels[(labels < 0) | (labels >= classes)][0].item()
+            raise ConfigurationError(f"class_labels hold {first}: give whole numbers from 0 to {classes - 1}.")
+        return {"class_labels": labels if classes is None else labels.long()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -25,6 +27,7 @@ from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
 from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, shortened, unknown_name
+from vdm_hub.fields import whole_number
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, ModelFiles
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
@@ -68,6 +71,7 @@ class VDMPipeline(LikelihoodPipeline):
         held_out: HeldOutMapping | None = None,
     ) -> None:
         super().__init__()
+        self._steps_of: dict[int | None, int] = {}  # by thread, and of the last call
         weights = _weights_of_schedule(scheduler) if noise_schedule is None else noise_schedule
         if isinstance(scheduler, VDMScheduler):
             check_context(scheduler.process.context_size, unet)
@@ -159,8 +163,8 @@ class VDMPipeline(LikelihoodPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the sampling under way, or of the last one; callbacks compare their index with it."""
-        return len(self.scheduler.timesteps)
+        """Steps of this thread's sampling under way, or of the last one; callbacks compare their index with it."""
+        return self._steps_of.get(threading.get_ident(), self._steps_of.get(None, len(self.scheduler.timesteps)))
 
     # ---- samples ----------------------------------------------------------------------------------------------------
 
@@ -219,31 +223,31 @@ class VDMPipeline(LikelihoodPipeline):
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
         network = self._network(network_arguments | self._labels(class_labels, shape[0]))
         by_score = self._score_sampler(sampler, bound)
-        self.scheduler.set_timesteps(_steps(num_inference_steps, by_score), device=device)
+        scheduler = self._scheduler_of_call(num_inference_steps, by_score)
         if latents is None:
             latents = bound.prior_sample(shape, generator, device)
         latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
-        latents = latents * self.scheduler.init_noise_sigma
-        is_vdm = isinstance(self.scheduler, VDMScheduler)
-        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        latents = latents * scheduler.init_noise_sigma
+        is_vdm = isinstance(scheduler, VDMScheduler)
+        for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             if by_score is not None:
                 assert isinstance(bound, BoundGaussian)
-                s, t = (time_tensor(self.scheduler.times[j], latents) for j in (i + 1, i))
+                s, t = (time_tensor(scheduler.times[j], latents) for j in (i + 1, i))
                 latents = by_score.step(partial(bound.score, network), bound.sde, latents, s, t, generator)
             elif is_vdm:
-                output = bound.predict(network, latents, time_tensor(self.scheduler.times[i], latents))
-                latents = self.scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
+                output = bound.predict(network, latents, time_tensor(scheduler.times[i], latents))
+                latents = scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
             else:
-                output = network(self.scheduler.scale_model_input(latents, timestep), timestep)
-                extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
-                latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
+                output = network(scheduler.scale_model_input(latents, timestep), timestep)
+                extra = {"generator": generator} if _takes_generator(scheduler) else {}
+                latents = scheduler.step(output, timestep, latents, **extra).prev_sample
             if callback_on_step_end is not None:
                 latents = (callback_on_step_end(self, i, timestep, {"latents": latents}) or {}).get("latents", latents)
         if output_type == "latent":
             images = latents
         else:
             _check_finite(latents)
-            decodes = by_score is not None or (is_vdm and not self.scheduler.ends_at_data)
+            decodes = by_score is not None or (is_vdm and not scheduler.ends_at_data)
             levels = bound.decode(latents, network, generator) if decodes else process.quantise(latents)
             images = images_from_levels(levels, process.num_levels, output_type)
         self.maybe_free_model_hooks()
@@ -279,9 +283,23 @@ class VDMPipeline(LikelihoodPipeline):
         return classes
 
     @property
+    def _takes_labels(self) -> bool:
+        config = self.unet.config
+        return "num_class_embeds" not in config or any(config.get(k) for k in ("num_class_embeds", "class_embed_type"))
+
+    @property
     def main_model(self) -> ModelMixin:
         """The network."""
         return self.unet
+
+    def _scheduler_of_call(self, num_inference_steps: int, sampler: Sampler | None) -> Any:
+        """A scheduler of this call's own on its grid: threads that share the pipeline share no step."""
+        scheduler = copy.deepcopy(self.scheduler)
+        most = None if isinstance(scheduler, VDMScheduler) else len(scheduler)
+        steps = _steps(whole_number("num_inference_steps", num_inference_steps, 1, most), sampler)
+        scheduler.set_timesteps(steps, device=self._execution_device)
+        self._steps_of[threading.get_ident()] = self._steps_of[None] = len(scheduler.timesteps)
+        return scheduler
 
     def _score_sampler(self, sampler: str | Sampler, bound: Any) -> Sampler | None:
         """The sampler, where it is another than the scheduler's own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -21,7 +22,8 @@ from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.parameterizations import Velocity
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, explained, shortened
+from vdm_hub.fields import whole_number
 from vdm_hub.hub.schemas import Within, check_arguments
 from vdm_hub.models.loading import CheckedLoading
 from vdm_hub.registry import Serialised
@@ -269,27 +271,41 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """Choose the grid: n equal steps in t, or descending ``timesteps``, or descending ``sigmas`` = sigma/alpha."""
+        """Choose the grid: n equal steps in t, or descending ``timesteps``, or descending ``sigmas`` = sigma/alpha.
+
+        Args:
+            num_inference_steps: n, a whole number; of DDPM's own chain at most ``num_train_timesteps``.
+            device: Of ``timesteps``.
+            timesteps: On the scale of `timesteps`; of DDPM's own chain whole numbers.
+            sigmas: Within the schedule; a last one of zero, as diffusers has it, is the chain's end, which is none of
+                its steps.
+
+        Raises:
+            ConfigurationError: Not exactly one of them was given, or it is out of range or order.
+        """
         if sum(grid is not None for grid in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ConfigurationError("give exactly one of num_inference_steps, timesteps and sigmas.")
         if self._ends_as_ddpm and sigmas is None:
             self._follow_ddpm(num_inference_steps, device, timesteps)
             return
         if num_inference_steps is not None:
-            if num_inference_steps < 1 or num_inference_steps != int(num_inference_steps):
-                raise ConfigurationError(f"num_inference_steps is {num_inference_steps}: give a whole number from 1.")
-            times = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
+            steps = whole_number("num_inference_steps", num_inference_steps)
+            times = 1 - torch.arange(steps, dtype=torch.float64) / steps
         elif timesteps is not None:
-            times = self._times_of_timesteps(torch.as_tensor(timesteps, dtype=torch.float64))
+            times = self._times_of_timesteps(_descending("timesteps", timesteps))
         else:
             times = self._times_of_sigmas(sigmas)
-        if times.numel() == 0 or bool((times.diff() >= 0).any()):
-            raise ConfigurationError("timesteps and sigmas must be at least one value, in strictly descending order.")
         self._set_grid(times, self.process.timestep(times).float() if timesteps is None else timesteps, device)
 
     def _follow_ddpm(self, steps: int | None, device: Any, timesteps: Sequence[float] | None) -> None:
         assert self._ddpm is not None
-        self._ddpm.set_timesteps(steps, timesteps=None if timesteps is None else [int(t) for t in timesteps])
+        most = self.config.num_train_timesteps
+        if timesteps is not None:
+            given = [whole_number("a timestep", int(t) if t == int(t) else t, 0, most - 1) for t in _floats(timesteps)]
+            _descending("timesteps", given)
+            self._ddpm.set_timesteps(timesteps=given)
+        else:
+            self._ddpm.set_timesteps(whole_number("num_inference_steps", steps, 1, most))
         times = self._ddpm.timesteps.double() / (self.config.num_train_timesteps - 1)
         self._set_grid(times, self._ddpm.timesteps, device)
 
@@ -310,8 +326,12 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
     def _times_of_sigmas(self, sigmas: Any) -> Tensor:
         if not isinstance(self.process, GaussianProcess) or not self.process.schedule.scalar:
             raise ConfigurationError("sigmas need a process with one noise level per time: give timesteps instead.")
-        positive = torch.tensor([float(s) for s in sigmas if float(s) > 0], dtype=torch.float64)
-        return self.process.schedule.inverse(2 * torch.log(positive))
+        given = _descending("sigmas", sigmas)
+        given = given[:-1] if len(given) > 1 and given[-1] == 0 else given
+        last, first = (math.exp(gamma / 2) for gamma in self.process.schedule.endpoints())
+        if not bool(((given >= last * 0.999) & (given <= first * 1.001)).all()):
+            raise ConfigurationError(f"sigmas {given.tolist()[:5]} leave this schedule's {first:g} to {last:g}.")
+        return self.process.schedule.inverse(2 * torch.log(given))
 
     @property
     def _bound(self) -> BoundProcess:
@@ -420,6 +440,25 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
+
+
+def _floats(values: Any) -> list[float]:
+    with explained(f"{shortened(values)} can't be read", "give a list of numbers", ConfigurationError):
+        return [float(value) for value in values]
+
+
+def _descending(name: str, values: Any) -> Tensor:
+    """The values, float64, (N,).
+
+    Raises:
+        ConfigurationError: They are not finite, not in strictly descending order, or none.
+    """
+    found = torch.tensor(_floats(values), dtype=torch.float64)
+    if found.numel() == 0 or not bool(found.isfinite().all()) or not bool((found.diff() < 0).all()):
+        raise ConfigurationError(
+            f"{name} are {shortened(found.tolist())}: give at least one, finite and in strictly descending order."
+        )
+    return found
 
 
 def time_tensor(time: float, sample: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import registered
-from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
+from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
 from measured import measured
+from plugin_of_law_7 import ContextSchedule
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.diffusion.reverse_variances import reverse_variance
@@ -256,12 +257,53 @@ def test_no_draws_are_refused(count: int) -> None:
         WeightedFlowMeasurement(flow_objective(), draws=count)
 
 
-def test_a_gamma_per_pixel_is_refused() -> None:
-    schedule = PerPixelSchedule(-4.0, 5.0, tilt=torch.zeros(1), bump=torch.zeros(1))
-    process = registered.process(schedule, conditioning=AffineConditioning(-4.0, 5.0), num_levels=LEVELS)
-    objective = VDMObjective(ExactDenoiser(DATA, process), process, 2)
-    with pytest.raises(ConfigurationError, match="PerPixelSchedule"):
-        ChainsMeasurement(objective)
+def per_pixel(transitions: int | None, last: float = LAST) -> tuple[VDMObjective, Tensor]:
+    """Two correlated Gaussian pixels, a path of noise for each; its exact denoiser, and the data's covariance."""
+    covariance = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
+    schedule = PerPixelSchedule(FIRST, last, tilt=torch.tensor([0.5, -0.5]), bump=torch.tensor([1.0, -1.0]))
+    process = registered.process(schedule, num_levels=LEVELS, conditioning=AffineConditioning(FIRST, last))
+    return VDMObjective(CorrelatedGaussianDenoiser(covariance, process), process, transitions), covariance
+
+
+def test_chains_of_a_gamma_per_pixel_have_the_finite_bound_as_their_expectation_term_by_term() -> None:
+    """Against the library's bound of one transition each: 4.5 standard errors of the difference."""
+    objective, _ = per_pixel(3)
+    batch = {"levels": torch.tensor([[1, 3]]).expand(4000, 2), "indices": torch.arange(4000)}
+    report = measured(ChainsMeasurement(objective, chains=1), lambda: [batch], 1)
+    times = (torch.arange(4000) % 3 + 0.5) / 3
+    bound = objective(batch, times, objective.draw_noise(batch, torch.Generator().manual_seed(1)))
+    for name, term in bound.terms.items():
+        found = report.terms_per_image.get(name, torch.zeros(1, 4000))[0]
+        error = math.sqrt(float(found.var() + term.double().var()) / 4000)
+        assert abs(float(found.mean() - term.double().mean())) <= 4.5 * error + 1e-6, name
+
+
+def test_weighted_flows_of_a_gamma_per_pixel_find_the_mass_of_a_level() -> None:
+    """Of a correlated Gaussian's own marginal at time 0, by quadrature over the two pixels' bins."""
+    objective, covariance = per_pixel(None, last=20.0)
+    gamma_0 = torch.tensor([FIRST + 0.5, FIRST - 0.5])
+    alpha, sigma = alpha_sigma(gamma_0)
+    marginal = torch.distributions.MultivariateNormal(
+        torch.zeros(2).double(), alpha[:, None] * covariance * alpha + torch.diag(sigma**2)
+    )
+    levels, draws = torch.tensor([[1, 3]]), 400
+    x = objective.process.encode(levels, torch.float64)
+    offsets = (torch.arange(200, dtype=torch.float64) + 0.5) / 200 - 0.5
+    grid = alpha * (x + torch.cartesian_prod(offsets, offsets) * 2 / LEVELS)
+    expected = float(marginal.log_prob(grid).exp().mean() * (alpha * 2 / LEVELS).prod())
+    flow = ProbabilityFlow(dequantization="uniform", divergence="exact", tolerance=1e-5)
+    report = measured(WeightedFlowMeasurement(objective, flow, draws), images(levels), 1)
+    size = report.details["importance_weights"]["effective_sample_size_mean"]
+    assert float(report.log_likelihood[0]) == pytest.approx(math.log(expected), abs=5 / math.sqrt(size) + 1e-3)
+    assert size > draws / 2
+
+
+def test_a_schedule_that_draws_a_latent_has_no_exact_weights_and_is_refused_by_name() -> None:
+    process = registered.process(ContextSchedule(2), num_levels=LEVELS)
+    with pytest.raises(ConfigurationError, match="ContextSchedule draws a latent"):
+        ChainsMeasurement(VDMObjective(ExactDenoiser(DATA, process), process, 2))
+    with pytest.raises(ConfigurationError, match="ContextSchedule draws a latent"):
+        WeightedFlowMeasurement(VDMObjective(ExactDenoiser(DATA, process), process))
 
 
 class Broken(ExactDenoiser):

@@ -21,8 +21,9 @@ from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.likelihood.decompositions import FORMS
 from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS
+from vdm_hub.likelihood.lockstep import SOLVERS
 from vdm_hub.likelihood.methods import METHODS
-from vdm_hub.likelihood.probability_flow import SOLVERS, ProbabilityFlow
+from vdm_hub.likelihood.probability_flow import DTYPES, ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.plots import plot_likelihood
@@ -137,6 +138,9 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--solver", default=flow.solver, choices=SOLVERS, help=f"ODE: an adaptive method (default: {flow.solver})"
     )
+    group.add_argument(
+        "--dtype", default=flow.dtype, choices=DTYPES, help=f"ODE: the network's arithmetic (default: {flow.dtype})"
+    )
 
 
 def _add_effort(group: argparse._ArgumentGroup) -> None:
@@ -241,6 +245,7 @@ def _evaluate(
         arguments.tolerance,
         arguments.max_steps,
         arguments.solver,
+        arguments.dtype,
     )
     return evaluate(
         pipeline,

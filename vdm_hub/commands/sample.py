@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -49,7 +48,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigurationError(
             f"sampler is {arguments.sampler!r}, and a {type(pipeline).__name__} has no diffusion: leave it out."
         )
-    _check_steps(arguments.num_inference_steps, getattr(pipeline, "scheduler", None))
     seeds = range(arguments.seed, arguments.seed + arguments.num_images)
     parts = []
     for start in range(0, arguments.num_images, arguments.batch_size):
@@ -58,12 +56,3 @@ def run(arguments: argparse.Namespace) -> None:
     with written_beside(arguments.output) as beside:
         save_grid(torch.cat(parts), beside)
     print(f"{arguments.num_images} samples: {arguments.output}")
-
-
-def _check_steps(steps: int, scheduler: Any) -> None:
-    """DDPM's own chain has no more steps than betas; all others have as many as are asked for."""
-    if getattr(scheduler, "ends_at_data", False) and steps > len(scheduler):
-        raise ConfigurationError(
-            f"num_inference_steps is {steps}, and the model has {len(scheduler)} betas: give --num_inference_steps "
-            f"{len(scheduler)}, or fewer."
-        )

@@ -59,8 +59,6 @@ class AffineConditioning(Conditioning):
 
     @classmethod
     def from_schedule(cls, schedule: NoiseSchedule, num_train_timesteps: int) -> AffineConditioning:
-        if not schedule.scalar:
-            return cls(num_train_timesteps=num_train_timesteps)
         # Rounded, so that a float32 parameter of -13.3 gives the constant -13.3.
         first, last = (float(f"{gamma:.6g}") for gamma in schedule.endpoints())
         return cls(first, last, num_train_timesteps)

@@ -42,8 +42,12 @@ class DiffusionSDE:
 
     def coefficients(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(f, g^2)`` at times t, (B,) or (), to multiply z, (B, *data)."""
-        f, g_squared = gaussian.sde_coefficients(*gamma_and_derivative(self.gamma, t))
+        f, g_squared = gaussian.sde_coefficients(*gamma_and_derivative(self.gamma, t.expand(z.shape[0])))
         return broadcast(f, z), broadcast(g_squared, z)
+
+    def gamma_at(self, t: Tensor, z: Tensor) -> Tensor:
+        """Gamma at times t, (B,) or (), to multiply z, (B, *data)."""
+        return broadcast(self.gamma(t.expand(z.shape[0])), z)
 
     def drift(self, z: Tensor, t: Tensor) -> Tensor:
         """``f z``, forward in time."""
@@ -71,5 +75,5 @@ class DiffusionSDE:
 
     def log_transition(self, z_t: Tensor, z_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """``log q(z_t|z_s)`` elementwise in nats, s < t: the density that solves Kolmogorov's equations."""
-        gain, variance = (broadcast(value, z_t) for value in gaussian.transition(self.gamma(s), self.gamma(t)))
+        gain, variance = gaussian.transition(self.gamma_at(s, z_t), self.gamma_at(t, z_t))
         return -0.5 * ((z_t - gain * z_s) ** 2 / variance + torch.log(2 * math.pi * variance))

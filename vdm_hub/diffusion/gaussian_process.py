@@ -181,7 +181,7 @@ class BoundGaussian(BoundProcess):
 
     def score(self, network: Network, z_t: Tensor, t: Tensor) -> Tensor:
         """The network's ``grad log q(z_t)`` at time t, (), whatever its target is (Luo eq. 151)."""
-        gamma = broadcast(self.gamma(t), z_t).to(torch.promote_types(z_t.dtype, torch.float32))
+        gamma = broadcast(self._gamma(t, z_t), z_t).to(torch.promote_types(z_t.dtype, torch.float32))
         output = self.process.split(self.predict(network, z_t, t), z_t)[0]
         return self.process.parameterization.score_hat(output, z_t, gamma)
 
@@ -199,9 +199,25 @@ class BoundGaussian(BoundProcess):
         output = network((parameterization.input_scale(gamma) * z).to(z.dtype), timestep, **self._told)
         output = output.to(z.dtype)
         if not self.process.variance.learned:
-            return parameterization.output_scale(gamma) * output
+            return (parameterization.output_scale(gamma) * output).to(z.dtype)
         mean, variance = self.process.split(output, z)
-        return torch.cat([parameterization.output_scale(gamma) * mean, variance], dim=1)
+        return torch.cat([(parameterization.output_scale(gamma) * mean).to(z.dtype), variance], dim=1)
+
+    def predict_noise(self, network: Network, z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """``eps_hat(z, gamma)`` whatever the target is, clipped if the data are; and what is said of the variance.
+
+        Args:
+            network: See `Network`.
+            z: Latents, (B, *data).
+            gamma: Theirs, (B,), or for each pixel.
+        """
+        process, level = self.process, broadcast(gamma, z)
+        output = self._predict(network, z, gamma)
+        mean, variance = process.split(output, z)
+        if process.clipping is None:
+            return process.parameterization.eps_hat(mean, z, level), variance
+        x_hat = process.x_hat(output, z, level)
+        return (z - gaussian.alpha(level) * x_hat) / gaussian.sigma(level), variance
 
     def transition_kl(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: Network) -> Tensor:
         """``1/2 expm1(gamma_t - gamma_s) |eps - eps_hat|^2`` (VDM eq. 13 and 14); see `gaussian.transition_kl`."""

@@ -34,6 +34,9 @@ class LearnedLinearSchedule(NoiseSchedule):
     def forward(self, t: Tensor) -> Tensor:
         return (1 - t) * self.gamma_min + t * self.gamma_max
 
+    def with_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self(t), self.gamma_max * torch.ones_like(t) - self.gamma_min  # in the type of t
+
     def to_config(self) -> dict[str, Any]:
         return dict(self._initial)
 
@@ -69,15 +72,22 @@ class LearnedMonotoneSchedule(NoiseSchedule):
     def variance_parameters(self) -> set[str]:
         return {"slope", "hidden_weight", "hidden_bias", "output_weight"}
 
-    def _unnormalised(self, t: Tensor) -> Tensor:
-        first = F.softplus(self.slope) * t.unsqueeze(-1)
-        hidden = torch.sigmoid(F.softplus(self.hidden_weight) * first + self.hidden_bias)
-        return first.squeeze(-1) + (hidden * F.softplus(self.output_weight)).mean(-1)
+    def _unnormalised(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """A rising function of t, and its derivative."""
+        slope, weight, out = (F.softplus(p) for p in (self.slope, self.hidden_weight, self.output_weight))
+        first = slope * t.unsqueeze(-1)
+        hidden = torch.sigmoid(weight * first + self.hidden_bias)
+        bend = (hidden * (1 - hidden) * weight * out).mean(-1)
+        return first.squeeze(-1) + (hidden * out).mean(-1), slope * (1 + bend)
 
     def forward(self, t: Tensor) -> Tensor:
-        ends = self._unnormalised(torch.arange(2, dtype=t.dtype, device=t.device))  # made there: no copy to wait for
-        shape = (self._unnormalised(t) - ends[0]) / (ends[1] - ends[0])
-        return self.gamma_min + (self.gamma_max - self.gamma_min) * shape
+        return self.with_derivative(t)[0]
+
+    def with_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        ends, _ = self._unnormalised(torch.arange(2, dtype=t.dtype, device=t.device))  # there: no copy to wait for
+        value, slope = self._unnormalised(t)
+        span = (self.gamma_max - self.gamma_min) / (ends[1] - ends[0])
+        return self.gamma_min + span * (value - ends[0]), span * slope
 
     def to_config(self) -> dict[str, Any]:
         return dict(self._initial)
@@ -119,8 +129,22 @@ class VarianceGradient:
         return told
 
     def _evaluate(self, t: Tensor, constant: set[str]) -> tuple[Tensor, Tensor]:
-        parameters = {n: p.detach() if n in constant else p for n, p in self._schedule.named_parameters()}
-        return gamma_and_derivative(lambda times: torch.func.functional_call(self._schedule, parameters, (times,)), t)
+        return gamma_and_derivative(_holding(self._schedule, constant), t)
+
+
+def _holding(module: Any, constant: set[str], prefix: str = "") -> Any:
+    """The module with some of its parameters constant: another object, as threads may share the module."""
+    held = object.__new__(type(module))
+    held.__dict__.update(module.__dict__)
+    held.__dict__["_parameters"] = {
+        name: None if parameter is None else parameter.detach() if prefix + name in constant else parameter
+        for name, parameter in module._parameters.items()
+    }
+    held.__dict__["_modules"] = {
+        name: None if child is None else _holding(child, constant, f"{prefix}{name}.")
+        for name, child in module._modules.items()
+    }
+    return held
 
 
 class _Scaled(torch.autograd.Function):

@@ -24,7 +24,9 @@ _ZERO_TERMINAL_ALPHA_BAR = 2.0**-24
 
 
 def gamma_and_derivative(gamma: Gamma, t: Tensor) -> tuple[Tensor, Tensor]:
-    """``(gamma(t), gamma'(t))`` by forward-mode differentiation; both carry gradients to the schedule's parameters.
+    """``(gamma(t), gamma'(t))``, which both carry gradients to the schedule's parameters.
+
+    In closed form where gamma has a method ``with_derivative``, as a `NoiseSchedule` has; else by reverse mode.
 
     Args:
         gamma: Any function of t, such as a `NoiseSchedule`, bound or not.
@@ -33,7 +35,8 @@ def gamma_and_derivative(gamma: Gamma, t: Tensor) -> tuple[Tensor, Tensor]:
     >>> [round(float(v), 4) for v in gamma_and_derivative(LinearSchedule(-5.0, 5.0), torch.tensor(0.25))]
     [-2.5, 10.0]
     """
-    pair: tuple[Tensor, Tensor] = torch.func.jvp(gamma, (t,), (torch.ones_like(t),))  # type: ignore[assignment]
+    closed_form = getattr(gamma, "with_derivative", None)
+    pair: tuple[Tensor, Tensor] = differentiated(gamma, t) if closed_form is None else closed_form(t)
     return pair
 
 
@@ -54,11 +57,30 @@ class BoundGamma:
         return self.gamma(t)
 
 
+def differentiated(gamma: Gamma, t: Tensor) -> tuple[Tensor, Tensor]:
+    """`gamma_and_derivative` of any function, by reverse mode: forward mode's levels are the whole process's.
+
+    ``J' u`` is linear in u, and its derivative in u along v is ``J v``: two backward passes find each element's
+    derivative, where a datum has many gammas too.
+    """
+    if torch.compiler.is_compiling():  # which traces forward mode alone, and leaves no level of it to run
+        pair: tuple[Tensor, Tensor] = torch.func.jvp(gamma, (t,), (torch.ones_like(t),))  # type: ignore[assignment]
+        return pair
+    is_kept = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        times = t.clone() if t.requires_grad else t.detach().clone().requires_grad_()
+        value = gamma(times)
+        weights = torch.zeros_like(value, requires_grad=True)
+        (product,) = torch.autograd.grad(value, times, weights, create_graph=True)
+        (slope,) = torch.autograd.grad(product, weights, torch.ones_like(product), create_graph=is_kept)
+    return (value, slope) if is_kept else (value.detach(), slope.detach())
+
+
 class NoiseSchedule(nn.Module, ABC):
     """``gamma(t)``, strictly increasing, finite and differentiable on [0, 1].
 
     Subclasses implement `forward` and `to_config`. Those that depend on the datum also say so by `scalar = False`,
-    and may override `draw_noise` and `bind`.
+    and may override `draw_noise` and `bind`. Those that know their derivative may override `with_derivative`.
     """
 
     scalar: bool = True
@@ -70,9 +92,19 @@ class NoiseSchedule(nn.Module, ABC):
     baked_knots: int = 513
     """How many knots a learned schedule is published with."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class with a gamma of its own does not inherit the derivative of another's."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "with_derivative" not in vars(cls):
+            cls.with_derivative = NoiseSchedule.with_derivative  # type: ignore[method-assign]
+
     @abstractmethod
     def forward(self, t: Tensor) -> Tensor:
         """``gamma`` at times ``t`` of shape (B,): of shape (B,), or broadcastable to (B, *data)."""
+
+    def with_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(gamma(t), gamma'(t))``, of one shape; by reverse mode, unless a class knows better."""
+        return differentiated(self, t)
 
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
@@ -98,9 +130,15 @@ class NoiseSchedule(nn.Module, ABC):
         return {}, self
 
     def endpoints(self) -> tuple[float, float]:
-        """``(gamma(0), gamma(1))`` of a scalar schedule."""
+        """``(gamma(0), gamma(1))``; of a gamma per pixel its mean over pixels, as a network is told it.
+
+        Where gamma depends on a context, it is that of one fixed draw.
+        """
         with torch.no_grad():
-            first, last = self(torch.tensor([0.0, 1.0], dtype=torch.float64, device=_device(self))).tolist()
+            noise = self.draw_noise(1, torch.Generator().manual_seed(0), _device(self))
+            gamma = self if self.scalar else self.bind(None, noise)[1]
+            ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64, device=_device(self))
+            first, last = (float(gamma(end).mean()) for end in ends)
         return first, last
 
     def inverse(self, gamma: Tensor) -> Tensor:
@@ -153,6 +191,9 @@ class LinearSchedule(NoiseSchedule):
     def forward(self, t: Tensor) -> Tensor:
         return (1 - t) * self.gamma_min + t * self.gamma_max
 
+    def with_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self(t), torch.full_like(t, self.gamma_max - self.gamma_min)
+
     def to_config(self) -> dict[str, Any]:
         return {"gamma_min": self.gamma_min, "gamma_max": self.gamma_max}
 
@@ -177,8 +218,15 @@ class CosineSchedule(NoiseSchedule):
         self._span = math.pi / 2 - self._first - self._last
 
     def forward(self, t: Tensor) -> Tensor:
-        angle, complement = self._first + t * self._span, self._last + (1 - t) * self._span
+        angle, complement = self._angles(t)
         return 2 * (torch.log(torch.sin(angle)) - torch.log(torch.sin(complement)))
+
+    def with_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        cotangents = [1 / torch.tan(angle) for angle in self._angles(t)]
+        return self(t), 2 * self._span * (cotangents[0] + cotangents[1])
+
+    def _angles(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._first + t * self._span, self._last + (1 - t) * self._span
 
     def to_config(self) -> dict[str, Any]:
         return {"gamma_min": self.gamma_min, "gamma_max": self.gamma_max}
@@ -212,20 +260,23 @@ class TabulatedSchedule(NoiseSchedule):
             )
         slopes = _monotone_slopes(knots)
         # Plain attributes: float64 knots must not follow module.to(float16), and nothing here is a weight.
-        self._tables = {knots.device: (knots, slopes)}
+        self._knots, self._slopes = knots, slopes
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}  # of each device, so that it is copied there once
 
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._tables:
-            knots, slopes = next(iter(self._tables.values()))
-            self._tables[device] = (knots.to(device), slopes.to(device))
+            self._tables[device] = (self._knots.to(device), self._slopes.to(device))
         return self._tables[device]
 
     @property
     def gammas(self) -> Tensor:
         """The knots, float64, on the CPU."""
-        return self._table(torch.device("cpu"))[0]
+        return self._knots
 
     def forward(self, t: Tensor) -> Tensor:
+        return self.with_derivative(t)[0]
+
+    def with_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
         knots, slopes = self._table(t.device)
         position = t.double() * (knots.numel() - 1)
         index = position.detach().floor().long().clamp(0, knots.numel() - 2)
@@ -235,7 +286,12 @@ class TabulatedSchedule(NoiseSchedule):
         cubic = slope_left + slope_right - 2 * step
         quadratic = 3 * step - 2 * slope_left - slope_right
         value = left + u * (slope_left + u * (quadratic + u * cubic))
-        return torch.where(u == 1, right + (u - 1) * slope_right, value).to(t.dtype)
+        slope = slope_left + u * (2 * quadratic + u * 3 * cubic)
+        value, slope = (
+            torch.where(u == 1, right + (u - 1) * slope_right, value),
+            torch.where(u == 1, slope_right, slope),
+        )
+        return value.to(t.dtype), (slope * (knots.numel() - 1)).to(t.dtype)
 
     def to_config(self) -> dict[str, Any]:
         return {"gammas": self.gammas.tolist()}
@@ -289,6 +345,9 @@ class DiscreteBetasSchedule(NoiseSchedule):
 
     def forward(self, t: Tensor) -> Tensor:
         return self._interpolation(t)
+
+    def with_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self._interpolation.with_derivative(t)
 
     def to_config(self) -> dict[str, Any]:
         return {"betas": self._betas}

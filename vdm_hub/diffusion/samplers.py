@@ -17,7 +17,6 @@ from torch import Tensor
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.continuous_time import DiffusionSDE
 from vdm_hub.diffusion.draws import Generator, normal_noise
-from vdm_hub.diffusion.gaussian import broadcast
 from vdm_hub.errors import ConfigurationError, unknown_name
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -95,7 +94,7 @@ class PredictorCorrector(Sampler):
     def step(self, score: Score, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator) -> Tensor:
         z = self.predictor.step(score, sde, z, s, t, generator)
         for _ in range(self.corrector_steps):
-            size = (2 * self.ratio**2 * torch.sigmoid(broadcast(sde.gamma(s), z))).to(z.dtype)
+            size = (2 * self.ratio**2 * torch.sigmoid(sde.gamma_at(s, z))).to(z.dtype)
             z = z + size * score(z, s) + (2 * size).sqrt() * _noise(z, generator)
         return z
 
@@ -124,7 +123,7 @@ class AnnealedLangevin(Sampler):
         self.steps_per_level, self.step_size, self.evaluations = steps_per_level, step_size, steps_per_level
 
     def step(self, score: Score, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator) -> Tensor:
-        gamma_s, gamma_t = broadcast(sde.gamma(s), z), broadcast(sde.gamma(t), z)
+        gamma_s, gamma_t = sde.gamma_at(s, z), sde.gamma_at(t, z)
         z = (z * (gaussian.alpha(gamma_s) / gaussian.alpha(gamma_t))).to(z.dtype)
         size = (self.step_size * torch.sigmoid(gamma_s)).to(z.dtype)
         for _ in range(self.steps_per_level):

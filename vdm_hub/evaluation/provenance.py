@@ -17,7 +17,7 @@ from vdm_hub.secret_values import masked_values
 from vdm_hub.version import __version__
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface-hub", "safetensors", "numpy")
-_WHERE_INSTALLED = ("pyarrow", "torchode")
+_WHERE_INSTALLED = ("pyarrow", "scipy")
 
 
 def library_versions() -> dict[str, str]:

@@ -25,10 +25,11 @@ from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
+from vdm_hub.diffusion.gaussian_process import BoundGaussian
 from vdm_hub.diffusion.times import discretise
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.per_image import CountedNetwork, evaluating, image_generator
-from vdm_hub.likelihood.probability_flow import predict_both, scalar_gaussian
+from vdm_hub.likelihood.probability_flow import scalar_gaussian
 from vdm_hub.likelihood.variational_bound import Batch, Bound, VDMObjective
 
 _STEPS = ("previous", "current", "next", "last")
@@ -116,7 +117,7 @@ class ConsistencyObjective(VDMObjective):
         z_s = gain * origin + variance.sqrt() * e
         step, step_variance = (broadcast(value, x) for value in gaussian.transition(gamma_s, gamma_t))
         z_t = step * z_s + step_variance.sqrt() * noise["next"].double()
-        eps_hat, prediction = predict_both(process, network, z_t, gamma_t)
+        eps_hat, prediction = BoundGaussian(process, process.schedule).predict_noise(network, z_t, gamma_t)
         level_s, level_t = broadcast(gamma_s, x), broadcast(gamma_t, x)
         c = -torch.expm1(level_s - level_t)
         mean = gaussian.alpha(level_s) / gaussian.alpha(level_t) * (z_t - c * gaussian.sigma(level_t) * eps_hat)

@@ -50,7 +50,7 @@ class Dequantization(ABC):
 
         Args:
             x: The data on their levels, (B, *data).
-            gamma_0: gamma at time 0, a scalar tensor.
+            gamma_0: gamma at time 0, which broadcasts to x.
             spacing: Delta, the distance between two levels: `DataScaling.spacing`.
             uniform: Base noise from [0, 1), (B, *data).
         """
@@ -70,7 +70,7 @@ class UniformDequantization(Dequantization):
         """See `Dequantization.draw`."""
         log_alpha, _ = _log_alpha_sigma(gamma_0)
         z_0 = torch.exp(log_alpha) * (x.double() + spacing * (uniform.double() - 0.5))
-        entropy = (x[0].numel() * (log_alpha + math.log(spacing))).expand(x.shape[0])
+        entropy = sum_dimensions((log_alpha + math.log(spacing)).expand_as(x))
         return Dequantized(z_0, -entropy, entropy)
 
 
@@ -98,11 +98,9 @@ class TruncatedNormalDequantization(Dequantization):
         eps = eps.clamp(-tau, tau)  # rounding must not leave the bin
         log_normaliser = log_sigma + 0.5 * math.log(2 * math.pi) + mass.log()
         density = torch.exp(-0.5 * tau**2) / math.sqrt(2 * math.pi)
-        entropy = x[0].numel() * (log_normaliser + 0.5 - tau * density / mass)
+        entropy = sum_dimensions((log_normaliser + 0.5 - tau * density / mass).expand_as(x))
         log_q = -sum_dimensions(0.5 * eps**2 + log_normaliser)
-        return Dequantized(
-            torch.exp(log_alpha) * x.double() + torch.exp(log_sigma) * eps, log_q, entropy.expand(x.shape[0])
-        )
+        return Dequantized(torch.exp(log_alpha) * x.double() + torch.exp(log_sigma) * eps, log_q, entropy)
 
 
 DEQUANTIZATIONS: dict[str, Dequantization] = {

@@ -25,7 +25,8 @@ from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.diffusion.forward_process import Noise
 from vdm_hub.diffusion.gaussian import sum_dimensions
 from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.likelihood.importance_weighted import check_count, effective_sizes, weighted
+from vdm_hub.fields import whole_number
+from vdm_hub.likelihood.importance_weighted import effective_sizes, weighted
 from vdm_hub.likelihood.per_image import Measured, Measurement, Terms, image_generator
 from vdm_hub.likelihood.variational_bound import Batch, Bound, Objective
 from vdm_hub.models.hvae import MarkovianHVAE, Normal
@@ -188,7 +189,7 @@ class HierarchicalChains(Measurement):
     objective: JointHVAEObjective
 
     def __init__(self, objective: HierarchicalObjective, draws: int = 16, seed: int = 0) -> None:
-        check_count("draws", draws)
+        whole_number("draws", draws)
         super().__init__(JointHVAEObjective(objective.model), seed)
         self.draws = draws
 

@@ -21,16 +21,17 @@ from torch import Tensor
 
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.draws import normal_noise
+from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.gaussian_process import BoundGaussian
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.fields import whole_number
 from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, image_generator
 from vdm_hub.likelihood.probability_flow import (
     FlowMeasurement,
     ProbabilityFlow,
     draw_flow,
-    predict_both,
-    scalar_gaussian,
+    gaussian_of,
 )
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
@@ -62,12 +63,12 @@ class ChainsMeasurement(Measurement):
     and ``importance_weighting``, at most zero: what K chains gain over their mean.
 
     Args:
-        objective: The model, with a finite number of transitions; its process Gaussian with a scalar schedule.
+        objective: The model, with a finite number of transitions; its process Gaussian.
         chains: K. Chain k of an image is a function of (seed, replicate, image, k), so fewer are a part of more.
         seed: Of all draws.
 
     Raises:
-        ConfigurationError: The objective is in continuous time, or its process has no scalar gamma.
+        ConfigurationError: The objective is in continuous time, or its process has no exact weights.
     """
 
     method = "importance_weighted"
@@ -80,8 +81,8 @@ class ChainsMeasurement(Measurement):
                 "importance weights need whole chains, and continuous time has none; weights from random times would "
                 "be biased upwards. Give a number of transitions."
             )
-        check_count("chains", chains)
-        scalar_gaussian(objective.process)
+        whole_number("chains", chains)
+        check_exact_weights(objective.process)
         self.chains = chains
 
     def measure(self, batch: Batch, replicate: int) -> Measured:
@@ -110,7 +111,7 @@ class WeightedFlowMeasurement(FlowMeasurement):
     ``importance_weighting``, at most zero.
 
     Args:
-        objective: The model; its process Gaussian with a scalar schedule.
+        objective: The model; its process Gaussian.
         flow: The protocol of each ODE. ``divergence="exact"`` is the only one without bias here.
         draws: K. Draw k of an image is a function of (seed, replicate, image, k).
         seed: Of all draws.
@@ -121,19 +122,19 @@ class WeightedFlowMeasurement(FlowMeasurement):
     def __init__(
         self, objective: VDMObjective, flow: ProbabilityFlow | None = None, draws: int = 16, seed: int = 0
     ) -> None:
-        check_count("draws", draws)
+        whole_number("draws", draws)
         super().__init__(objective, flow, seed)
+        check_exact_weights(objective.process)
         self.draws = draws
 
-    def measure(self, batch: Batch, replicate: int) -> Measured:
+    def _measure(self, batch: Batch, replicate: int, flow: ProbabilityFlow) -> Measured:
         """K dequantised draws of each image, and their ODEs."""
-        network = CountedNetwork(self.objective.network, batch)
-        arguments = self.objective, batch, self.flow, (self.seed, replicate)
-        solved = [draw_flow(*arguments, k, network) for k in range(self.draws)]
+        arguments = self.objective.process, self.network, batch, flow, (self.seed, replicate)
+        solved = [draw_flow(*arguments, k) for k in range(self.draws)]
         terms, size = weighted([draw.terms | {"dequantization": draw.log_q} for draw in solved])
         steps = torch.stack([draw.steps for draw in solved], dim=1)
-        counts = {"evaluations": network.per_image(len(size)), "effective_sample_size": size, "steps": steps}
-        return Measured(terms, counts)
+        evaluations = torch.stack([draw.evaluations for draw in solved]).sum(0)
+        return Measured(terms, {"evaluations": evaluations, "effective_sample_size": size, "steps": steps})
 
     def protocol(self) -> dict[str, Any]:
         """K, and the protocol of each ODE."""
@@ -174,10 +175,11 @@ def chain_terms(
         chain: k, which of the K chains.
         network: The model's network on this batch.
     """
-    process, transitions = scalar_gaussian(objective.process), objective.transitions
+    process, transitions = gaussian_of(objective.process), objective.transitions
     assert transitions is not None
     levels = batch["levels"]
     x = process.encode(levels, torch.float64)
+    extras, bound = process.bind(x, {})
     generators = [image_generator(*key, int(i), chain) for i in batch["indices"]]
 
     def normal() -> Tensor:
@@ -185,28 +187,28 @@ def chain_terms(
 
     with torch.autocast(x.device.type, enabled=False):
         times = torch.arange(transitions + 1, dtype=torch.float64, device=x.device) / transitions
-        gammas = process.schedule(times).double()
-        z, prior = _last_latent(x, gammas[-1], normal())
+        gamma = bound.gamma(times[-1].expand(len(x)))
+        z, prior = _last_latent(x, gamma, normal())
         diffusion = torch.zeros_like(prior)
-        for i in range(transitions, 0, -1):
-            e = normal()
-            diffusion += _log_ratio(process, network, z, x, gammas[i - 1], gammas[i], e)
-            z = gaussian.posterior_step(z, x, gammas[i - 1], gammas[i], e)
-        eps = (z - gaussian.alpha(gammas[0]) * x) / gaussian.sigma(gammas[0])
-        _, bound = process.bind(x, {})
+        for time in times[:-1].flip(0):
+            e, gamma_s = normal(), bound.gamma(time.expand(len(x)))
+            diffusion += _log_ratio(bound, network, z, x, gamma_s, gamma, e)
+            z, gamma = gaussian.posterior_step(z, x, gamma_s, gamma, e), gamma_s
+        level = broadcast(gamma, x)
+        eps = (z - gaussian.alpha(level) * x) / gaussian.sigma(level)
         reconstruction = bound.reconstruction(levels, x, {"reconstruction": eps}, network)
-    return {"reconstruction": reconstruction, "prior": prior, "diffusion": diffusion}
+    return {"reconstruction": reconstruction, "prior": prior, "diffusion": diffusion} | extras
 
 
 def _last_latent(x: Tensor, gamma: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """``z_1`` from q(z_1|x), and ``log q(z_1|x) - log N(z_1; 0, I)``."""
     z = gaussian.marginal_sample(x, gamma, eps)
-    log_variance = torch.nn.functional.logsigmoid(gamma)
+    log_variance = torch.nn.functional.logsigmoid(broadcast(gamma, x))
     return z, sum_dimensions(0.5 * (z**2 - eps**2 - log_variance))
 
 
 def _log_ratio(
-    process: GaussianProcess,
+    bound: BoundGaussian,
     network: CountedNetwork,
     z_t: Tensor,
     x: Tensor,
@@ -215,14 +217,14 @@ def _log_ratio(
     e: Tensor,
 ) -> Tensor:
     """``log q(z_s|z_t, x) - log p(z_s|z_t)`` at the z_s that the noise e draws: see `chain_terms`."""
-    gamma = gamma_t.expand(z_t.shape[0])
-    level = broadcast(gamma, z_t)
-    eps = (z_t - gaussian.alpha(level) * x) / gaussian.sigma(level)
-    eps_hat, prediction = predict_both(process, network, z_t, gamma)
-    shift = torch.expm1(gamma_t - gamma_s).sqrt() * (eps - eps_hat)
-    if process.variance.is_posterior:
+    level_s, level_t = broadcast(gamma_s, z_t), broadcast(gamma_t, z_t)
+    eps = (z_t - gaussian.alpha(level_t) * x) / gaussian.sigma(level_t)
+    eps_hat, prediction = bound.predict_noise(network, z_t, gamma_t)
+    shift = torch.expm1(level_t - level_s).sqrt() * (eps - eps_hat)
+    variance = bound.process.variance
+    if variance.is_posterior:
         return sum_dimensions(0.5 * shift**2 - e * shift)
-    log_ratio = process.variance.log_ratio(prediction, gamma_s, gamma_t)
+    log_ratio = variance.log_ratio(prediction, level_s, level_t)
     return 0.5 * sum_dimensions(log_ratio.exp() * (e - shift) ** 2 - e**2 - log_ratio)
 
 
@@ -240,7 +242,16 @@ def effective_sizes(diagnostics: Mapping[str, Tensor]) -> dict[str, float]:
     return {"effective_sample_size_mean": float(size.mean()), "effective_sample_size_min": float(size.min())}
 
 
-def check_count(name: str, count: int) -> None:
-    """Refuse fewer than one draw."""
-    if count < 1:
-        raise ConfigurationError(f"{name} is {count}: give at least 1.")
+def check_exact_weights(process: ForwardProcess) -> None:
+    """Refuse a process that is not Gaussian, or whose schedule draws a latent of its own.
+
+    Raises:
+        ConfigurationError: Its bound has a KL of that latent, which is no weight of one draw.
+    """
+    schedule = gaussian_of(process).schedule
+    device = next((tensor.device for tensor in (*schedule.parameters(), *schedule.buffers())), torch.device("cpu"))
+    if schedule.draw_noise(1, torch.Generator().manual_seed(0), device):
+        raise ConfigurationError(
+            f"{type(schedule).__name__} draws a latent of its own, whose term of the bound is a mean, and importance "
+            f"weights must be those of one draw: ask for method 'bound', or 'ode'."
+        )

@@ -7,6 +7,7 @@ or after a kill; `Results` holds what was found, and makes the report.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -218,16 +219,27 @@ def image_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
+_BEING_EVALUATED: dict[nn.Module, int] = {}  # parts that were in training mode, and by how many they are evaluated
+_MODES = threading.Lock()
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """``eval`` mode, every submodule put back afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
+    """``eval`` mode, every submodule put back afterwards: by the last, where several threads share one."""
+    with _MODES:
+        parts = [part for part in module.modules() if part.training or part in _BEING_EVALUATED]
+        for part in parts:
+            _BEING_EVALUATED[part] = _BEING_EVALUATED.get(part, 0) + 1
+            part.training = False
     try:
         yield
     finally:
-        for part, training in modes.items():
-            part.training = training
+        with _MODES:
+            for part in parts:
+                _BEING_EVALUATED[part] -= 1
+                if not _BEING_EVALUATED[part]:
+                    del _BEING_EVALUATED[part]
+                    part.training = True
 
 
 def _check_finite(name: str, term: Tensor, index: Tensor) -> None:

@@ -10,8 +10,11 @@ In gamma the right-hand side is of order one per dimension from end to end, whil
 its work in a few percent of the interval; the adaptive solver would have to find it there, at the price of rejected
 steps.
 
+Where each pixel has a gamma of its own, the noise is diagonal and the flow is in t, with a factor ``gamma'(t)``.
+
 State and log-density are integrated together, in float64, each datum with steps of its own, so that a datum's value
-does not depend on what else is in its batch. The network runs in its own precision and in ``eval`` mode.
+does not depend on what else is in its batch. The network runs in float64 too, in ``eval`` mode: an adaptive solver
+amplifies rounding, and where float32 rounds depends on the batch.
 
 Sources: SDE is Song et al., arXiv 2011.13456; the stochastic divergence is FFJORD's, Grathwohl et al., arXiv
 1810.01367.
@@ -19,29 +22,36 @@ Sources: SDE is Song et al., arXiv 2011.13456; the stochastic divergence is FFJO
 
 from __future__ import annotations
 
-import importlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdm_hub.diffusion.draws import normal_noise, uniform_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.diffusion.gaussian import alpha, broadcast, sigma, sum_dimensions
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.gaussian import broadcast, sigma, sum_dimensions
+from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
+from vdm_hub.diffusion.noise_schedules import gamma_and_derivative
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError, unknown_name
+from vdm_hub.fields import whole_number
 from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS, dequantization
+from vdm_hub.likelihood.lockstep import SOLVERS, Array, Trajectory, integrate, solver_library
 from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, image_generator
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 
-SOLVERS = {"tsit5": "Tsit5", "dopri5": "Dopri5"}
-"""Adaptive methods, by their names and torchode's."""
+DTYPES = ("float64", "float32")
+"""What the network may compute in."""
 DIVERGENCES = ("rademacher", "gaussian", "exact")
-_DEQUANTIZATION_DRAWS, _PROBE_DRAWS = 0, 1
+COARSER = 10
+"""Times the tolerance, of the second solution from which a figure's numerical error is estimated."""
+_DEQUANTIZATION_DRAWS, _PROBE_DRAWS, _CONTEXT_DRAWS = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -54,17 +64,18 @@ class ProbabilityFlow:
             which costs one backward pass per dimension.
         probes: How many probes are averaged, each one more backward pass.
         tolerance: Of a step's error, absolute and relative: of z as the root mean square over dimensions, and of the
-            log-density in nats per dimension, whichever is larger. Below 1e-6 a float32 network's rounding is in the
-            way.
+            log-density in nats per dimension, the two added in squares.
         max_steps: Steps that one datum may take.
-        solver: ``tsit5`` (Tsitouras) or ``dopri5`` (Dormand and Prince), both adaptive and of order 5(4).
+        solver: ``dop853`` or ``rk45``, adaptive methods of Dormand and Prince, of order 8(5, 3) and 5(4), by scipy.
+        dtype: What the network computes in: ``float64``, or ``float32``, for its own precision. In float32 rounding,
+            amplified by the solver, is an error beside the tolerance's, and figures depend on the batch size by it.
 
     Raises:
         ConfigurationError: A name is unknown or a number out of range.
 
     >>> flow = ProbabilityFlow(divergence="exact")
     >>> flow.dequantization, flow.tolerance, flow.solver
-    ('truncated_normal', 1e-05, 'tsit5')
+    ('truncated_normal', 1e-05, 'dop853')
     """
 
     dequantization: str = "truncated_normal"
@@ -72,7 +83,8 @@ class ProbabilityFlow:
     probes: int = 1
     tolerance: float = 1e-5
     max_steps: int = 1000
-    solver: str = "tsit5"
+    solver: str = "dop853"
+    dtype: str = "float64"
 
     def __post_init__(self) -> None:
         if self.dequantization not in DEQUANTIZATIONS:
@@ -81,8 +93,10 @@ class ProbabilityFlow:
             raise unknown_name("divergence", self.divergence, DIVERGENCES)
         if self.solver not in SOLVERS:
             raise unknown_name("solver", self.solver, SOLVERS)
-        if self.probes < 1 or self.max_steps < 1:
-            raise ConfigurationError(f"probes is {self.probes} and max_steps {self.max_steps}: give at least 1 each.")
+        if self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
+        whole_number("probes", self.probes)
+        whole_number("max_steps", self.max_steps)
         if not 0 < self.tolerance < 1:
             raise ConfigurationError(f"tolerance is {self.tolerance}: give a value between 0 and 1, such as 1e-5.")
 
@@ -94,17 +108,33 @@ class FlowDensity:
     Attributes:
         base_density: ``log N(z_1; 0, I)`` where the flow ends.
         volume_change: ``int div f dgamma`` along the way.
-        steps: Steps of the solver, accepted and rejected ones, (B,).
+        steps: Of the solver, (B,), float64.
+        evaluations: Of the network, likewise.
     """
 
     base_density: Tensor
     volume_change: Tensor
     steps: Tensor
+    evaluations: Tensor
 
     @property
     def log_density(self) -> Tensor:
         """``log p_0(z_0)``, (B,), nats."""
         return self.base_density + self.volume_change
+
+
+def gaussian_of(process: ForwardProcess) -> GaussianProcess:
+    """The process, where it is Gaussian, of the data themselves.
+
+    Raises:
+        ConfigurationError: It is another.
+    """
+    if isinstance(process, GaussianProcess):
+        return process
+    raise ConfigurationError(
+        f"{type(process).__name__} is not a Gaussian process of the data, which this likelihood needs: ask for the "
+        f"variational bound instead (method='bound')."
+    )
 
 
 def scalar_gaussian(process: ForwardProcess) -> GaussianProcess:
@@ -113,51 +143,30 @@ def scalar_gaussian(process: ForwardProcess) -> GaussianProcess:
     Raises:
         ConfigurationError: It is another process, or its gamma differs between pixels or data.
     """
-    if isinstance(process, GaussianProcess) and process.schedule.scalar:
-        return process
-    name = type(getattr(process, "schedule", process)).__name__
+    if gaussian_of(process).schedule.scalar:
+        return gaussian_of(process)
     raise ConfigurationError(
-        f"{name} is not a Gaussian process with one gamma per time, which this likelihood needs: ask for the "
-        f"variational bound instead (method='bound')."
+        f"{type(gaussian_of(process).schedule).__name__} has a gamma of its own for each pixel, and this form of the "
+        f"bound needs one gamma per time: ask for the variational bound as it is trained (method='bound')."
     )
 
 
-def predict_noise(process: GaussianProcess, network: Callable[..., Tensor], z: Tensor, gamma: Tensor) -> Tensor:
-    """``eps_hat(z, gamma)`` whatever the network's target is: z of shape (B, *data), gamma of shape (B,)."""
-    return predict_both(process, network, z, gamma)[0]
-
-
-def predict_both(
-    process: GaussianProcess, network: Callable[..., Tensor], z: Tensor, gamma: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`predict_noise`, and what the network says of the reverse step's variance, where that is learned."""
-    parameterization = process.parameterization
-    level = broadcast(gamma, z)
-    output = network(parameterization.input_scale(level) * z, process.conditioning(gamma))
-    mean, variance = process.split(output, z)
-    mean = parameterization.output_scale(level) * mean
-    if process.clipping is None:
-        return parameterization.eps_hat(mean, z, level), variance
-    x_hat = process.clipping(parameterization.x_hat(mean, z, level))
-    return (z - alpha(level) * x_hat) / sigma(level), variance
-
-
 def flow_density(
-    process: GaussianProcess,
+    bound: BoundGaussian,
     network: Callable[[Tensor, Tensor], Tensor],
     z_0: Tensor,
     probes: Tensor | None,
     tolerance: float = 1e-5,
     max_steps: int = 1000,
-    solver: str = "tsit5",
+    solver: str = "dop853",
     indices: Sequence[int] | None = None,
 ) -> FlowDensity:
     """``log p_0(z_0)`` of the flow that the network defines, in nats, up to the solver's tolerance.
 
     Args:
-        process: A Gaussian process with a scalar schedule.
+        bound: A Gaussian process, bound to these data.
         network: ``(sample (B, *data), timestep (B,)) -> output (B, *data)``, differentiable, in the process's target.
-        z_0: Latents at gamma_0, (B, *data), on the process's device.
+        z_0: Latents at time 0, (B, *data), on the process's device.
         probes: (P, B, *data), with ``E v v' = I``; ``None`` for the exact divergence.
         tolerance: See `ProbabilityFlow`.
         max_steps: See `ProbabilityFlow`.
@@ -171,26 +180,40 @@ def flow_density(
     >>> from vdm_hub.diffusion.noise_schedules import LinearSchedule
     >>> process = GaussianProcess.from_fields({}, LinearSchedule(-8.0, 8.0))
     >>> standard_normal = lambda z, timestep: sigma(process.conditioning.inverse(timestep))[:, None] * z
-    >>> density = flow_density(process, standard_normal, torch.zeros(1, 2), probes=None)
+    >>> density = flow_density(process.bind(None, {})[1], standard_normal, torch.zeros(1, 2), probes=None)
     >>> round(float(density.log_density), 5)  # log N(0; 0, I) in two dimensions
     -1.83788
     """
-    shape, dimensions = z_0.shape, z_0[0].numel()
+    shape, dimensions, device = z_0.shape, z_0[0].numel(), z_0.device
+    interval, path = _path(bound)
 
-    def field(gamma: Tensor, state: Tensor) -> Tensor:
+    def field(times: Array, states: Array) -> Array:
+        state = torch.from_numpy(states).to(device)
         with torch.enable_grad():
-            z = state[:, :-1].detach().reshape(shape).requires_grad_()
-            level = broadcast(sigma(gamma), z)
-            velocity = 0.5 * level * (predict_noise(process, network, z, gamma) - level * z)
+            z = state[:, :-1].reshape(shape).requires_grad_()
+            gamma, rate = (broadcast(value, z) for value in path(torch.from_numpy(times).to(device)))
+            eps_hat, _ = bound.predict_noise(network, z, gamma)
+            velocity = 0.5 * rate * sigma(gamma) * (eps_hat - sigma(gamma) * z)
             divergence = _divergence(velocity, z, probes)
-        return torch.cat([velocity.detach().flatten(1), divergence[:, None] / dimensions], dim=1)
+        slope = torch.cat([velocity.detach().flatten(1), divergence[:, None] / math.sqrt(dimensions)], dim=1)
+        return slope.cpu().numpy()
 
+    # Over sqrt(D): in the norm of a step's error, a mean over the state, the log-density counts as much as all of z.
     start = torch.cat([z_0.double().flatten(1), z_0.new_zeros(shape[0], 1, dtype=torch.float64)], dim=1)
-    interval = _endpoints(process, z_0.device)
-    end, steps = _solve(field, start, interval, tolerance, max_steps, solver, indices or range(shape[0]))
-    z_1 = end[:, :-1]
-    base = -0.5 * (z_1**2 + math.log(2 * math.pi)).sum(1)
-    return FlowDensity(base, end[:, -1] * dimensions, steps)
+    paths = integrate(field, start.cpu().numpy(), interval, tolerance, max_steps, solver)
+    _check_paths(paths, indices or range(shape[0]), tolerance, max_steps)
+    end = torch.from_numpy(np.stack([one.state for one in paths]))
+    base = -0.5 * (end[:, :-1] ** 2 + math.log(2 * math.pi)).sum(1)
+    counts = (torch.tensor([one[i] for one in paths], dtype=torch.float64) for i in (1, 2))
+    return FlowDensity(base, end[:, -1] * math.sqrt(dimensions), *counts)
+
+
+def _path(bound: BoundGaussian) -> tuple[tuple[float, float], Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """The interval to integrate over, and gamma and its rate there: in gamma itself, or where it has many, in t."""
+    schedule = bound.process.schedule
+    if not schedule.scalar:
+        return (0.0, 1.0), partial(gamma_and_derivative, bound.gamma)
+    return schedule.endpoints(), lambda gamma: (gamma, torch.ones_like(gamma))
 
 
 def _divergence(velocity: Tensor, z: Tensor, probes: Tensor | None) -> Tensor:
@@ -212,60 +235,18 @@ def _scaled_basis(z: Tensor) -> Iterator[Tensor]:
         yield direction
 
 
-def _endpoints(process: GaussianProcess, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        first, last = process.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)).double()
-    return first, last
-
-
-def _solve(
-    field: Callable[[Tensor, Tensor], Tensor],
-    start: Tensor,
-    interval: tuple[Tensor, Tensor],
-    tolerance: float,
-    max_steps: int,
-    method: str,
-    indices: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """The state at the interval's end and the steps taken, per datum."""
-    torchode = _solver_library()
-    first, last = (time.expand(start.shape[0]).contiguous() for time in interval)
-    term = torchode.ODETerm(field, with_stats=False)
-    controller = torchode.IntegralController(tolerance, tolerance, term=term, norm=_error_norm).to(start.device)
-    solver = torchode.AutoDiffAdjoint(getattr(torchode, SOLVERS[method])(term=term), controller, max_steps=max_steps)
-    with torch.no_grad():
-        solution = solver.solve(torchode.InitialValueProblem(y0=start, t_start=first, t_end=last))
-    failed = (solution.status != torchode.status_codes.SUCCESS).nonzero().flatten().tolist()
-    if not failed:
-        return solution.ys[:, -1], solution.stats["n_steps"]
-    if int(solution.status[failed[0]]) == torchode.status_codes.REACHED_MAX_STEPS:
-        raise ConfigurationError(
-            f"the probability-flow ODE of image {indices[failed[0]]} needs more than {max_steps} steps at a tolerance "
-            f"of {tolerance:g}: raise max_steps or the tolerance."
-        )
-    raise NonFiniteLossError(
-        f"the probability-flow ODE of image {indices[failed[0]]} became NaN or infinite. The model's weights or its "
-        f"schedule's endpoints are at fault: evaluate an earlier checkpoint, or look at that image."
-    )
-
-
-def _solver_library() -> Any:
-    """torchode, the one library whose adaptive steps are per datum; torchdiffeq's and scipy's are the batch's.
-
-    It is an extra, as it pins an old typeguard that not every environment can hold.
-    """
-    try:
-        return importlib.import_module("torchode")  # by its name: the carried code is to need no more than diffusers
-    except ImportError as error:
-        raise ConfigurationError(
-            "the probability-flow likelihood needs the ODE solvers of torchode, which are not installed: "
-            "run `pip install torchode`."
-        ) from error
-
-
-def _error_norm(error: Tensor) -> Tensor:
-    """The larger of z's root mean square and the log-density's own: averaged with z's, it would count for nothing."""
-    return torch.maximum(error[:, :-1].square().mean(1).sqrt(), error[:, -1].abs())
+def _check_paths(paths: Sequence[Trajectory], indices: Sequence[int], tolerance: float, max_steps: int) -> None:
+    for index, path in zip(indices, paths, strict=True):
+        if path.failure == "max_steps":
+            raise ConfigurationError(
+                f"the probability-flow ODE of image {index} needs more than {max_steps} steps at a tolerance of "
+                f"{tolerance:g}: raise max_steps or the tolerance."
+            )
+        if path.failure:
+            raise NonFiniteLossError(
+                f"the probability-flow ODE of image {index} became NaN or infinite. The model's weights or its "
+                f"schedule's endpoints are at fault: evaluate an earlier checkpoint, or look at that image."
+            )
 
 
 # ---- images -------------------------------------------------------------------------------------------------------
@@ -281,15 +262,20 @@ class FlowMeasurement(Measurement):
     nothing. So ``is_bound`` is false: up to the solver's error, only the expectation is a bound.
 
     Terms in nats, whose sum estimates ``-log P(x)`` from above in expectation: ``base_density``, ``-log N(z_1; 0,
-    I)``; ``volume_change``, minus the integrated divergence; ``dequantization``, minus the entropy of q(z_0|x).
+    I)``; ``volume_change``, minus the integrated divergence; ``dequantization``, minus the entropy of q(z_0|x); and
+    what the schedule adds, where it draws a latent of its own from q.
+
+    The figure's own numerical error is estimated: in replicate 0 each ODE is solved once more, at `COARSER` times the
+    tolerance, and ``details["probability_flow"]["numerical_error"]`` is the mean over images of the change in
+    bits/dim, each taken as positive.
 
     Args:
-        objective: The model; its process Gaussian with a scalar schedule. It is evaluated outside autocast.
+        objective: The model; its process Gaussian. It is evaluated outside autocast.
         flow: The protocol.
         seed: Of all draws.
 
     Raises:
-        ConfigurationError: The process has no scalar gamma, or the solvers' library is missing.
+        ConfigurationError: The process is another, or the solvers' library is missing.
     """
 
     method, is_bound, transitions = "ode", False, None
@@ -298,23 +284,48 @@ class FlowMeasurement(Measurement):
     def __init__(self, objective: VDMObjective, flow: ProbabilityFlow | None = None, seed: int = 0) -> None:
         super().__init__(objective, seed)
         self.flow = flow or ProbabilityFlow()
-        scalar_gaussian(objective.process)
-        _solver_library()
+        gaussian_of(objective.process)
+        solver_library()
+        self._copy: nn.Module | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The objective's network, or a copy in float64, of the weights at the first call."""
+        if self.flow.dtype == "float32":
+            return self.objective.network
+        if self._copy is None:
+            self._copy = copy.deepcopy(self.objective.network).double().eval().requires_grad_(False)
+        return self._copy
 
     def measure(self, batch: Batch, replicate: int) -> Measured:
         """One dequantised draw of each image, and its ODE."""
-        network = CountedNetwork(self.objective.network, batch)
-        draw = draw_flow(self.objective, batch, self.flow, (self.seed, replicate), 0, network)
-        counts = {"evaluations": network.per_image(len(draw.log_q)), "steps": draw.steps}
+        return self._checked(batch, replicate, lambda flow: self._measure(batch, replicate, flow))
+
+    def _measure(self, batch: Batch, replicate: int, flow: ProbabilityFlow) -> Measured:
+        draw = draw_flow(self.objective.process, self.network, batch, flow, (self.seed, replicate), 0)
+        counts = {"evaluations": draw.evaluations, "steps": draw.steps}
         return Measured(draw.terms | {"dequantization": -draw.entropy}, counts)
+
+    def _checked(self, batch: Batch, replicate: int, solve: Callable[[ProbabilityFlow], Measured]) -> Measured:
+        """What was found at the protocol's tolerance, and how far it is from a coarser one's, in replicate 0."""
+        found = solve(self.flow)
+        change = torch.zeros_like(found.diagnostics["evaluations"])
+        counts = dict(found.diagnostics)
+        if replicate == 0:
+            coarser = solve(replace(self.flow, tolerance=min(COARSER * self.flow.tolerance, 0.5)))
+            total, other = (torch.stack(list(one.terms.values())).sum(0) for one in (found, coarser))
+            change = (total - other).abs() / (batch["levels"][0].numel() * math.log(2))
+            counts["evaluations"] = counts["evaluations"] + coarser.diagnostics["evaluations"]
+        return Measured(found.terms, counts | {"numerical_change": change})
 
     def protocol(self) -> dict[str, Any]:
         """The fields of `ProbabilityFlow`."""
         return {"probability_flow": asdict(self.flow)}
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The protocol with the solver's steps and evaluations."""
-        return {"probability_flow": asdict(self.flow) | steps_taken(diagnostics)}
+        """The protocol with the solver's steps and evaluations, and the figure's numerical error in bits/dim."""
+        error = float(diagnostics["numerical_change"][0].mean())
+        return {"probability_flow": asdict(self.flow) | steps_taken(diagnostics) | {"numerical_error": error}}
 
     def notes(self, report: LikelihoodReport) -> list[str]:
         """What kind of number it is."""
@@ -333,21 +344,17 @@ def steps_taken(diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FlowDraw:
-    """One draw per image: ``-log p_0(z_0)`` in terms, ``log q(z_0|x)``, the entropy of q, and the steps, each (B,)."""
+    """One draw per image, each (B,): ``-log p_0(z_0)`` in terms, ``log q(z_0|x)``, the entropy of q, and counts."""
 
     terms: Terms
     log_q: Tensor
     entropy: Tensor
     steps: Tensor
+    evaluations: Tensor
 
 
 def draw_flow(
-    objective: VDMObjective,
-    batch: Batch,
-    flow: ProbabilityFlow,
-    key: tuple[int, int],
-    draw: int,
-    network: CountedNetwork,
+    process: ForwardProcess, network: nn.Module, batch: Batch, flow: ProbabilityFlow, key: tuple[int, int], draw: int
 ) -> FlowDraw:
     """Dequantise each image of a batch once and solve its ODE.
 
@@ -355,26 +362,33 @@ def draw_flow(
     draws of a replicate share them, so that in importance weights their noise is common to a large part.
 
     Args:
-        objective: The model.
+        process: Of the model.
+        network: Its network.
         batch: The images, with ``indices``.
         flow: The protocol.
         key: (seed, replicate).
         draw: Which of an image's draws.
-        network: The model's network on this batch.
     """
-    process, indices = scalar_gaussian(objective.process), batch["indices"].tolist()
-    x = process.encode(batch["levels"])
-    generators = [image_generator(*key, i, draw, _DEQUANTIZATION_DRAWS) for i in indices]
-    uniform = uniform_noise(tuple(x.shape), generators, x.device, torch.float64)
-    gamma_0, _ = _endpoints(process, x.device)
-    dequantized = dequantization(flow.dequantization).draw(x, gamma_0, process.scaling.spacing, uniform)
-    probes = _probes(flow, tuple(x.shape), [image_generator(*key, i, 0, _PROBE_DRAWS) for i in indices], x)
-    with torch.autocast(x.device.type, enabled=False):
+    gaussian, indices = gaussian_of(process), batch["indices"].tolist()
+    x = gaussian.encode(batch["levels"], torch.float64)
+    shape, device = tuple(x.shape), x.device
+
+    def generators(draw: int, kind: int) -> list[torch.Generator]:
+        return [image_generator(*key, i, draw, kind) for i in indices]
+
+    context = gaussian.draw_context(shape, generators(draw, _CONTEXT_DRAWS), device)
+    uniform = uniform_noise(shape, generators(draw, _DEQUANTIZATION_DRAWS), device, torch.float64)
+    probes = _probes(flow, shape, generators(0, _PROBE_DRAWS), x)
+    with torch.autocast(device.type, enabled=False):
+        extras, bound = gaussian.bind(x, context)
+        gamma_0 = broadcast(bound.gamma(x.new_zeros(len(x))), x)
+        dequantized = dequantization(flow.dequantization).draw(x, gamma_0, gaussian.scaling.spacing, uniform)
+        counted = CountedNetwork(network, batch)
         density = flow_density(
-            process, network, dequantized.z_0, probes, flow.tolerance, flow.max_steps, flow.solver, indices
+            bound, counted, dequantized.z_0, probes, flow.tolerance, flow.max_steps, flow.solver, indices
         )
-    terms = {"base_density": -density.base_density, "volume_change": -density.volume_change}
-    return FlowDraw(terms, dequantized.log_q, dequantized.entropy, density.steps.double())
+    terms = {"base_density": -density.base_density, "volume_change": -density.volume_change} | extras
+    return FlowDraw(terms, dequantized.log_q, dequantized.entropy, density.steps, density.evaluations)
 
 
 def _probes(

@@ -173,8 +173,9 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
         probes = "" if flow["divergence"] == "exact" else f" ({flow['probes']} {flow['divergence']} probes)"
         kind = "exact" if flow["divergence"] == "exact" else "Hutchinson"
         lines.append(
-            f"ODE: {flow['solver']}, tolerance {flow['tolerance']:g}, {kind} divergence{probes}, "
-            f"{flow['dequantization']} dequantisation, {flow['evaluations_per_solve']:.1f} evaluations a solve"
+            f"ODE: {flow['solver']} in {flow['dtype']}, tolerance {flow['tolerance']:g}, {kind} divergence{probes}, "
+            f"{flow['dequantization']} dequantisation, {flow['evaluations_per_solve']:.1f} evaluations a solve; its "
+            f"numerical error: about {flow['numerical_error']:.1g} bits/dim"
         )
     if weights := details.get("importance_weights"):
         lines.append(

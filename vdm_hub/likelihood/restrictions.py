@@ -27,7 +27,7 @@ from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.hierarchical import HierarchicalObjective
 from vdm_hub.likelihood.per_image import CountedNetwork, Terms
-from vdm_hub.likelihood.probability_flow import predict_both, scalar_gaussian
+from vdm_hub.likelihood.probability_flow import scalar_gaussian
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.models.hvae import MarkovianHVAE
 
@@ -66,7 +66,8 @@ class ReverseStep(nn.Module):
         process = scalar_gaussian(self.objective.process)
         gamma_s, gamma_t = process.schedule(z.new_tensor([self.s, self.t], dtype=torch.float64)).double()
         network = CountedNetwork(self.objective.network, {})
-        eps_hat, prediction = predict_both(process, network, z, gamma_t.expand(z.shape[0]))
+        bound = process.bind(None, {})[1]
+        eps_hat, prediction = bound.predict_noise(network, z, gamma_t.expand(z.shape[0]))
         c = -torch.expm1(gamma_s - gamma_t)
         mean = gaussian.alpha(gamma_s) / gaussian.alpha(gamma_t) * (z - c * gaussian.sigma(gamma_t) * eps_hat)
         variance = (torch.sigmoid(gamma_s) * c).expand_as(z)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.times import discretise
-from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.errors import DataError
+from vdm_hub.fields import whole_number
 
 Batch = Mapping[str, Tensor]
 """``levels``: integers 0..K-1, (B, C, H, W). All else (``class_labels``, ...) is passed to the network by name."""
@@ -117,9 +118,8 @@ class VDMObjective(Objective):
 
     def __init__(self, network: nn.Module, process: ForwardProcess, transitions: int | None = None) -> None:
         super().__init__()
-        if transitions is not None and transitions < 1:
-            raise ConfigurationError(f"transitions is {transitions}: give at least 1, or none for continuous time.")
-        self.network, self.process, self.transitions = network, process, transitions
+        self.transitions = None if transitions is None else whole_number("transitions", transitions)
+        self.network, self.process = network, process
 
     @property
     def body(self) -> nn.Module:

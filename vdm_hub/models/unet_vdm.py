@@ -233,7 +233,7 @@ class FourierFeatures(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         # Autocast lowers matrix products and convolutions only: what is float32 here stays float32.
-        z = z.float()
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         angles = [z * (2.0**n * math.pi) for n in self.exponents]
         return torch.cat([z, *(angle.sin() for angle in angles), *(angle.cos() for angle in angles)], dim=1)
 
@@ -274,10 +274,11 @@ class TimeEmbedding(nn.Module):
         return F.silu(embedding)
 
     def sinusoids(self, timestep: Tensor) -> Tensor:
-        """``sin`` and ``cos`` of 1000 t, t in [0, 1], at frequencies from 1 down to 1e-4; (B, channels), float32."""
+        """``sin`` and ``cos`` of 1000 t, t in [0, 1], at frequencies from 1 down to 1e-4; (B, channels)."""
         half = self.channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=timestep.device) / max(half - 1, 1)
-        angles = self.scale * timestep.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+        timestep = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
+        exponents = torch.arange(half, dtype=timestep.dtype, device=timestep.device) / max(half - 1, 1)
+        angles = self.scale * timestep[:, None] * torch.exp(-math.log(10_000) * exponents)
         return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.channels % 2))
 
 
