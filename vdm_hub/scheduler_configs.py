@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -14,11 +15,96 @@ from diffusers import DDPMScheduler
 from vdm_hub import registry
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.errors import ConfigurationError, warn
+from vdm_hub.errors import ConfigurationError, shortened, warn
 from vdm_hub.registry import Serialised
 
 STOCK_TARGETS = ("epsilon", "sample", "v_prediction")
 """What a stock scheduler of the DDPM family understands as a target."""
+
+
+@dataclass(frozen=True)
+class ShownSampler:
+    """A sampler of diffusers that is shown to run a VDM's process: docs/samplers.md has the figures.
+
+    Attributes:
+        targets: What the network may predict.
+        options: Its constructor's arguments that may be chosen, and their values, one at a time.
+    """
+
+    targets: tuple[str, ...] = STOCK_TARGETS
+    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+_SPACINGS: dict[str, tuple[Any, ...]] = {"timestep_spacing": ("trailing", "linspace", "leading")}
+_SIGMAS: dict[str, tuple[Any, ...]] = {"use_karras_sigmas": (True, False), "use_exponential_sigmas": (True, False)}
+_ORDERS: dict[str, tuple[Any, ...]] = {"solver_order": (1, 2, 3), "lower_order_final": (True, False)}
+_ENDS: dict[str, tuple[Any, ...]] = {"final_sigmas_type": ("zero", "sigma_min")}
+_TWO_TARGETS = ("epsilon", "v_prediction")
+
+SHOWN_SAMPLERS: dict[str, ShownSampler] = {
+    "DDPMScheduler": ShownSampler(options=_SPACINGS | {"variance_type": ("fixed_small", "fixed_large")}),
+    "DDPMParallelScheduler": ShownSampler(options=_SPACINGS),
+    "DDIMScheduler": ShownSampler(options=_SPACINGS | {"set_alpha_to_one": (True, False)}),
+    "DDIMParallelScheduler": ShownSampler(options=_SPACINGS | {"set_alpha_to_one": (True, False)}),
+    "PNDMScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | {"skip_prk_steps": (True, False)}),
+    "DPMSolverMultistepScheduler": ShownSampler(
+        options=_SPACINGS
+        | _SIGMAS
+        | _ORDERS
+        | _ENDS
+        | {
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+            "solver_type": ("midpoint", "heun"),
+            "use_lu_lambdas": (True, False),
+            "euler_at_final": (True, False),
+        }
+    ),
+    "DPMSolverSinglestepScheduler": ShownSampler(
+        options=_SIGMAS
+        | {
+            "solver_order": (1, 2, 3),
+            "solver_type": ("midpoint", "heun"),
+        }
+    ),
+    "UniPCMultistepScheduler": ShownSampler(
+        options=_SPACINGS | _SIGMAS | _ORDERS | {"solver_type": ("bh1", "bh2"), "predict_x0": (True, False)}
+    ),
+    "DEISMultistepScheduler": ShownSampler(options=_SPACINGS | _SIGMAS | _ORDERS),
+    "SASolverScheduler": ShownSampler(options=_SPACINGS | {"algorithm_type": ("data_prediction", "noise_prediction")}),
+    "EulerDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS | _ENDS),
+    "EulerAncestralDiscreteScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS),
+    "HeunDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS),
+    "KDPM2DiscreteScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | _SIGMAS),
+    "KDPM2AncestralDiscreteScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | _SIGMAS),
+    "LMSDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS),
+}
+
+
+def check_sampler(scheduler_class: Any, target: Serialised, chosen: Mapping[str, Any]) -> None:
+    """Refuse a sampler, a target or an option that is not shown to run the process.
+
+    Raises:
+        ConfigurationError: Naming it, and what is shown.
+    """
+    name = getattr(scheduler_class, "__name__", repr(scheduler_class))
+    shown = SHOWN_SAMPLERS.get(name)
+    if shown is None or scheduler_class is not getattr(diffusers, name, None):
+        raise ConfigurationError(
+            f"{name} is not shown to run this process: choose one of {', '.join(SHOWN_SAMPLERS)}."
+        )
+    if target not in shown.targets:
+        raise ConfigurationError(
+            f"{name} samples by the targets {', '.join(shown.targets)}, and the network predicts {target!r}: choose "
+            f"another sampler, VDMScheduler among them."
+        )
+    for option, value in chosen.items():
+        values = shown.options.get(option, ())
+        if not any(type(value) is type(known) and value == known for known in values):
+            may_be = f"it may be {', '.join(map(repr, values))}" if values else f"give {', '.join(shown.options)} only"
+            raise ConfigurationError(
+                f"{name} with {option}={shortened(value)} is not shown to run this process: {may_be}."
+            )
+
 
 DDPM_KEYS = (
     "num_train_timesteps",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +28,12 @@ from vdm_hub.models.loading import CheckedLoading
 from vdm_hub.registry import Serialised
 from vdm_hub.scheduler_configs import (
     DDPM_KEYS,
+    SHOWN_SAMPLERS,
     STOCK_TARGETS,
     as_vdm_config,
     changes_process,
     check_betas,
+    check_sampler,
     check_steps,
     derived_betas,
     is_beta_table,
@@ -96,18 +97,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    _compatibles = [
-        "DDPMScheduler",
-        "DDIMScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "UniPCMultistepScheduler",
-        "HeunDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "DEISMultistepScheduler",
-        "PNDMScheduler",
-    ]
+    _compatibles = list(SHOWN_SAMPLERS)
 
     @register_to_config
     def __init__(
@@ -241,8 +231,13 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
     def to_diffusers(self, scheduler_class: type, **kwargs: Any) -> Any:
         """A stock sampler of the same process, such as ``to_diffusers(DPMSolverMultistepScheduler)``.
 
+        Args:
+            scheduler_class: One that is shown to run it: see `vdm_hub.scheduler_configs.SHOWN_SAMPLERS`.
+            kwargs: Options of its constructor that are shown to leave the process what it is.
+
         Raises:
-            ConfigurationError: No stock sampler can run it: the score target, gamma per pixel, another process.
+            ConfigurationError: No stock sampler can run it (the score target, a gamma per pixel, another process), or
+                the sampler or an option is not shown to.
         """
         target = self.config.prediction_type
         if target not in STOCK_TARGETS:
@@ -255,11 +250,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
                 "diffusers' samplers need one noise level per time, told as an integer; this process has a gamma per "
                 "pixel or per datum, or none at all, or tells it otherwise. Sample it with VDMScheduler."
             )
-        if "trained_betas" not in inspect.signature(scheduler_class).parameters:
-            raise ConfigurationError(
-                f"{scheduler_class.__name__} takes no betas, so it would run another process: choose a sampler of the "
-                f"DDPM family, such as DDIMScheduler or UniPCMultistepScheduler."
-            )
+        check_sampler(scheduler_class, target, kwargs)
         return scheduler_class.from_config(self.config, **kwargs)  # type: ignore[attr-defined]
 
     # ---- the grid ---------------------------------------------------------------------------------------------------
@@ -301,9 +292,9 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         assert self._ddpm is not None
         most = self.config.num_train_timesteps
         if timesteps is not None:
-            given = [whole_number("a timestep", int(t) if t == int(t) else t, 0, most - 1) for t in _floats(timesteps)]
-            _descending("timesteps", given)
-            self._ddpm.set_timesteps(timesteps=given)
+            given = _descending("timesteps", timesteps).tolist()
+            whole = [whole_number("a timestep", int(t) if t.is_integer() else t, 0, most - 1) for t in given]
+            self._ddpm.set_timesteps(timesteps=whole)
         else:
             self._ddpm.set_timesteps(whole_number("num_inference_steps", steps, 1, most))
         times = self._ddpm.timesteps.double() / (self.config.num_train_timesteps - 1)

@@ -1,0 +1,233 @@
+"""What a call is given is checked before its first evaluation; `from_pipe` for every pipeline."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+
+from tiny import Inputs, quiet, sampled, seeded, tiny_pipeline, tiny_unet, tiny_unet_2d
+from vdm_hub import (
+    HVAEPipeline,
+    LatentVDMPipeline,
+    MarkovianHVAE,
+    NoiseScheduleModel,
+    UNetVDMModel,
+    VDMPipeline,
+    VDMScheduler,
+)
+from vdm_hub.errors import ConfigurationError
+
+
+def pipelines() -> dict[str, Any]:
+    ddpm = VDMScheduler.from_config(DDPMScheduler(num_train_timesteps=50).config)
+    stock = tiny_pipeline()
+    stock.scheduler = stock.scheduler.to_diffusers(DDIMScheduler)
+    return {
+        "vdm": tiny_pipeline(),
+        "a beta table": quiet(VDMPipeline(tiny_unet(), ddpm)),
+        "a stock sampler": stock,
+    }
+
+
+STEPS = [-1, 0, 2.5, 4.0, True, "4", None, math.nan, [4], torch.tensor(2.5)]
+
+
+@pytest.mark.parametrize("kind", ["vdm", "a beta table", "a stock sampler"])
+def test_steps_are_whole_numbers_from_one(kind: str) -> None:
+    pipe = pipelines()[kind]
+    inputs = Inputs(pipe.unet)
+    for steps in STEPS:
+        with pytest.raises(ConfigurationError, match="num_inference_steps is"):
+            pipe(1, num_inference_steps=steps)
+    if kind != "vdm":
+        with pytest.raises(ConfigurationError, match="num_inference_steps is 1001"):
+            pipe(1, num_inference_steps=1001)
+    assert inputs.samples == []
+    assert len(sampled(pipe, steps=np.int64(3))) == 2  # type: ignore[arg-type]
+    assert len(inputs.samples) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        *(({"batch_size": size}, "batch_size is") for size in (0, -2, 1.5, True, "2", math.nan)),
+        ({"generator": 7}, "generator is 7"),
+        ({"generator": [seeded(), 7], "batch_size": 2}, "generator is"),
+        ({"generator": (seeded(),), "batch_size": 2}, "1 generators for 2 images"),
+        ({"generator": [seeded(), None], "batch_size": 2}, "2 generators for 2 images"),
+        ({"generator": [], "batch_size": 2}, "0 generators for 2 images"),
+        ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.long)}, "latents are torch.int64"),
+        ({"latents": [[0.0]]}, "latents are list"),
+        ({"class_labels": [0]}, "knows no classes"),
+    ],
+)
+def test_what_a_sample_is_drawn_of_is_checked(arguments: dict[str, Any], named: str) -> None:
+    pipe = tiny_pipeline()
+    inputs = Inputs(pipe.unet)
+    hvae = HVAEPipeline(MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(1, 8, 8)]))
+    with pytest.raises(ConfigurationError, match=named):
+        pipe(**{"num_inference_steps": 2} | arguments)
+    if "class_labels" not in arguments:
+        with pytest.raises(ConfigurationError, match=named):
+            hvae(**arguments)
+    assert inputs.samples == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (None, "knows 3 classes"),
+        ([0, 3], "class_labels hold 3"),
+        ([-1, 0], "class_labels hold -1"),
+        ([0.0, 1.0], "class_labels are torch.float32"),
+        ([True, False], "class_labels are torch.bool"),
+        (["a", "b"], "class_labels"),
+        ([None, 0], "class_labels"),
+        ([[0], [1]], "class labels for 2 images"),
+        ([0], "class labels for 2 images"),
+        (1, "class labels for 2 images"),
+    ],
+)
+def test_labels_are_classes_of_the_network_one_for_each_image(labels: Any, named: str) -> None:
+    pipe = tiny_pipeline(tiny_unet(num_class_embeds=3))
+    inputs, images = Inputs(pipe.unet), torch.zeros(2, 1, 8, 8, dtype=torch.long)
+    with pytest.raises(ConfigurationError, match=named):
+        pipe(2, num_inference_steps=2, class_labels=labels)
+    with pytest.raises(ConfigurationError, match=named):
+        pipe.bits_per_dim(images, class_labels=labels)
+    assert inputs.samples == []
+    assert len(sampled(pipe, class_labels=torch.tensor([0, 2], dtype=torch.uint8))) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({name: value} for name in ("batch_size", "replicates", "times_per_image") for value in (0, -1, 1.5, True)),
+        *({"transitions": value} for value in (0, 2.5, True)),
+        *({"seed": value} for value in (-1, 0.5)),
+        *({"draws": value, "method": "importance_weighted", "transitions": 2} for value in (0, 1.5)),
+    ],
+)
+def test_numbers_of_a_likelihood_are_whole_and_in_range(arguments: dict[str, Any]) -> None:
+    pipe = tiny_pipeline()
+    inputs = Inputs(pipe.unet)
+    name, value = next(iter(arguments.items()))
+    with pytest.raises(ConfigurationError, match=f"{name} is {value}"):
+        pipe.log_likelihood(torch.zeros(1, 1, 8, 8, dtype=torch.long), **arguments)
+    assert inputs.samples == []
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"timesteps": []},
+        {"timesteps": [10.0, 10.0]},
+        {"timesteps": [5.0, 10.0]},
+        {"timesteps": [math.nan]},
+        {"timesteps": [40.0, math.nan, 3.0]},
+        {"timesteps": [math.inf, 3.0]},
+        {"timesteps": [1000.0]},
+        {"timesteps": [5.0, -1.0]},
+        {"timesteps": ["a"]},
+        {"timesteps": 5},
+        {"sigmas": []},
+        {"sigmas": [0.5, 1.0]},
+        {"sigmas": [math.nan, 0.5]},
+        {"sigmas": [1.0, -0.5]},
+        {"sigmas": [1e6, 1.0]},
+        {"sigmas": [1.0, 1e-9]},
+        {"sigmas": [0.0]},
+        {"num_inference_steps": 3, "sigmas": [1.0]},
+        {},
+    ],
+)
+def test_grids_are_finite_descending_and_within_the_schedule(grid: dict[str, Any], table: bool) -> None:
+    scheduler = VDMScheduler.from_config(DDPMScheduler().config) if table else VDMScheduler()
+    before = scheduler.timesteps
+    with pytest.raises(ConfigurationError):
+        scheduler.set_timesteps(**grid)
+    assert scheduler.timesteps is before
+
+
+def test_a_table_takes_whole_timesteps_and_diffusers_own_last_sigma() -> None:
+    table, vdm = VDMScheduler.from_config(DDPMScheduler().config), VDMScheduler()
+    with pytest.raises(ConfigurationError, match=r"timestep is 2\.5"):
+        table.set_timesteps(timesteps=[5.0, 2.5])
+    table.set_timesteps(timesteps=[999.0, 500, 0])
+    assert table.timesteps.tolist() == [999, 500, 0]
+    for sigmas in ([5.0, 1.0, 0.1], [5.0, 1.0, 0.1, 0.0]):  # a zero at the end is the chain's end
+        vdm.set_timesteps(sigmas=sigmas)
+        assert len(vdm.timesteps) == 3
+
+
+# ---- from_pipe ------------------------------------------------------------------------------------------------------
+
+
+def latent_pipeline() -> LatentVDMPipeline:
+    stage = MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(2, 4, 4)], block_out_channels=(8,))
+    unet = UNetVDMModel(
+        4, in_channels=2, out_channels=2, block_out_channels=(8,), norm_num_groups=4, fourier_features=()
+    )
+    scaling = {"shift": [0.5], "scale": [2.0]}
+    return LatentVDMPipeline(stage, unet, VDMScheduler(num_levels=17), latent_scaling=scaling)
+
+
+def learned_pipeline() -> VDMPipeline:
+    scheduler = VDMScheduler(num_levels=17, noise_schedule="learned_linear")
+    return VDMPipeline(tiny_unet(), scheduler, NoiseScheduleModel("learned_linear"))
+
+
+MADE = {
+    "vdm": tiny_pipeline,
+    "a network of diffusers": lambda: tiny_pipeline(tiny_unet_2d()),
+    "a learned schedule": learned_pipeline,
+    "latent": latent_pipeline,
+    "hvae": lambda: HVAEPipeline(MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(4,)])),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_from_pipe_shares_the_components_and_keeps_what_the_pipeline_knows(kind: str) -> None:
+    pipe = MADE[kind]()
+    pipe.register_to_config(preprocessing={"resolution": 8})
+    made = type(pipe).from_pipe(pipe)
+    assert type(made) is type(pipe) and made is not pipe
+    assert all(made.components[name] is part for name, part in pipe.components.items())
+    assert made.preprocessing == {"resolution": 8}
+    assert made.config.get("latent_scaling") == pipe.config.get("latent_scaling")
+    images = torch.zeros(2, *pipe.image_shape, dtype=torch.long)
+    assert torch.equal(
+        made.bits_per_dim(images, replicates=1).per_image, pipe.bits_per_dim(images, replicates=1).per_image
+    )
+
+
+def test_from_pipe_takes_other_components_by_name_and_keeps_precision() -> None:
+    pipe = tiny_pipeline()
+    pipe.unet.half()
+    other = VDMScheduler(num_levels=256)
+    made = VDMPipeline.from_pipe(pipe, scheduler=other)
+    assert made.scheduler is other and made.unet is pipe.unet and pipe.unet.dtype == torch.float16
+    assert VDMPipeline.from_pipe(pipe, dtype=torch.float32).unet.dtype == torch.float32
+    assert VDMPipeline.from_pipe(DDPMPipeline(tiny_unet_2d(), DDPMScheduler())).num_levels == 256
+
+
+@pytest.mark.parametrize(
+    ("cls", "kind", "named"),
+    [
+        (VDMPipeline, "latent", "first_stage"),
+        (LatentVDMPipeline, "vdm", "first_stage"),
+        (HVAEPipeline, "vdm", "hvae"),
+        (VDMPipeline, "hvae", "scheduler, unet"),
+    ],
+)
+def test_from_pipe_says_which_component_is_missing_or_would_be_lost(cls: Any, kind: str, named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        cls.from_pipe(MADE[kind]())
+    with pytest.raises(ConfigurationError, match="give a pipeline"):
+        cls.from_pipe("runs/digits")
