@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import registered
 from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
 from measured import measured
+from plugin_of_law_7 import ContextSchedule
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
@@ -371,8 +372,9 @@ def test_the_network_computes_in_float64_unless_the_protocol_says_float32() -> N
     objective.network.train()
     measurement = FlowMeasurement(objective, ProbabilityFlow())
     double = measured(measurement, labelled(6, order), 1)
-    assert measurement.network.dtypes == {torch.float64} and seen == set()
-    assert measurement.network.modes == {False}
+    computed: Any = measurement.model[1]
+    assert computed.dtypes == {torch.float64} and seen == set()
+    assert computed.modes == {False}
     assert objective.network.training and objective.network.layers[2].training
     assert {parameter.dtype for parameter in objective.network.parameters()} == {torch.float32}
     single = measured(FlowMeasurement(objective, ProbabilityFlow(dtype="float32")), labelled(6, order), 1)
@@ -464,6 +466,20 @@ def test_a_gamma_per_pixel_is_dequantised_pixel_by_pixel(kind: str) -> None:
     torch.testing.assert_close(draw.entropy, entropy)
     found = -sum(draw.terms[name] for name in ("base_density", "volume_change"))
     torch.testing.assert_close(found, exact_log_density(covariance, z), rtol=0, atol=NATS)
+
+
+def test_a_latent_of_the_schedule_adds_its_term_and_is_a_function_of_the_image_alone() -> None:
+    process = registered.process(ContextSchedule(2), num_levels=LEVELS)
+    objective = VDMObjective(ExactDenoiser(ONE_DIMENSION, process), process)
+    levels = torch.randint(0, LEVELS, (3, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    found, again = (
+        measured(FlowMeasurement(objective, ProbabilityFlow(tolerance=1e-3)), images(levels, size), 1)
+        for size in (3, 1)
+    )
+    mean = process.encode(levels, torch.float64).mean((1, 2, 3))
+    torch.testing.assert_close(found.terms_per_image["context"][0], 0.5 * (0.5 * mean) ** 2, rtol=0, atol=1e-12)
+    for name, term in found.terms_per_image.items():
+        torch.testing.assert_close(again.terms_per_image[name], term, rtol=0, atol=1e-9)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

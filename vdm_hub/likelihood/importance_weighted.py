@@ -129,7 +129,7 @@ class WeightedFlowMeasurement(FlowMeasurement):
 
     def _measure(self, batch: Batch, replicate: int, flow: ProbabilityFlow) -> Measured:
         """K dequantised draws of each image, and their ODEs."""
-        arguments = self.objective.process, self.network, batch, flow, (self.seed, replicate)
+        arguments = *self.model, batch, flow, (self.seed, replicate)
         solved = [draw_flow(*arguments, k) for k in range(self.draws)]
         terms, size = weighted([draw.terms | {"dequantization": draw.log_q} for draw in solved])
         steps = torch.stack([draw.steps for draw in solved], dim=1)

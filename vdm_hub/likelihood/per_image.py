@@ -261,17 +261,25 @@ class CountedNetwork:
 
     def __init__(self, network: nn.Module, batch: Batch) -> None:
         self.network, self.evaluations = network, 0
-        self._arguments = {name: value for name, value in batch.items() if name not in ("levels", "indices")}
         floating = {tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()}
         # Half precisions get float32: the pipeline's network converts by itself, after its Fourier features.
         self._dtype = torch.float64 if not floating or torch.float64 in floating else torch.float32
+        given = {name: value for name, value in batch.items() if name not in ("levels", "indices")}
+        self._arguments = self._in_its_precision(given)
 
-    def __call__(self, sample: Tensor, timestep: Tensor) -> Tensor:
+    def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         """The network's raw output, of the sample's dtype."""
         self.evaluations += sample.shape[0]
-        arguments = sample.to(self._dtype), timestep.to(self._dtype)
-        output: Tensor = self.network(*arguments, return_dict=False, **self._arguments)[0]
+        arguments = self._arguments | self._in_its_precision(context)
+        output: Tensor = self.network(
+            sample.to(self._dtype), timestep.to(self._dtype), return_dict=False, **arguments
+        )[0]
         return output.to(sample.dtype)
+
+    def _in_its_precision(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: value.to(self._dtype) if value.is_floating_point() else value for name, value in arguments.items()
+        }
 
     def per_image(self, images: int) -> Tensor:
         """The calls so far, of each image of the batch, (B,): all images of a batch are called together."""

@@ -286,23 +286,27 @@ class FlowMeasurement(Measurement):
         self.flow = flow or ProbabilityFlow()
         gaussian_of(objective.process)
         solver_library()
-        self._copy: nn.Module | None = None
+        self._copies: tuple[ForwardProcess, nn.Module] | None = None
 
     @property
-    def network(self) -> nn.Module:
-        """The objective's network, or a copy in float64, of the weights at the first call."""
+    def model(self) -> tuple[ForwardProcess, nn.Module]:
+        """The objective's process and network, or copies in float64, of the weights at the first call."""
+        process, network = self.objective.process, self.objective.network
         if self.flow.dtype == "float32":
-            return self.objective.network
-        if self._copy is None:
-            self._copy = copy.deepcopy(self.objective.network).double().eval().requires_grad_(False)
-        return self._copy
+            return process, network
+        if self._copies is None:
+            copies = copy.deepcopy((process, network))
+            for part in copies:
+                part.double().eval().requires_grad_(False)
+            self._copies = copies
+        return self._copies
 
     def measure(self, batch: Batch, replicate: int) -> Measured:
         """One dequantised draw of each image, and its ODE."""
         return self._checked(batch, replicate, lambda flow: self._measure(batch, replicate, flow))
 
     def _measure(self, batch: Batch, replicate: int, flow: ProbabilityFlow) -> Measured:
-        draw = draw_flow(self.objective.process, self.network, batch, flow, (self.seed, replicate), 0)
+        draw = draw_flow(*self.model, batch, flow, (self.seed, replicate), 0)
         counts = {"evaluations": draw.evaluations, "steps": draw.steps}
         return Measured(draw.terms | {"dequantization": -draw.entropy}, counts)
 
