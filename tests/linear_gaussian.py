@@ -29,7 +29,7 @@ def objective(
 def images(count: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
     """Unlike each other in contrast, as real ones are."""
     generator = torch.Generator().manual_seed(3)
-    contrast = torch.rand(count, 1, 1, 1, generator=generator)
+    contrast = torch.rand(count, *(1,) * len(shape), generator=generator)
     return (7.5 + 8 * contrast * torch.randn(count, *shape, generator=generator)).round().clamp(0, 15).byte()
 
 

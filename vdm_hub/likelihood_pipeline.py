@@ -280,7 +280,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
                 ``consistency`` or ``joint``; see `vdm_hub.likelihood.decompositions.decompositions`.
             times_per_image: Of ``bound``: evaluations of each image in each replicate, at stratified times.
             pilot_evaluations: Of ``bound``: draws, in no result, from which it learns where times are best drawn and
-                what may be subtracted; 0 for none. Twice the images, from 256 to 4,096, where not given.
+                what may be subtracted; 0 for none. As many as images, from 256 to 4,096, where not given.
             batch_size: Images at once, at most.
             network_arguments: Passed to the network by name, each (B, ...).
 

@@ -1,9 +1,9 @@
 """What the estimator of the bound saves: network evaluations at equal Monte Carlo error, technique by technique.
 
-``python scripts/bench/estimator.py PIPELINE --dataset_name FOLDER`` measures a trained model in continuous time, by
-each technique alone and by all together, against independent uniform times under a linear log-SNR schedule between
-the same endpoints on the same network. The factor is the ratio of (variance of the mean over the images) x (network
-evaluations). Two estimates of that variance are printed:
+``python scripts/bench/estimator.py PIPELINE --dataset_name FOLDER`` measures a trained model, in continuous time or at
+``--transitions`` of them, by each technique alone and by all together, against independent uniform times on the same
+network (in continuous time under a linear log-SNR schedule between the same endpoints). The factor is the ratio of
+(variance of the mean over the images) x (network evaluations). Two estimates of that variance are printed:
 
 - *direct*: of the replicates' means, over all of them; it sees what stratification over images removes, and is itself
   uncertain by sqrt(2 / (replicates - 1)) in relative terms;
@@ -34,7 +34,7 @@ from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
 NOTHING = {"stratified": False, "importance_sampling": False, "control_variate": False}
-BASELINE = "independent uniform times, linear log-SNR"
+BASELINE = "independent uniform times"  # under a linear log-SNR, where time is continuous
 TECHNIQUES: dict[str, dict[str, Any]] = {
     BASELINE: NOTHING,
     "stratified times": NOTHING | {"stratified": True},
@@ -43,6 +43,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "stratified times, importance sampling": NOTHING | {"stratified": True, "importance_sampling": True},
     "all": {},
     "all, 4 times an image": {"times_per_image": 4},
+    "all, 8 times an image": {"times_per_image": 8},
 }
 
 
@@ -52,6 +53,8 @@ def main() -> None:
     parser.add_argument("pipeline", help="a trained pipeline")
     parser.add_argument("--dataset_name", required=True, help="'digits', a folder, or a Hub dataset")
     parser.add_argument("--split", default="test")
+    parser.add_argument("--transitions", type=int, help="T; continuous time without it")
+    parser.add_argument("--diffusers_levels", type=int, help="K, of a DDPM that is read by VDMPipeline.from_diffusers")
     parser.add_argument("--images", type=int, help="only the first so many")
     parser.add_argument("--replicates", type=int, default=32, help="of each technique and repetition")
     parser.add_argument("--repetitions", type=int, default=2, help="with pilots and draws of their own")
@@ -61,18 +64,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(TECHNIQUES), default=list(TECHNIQUES))
     parser.add_argument("--output", type=Path, help="a JSON file, extended after each measurement")
     arguments = parser.parse_args()
-    pipeline = VDMPipeline.from_pretrained(arguments.pipeline)
+    if arguments.diffusers_levels:
+        pipeline = VDMPipeline.from_diffusers(arguments.pipeline, num_levels=arguments.diffusers_levels)
+    else:
+        pipeline = VDMPipeline.from_pretrained(arguments.pipeline)
     levels = load_split(
         arguments.dataset_name,
         arguments.split,
         num_levels=pipeline.process.num_levels,
         max_samples=arguments.images,
     ).levels
-    objective = pipeline.objective(None)
+    objective = pipeline.objective(arguments.transitions)
     rows: list[dict[str, Any]] = []
     for repetition in range(arguments.repetitions):
         for name in arguments.only:
-            model = under_linear_log_snr(objective) if name == BASELINE else objective
+            plain = name == BASELINE and arguments.transitions is None
+            model = under_linear_log_snr(objective) if plain else objective
             rows.append(
                 {"technique": name, "repetition": repetition} | measure(model, levels, name, repetition, arguments)
             )
@@ -113,6 +120,7 @@ def measure(
     overhead = paid / (paid - pilot)  # of the budget, the pilot leaves this much less to measure with
     return {
         "bits_per_dim": report.bits_per_dim,
+        "error_of_8": report.standard_error * math.sqrt(report.replicates / 8),
         "standard_error": report.standard_error,
         "direct": float(total.mean(1).var()) * len(levels) * times * overhead,
         "within": float(total.var(0).mean()) * times * overhead,

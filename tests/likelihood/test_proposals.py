@@ -74,12 +74,12 @@ def test_a_time_in_float32_is_in_its_cell_and_in_its_transition(name: str, trans
 
 @every_transitions
 def test_a_defensive_proposal_bounds_every_weight(transitions: int | None) -> None:
-    """A pilot that saw nothing at all but at one cell: no weight is above that of the uniform over 0.1."""
+    """A pilot that saw nothing at all but at one cell: no weight is above that of the schedule's own over 0.1."""
     grid = grid_of("cosine", transitions)
     cell = torch.zeros(300, dtype=torch.long)
     proposal = fit_proposal(grid, cell, torch.ones(300, dtype=torch.float64), defensive=0.1)
     assert float(proposal.probabilities.sum()) == pytest.approx(1, abs=1e-12)
-    assert float(proposal.probabilities.min()) >= 0.1 / len(grid) * (1 - 1e-12)
+    assert float((proposal.probabilities / Proposal.even(grid).probabilities).min()) >= 0.1 * (1 - 1e-12)
     with pytest.raises(ValueError, match="defensive share is 0"):
         fit_proposal(grid, cell, torch.ones(300, dtype=torch.float64), defensive=0.0)
 

@@ -2,28 +2,31 @@ r"""A control variate for the diffusion term: what simple denoisers lose, whose 
 
 With the features of `vdm_hub.likelihood.image_features`, means ``m(x, gamma)`` and deviations ``d(x, gamma, eps)``,
 
-    C(x, t, eps) = scale(t) [theta(t) . m(x, t) + phi(t) . d(x, t, eps)],   E_eps C = scale(t) theta(t) . m(x, t),
+    C(x, t, eps) = scale(t) theta(t) . [m(x, t) + d(x, t, eps)],   E_eps C = scale(t) theta(t) . m(x, t),
 
 and ``int E_eps C dt`` is a sum over the cells of a `TimeGrid`, on which scale, theta and m are constant. So
-``f - C + int E C`` has the mean of f for every theta and phi that were fixed before f was drawn (Owen, Monte Carlo
-theory, section 8.9). theta and phi are linear between knots in gamma, and fitted to a pilot by ridge regression.
+``f - C + int E C`` has the mean of f for every theta that was fixed before f was drawn (Owen, Monte Carlo theory,
+section 8.9). theta is linear between knots in gamma, and fitted to a pilot by ridge regression, with a penalty on its
+steps from knot to knot; half of the pilot, held out, decides how large that is, and whether any control variate is
+better than none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vdm_hub.likelihood.image_features import MEANS, ImageFeatures, ImageStatistics
-from vdm_hub.likelihood.proposals import root_mean_square
+from vdm_hub.likelihood.image_features import ImageFeatures, ImageStatistics, expected_grid_error
+from vdm_hub.likelihood.proposals import Proposal, root_mean_square, smoothed_mean
 from vdm_hub.likelihood.time_grid import TimeGrid
 
-_RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-_FOLDS = 5
+KNOTS = 12
+_PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,18 @@ class ControlVariate:
     Attributes:
         grid: The cells of time; its process is Gaussian with a scalar gamma.
         statistics: Of the data set.
-        coefficients: (knots, 2 `MEANS`), float64: theta and phi at each knot.
+        coefficients: theta at each knot, (knots, features), float64.
     """
 
     grid: TimeGrid
     statistics: ImageStatistics
     coefficients: Tensor
+
+    @cached_property
+    def grid_errors(self) -> Tensor:
+        """`expected_grid_error` at the gamma of each cell."""
+        assert self.grid.gammas is not None
+        return expected_grid_error(self.grid.gammas, self.statistics.spacing)
 
     def features(self, x: Tensor) -> ImageFeatures:
         """The features of a batch, which all its evaluations share."""
@@ -46,14 +55,24 @@ class ControlVariate:
 
     def integral(self, features: ImageFeatures) -> Tensor:
         """``int E_eps C dt`` of each image, (B,), float64: exact."""
-        mass = hat_basis(self.grid.positions, len(self.coefficients)).T @ (self.grid.widths * self.grid.scale)
-        means = _means_at_knots(self.grid, features, len(self.coefficients))
-        return torch.einsum("k,kj,bkj->b", mass, self.coefficients[:, :MEANS], means)
+        mass = hat_basis(self.grid.positions, KNOTS).T @ self.grid.mass
+        return torch.einsum("k,kj,bkj->b", mass, self.coefficients, self._means_at_knots(features))
 
     def value(self, features: ImageFeatures, cell: Tensor, eps: Tensor) -> Tensor:
         """C at one cell and one noise of each image, (B,), float64."""
-        rows = regressors(self.grid, features, cell, eps, len(self.coefficients))
-        return self.grid.scale[cell] * (rows @ self.coefficients.flatten())
+        return self.grid.scale[cell] * (self.regressors(features, cell, eps) @ self.coefficients.flatten())
+
+    def regressors(self, features: ImageFeatures, cell: Tensor, eps: Tensor) -> Tensor:
+        """What the coefficients multiply, (B, knots * features), float64."""
+        assert self.grid.gammas is not None
+        basis = hat_basis(self.grid.positions[cell], KNOTS)
+        deviations = features.deviations(self.grid.gammas[cell].to(eps.device), eps, self.grid_errors[cell])
+        return (basis[:, :, None] * (self._means_at_knots(features) + deviations[:, None])).flatten(1)
+
+    def _means_at_knots(self, features: ImageFeatures) -> Tensor:
+        assert self.grid.gammas is not None
+        levels = torch.linspace(float(self.grid.gammas[0]), float(self.grid.gammas[-1]), KNOTS, dtype=torch.float64)
+        return torch.stack([features.means(level) for level in levels.tolist()], dim=1)
 
     def to_json(self) -> dict[str, Any]:
         """As lists."""
@@ -76,62 +95,61 @@ def hat_basis(positions: Tensor, knots: int) -> Tensor:
     return (1 - distance.abs()).clamp(min=0)
 
 
-def regressors(grid: TimeGrid, features: ImageFeatures, cell: Tensor, eps: Tensor, knots: int) -> Tensor:
-    """What the coefficients multiply, (B, knots * 2 MEANS), float64."""
-    assert grid.gammas is not None
-    basis = hat_basis(grid.positions[cell], knots)
-    means = _means_at_knots(grid, features, knots)
-    deviations = features.deviations(grid.gammas[cell].to(eps.device), eps)
-    both = torch.cat([means, deviations[:, None].expand(-1, knots, -1)], dim=2)
-    return (basis[:, :, None] * both).flatten(1)
-
-
-def _means_at_knots(grid: TimeGrid, features: ImageFeatures, knots: int) -> Tensor:
-    assert grid.gammas is not None
-    levels = torch.linspace(float(grid.gammas[0]), float(grid.gammas[-1]), knots, dtype=torch.float64)
-    return torch.stack([features.means(level) for level in levels.tolist()], dim=1)
-
-
-def fit_coefficients(rows: Tensor, integrand: Tensor, grid: TimeGrid, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """The coefficients, and what they leave of the integrand on folds that they were not fitted to.
+def fit_coefficients(rows: Tensor, integrand: Tensor, grid: TimeGrid, cell: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The coefficients, and what they leave of the integrand on draws that they were not fitted to.
 
     Weighted least squares on ``f / scale``, each draw by what it counts under the proposal that its residual will
-    have; the ridge is that of the least such error over five folds.
+    have. Each half of the pilot is predicted from the other one; the penalty, or no control variate at all, is what
+    then leaves the least variance.
 
     Args:
-        rows: `regressors` of the pilot's draws, (P, R).
-        integrand: Its values with respect to dt, (P,), float64, of draws uniform over cells.
+        rows: `ControlVariate.regressors` of the pilot's draws, (P, R).
+        integrand: Its values with respect to dt, (P,), float64, of draws as `Proposal.even` gives them.
         grid: The cells.
         cell: Of the draws, (P,).
 
     Returns:
-        ``(coefficients (R,), residuals (P,))``.
+        ``(coefficients (knots, features) or none, residuals (P,))``.
     """
     target, place = integrand / grid.scale[cell], grid.positions[cell]
-    size = (grid.widths * grid.scale)[cell] * len(grid)
-    profile = hat_basis(place, 12)
+    profile = hat_basis(place, KNOTS)
     spread = target - profile @ torch.linalg.lstsq(profile, target, driver="gelsd").solution
-    weight = size / root_mean_square(place, place, spread).clamp(min=1e-9 * float(target.abs().max()) + 1e-30)
-    folds = torch.arange(len(target)) % _FOLDS
-    best: tuple[float, Tensor, float] | None = None
-    for ridge in _RIDGES:
+    size = root_mean_square(place, place, spread)
+    count = (grid.mass / Proposal.even(grid).probabilities)[cell]
+    weight = count / size.clamp(min=1e-3 * float(size.max()) + 1e-30)
+    half = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)) % 2 == 0
+    best: tuple[float, float | None, Tensor] = remaining_variance(grid, cell, target), None, target
+    for penalty in _PENALTIES:
         left = torch.empty_like(target)
-        for fold in range(_FOLDS):
-            kept = folds != fold
-            left[~kept] = target[~kept] - rows[~kept] @ _ridge(rows[kept], target[kept], weight[kept], ridge)
-        error = float((weight * left**2).sum())
-        if best is None or error < best[0]:
-            best = error, left, ridge
-    assert best is not None
-    return _ridge(rows, target, weight, best[2]), best[1] * grid.scale[cell]
+        for held in (half, ~half):
+            left[held] = target[held] - rows[held] @ _ridge(rows[~held], target[~held], weight[~held], penalty)
+        variance = remaining_variance(grid, cell, left)
+        if variance < best[0]:
+            best = variance, penalty, left
+    _, chosen, left = best
+    found = None if chosen is None else _ridge(rows, target, weight, chosen).view(KNOTS, -1)
+    return found, left * grid.scale[cell]
 
 
-def _ridge(rows: Tensor, target: Tensor, weight: Tensor, ridge: float) -> Tensor:
-    """Weighted ridge regression, its penalty in units of each column's own size."""
-    root = weight.sqrt()
-    columns = rows * root[:, None]
-    size = columns.square().mean(0).sqrt()
-    size = torch.where(size > 0, size, torch.ones_like(size))
-    columns = columns / size
-    gram = columns.T @ columns / len(target) + ridge * torch.eye(columns.shape[1], dtype=rows.dtype)
-    return torch.linalg.solve(gram, columns.T @ (root * target) / len(target)) / size
+def remaining_variance(grid: TimeGrid, cell: Tensor, values: Tensor) -> float:
+    """The variance of one evaluation under the best proposal: ``(sum mass rms)^2 - (sum mass mean)^2``.
+
+    Args:
+        grid: The cells.
+        cell: Of the draws, (P,).
+        values: Seen there, over the scale, (P,).
+    """
+    size = root_mean_square(grid.positions, grid.positions[cell], values)
+    mean = smoothed_mean(grid.positions, grid.positions[cell], values)
+    return float((grid.mass @ size) ** 2 - (grid.mass @ mean) ** 2)
+
+
+def _ridge(rows: Tensor, target: Tensor, weight: Tensor, penalty: float) -> Tensor:
+    """Weighted least squares with a penalty on coefficients' steps between knots and, slightly, on themselves."""
+    weight = weight / weight.mean()
+    steps = torch.eye(KNOTS, dtype=rows.dtype).diff(dim=0)
+    smooth = steps.T @ steps + 0.01 * torch.eye(KNOTS, dtype=rows.dtype)
+    ridge = torch.kron(smooth, torch.eye(rows.shape[1] // KNOTS, dtype=rows.dtype))
+    weighted = rows * weight[:, None]
+    gram = weighted.T @ rows / len(target) + penalty * ridge
+    return torch.linalg.solve(gram, weighted.T @ target / len(target))

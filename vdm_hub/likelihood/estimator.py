@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.times import times_of_data
 from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.likelihood.control_variates import ControlVariate, fit_coefficients, regressors
+from vdm_hub.likelihood.control_variates import ControlVariate, fit_coefficients
 from vdm_hub.likelihood.image_features import StatisticsCollector
 from vdm_hub.likelihood.per_image import Batches, Measured, Measurement, Results, evaluating, image_generator
 from vdm_hub.likelihood.proposals import Proposal, fit_proposal
@@ -27,7 +27,6 @@ from vdm_hub.likelihood.time_grid import TimeGrid
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 
 _NOISE, _TIMES, _PILOT_NOISE, _PILOT_TIMES = 101, 102, 103, 104  # streams of draws that share no key
-_KNOTS = 12
 _FEWEST_PILOT, _MOST_PILOT = 256, 4096
 
 
@@ -58,7 +57,7 @@ class BoundEstimator(Measurement):
         importance_sampling: Draw times where the pilot saw large values.
         control_variate: Subtract one where an exact one is known: Gaussian processes with a scalar gamma.
         times_per_image: k, evaluations of each image in each replicate, at stratified times.
-        pilot_evaluations: P; by default twice the images, from 256 to 4,096.
+        pilot_evaluations: P; by default as many as images, from 256 to 4,096.
         defensive: The share of the uniform in the proposal.
 
     Raises:
@@ -101,7 +100,7 @@ class BoundEstimator(Measurement):
         self.num_images, self.stratified, self.times_per_image = num_images, stratified, times_per_image
         self.importance_sampling, self.defensive = importance_sampling, defensive
         self.control_variate = control_variate and _has_control_variate(objective)
-        default = min(max(2 * num_images, _FEWEST_PILOT), _MOST_PILOT)
+        default = min(max(num_images, _FEWEST_PILOT), _MOST_PILOT)
         planned = default if pilot_evaluations is None else pilot_evaluations
         self._planned_pilot = planned if importance_sampling or self.control_variate else 0
         by_level = objective.process.reconstruction_by_level()
@@ -125,24 +124,30 @@ class BoundEstimator(Measurement):
         if self._planned_pilot == 0:
             return
         with evaluating(self.objective), torch.no_grad():
-            statistics = _statistics_of(self.objective, batches()) if self.control_variate else None
-            trial = None
-            if statistics is not None:
-                trial = ControlVariate(self.grid, statistics, torch.zeros(_KNOTS, 0))
+            trial = self._trial(batches()) if self.control_variate else None
             before = self.network_evaluations
             cells, values, rows = self._pilot(batches(), trial)
         self.pilot_evaluations = self.network_evaluations - before
         if len(values) < 2:
             return
-        if statistics is not None:
+        if trial is not None:
             coefficients, values = fit_coefficients(rows, values, self.grid, cells)
-            self.variate = ControlVariate(self.grid, statistics, coefficients.reshape(_KNOTS, -1))
+            self.variate = None if coefficients is None else replace(trial, coefficients=coefficients)
         if self.importance_sampling:
             self.proposal = fit_proposal(self.grid, cells, values, self.defensive)
         self._latest = None
 
+    def _trial(self, batches: Iterable[Batch]) -> ControlVariate:
+        """A control variate that knows the data, and has no coefficients yet."""
+        process = self.objective.process
+        assert isinstance(process, GaussianProcess)
+        collector = StatisticsCollector(process.scaling.spacing)
+        for batch in batches:
+            collector.add(process.encode(batch["levels"]))
+        return ControlVariate(self.grid, collector.statistics(), torch.zeros(0))
+
     def _pilot(self, batches: Iterable[Batch], trial: ControlVariate | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(cells, integrand with respect to dt, regressors)`` of the pilot's draws, times uniform over cells."""
+        """``(cells, integrand with respect to dt, regressors)`` of the pilot's draws, at times of `Proposal.even`."""
         source = np.random.default_rng([self.seed, 0, _PILOT_TIMES])
         rounds = -(-self._planned_pilot // self.num_images)
         orders = torch.from_numpy(np.stack([source.permutation(self.num_images) for _ in range(rounds)]))
@@ -163,7 +168,7 @@ class BoundEstimator(Measurement):
                 row = torch.zeros(len(index), 0)
                 if trial is not None:
                     features = trial.features(self.objective.process.encode(part["levels"]))
-                    row = regressors(self.grid, features, cells[index, draw], noise["marginal"], _KNOTS)
+                    row = trial.regressors(features, cells[index, draw], noise["marginal"])
                 found.append((draw * self.num_images + index, cells[index, draw], value, row))
         if not found:
             return torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, 0)
@@ -275,17 +280,10 @@ def _counted(network: nn.Module) -> Iterator[list[int]]:
 
 def _has_control_variate(objective: VDMObjective) -> bool:
     process = objective.process
-    if objective.integrand != "diffusion" or not isinstance(process, GaussianProcess):
+    if objective.integrand != "diffusion" or not isinstance(process, GaussianProcess) or not process.is_plain:
         return False
     # In continuous time the reverse steps' variance is in no term.
-    return process.schedule.scalar and (objective.transitions is None or process.variance.is_posterior)
-
-
-def _statistics_of(objective: VDMObjective, batches: Iterable[Batch]) -> Any:
-    collector = StatisticsCollector()
-    for batch in batches:
-        collector.add(objective.process.encode(batch["levels"]))
-    return collector.statistics()
+    return objective.transitions is None or process.variance.is_posterior
 
 
 def _repeated(batch: Batch, rounds: int, chosen: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

@@ -2,8 +2,8 @@ r"""Importance sampling of t: a density ``q(t)`` near the one that makes the est
 
 ``int f dt = E_{t~q}[f(t) / q(t)]`` for every q that is positive where f is; the variance is least for
 ``q \propto sqrt(E f(t)^2)``, with f what is left of the integrand after control variates. That is estimated from a
-pilot whose draws are never used again, and mixed with the uniform over cells (Hesterberg, Technometrics 37, 1995), so
-that no weight is large where the pilot was wrong.
+pilot whose draws are never used again, and mixed with one that knows the schedule alone (Hesterberg, Technometrics
+37, 1995), so that no weight is large where the pilot was wrong.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ class Proposal:
 
     @classmethod
     def even(cls, grid: TimeGrid) -> Proposal:
-        """Uniform over cells: in log-SNR, where there is one, or over transitions."""
-        return cls(grid, torch.full((len(grid),), 1 / len(grid), dtype=torch.float64))
+        """Half of it even in log-SNR, half where data of variance one would lose most; uniform without a log-SNR."""
+        if grid.gammas is None:
+            return cls.uniform(grid)
+        spans, lost = grid.spans, grid.mass * torch.sigmoid(-grid.gammas)
+        return cls(grid, 0.5 * spans / spans.sum() + 0.5 * lost / lost.sum())
 
     def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``(t, cell, 1/q(t))`` by the inverse of the distribution function: stratified draws stay stratified.
@@ -69,7 +72,7 @@ def fit_proposal(grid: TimeGrid, cell: Tensor, integrand: Tensor, defensive: flo
         grid: The cells.
         cell: Of each of the pilot's draws, (P,).
         integrand: Its value there with respect to dt, (P,), float64.
-        defensive: The share of the uniform over cells.
+        defensive: The share of `Proposal.even`.
 
     Raises:
         ValueError: The share is not in (0, 1].
@@ -77,28 +80,31 @@ def fit_proposal(grid: TimeGrid, cell: Tensor, integrand: Tensor, defensive: flo
     if not 0 < defensive <= 1:
         raise ValueError(f"the defensive share is {defensive}: it must be positive, and at most 1.")
     size = root_mean_square(grid.positions, grid.positions[cell], integrand / grid.scale[cell])
-    mass = grid.widths * grid.scale * size
-    even = torch.full_like(mass, 1 / len(grid))
+    mass, even = grid.mass * size, Proposal.even(grid)
     if not float(mass.sum()) > 0:
-        return Proposal(grid, even)
-    return Proposal(grid, (1 - defensive) * mass / mass.sum() + defensive * even)
+        return even
+    return Proposal(grid, (1 - defensive) * mass / mass.sum() + defensive * even.probabilities)
 
 
-def root_mean_square(at: Tensor, positions: Tensor, values: Tensor, bins: int = _BINS) -> Tensor:
-    """``sqrt(E values^2)`` as a function of position: smoothed means of bins, linear between their centres.
+def root_mean_square(at: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """``sqrt(E values^2)`` as a function of position: see `smoothed_mean`."""
+    return smoothed_mean(at, positions, values.double() ** 2).clamp(min=0).sqrt()
+
+
+def smoothed_mean(at: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """``E values`` as a function of position: smoothed means of bins, linear between their centres.
 
     Args:
         at: Where it is wanted, in [0, 1].
         positions: Of the values, in [0, 1].
         values: What was seen there.
-        bins: How many.
     """
-    index = (positions * bins).long().clamp(0, bins - 1)
-    kernel = torch.exp(-0.5 * (torch.arange(bins)[:, None] - torch.arange(bins)).double() ** 2)
-    squares = kernel @ torch.zeros(bins, dtype=torch.float64).index_add_(0, index, values.double() ** 2)
-    counts = kernel @ torch.bincount(index, minlength=bins).double()
-    centre = squares / counts.clamp(min=1e-12)
-    place = (at * bins - 0.5).clamp(0, bins - 1)
-    left = place.floor().long().clamp(max=bins - 2)
+    index = (positions * _BINS).long().clamp(0, _BINS - 1)
+    kernel = torch.exp(-0.5 * (torch.arange(_BINS)[:, None] - torch.arange(_BINS)).double() ** 2)
+    sums = kernel @ torch.zeros(_BINS, dtype=torch.float64).index_add_(0, index, values.double())
+    counts = kernel @ torch.bincount(index, minlength=_BINS).double()
+    centre = sums / counts.clamp(min=1e-12)
+    place = (at * _BINS - 0.5).clamp(0, _BINS - 1)
+    left = place.floor().long().clamp(max=_BINS - 2)
     part = place - left
-    return ((1 - part) * centre[left] + part * centre[left + 1]).clamp(min=0).sqrt()
+    return (1 - part) * centre[left] + part * centre[left + 1]

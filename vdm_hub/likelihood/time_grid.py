@@ -70,6 +70,18 @@ class TimeGrid:
         return self.edges.diff()
 
     @property
+    def mass(self) -> Tensor:
+        """What each cell adds to the integral where ``|eps - eps_hat|^2`` is one, (n,)."""
+        return self.widths * self.scale
+
+    @property
+    def spans(self) -> Tensor:
+        """How far gamma rises within each cell, up to a factor, (n,)."""
+        if self.transitions is None:
+            return self.mass
+        return self.widths * torch.log1p(2 * self.scale / self.transitions)  # of several transitions, alike enough
+
+    @property
     def positions(self) -> Tensor:
         """Where cells lie in [0, 1] as smooth functions should see it: affine in gamma, or in t without one; (n,)."""
         if self.gammas is None or len(self) == 1:
