@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ import torch
 from PIL import Image
 
 from tiny import tiny_pipeline, tiny_unet
-from vdm_hub import VDMPipeline, VDMScheduler
+from vdm_hub import VDMPipeline, VDMScheduler, commands
 from vdm_hub.commands import main
 from vdm_hub.commands.evaluate import NOT_REACHED
 from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.evaluation.measuring import Stages
 from vdm_hub.hub.records import read_evaluation
 from vdm_hub.likelihood.methods import check_endpoints
 from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.recipes.arguments import parse
 
 ODE = ("--tolerance", "0.3", "--max_images", "2", "--replicates", "2")
 METHODS: dict[str, tuple[str, ...]] = {
@@ -175,6 +177,98 @@ def test_what_makes_no_sense_together_is_refused_before_anything_is_loaded(
     ):
         assert message in refused(capsys, words(nowhere, *more))
     assert (tmp_path / "there.parquet").read_text() == "years of work"
+
+
+def digits_folder(root: Path, count: int = 4) -> Path:
+    root.mkdir(parents=True)
+    for i in range(count):
+        Image.new("L", (8, 8), round(255 * i / 16)).save(root / f"{i}.png")
+    return root
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    """What lies below a folder, by its path."""
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in root.rglob("*")}
+
+
+def test_an_output_that_would_be_among_the_images_is_refused_by_every_command(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that are measured, and those that a run was trained on, as its recipe says."""
+    measured, trained = digits_folder(tmp_path / "data"), digits_folder(tmp_path / "trained")
+    (trained / "class").mkdir()
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "pipeline")
+    (run / "recipe.yaml").write_text(
+        parse(["template", "--train_data_dir", str(trained), "--dataset_name", "none"]).to_yaml()
+    )
+    before = everything(tmp_path)
+    for place in (measured, trained / "class"):
+        for option, name in (("plot", "p.png"), ("per_image", "p.parquet"), ("journal", "j")):
+            more = ("evaluate", str(run), "--dataset_name", str(measured), f"--{option}", str(place / name))
+            assert f"--{option} elsewhere" in refused(capsys, [*more, "--split", "train"])
+    for words in (("sample", str(run), "--output"), ("publish", str(run), "me/x", "--dry_run", "--output_dir")):
+        assert "elsewhere" in refused(capsys, [*words, str(trained / "class" / "p.png")])
+    assert everything(tmp_path) == before
+
+
+def test_a_place_that_nothing_can_be_written_to_is_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "chapter.tex").write_text("years of work")
+    (tmp_path / "other" / "unclipped").mkdir(parents=True)
+    (tmp_path / "other" / "unclipped" / "thesis.txt").write_text("years of work")
+    before = everything(tmp_path)
+    below_a_file, too_long = tmp_path / "chapter.tex" / "new" / "x", tmp_path / ("x" * 245)
+    for place in (below_a_file, too_long, Path("/proc/nowhere/x")):
+        for option, suffix in (("plot", ".png"), ("per_image", ".parquet")):
+            named = place.with_name(place.name + suffix)
+            assert "name another place" in refused(capsys, words(tmp_path / "nowhere", f"--{option}", named))
+            assert everything(tmp_path) == before
+    for place in (below_a_file, folder, tmp_path, tmp_path / "other", Path("/proc/nowhere")):
+        said = refused(capsys, words(tmp_path / "nowhere", "--journal", place))
+        assert str(place) in said and "name another" in said
+    assert everything(tmp_path) == before and not (folder / "unclipped").exists()
+
+
+def test_a_journal_is_gone_on_with_and_nothing_but_a_journal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = words(folder, "--max_images", 2, "--replicates", 1, "--pilot_evaluations", 0, "--journal", tmp_path / "j")
+    assert main(more) == main(more) == 0
+    capsys.readouterr()
+    (tmp_path / "j" / "notes.txt").write_text("mine")
+    assert "notes.txt" in refused(capsys, more)
+    inner = tmp_path / "j" / "unclipped"
+    assert "key.json" in refused(capsys, [*more[:-1], str(inner)])
+
+
+def test_the_figure_is_printed_even_where_its_files_can_not_be_written_any_more(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = commands.evaluate.evaluate
+
+    def measured_while_a_folder_appears(*given: Any, **named: Any) -> LikelihoodReport:
+        (tmp_path / "bits.png").mkdir()
+        return measure(*given, **named)
+
+    monkeypatch.setattr(commands.evaluate, "evaluate", measured_while_a_folder_appears)
+    more = words(folder, "--max_images", 2, "--replicates", 2, "--pilot_evaluations", 0, "--json")
+    assert main([*more, "--plot", str(tmp_path / "bits.png")]) == 2
+    assert json.loads(capsys.readouterr().out)["num_images"] == 2
+
+
+def test_what_this_package_draws_is_never_read_as_an_image(folder: Path, tmp_path: Path) -> None:
+    data = digits_folder(tmp_path / "data")
+    few = ["sample", str(folder), "--num_images", "1", "--num_inference_steps", "1"]
+    assert main([*few, "--output", str(data / "grid.png")]) == 0
+    drawn = words(folder, "--max_images", 2, "--replicates", 2, "--pilot_evaluations", 0, "--plot", data / "bits.png")
+    assert main(drawn) == 0
+    for name in ("bits.png", "grid.png"):
+        with pytest.raises(DataError, match=f"{name}.*vdm_hub"):
+            load_split(str(data), "train", color="grey", resolution=8)
+        (data / name).unlink()
+    assert len(load_split(str(data), "train", color="grey", resolution=8)) == 4
 
 
 def test_what_the_model_has_no_likelihood_for_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,8 +43,7 @@ def written_beside(path: Path, *, keeps_all: bool = False) -> Iterator[Path]:
     """
     target = destination(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: many libraries choose a file's format by it.
-    beside = target.parent / f".{target.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
+    beside = target.parent / _name_beside(target, path)
     try:
         yield beside
         if keeps_all and (lost := sorted(_files(target) - _files(beside))):
@@ -52,6 +51,25 @@ def written_beside(path: Path, *, keeps_all: bool = False) -> Iterator[Path]:
         _replace(beside, destination(path))  # it may have become something else meanwhile
     finally:
         remove(beside)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place where `written_beside` could write nothing, by trying it; nothing is left of that.
+
+    Raises:
+        OutputError: A folder that it would be in is a file, or may not be written in, or no file can have such a name.
+    """
+    target = destination(path)
+    folder = next(parent for parent in target.parents if os.path.lexists(parent))
+    try:
+        beside = folder / _name_beside(target, path)
+        beside.touch(exist_ok=False)
+        beside.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{path} can't be written, for there can be no such file in {folder} ({error.strerror}): name another "
+            f"place."
+        ) from error
 
 
 def destination(path: Path) -> Path:
@@ -187,6 +205,11 @@ def _lock(descriptor: int) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         warn(f"this file system has no locks ({error}): start no two runs in one folder.", stacklevel=3)
+
+
+def _name_beside(target: Path, path: Path) -> str:
+    # The suffix stays last: many libraries choose a file's format by it.
+    return f".{target.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
 
 
 def _files(folder: Path) -> set[str]:

@@ -13,8 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from vdm_hub.data.picture_files import DRAWN
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.likelihood.consistency import TransitionProfile
@@ -43,7 +45,11 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
         grid[:, top : top + height, left : left + width] = image
     array = (grid.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     picture = Image.fromarray(array[..., 0] if channels == 1 else array)
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path, format="PNG")
+    (said,) = DRAWN.items()
+    told = PngInfo()
+    told.add_text(*said)
+    enlarged = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    enlarged.save(path, format="PNG", pnginfo=told)
 
 
 def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
@@ -59,7 +65,7 @@ def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path
             axes[-1].set(xlabel="t", title="diffusion term: not measured", xticks=[], yticks=[])
         else:
             _plot_bits(report, axes[-1])
-        figure.savefig(path, dpi=150, format="png")
+        figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
 
 
 def plot_likelihood(report: LikelihoodReport, path: Path) -> None:
@@ -71,7 +77,7 @@ def plot_likelihood(report: LikelihoodReport, path: Path) -> None:
         if has_times:
             _plot_bits(report, axes[0])
         _plot_histogram(report, axes[-1])
-        figure.savefig(path, dpi=150, format="png")
+        figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
 
 
 def plot_decompositions(profiles: Mapping[str, TransitionProfile], path: Path) -> None:
@@ -89,7 +95,7 @@ def plot_decompositions(profiles: Mapping[str, TransitionProfile], path: Path) -
         spread.set(xlabel="t", ylabel="bits/dim", yscale="log", title="standard deviation of one evaluation")
         for axis in (bits, spread):
             axis.legend(frameon=False, fontsize=8)
-        figure.savefig(path, dpi=150, format="png")
+        figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
 
 
 def _plot_histogram(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> None:
@@ -117,7 +123,7 @@ def plot_training_curve(history: Mapping[str, Mapping[str, list[float]]], path: 
         else:
             for axis in (whole, late):
                 axis.set(xlabel="step", title="bits/dim: nothing was logged", xticks=[], yticks=[])
-        figure.savefig(path, dpi=150, format="png")
+        figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
 
 
 def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None:

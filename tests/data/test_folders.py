@@ -25,7 +25,7 @@ from image_folders import folder_of, greys, parquet_of, picture, png, read, refu
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.layouts import read_layout
-from vdm_hub.data.loading import check_output_apart, load_data, load_split
+from vdm_hub.data.loading import check_outputs_apart, load_data, load_split
 from vdm_hub.data.sources import open_folder, open_source
 from vdm_hub.errors import DataError
 
@@ -554,12 +554,16 @@ def test_an_output_within_the_data_is_refused(tmp_path: Path, monkeypatch: pytes
     within = [".", "runs/x", data, data / "cats", tmp_path / "link" / "x", tmp_path / "more" / "runs" / "x"]
     for output in map(Path, within):
         for name in (".", str(data), str(tmp_path / "link"), "cats/.."):
-            assert "output_dir" in refused(check_output_apart, DataArguments(train_data_dir=name), output)
-            assert "output_dir" in refused(check_output_apart, DataArguments(dataset_name=name), output)
+            assert "output_dir" in refused(
+                check_outputs_apart, DataArguments(train_data_dir=name), {"output_dir": output}
+            )
+            assert "output_dir" in refused(
+                check_outputs_apart, DataArguments(dataset_name=name), {"output_dir": output}
+            )
     for output in (tmp_path / "runs" / "x", tmp_path / "data2", tmp_path):
-        check_output_apart(DataArguments(train_data_dir=str(data)), output)
-    check_output_apart(DataArguments(dataset_name="digits"), Path("runs"))
-    check_output_apart(DataArguments(dataset_name="owner/name"), Path("runs"))
+        check_outputs_apart(DataArguments(train_data_dir=str(data)), {"output_dir": output})
+    check_outputs_apart(DataArguments(dataset_name="digits"), {"output_dir": Path("runs")})
+    check_outputs_apart(DataArguments(dataset_name="owner/name"), {"output_dir": Path("runs")})
 
 
 def test_slices_of_parquet_files_are_those_of_their_rows(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 from vdm_hub.commands.images import load_images
 from vdm_hub.commands.loading import load_pipeline
-from vdm_hub.commands.outputs import check_output
+from vdm_hub.commands.outputs import check_apart_from_training, check_output
+from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.images import ImageLevels
+from vdm_hub.data.loading import check_outputs_apart
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
-from vdm_hub.evaluation.journal import check_place
+from vdm_hub.evaluation.journal import check_evaluation_journal
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.tables import write_per_image
 from vdm_hub.fields import MAX_SEED, within
@@ -188,8 +190,8 @@ def run(arguments: argparse.Namespace) -> int:
         pipeline, images, told, notes = processes.together(lambda: _load(arguments, processes))
         report = _evaluate(arguments, pipeline, images, told, processes).with_notes(notes)
         if processes.is_main:
+            print(json.dumps(report.to_dict()) if arguments.json else report, flush=True)
             _write(arguments, report, images)
-            print(json.dumps(report.to_dict()) if arguments.json else report)
     return 0 if report.reached else NOT_REACHED
 
 
@@ -204,7 +206,12 @@ def _check(arguments: argparse.Namespace) -> None:
         if (path := getattr(arguments, name)) is not None:
             check_output(path, name, suffix, overwrite=arguments.overwrite)
     if arguments.journal is not None:
-        check_place(arguments.journal)
+        check_evaluation_journal(arguments.journal)
+    outputs = {
+        name: path for name in ("per_image", "plot", "journal") if (path := getattr(arguments, name)) is not None
+    }
+    check_outputs_apart(DataArguments(dataset_name=arguments.dataset_name), outputs)
+    check_apart_from_training(arguments.pipeline, outputs)
 
 
 def _load(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vdm_hub.commands.outputs import check_apart_from_training
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.publishing.dry_run import LIST, write_publication
 from vdm_hub.publishing.publishing import publish
@@ -65,6 +66,7 @@ def _dry_run(arguments: argparse.Namespace) -> None:
     folder = arguments.folder
     beside = folder.parent if (folder / "model_index.json").is_file() else folder
     output = arguments.output_dir or beside / "publication"
+    check_apart_from_training(folder, {"output_dir": output})
     files = write_publication(
         folder,
         arguments.repo_id,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vdm_hub.commands.loading import load_pipeline
-from vdm_hub.commands.outputs import check_output
+from vdm_hub.commands.outputs import check_apart_from_training, check_output
 from vdm_hub.diffusion.samplers import ANCESTRAL, SAMPLERS
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import MAX_SEED, within
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     within(1, 10**6, arguments, "num_images", "num_inference_steps", "batch_size")
     within(0, MAX_SEED - arguments.num_images, arguments, "seed")
     check_output(arguments.output, "output", ".png", overwrite=arguments.overwrite)
+    check_apart_from_training(arguments.pipeline, {"output": arguments.output})
     pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
     chosen = {} if arguments.sampler == ANCESTRAL else {"sampler": arguments.sampler}
     if chosen and not isinstance(pipeline, VDMPipeline):

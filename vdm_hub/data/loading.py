@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -169,21 +169,29 @@ def load_split(
     return images
 
 
-def check_output_apart(arguments: DataArguments, output_dir: Path) -> None:
+def check_outputs_apart(arguments: DataArguments, outputs: Mapping[str, Path]) -> None:
     """Refuse to write into the folder that is read, or into one that a link in it leads to.
 
+    Args:
+        arguments: What is read.
+        outputs: The places, by the options that named them.
+
     Raises:
-        DataError: The output would be among the images of this or another run.
+        DataError: An output would be among the images of this or another run.
     """
     name = arguments.train_data_dir or str(arguments.dataset_name)
-    if name == arguments.dataset_name and not is_local(name):
+    if not outputs or (name == arguments.dataset_name and not is_local(name)):
         return
     folder = local_path(name)
-    if folder.is_dir() and lies_in(output_dir, list_folder(folder)):
-        raise DataError(
-            f"output_dir {str(output_dir)!r} lies in the folder that is read, {name!r}, so that what a run writes "
-            f"would be among the images: give an --output_dir elsewhere, or name the folder of the images alone."
-        )
+    if not folder.is_dir():
+        return
+    listing = list_folder(folder)
+    for option, path in outputs.items():
+        if lies_in(path, listing):
+            raise DataError(
+                f"{option} {str(path)!r} lies in the folder of images {name!r}, and what is written would be among "
+                f"them: give an --{option} elsewhere, or name the folder of the images alone."
+            )
 
 
 def _source(arguments: DataArguments) -> Source:

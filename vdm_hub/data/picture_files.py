@@ -15,6 +15,9 @@ from vdm_hub.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow may take an image for: no format that calls other programs, and none whose depth is not known here."""
 
+DRAWN = {"Software": "vdm_hub"}
+"""What a PNG file says that holds a grid of samples or a plot of this package, which is no image of any data."""
+
 _BEGINNINGS = re.compile(  # of files of these formats
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF.{4}WEBP|BM.{4}\0{4}.{4}[\x0c-\x7c]\0{3}|GIF8[79]a|II\*\0|MM\0\*"
     rb"|P[1-6]\s+\d+\s+\d+",
@@ -27,8 +30,12 @@ def check_one_picture(file: IO[bytes], image: Any, name: object) -> None:
     """Refuse a file of several pictures: frames or pages, or one behind the other, where Pillow stops after the first.
 
     Raises:
-        DataError: It holds more than the image that was opened.
+        DataError: It holds more than the image that was opened; or that is one of this package's own pictures.
     """
+    if DRAWN.items() <= image.info.items():
+        raise DataError(
+            f"{name} is a grid of samples or a plot that vdm_hub has drawn, and no image: move it elsewhere."
+        )
     if (frames := getattr(image, "n_frames", 1)) > 1:
         raise DataError(f"{name} holds {frames} frames or pages: give each one as an image of its own.")
     if (image.format == "PPM" and _goes_on(file, image)) or _holds_another(file):

@@ -16,7 +16,7 @@ from torch import Tensor
 from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.errors import DataError
-from vdm_hub.evaluation.journal import Journal
+from vdm_hub.evaluation.journal import Journal, check_evaluation_journal
 from vdm_hub.evaluation.measuring import Stages, measure
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights_fingerprint
@@ -98,6 +98,8 @@ def evaluate(
     """
     started = time.perf_counter()
     processes = processes or Processes()
+    if journal is not None:
+        check_evaluation_journal(journal)
     levels, labels = _read(images, batch_size, max_images)
     _check(pipeline, levels, images.num_levels)
     labels = _check_labels(pipeline, labels)

@@ -24,10 +24,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vdm_hub.errors import CheckpointError, OutputError, explained
-from vdm_hub.files import destination, entries, remove, written_beside
+from vdm_hub.files import check_writable, destination, entries, remove, written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.schemas import check_record
 from vdm_hub.likelihood.per_image import Measured, Results
+
+MODELS = ("unclipped", "clipped")
+"""What an evaluation measures: each has a journal of its own, in a folder of its name."""
 
 _KEY, _STATE, _INDICES = "key.json", "state.json", "indices"
 
@@ -64,8 +67,8 @@ class Journal:
     def _open(self, folder: Path, plain: dict[str, Any]) -> None:
         if (folder / _KEY).is_file():
             self._check(plain)
-        elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise CheckpointError(f"{folder} holds other files, and no journal of a measurement: name another folder.")
+        elif others := _shown(folder):
+            raise _strange(others[0])
         else:
             _write(folder / _KEY, json.dumps(plain, indent=1).encode())
 
@@ -160,10 +163,36 @@ def check_place(folder: Path) -> None:
     """Refuse, before anything is measured, a place where there can be no folder.
 
     Raises:
-        OutputError: There is a file, a device, a pipe or a socket, or a link without end.
+        OutputError: There is a file, a device, a pipe or a socket, or a link without end, or nothing can be written.
     """
     if (target := destination(folder)).exists() and not target.is_dir():
         raise OutputError(f"the journal {folder} is a file, and a journal is a folder: name another place.")
+    check_writable(folder / _KEY)
+
+
+def check_evaluation_journal(folder: Path) -> None:
+    """Refuse, before anything is measured, a place where an evaluation can't keep the journals of its models.
+
+    Raises:
+        OutputError: As `check_place` does.
+        CheckpointError: The folder holds anything else.
+    """
+    check_place(folder)
+    others = [path for path in _shown(folder) if path.name not in MODELS or not path.is_dir()]
+    others += [path for model in MODELS if not (folder / model / _KEY).is_file() for path in _shown(folder / model)]
+    if others:
+        raise _strange(others[0])
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What lies in a folder and is not hidden, as what a kill leaves half-written is."""
+    return [path for path in entries(folder) if not path.name.startswith(".")]
+
+
+def _strange(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path.parent} holds {path.name}, and is no journal of a measurement: name another folder, or a new one."
+    )
 
 
 def _read(path: Path, key: str) -> tuple[float, int, Tensor, Measured]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vdm_hub.errors import OutputError
-from vdm_hub.files import destination, written_beside
+from vdm_hub.files import check_writable, destination, written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.publishing.card import Edition
 from vdm_hub.publishing.publishing import CODE_BRANCH, TWIN_BRANCH, check_revision, prepared_publication, side_branch
@@ -74,6 +74,7 @@ def write_publication(
 def _check_place(output: Path, overwrite: bool) -> None:
     """Refuse to replace what a dry run did not write, or what was changed since."""
     place = destination(output)
+    check_writable(output)
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     if not place.is_dir() or not (place / LIST).is_file():

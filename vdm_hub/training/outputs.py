@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from vdm_hub.data.held_out import SPLIT
-from vdm_hub.data.loading import Data, check_output_apart
+from vdm_hub.data.loading import Data, check_outputs_apart
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, entries, expanded, is_locked, leftovers, locked, written_beside
@@ -93,7 +93,7 @@ class OutputFolder:
             CheckpointError: It is not empty, and not this run's own to go on with.
             DataError: It lies in the folder of the images.
         """
-        check_output_apart(configuration.data, self.path)
+        check_outputs_apart(configuration.data, {"output_dir": self.path})
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise CheckpointError(f"output_dir {self.path} is a file, or no folder: choose another.")
         self._check_writable()
