@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from naming import naming
 from vdm_hub.errors import DataError
 from vdm_hub.images import images_from_levels, levels_from_images
 
@@ -96,7 +97,7 @@ def test_what_is_no_image_of_the_levels_is_refused(what: str) -> None:
 def test_the_message_says_where() -> None:
     images = torch.zeros(3, 1, 4, 4)
     images[2, 0, 1, 3] = 0.3
-    with pytest.raises(DataError, match=r"image 2 holds 0\.3 at \(channel, row, column\) \(0, 1, 3\)"):
+    with pytest.raises(DataError, match=naming("image 2", "0.3", "(0, 1, 3)")):
         levels_from_images(images, 17)
     pictures = [GREY, GREY, Image.new("L", (4, 4), 100)]
     with pytest.raises(DataError, match=r"image 2 .*row 0, column 0"):

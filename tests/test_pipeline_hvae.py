@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from naming import naming
 from runs import environment
 from tiny import randomised, seeded
 from vdm_hub import HVAEPipeline, MarkovianHVAE
@@ -127,7 +128,7 @@ def test_the_evaluator_and_the_pipeline_say_the_same(method: str) -> None:
 
 def test_what_it_has_not_is_refused() -> None:
     pipe = pipeline()
-    with pytest.raises(ConfigurationError, match="transitions is 10, and a hierarchical VAE has its 2 latents"):
+    with pytest.raises(ConfigurationError, match=naming("transitions", 10, 2)):
         pipe.log_likelihood(LEVELS, transitions=10)
     with pytest.raises(ConfigurationError, match="has no 'ode' likelihood"):
         pipe.log_likelihood(LEVELS, "ode")
@@ -135,13 +136,13 @@ def test_what_it_has_not_is_refused() -> None:
         pipe.log_likelihood(LEVELS[..., :6, :6])
     with pytest.raises(DataError, match=r"the images are \(1, 6, 6\)"):
         pipe.encode(LEVELS[..., :6, :6])
-    with pytest.raises(ConfigurationError, match="from_latent is 3; the model has latents 1 to 2"):
+    with pytest.raises(ConfigurationError, match=naming("from_latent", 3, 1, 2)):
         pipe.reconstruct(LEVELS, from_latent=3)
     with pytest.raises(ConfigurationError, match="steps is 1"):
         pipe.interpolate(LEVELS[:1], LEVELS[:1], steps=1)
-    with pytest.raises(DataError, match="1 first and 2 last images were given"):
+    with pytest.raises(DataError, match=naming(1, 2)):
         pipe.interpolate(LEVELS[:1], LEVELS[:2])
-    with pytest.raises(ConfigurationError, match=r"latents have shape \(2, 5\); the model needs \(B, \*\(6,\)\)"):
+    with pytest.raises(ConfigurationError, match=naming("latents", "(2, 5)", "(6,)")):
         pipe(latents=torch.zeros(2, 5))
     with pytest.raises(ConfigurationError, match="batch_size is 3, and 2 latents were given"):
         pipe(3, latents=torch.zeros(2, 6))

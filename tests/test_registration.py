@@ -16,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import vdm_hub
+from naming import naming
 from vdm_hub.registration import FORMER_HINTS, INSTALL_HINT, register
 
 PUBLIC = ("AutoencoderKLFirstStage", "HVAEPipeline", "LatentVDMPipeline", "MarkovianHVAE", "NoiseScheduleModel")
@@ -53,7 +54,7 @@ def test_registering_again_is_silent_and_changes_nothing() -> None:
 
 
 def test_a_name_that_diffusers_has_is_not_overwritten() -> None:
-    with pytest.warns(UserWarning, match=r"diffusers\.DDPMPipeline exists already .*vdm_hub\.DDPMPipeline"):
+    with pytest.warns(UserWarning, match=naming("diffusers.DDPMPipeline", "vdm_hub.DDPMPipeline")):
         register(vdm_hub, [type("DDPMPipeline", (), {})])
     assert diffusers.DDPMPipeline is DDPMPipeline
 

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from torch import Tensor
 
 import registered
+from naming import naming
 from vdm_hub import VDMScheduler, registry
 from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.errors import ConfigurationError
@@ -390,7 +391,7 @@ def test_ddpm_pipeline_runs_it_unmodified_and_takes_ddim_in_its_place() -> None:
 
 def test_a_conditioning_takes_the_schedulers_number_of_timesteps_and_no_other() -> None:
     form = {"name": "affine", "config": {"num_train_timesteps": 100}}
-    with pytest.raises(ConfigurationError, match="conditioning has num_train_timesteps 100, and the scheduler 1000"):
+    with pytest.raises(ConfigurationError, match=naming("num_train_timesteps", 100, 1000)):
         VDMScheduler(conditioning=form)
     made = VDMScheduler(conditioning=form, num_train_timesteps=100).process
     assert made.conditioning.to_config()["num_train_timesteps"] == 100

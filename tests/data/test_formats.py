@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from image_folders import folder_of, greys, parquet_of, picture, read, refused
+from naming import naming
 from vdm_hub.data.images import Decoder
 from vdm_hub.data.loading import load_split
 from vdm_hub.errors import DataError
@@ -345,7 +346,7 @@ def test_a_palette_that_is_just_long_enough_is_read() -> None:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_more_pixels_than_are_read_are_refused_with_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"image 3 .*12,000 x 12,000 pixels.* at most 89,478,485 .*scale it down"):
+    with pytest.raises(DataError, match=naming("image 3", "12,000 x 12,000", "89,478,485")):
         Decoder().decode(png(12_000, 12_000, 1, 0, bytes(12_000 * 1_501)), 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 29)
     for name in ("a.png", "a.bmp", "a.ppm"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from naming import naming
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess, describe_latents
 from vdm_hub.diffusion.levels import DataScaling
@@ -243,5 +244,5 @@ def test_what_is_no_scaling_is_refused(arguments: dict[str, float], message: str
 
 
 def test_a_first_stage_of_other_levels_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="the first stage decodes 9 levels, and num_levels is 256"):
+    with pytest.raises(ConfigurationError, match=naming(9, "num_levels", 256)):
         LatentProcess(OnePixel(), GaussianProcess.from_fields({}))

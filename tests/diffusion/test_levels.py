@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from naming import naming
 from vdm_hub.diffusion.levels import SCALINGS, DataScaling
 from vdm_hub.errors import ConfigurationError
 
@@ -30,5 +31,5 @@ def test_the_two_scalings_are_those_of_their_papers(num_levels: int) -> None:
 
 
 def test_an_unknown_scaling_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigurationError, match="did you mean 'bin_centers'"):
+    with pytest.raises(ConfigurationError, match=naming("'bin_centers'")):
         DataScaling("bin_center", 256)

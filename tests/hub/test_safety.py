@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from hub.faults import FAULTS
 from hub.server import Blob, LoopbackHub, Repository
 from hub.test_idioms import blobs, carried_pipeline, run, weights_asked_for
+from naming import naming
 from tiny import quiet, sampled, tiny_pipeline, tiny_unet_2d
 from vdm_hub import UNetVDMModel, VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError, VDMHubError
@@ -174,7 +175,7 @@ def test_links_must_stay_within_their_folder(files: dict[str, bytes], tmp_path: 
     VDMPipeline.from_pretrained(tmp_path / "elsewhere")  # where the reader's own link leads is the reader's affair
     (folder / "unet" / "config.json").unlink()
     (folder / "unet" / "config.json").symlink_to(secret)
-    with pytest.raises(CheckpointError, match=r"unet/config\.json is a link to a place outside") as caught:
+    with pytest.raises(CheckpointError, match=naming("unet/config.json")) as caught:
         VDMPipeline.from_pretrained(folder)
     assert "password" not in str(caught.value)
     (folder / "unet").rename(tmp_path / "unet")

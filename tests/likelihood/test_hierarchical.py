@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from linear_gaussian import Batches
 from measured import measured
+from naming import naming
 from tiny import randomised, seeded
 from vdm_hub import HVAEObjective, MarkovianHVAE
 from vdm_hub.errors import ConfigurationError, DataError
@@ -132,7 +133,7 @@ def test_what_a_hierarchical_vae_has_not_is_refused() -> None:
     objective = HVAEObjective(hvae(1))
     with pytest.raises(ConfigurationError, match="a hierarchical VAE has no 'ode' likelihood"):
         build_measurement(objective, 6, "ode")
-    with pytest.raises(ConfigurationError, match="draws is 0: give at least 1"):
+    with pytest.raises(ConfigurationError, match=naming("draws", 0, 1)):
         build_measurement(objective, 6, "importance_weighted", draws=0)
-    with pytest.raises(DataError, match="the batch holds levels 0 to 5, and the model knows 0 to 4"):
+    with pytest.raises(DataError, match=naming(0, 5, 4)):
         objective({"levels": torch.tensor([[[[0, 5], [1, 1]]]])}, NO_TIMES, {})

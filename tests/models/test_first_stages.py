@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from naming import naming
 from tiny import randomised, seeded
 from vdm_hub import AutoencoderKLFirstStage, MarkovianHVAE
 from vdm_hub.errors import CheckpointError, ConfigurationError
@@ -109,5 +110,5 @@ def test_what_has_no_likelihood_is_refused(config: dict[str, Any], arguments: di
 
 def test_a_hierarchy_is_no_first_stage() -> None:
     model = MarkovianHVAE(8, in_channels=1, num_levels=K, depth=2, latent_shapes=[(4,)])
-    with pytest.raises(ConfigurationError, match="first stage has one latent, and this hierarchy has 2"):
+    with pytest.raises(ConfigurationError, match=naming("one latent", 2)):
         _ = model.latent_shape

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from naming import naming
 from runs import environment
 from tiny import randomised
 from vdm_hub import HVAEObjective, MarkovianHVAE
@@ -92,7 +93,7 @@ class Half(nn.Module):
 def test_any_module_takes_the_place_of_a_network_and_is_not_saved_as_if_it_were_one(tmp_path: Path) -> None:
     model = hvae(encoders=[Half((4,))])
     assert model.latents(torch.zeros(2, 1, 8, 8), [torch.ones(2, 4)])[0].eq(1).all()
-    with pytest.raises(ConfigurationError, match="holds Half, which its config can't describe: keep its state_dict"):
+    with pytest.raises(ConfigurationError, match=naming("Half", "state_dict")):
         model.save_pretrained(tmp_path / "model")
 
 
@@ -135,12 +136,12 @@ def test_a_module_that_breaks_its_contract_is_named(arguments: dict[str, Any], m
 
 def test_a_decoder_that_breaks_its_contract_is_named() -> None:
     model = hvae(depth=2, decoders=[Half((3,))])
-    with pytest.raises(ConfigurationError, match=r"the decoder of z_1 gives a mean of shape \(2, 3\)"):
+    with pytest.raises(ConfigurationError, match=naming("z_1", "(2, 3)")):
         model.decode(1, torch.zeros(2, 4))
 
 
 def test_an_image_of_another_size_does_not_chain() -> None:
-    with pytest.raises(ConfigurationError, match=r"a network for the shape \(1, 8, 8\) was given \(1, 6, 6\)"):
+    with pytest.raises(ConfigurationError, match=naming("(1, 8, 8)", "(1, 6, 6)")):
         hvae().encode(1, torch.zeros(2, 1, 6, 6))
 
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from naming import naming
 from runs import ROOT, contents, environment
 from vdm_hub.errors import CheckpointError, OutputError
 from vdm_hub.files import entries
@@ -264,7 +265,7 @@ def test_a_damaged_checkpoint_goes_aside_beside_what_has_that_name(tmp_path: Pat
     again = find_start(tmp_path, "latest")
     assert again is not None
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match="step-00000003 is damaged, and holds other files"):
+    with pytest.raises(CheckpointError, match=naming("step-00000003")):
         again.set_aside()
     assert contents(tmp_path) == before
 
@@ -274,5 +275,5 @@ def test_a_copy_named_by_its_path_is_gone_on_from(tmp_path: Path) -> None:
     start = find_start(tmp_path, str(copy))
     assert start is not None and start.checkpoint.state == {"step": 1}
     save(tmp_path, 2)
-    with pytest.raises(CheckpointError, match="would overwrite step-00000002"):
+    with pytest.raises(CheckpointError, match=naming("step-00000002")):
         find_start(tmp_path, str(copy))

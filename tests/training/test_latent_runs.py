@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from naming import naming
 from runs import TORCHRUN, python, recipe, start, train_here
 from tiny import randomised
 from vdm_hub import AutoencoderKLFirstStage, LatentVDMPipeline
@@ -127,9 +128,9 @@ def test_what_contradicts_itself_is_refused(fields: dict[str, Any], message: str
 
 def test_a_first_stage_of_other_images_is_refused(tmp_path: Path) -> None:
     source = hvae(tmp_path / "vae")
-    with pytest.raises(ConfigurationError, match="is of images 1x8x8 of 17 levels, and the data are 1x8x8 of 256"):
+    with pytest.raises(ConfigurationError, match=naming("1x8x8", 17, 256)):
         start(tmp_path / "run", model="latent_vdm", first_stage_from=source, num_levels=256, dataset_name="digits")
-    with pytest.raises(ConfigurationError, match=r"first_stage gives .*'block_out_channels'.* leave one out"):
+    with pytest.raises(ConfigurationError, match=naming("first_stage", "'block_out_channels'")):
         start(tmp_path / "run", **LATENT, first_stage_from=source)
     with pytest.raises(
         ConfigurationError, match="first_stage says AutoencoderKL, and first_stage_from holds a Markov"
@@ -137,8 +138,8 @@ def test_a_first_stage_of_other_images_is_refused(tmp_path: Path) -> None:
         fields = {"first_stage": {"_class_name": "AutoencoderKL"}, "first_stage_from": source}
         start(tmp_path / "run", model="latent_vdm", **fields)
     deep = hvae(tmp_path / "deep", depth=2, latent_shapes=[[2, 4, 4], [3]])
-    with pytest.raises(ConfigurationError, match="has one latent, and this hierarchy has 2"):
+    with pytest.raises(ConfigurationError, match=naming("one latent", 2)):
         start(tmp_path / "run", model="latent_vdm", first_stage_from=deep)
     train_here(tmp_path / "vdm")
-    with pytest.raises(ConfigurationError, match=r"\(VDMPipeline\) has no first stage: give one with a component"):
+    with pytest.raises(ConfigurationError, match=naming("VDMPipeline", "first stage")):
         start(tmp_path / "run", model="latent_vdm", first_stage_from=str(tmp_path / "vdm" / "pipeline"))
