@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -100,6 +102,44 @@ def test_kl_divergence_is_that_of_torch_distributions(m_q: float, v_q: float, m_
     expected = torch.distributions.kl_divergence(q, p)
     actual = gaussian.kl_divergence(mean_q, variance_q, mean_p, variance_p)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@given(GAMMA, st.floats(0.01, 3.0), st.floats(-3, 3), st.floats(-1, 1), st.floats(-1, 1), st.floats(-2, 2))
+def test_transition_kl_is_that_of_the_two_posteriors(
+    gamma_s: float, step: float, z_t: float, x: float, x_hat: float, log_ratio: float
+) -> None:
+    """``q(z_s|z_t, x)`` against the same with the network's ``x_hat`` and a variance of its own, ``v_q / r``."""
+    s, t, z, data, guess, r = double(gamma_s, gamma_s + step, z_t, x, x_hat, log_ratio)
+    weight_z, weight_x, variance = gaussian.posterior(s, t)
+    means = [weight_z * z + weight_x * value for value in (data, guess)]
+    expected = gaussian.kl_divergence(means[0], variance, means[1], variance / r.exp())
+    eps, eps_hat = ((z - gaussian.alpha(t) * value) / gaussian.sigma(t) for value in (data, guess))
+    found = gaussian.transition_kl((eps - eps_hat) ** 2, torch.expm1(t - s), r)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_step_is_the_posteriors_mean_and_deviation_for_every_shape_of_gamma() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, x, eps = torch.randn(3, 4, 2, 3, generator=generator, dtype=torch.float64).unbind()
+    s = torch.linspace(-6, 3, 4, dtype=torch.float64)
+    t = s + torch.linspace(0.1, 2, 4, dtype=torch.float64)
+    for shape in ((4,), (4, 2, 3)):
+        wide = [gamma.reshape(4, 1, 1).expand(4, 2, 3) if len(shape) > 1 else gamma for gamma in (s, t)]
+        drawn = gaussian.posterior_step(z, x, *wide, eps)
+        for i in range(4):
+            weight_z, weight_x, variance = gaussian.posterior(s[i], t[i])
+            torch.testing.assert_close(drawn[i], weight_z * z[i] + weight_x * x[i] + variance.sqrt() * eps[i])
+
+
+def test_information_is_that_of_a_gaussian_channel() -> None:
+    """Two dimensions: ``1/2 log(1 + var / E variance)`` each, by moments over the data."""
+    mean = torch.tensor([[0.0, 1.0], [2.0, 1.0], [7.0, -5.0]])
+    variance = torch.tensor([[0.5, 1.0], [1.0, 2.0], [3.0, 9.0]])
+    expected = sum(
+        0.5 * math.log(1 + mean[:, i].double().numpy().var() / variance[:, i].double().numpy().mean()) for i in (0, 1)
+    )
+    assert gaussian.information(mean, variance) == pytest.approx(expected, rel=1e-12)
+    assert gaussian.information(torch.ones(3, 2), variance) == 0 < gaussian.COLLAPSED < 0.1
 
 
 @given(st.floats(-5, 12), st.lists(st.floats(-1, 1), min_size=1, max_size=5))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import registered
 from naming import naming
 from vdm_hub.diffusion.draws import normal_noise, uniform_noise
-from vdm_hub.diffusion.times import discretise, stratified_times
+from vdm_hub.diffusion.times import discretise, stratified_times, times_of_data
 
 CPU = torch.device("cpu")
 OFFSET = st.floats(0, 1, exclude_max=True)
@@ -21,6 +21,16 @@ def test_the_parts_of_all_processes_are_together_the_global_times(parts: list[in
     total = sum(parts)
     pieces = [stratified_times(size, offset, sum(parts[:i]), total) for i, size in enumerate(parts)]
     assert torch.equal(torch.cat(pieces), stratified_times(total, offset))
+
+
+@given(st.integers(1, 300), OFFSET, st.integers(0, 300))
+def test_a_time_is_its_formula_to_the_last_bit(total: int, offset: float, start: int) -> None:
+    """``(u + i/N) mod 1`` by Python's float64; and rounded once to float32, below one."""
+    exact = [(offset + i / total) % 1 for i in range(start, start + total)]
+    double = stratified_times(total, offset, start, total, dtype=torch.float64)
+    assert double.dtype == torch.float64 and double.tolist() == exact
+    single = torch.tensor(exact).float()
+    assert torch.equal(stratified_times(total, offset, start, total), torch.where(single == 1, 0.0, single))
 
 
 @given(st.integers(1, 300), OFFSET)
@@ -46,7 +56,25 @@ def test_a_tensor_is_as_good_an_offset() -> None:
     assert torch.equal(stratified_times(7, torch.tensor(0.3, dtype=torch.float64)), stratified_times(7, 0.3))
 
 
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 99))
+def test_times_of_data_are_their_formula(data: int, per_datum: int, seed: int) -> None:
+    """``(j + (o_j + pi_j(n)/N) mod 1) / k`` for datum n and stratum j, by Python's float64."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.rand(per_datum, generator=generator, dtype=torch.float64)
+    orders = torch.stack([torch.randperm(data, generator=generator) for _ in range(per_datum)])
+    times = times_of_data(data, per_datum, offsets, orders)
+    assert times.dtype == torch.float64
+    assert times.tolist() == [
+        [
+            (j + (o + int(order[n]) / data) % 1) / per_datum
+            for j, (o, order) in enumerate(zip(offsets.tolist(), orders, strict=True))
+        ]
+        for n in range(data)
+    ]
+
+
 @given(st.floats(0, 1), st.integers(1, 2000))
+@example(1.0, 7)
 def test_discretise_finds_the_transition_that_holds_the_time(time: float, transitions: int) -> None:
     s, t = discretise(torch.tensor([time], dtype=torch.float64), transitions)
     assert 0 <= float(s) < float(t) <= 1

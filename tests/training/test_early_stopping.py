@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from naming import naming
 from runs import SHIM, TORCHRUN, configuration, contents, python, recipe, start, train_here
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import ConfigurationError
@@ -41,6 +42,36 @@ def test_it_ends_after_as_many_measurements_without_improvement(
         assert improved == (value < best - threshold)
         best, since = (value, 0) if improved else (best, since + 1)
         assert (stopping.best, stopping.is_over) == (best, since >= patience)
+
+
+@given(st.lists(st.floats(0, 10), max_size=6), st.lists(st.floats(0, 10), max_size=6), st.floats(0, 1))
+def test_one_that_is_loaded_goes_on_as_the_one_that_was_saved(
+    before: list[float], after: list[float], threshold: float
+) -> None:
+    saved, loaded = EarlyStopping(2, threshold), EarlyStopping(2, threshold)
+    for step, value in enumerate(before):
+        saved.look(value, 10 + step)
+    saved.weights = {"weight": torch.ones(2)}
+    loaded.load(json.loads(json.dumps(saved.state(), allow_nan=False)), saved.weights)
+    assert loaded.weights is saved.weights
+    for step, value in enumerate(after):
+        assert loaded.would_improve(value) == saved.would_improve(value) == (value < saved.best - threshold)
+        assert loaded.look(value, 20 + step) == saved.look(value, 20 + step)
+        assert (loaded.best, loaded.best_step, loaded.waited) == (saved.best, saved.best_step, saved.waited)
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+def test_the_best_weights_are_copies_and_kept_only_with_patience(patience: int | None) -> None:
+    model, stopping = torch.nn.Linear(2, 1), EarlyStopping(patience)
+    assert (stopping.best_step, stopping.waited, stopping.is_over) == (0, 0, False)
+    stopping.keep(model)
+    kept = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert stopping.weights.keys() == (kept.keys() if patience else set())
+    assert all(torch.equal(value, kept[name]) for name, value in stopping.weights.items())
+    assert stopping.look(3.0, 1) and not stopping.look(3.0, 2)  # as good is no improvement, whatever the threshold
+    assert stopping.is_over == (patience is not None)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +121,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
 
 
 def test_it_needs_something_to_measure(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"early_stopping_patience is 3.*validation_steps"):
+    with pytest.raises(ConfigurationError, match=naming("early_stopping_patience", 3, "validation_steps")):
         configuration(tmp_path / "run", **PATIENT | {"validation_steps": 0})
     with pytest.raises(ConfigurationError, match=r"validation_steps is 2.*validation_size"):
         start(tmp_path / "run", **PATIENT | {"validation_size": 0})

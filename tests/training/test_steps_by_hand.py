@@ -14,8 +14,9 @@ import torch
 
 from runs import start
 from vdm_hub.recipes.arguments import parse
+from vdm_hub.training.weights import averages
 
-STEPS = 4
+STEPS = 5
 KEPT_FROM_DECAY = "gamma_"  # the schedule's endpoints
 BY_CASE: dict[str, dict[str, Any]] = {
     "as VDM's reference code": {
@@ -25,6 +26,10 @@ BY_CASE: dict[str, dict[str, Any]] = {
         "ema_max_decay": 0.9,
     },
     "clipped, and a rising average": {"max_grad_norm": 0.5, "ema_inv_gamma": 2.0, "ema_power": 0.7},
+    "two micro-batches, a rate scaled by the batch, and a cosine": {
+        **{"gradient_accumulation_steps": 2, "scale_lr": True, "learning_rate": 3e-4, "lr_scheduler": "cosine"},
+        **{"max_grad_norm": 0.5, "use_ema": False},
+    },
     "an average that has risen": {"max_grad_norm": 1e9, "ema_max_decay": 0.3, "ema_inv_gamma": 0.1},
 }
 
@@ -34,19 +39,24 @@ def by_hand(run: Any, fields: dict[str, Any]) -> tuple[dict[str, torch.Tensor], 
     weights = {name: value.detach().double().clone() for name, value in run.model.named_parameters()}
     first, second = ({name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2))
     average = {name: value.clone() for name, value in weights.items()}
-    rate, warmup, decay, beta1, beta2, epsilon = 1e-2, 3, 0.3, 0.8, 0.95, 1e-4
+    warmup, decay, beta1, beta2, epsilon = 3, 0.3, 0.8, 0.95, 1e-4
+    rate = fields["learning_rate"] * (16 * 2 if fields.get("scale_lr") else 1)
     for step in range(1, STEPS + 1):
         run.step = step - 1
         run.model.zero_grad()
         for parameter, value in zip(run.model.parameters(), weights.values(), strict=True):
             parameter.data.copy_(value)
-        (batch,) = next(run.batches())
-        run.model(batch, run._times(0), run._noise(batch, 0)).loss.backward()
-        gradient = {name: value.grad.double() for name, value in run.model.named_parameters()}
+        batches = next(run.batches())
+        assert len(batches) == fields["gradient_accumulation_steps"]
+        for part, batch in enumerate(batches):
+            run.model(batch, run._times(part), run._noise(batch, part)).loss.backward()
+        gradient = {name: value.grad.double() / len(batches) for name, value in run.model.named_parameters()}
         norm = math.sqrt(sum(float(value.square().sum()) for value in gradient.values()))
         limit = fields.get("max_grad_norm")
         shrink = 1.0 if limit is None else min(1.0, limit / norm)
         now = rate * min(1.0, (step - 1) / warmup)
+        if fields["lr_scheduler"] == "cosine" and step - 1 > warmup:
+            now *= (1 + math.cos(math.pi * (step - 1 - warmup) / (fields["max_train_steps"] - warmup))) / 2
         for name, value in weights.items():
             g = gradient[name] * shrink
             first[name] = beta1 * first[name] + (1 - beta1) * g
@@ -65,19 +75,22 @@ def by_hand(run: Any, fields: dict[str, Any]) -> tuple[dict[str, torch.Tensor], 
 
 @pytest.mark.parametrize("case", BY_CASE)
 def test_a_step_is_what_the_book_says(case: str, tmp_path: Path) -> None:
-    fields = BY_CASE[case] | {
+    fields = {
         **{"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-4, "adam_weight_decay": 0.3},
         **{"learning_rate": 1e-2, "lr_warmup_steps": 3, "lr_scheduler": "constant_with_warmup"},
         **{"max_train_steps": 10, "gradient_accumulation_steps": 1},
         "noise_schedule": {"name": "learned_linear", "config": {"gamma_min": -7.0, "gamma_max": 5.0}},
-    }
+    } | BY_CASE[case]
     weights, average = by_hand(start(tmp_path / "by hand", **fields), fields)
     run = start(tmp_path / "run", **fields)
+    batches = run.batches()
     for _ in range(STEPS):
-        run.optimise(next(run.batches()))
-    # Float32 against float64 over four steps of about a hundredth.
-    for (name, value), averaged in zip(run.model.named_parameters(), run.ema.shadow_params, strict=True):
+        run.optimise(next(batches))
+    assert (run.ema is None) == (not fields.get("use_ema", True))
+    # Float32 against float64 over five steps of about a hundredth.
+    for name, value in run.model.named_parameters():
         torch.testing.assert_close(value.detach().double(), weights[name], rtol=1e-4, atol=2e-5, msg=name)
+    for name, averaged in averages(run.model, run.ema).items():
         torch.testing.assert_close(averaged.double(), average[name], rtol=1e-4, atol=2e-5, msg=name)
 
 

@@ -1,0 +1,173 @@
+"""What a step draws, takes and returns, in one process: as a function of the seed, the step and the place alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+from runs import LEARNED, UNET, start, weights
+from vdm_hub.errors import NonFiniteLossError
+from vdm_hub.training.loop import Run
+
+SEED, SIZE = 7, 16
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    return start(folder, seed=SEED, train_batch_size=SIZE, gradient_accumulation_steps=3, noise_schedule=LEARNED)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    kept = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
+    yield
+    for state, values in kept:
+        state._shared_state.update(values)
+
+
+def as_process(index: int, number: int) -> None:
+    """What accelerate would say in one process of several."""
+    for state in (AcceleratorState, PartialState):
+        state._shared_state.update(process_index=index, num_processes=number)
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_times_are_one_grid_over_all_micro_batches_at_an_offset_of_the_seed_and_the_step(run: Run, step: int) -> None:
+    run.step = step
+    total = 3 * SIZE
+    u = np.random.default_rng([SEED, step]).random()
+    expected = (u + torch.arange(total, dtype=torch.float64) / total) % 1
+    times = torch.cat([run._times(part) for part in range(3)])
+    torch.testing.assert_close(times.double(), expected, rtol=0, atol=1e-7)
+
+
+def test_all_processes_together_draw_what_one_with_as_many_micro_batches_does(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.step = 2
+    batch = next(run.source.batches())
+    alone = [(run._times(part), run._noise(batch, part), torch.rand(1)) for part in range(3)]
+    monkeypatch.setattr(run, "training", replace(run.training, gradient_accumulation_steps=1))
+    for index, (times, noise, dropped) in enumerate(alone):
+        as_process(index, 3)
+        assert torch.equal(run._times(0), times)
+        again = run._noise(batch, 0)
+        assert torch.equal(torch.rand(1), dropped)
+        assert all(torch.equal(again[name], noise[name]) for name in noise)
+    as_process(1, 2)
+    assert [run._place(part) for part in range(3)] == [1, 3, 5]
+
+
+def test_each_micro_batch_of_each_step_has_noise_and_dropout_of_its_own(run: Run) -> None:
+    """By their seeds, which numpy's SeedSequence spreads: the first word for the noise, the second for dropout."""
+    batch = next(run.source.batches())
+    for run.step in (0, 3):
+        for part in range(3):
+            first, second = np.random.SeedSequence([SEED, run.step, part]).generate_state(2, np.uint64) >> np.uint64(1)
+            noise = run._noise(batch, part)
+            dropped = torch.rand(4)
+            expected = run.model.draw_noise(batch, torch.Generator().manual_seed(int(first)))
+            assert all(torch.equal(noise[name], expected[name]) for name in expected) and expected
+            assert torch.equal(dropped, torch.rand(4, generator=torch.Generator().manual_seed(int(second))))
+
+
+def test_a_step_returns_the_mean_terms_of_its_micro_batches_and_counts_one(run: Run) -> None:
+    run.step = 0
+    run.model.eval()
+    batches = next(run.batches())
+    assert len(batches) == 3
+    with torch.no_grad():
+        parts = [
+            run.model(batch, run._times(part), run._noise(batch, part)).bits_per_dim()
+            for part, batch in enumerate(batches)
+        ]
+    terms = run.optimise(batches)
+    assert run.step == 1 and run.model.training and run.model.body.training
+    for name, term in terms.items():
+        expected = torch.cat([one[name] for one in parts]).mean()
+        torch.testing.assert_close(term, expected, rtol=1e-5, atol=1e-7)
+    assert all(parameter.grad is None or not bool(parameter.grad.any()) for parameter in run.model.parameters())
+
+
+@pytest.mark.parametrize("part", ["model", "body"])
+def test_a_step_is_taken_in_training_mode(run: Run, part: str) -> None:
+    (run.model if part == "model" else run.model.body).eval()
+    run.optimise(next(run.batches()))
+    assert run.model.training and run.model.body.training
+
+
+def test_dropout_depends_on_the_step_and_not_on_what_was_drawn_before(tmp_path: Path) -> None:
+    after = []
+    for already in (0, 1):
+        run = start(tmp_path / str(already), unet=UNET | {"dropout": 0.5}, lr_warmup_steps=0)
+        torch.manual_seed(already)
+        run.optimise(next(run.batches()))
+        after.append(weights(run))
+    assert torch.equal(*after)
+
+
+def test_micro_batches_go_on_where_the_step_says(run: Run) -> None:
+    run.step = 4
+    source = run.source.batches(start_step=12)
+    batches = run.batches()
+    for _ in range(2):
+        for batch in next(batches):
+            expected = next(source)
+            assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
+    run.step = run.total_steps - 1
+    assert not run.is_last()
+    batches = run.batches()
+    next(batches)
+    run.step = run.total_steps
+    assert run.is_last() and next(batches, None) is None
+    run.step = 0
+
+
+def test_a_run_ends_when_its_patience_does(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", early_stopping_patience=1, validation_steps=1, validation_size=16)
+    assert not run.is_last()
+    run.early_stopping.look(3.0, 1)
+    run.early_stopping.look(3.0, 2)
+    assert run.is_last() and next(run.batches(), None) is None
+
+
+def test_counts_are_those_of_the_whole_run(run: Run) -> None:
+    assert (run.total_steps, run.global_batch_size) == (6, 3 * SIZE)
+    assert (run.step, run.seconds) == (0, 0.0)
+
+
+def test_epochs_hold_whole_steps_and_the_batches_are_the_sources(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"max_train_steps": None, "num_train_epochs": 2, "gradient_accumulation_steps": 4}
+    run = start(tmp_path / "run", **fields, train_batch_size=48, random_flip=True)
+    images = len(run.data.train)
+    assert run.total_steps == 2 * (images // 48 // 4)
+    assert (run.source.seed, run.source.random_flip) == (run.training.seed, True)
+    # At least 1,024 images are looked at, in whole batches of the order of the first epoch.
+    looked = list(run._first_images())
+    assert len(looked) == math.ceil(1024 / 48)
+    assert torch.equal(looked[0]["levels"], start(tmp_path / "plain", train_batch_size=48).source.batch(0)["levels"])
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_no_weight_follows_a_loss_or_a_gradient_that_is_not_finite(wrong: str, tmp_path: Path) -> None:
+    run = start(tmp_path / "run", lr_warmup_steps=0)
+    batches = run.batches()
+    run.optimise(next(batches))
+    before = weights(run)
+    parameter = next(run.model.parameters())
+    if wrong == "gradient":
+        parameter.register_hook(lambda gradient: gradient * math.inf)
+    else:
+        run.model.register_forward_hook(lambda _m, _a, bound: bound.terms["diffusion"].mul_(math.nan) and None)
+    with pytest.raises(NonFiniteLossError, match="step 2"):
+        run.optimise(next(batches))
+    assert torch.equal(weights(run), before)
