@@ -139,6 +139,7 @@ def test_its_time_is_named(fields: dict[str, Any], said: str) -> None:
 
 
 FLOW = {"solver": "dopri5", "tolerance": 1e-5, "dequantization": "uniform", "evaluations_per_solve": 44.25}
+FLOW |= {"dtype": "float64", "numerical_error": 3e-7}
 
 
 def test_the_protocol_is_in_the_text() -> None:
@@ -152,7 +153,20 @@ def test_the_protocol_is_in_the_text() -> None:
         | {"resolution": 31, "config": None},
     }
     text = str(report(FEWEST_REPLICATES, 2, details=details))
-    for word in ("dopri5", "1e-05", "3 rademacher", "44.2", "17 draws", "2.3", "2.5000", "0.1250", "digits", "31"):
+    for word in (
+        "dopri5",
+        "float64",
+        "3e-07",
+        "1e-05",
+        "3 rademacher",
+        "44.2",
+        "17 draws",
+        "2.3",
+        "2.5000",
+        "0.1250",
+        "digits",
+        "31",
+    ):
         assert word in text
     assert "stratified, pilot 64" in text and "unused" not in text and "None" not in text
     assert "sha256:" + "ab" * 6 + "..." in text and "consistency form" in text

@@ -13,8 +13,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from naming import naming
 from runs import LEARNED, UNET, start, weights
 from vdm_hub.errors import NonFiniteLossError
+from vdm_hub.likelihood.variational_bound import Bound
 from vdm_hub.training.loop import Run
 
 SEED, SIZE = 7, 16
@@ -167,7 +169,11 @@ def test_no_weight_follows_a_loss_or_a_gradient_that_is_not_finite(wrong: str, t
     if wrong == "gradient":
         parameter.register_hook(lambda gradient: gradient * math.inf)
     else:
-        run.model.register_forward_hook(lambda _m, _a, bound: bound.terms["diffusion"].mul_(math.nan) and None)
-    with pytest.raises(NonFiniteLossError, match="step 2"):
+
+        def spoil(_model: Any, _arguments: Any, bound: Bound) -> None:
+            bound.terms["diffusion"] = bound.terms["diffusion"] * math.nan
+
+        run.model.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteLossError, match=naming("step 2")):
         run.optimise(next(batches))
     assert torch.equal(weights(run), before)
