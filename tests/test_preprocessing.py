@@ -49,7 +49,7 @@ HELD_OUT: Any = {
     "seed": 0,
     "label_column": "label",
     "skip_corrupt": False,
-    "fingerprint": "sha256:0123",
+    "fingerprint": f"sha256:{'0123' * 16}",
 }
 
 

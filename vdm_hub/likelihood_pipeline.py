@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.errors import ConfigurationError, DataError, explained, shortened
+from vdm_hub.errors import ConfigurationError, DataError, explained, shortened, unknown_name
 from vdm_hub.fields import whole_number
 from vdm_hub.hub.checks import already_checked, check_pipeline
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
@@ -30,6 +31,14 @@ from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.models.loading import REMEDY, refuse_pickles
 from vdm_hub.preprocessing import HeldOut, Preprocessing
 from vdm_hub.published_card import KeepsPublishedCard
+
+_LOADING = (
+    *("torch_dtype", "dtype", "variant", "use_safetensors", "device_map", "max_memory", "low_cpu_mem_usage"),
+    *("offload_folder", "offload_state_dict", "disable_mmap", "quantization_config", "proxies", "trust_remote_code"),
+    *("custom_pipeline", "custom_revision", "load_connected_pipeline", "use_onnx", "use_flashpack"),
+    *("provider", "sess_options", "provider_options"),
+)
+"""What `DiffusionPipeline.from_pretrained` takes besides components; it ignores all else."""
 
 
 class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
@@ -186,6 +195,8 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         """
         refuse_pickles(kwargs)
         trusts_code = bool(kwargs.get("trust_remote_code"))
+        if not trusts_code:  # its own class may take others
+            cls._check_loading(kwargs)
         files = open_files(
             pretrained_model_name_or_path, **{key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         )
@@ -231,6 +242,20 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         # Given by name: diffusers asks for the very class of an annotation, and here any model called alike will do.
         dtype = next((part.dtype for part in parts.values() if isinstance(part, ModelMixin)), None)
         return super().from_pipe(pipeline, **{"dtype": dtype} | parts | kwargs)
+
+    @classmethod
+    def _check_loading(cls, arguments: Mapping[str, Any]) -> None:
+        """Refuse an argument that would be ignored, and one that would drop what was saved."""
+        own = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        known = [*own, *HUB_ARGUMENTS, *_LOADING]
+        for name, value in arguments.items():
+            if name not in known:
+                raise unknown_name(f"argument of {cls.__name__}.from_pretrained", name, known)
+            replaced = name in cls._optional_components and arguments.get("scheduler") is not None
+            if name in own and value is None and not replaced:
+                raise ConfigurationError(
+                    f"{name} is None: leave it out, and what was saved is loaded; or give one of your own."
+                )
 
     @classmethod
     def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:

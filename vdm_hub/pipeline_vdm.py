@@ -128,6 +128,7 @@ class VDMPipeline(LikelihoodPipeline):
         fields |= {"prediction_type": prediction_type, "variance_type": variance_type}
         if isinstance(source, DiffusionPipeline):
             return cls(source.unet, scheduler_of_pipeline(source, fields, arguments))
+        cls._check_loading(arguments)
         scheduler, files = scheduler_of_repository(source, fields, arguments)
         others = {key: value for key, value in arguments.items() if key not in HUB_ARGUMENTS}
         pipeline: VDMPipeline = cls._from_checked(files, others | {"scheduler": scheduler, "use_safetensors": True})
@@ -136,13 +137,13 @@ class VDMPipeline(LikelihoodPipeline):
     @classmethod
     def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
         pipeline = super()._from_checked(files, arguments)
-        brought = {"scheduler", "noise_schedule"} & arguments.keys()
-        saved = files.read_json(INDEX).get("noise_schedule") != [None, None]
-        if pipeline.noise_schedule is not None and not brought and not saved:
+        saved = files.read_json(INDEX).get("noise_schedule") not in (None, [None, None])
+        loaded = arguments.get("noise_schedule") is not None or (saved and "noise_schedule" not in arguments)
+        if pipeline.noise_schedule is not None and not loaded:
             raise CheckpointError(
                 f"{files.name} has the noise schedule {shortened(pipeline.scheduler.config.noise_schedule)}, which is "
                 f"learned, and no component noise_schedule that holds its weights: it is incomplete. Save the "
-                f"pipeline again, or download it again."
+                f"pipeline again, or download it again, or give a noise_schedule."
             )
         return pipeline
 

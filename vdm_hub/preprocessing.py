@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 
-from vdm_hub.hub.schemas import Record, Within
+from vdm_hub.hub.schemas import Like, Record, Within
 
 
 class Preprocessing(TypedDict):
@@ -45,7 +45,7 @@ class HeldOut(TypedDict):
     seed: Annotated[int, Within(0, 2**32 - 1)]
     label_column: str | None
     skip_corrupt: bool
-    fingerprint: str | None
+    fingerprint: Annotated[str, Like("sha256:[0-9a-f]{64}", "sha256: and 64 hexadecimal digits")] | None
 
 
 PreprocessingMapping: TypeAlias = Annotated[dict[str, Any], Record(Preprocessing)]

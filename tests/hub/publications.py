@@ -23,7 +23,7 @@ IMAGES: dict[str, Any] = {
     "levels": 17,
     "resolution": None,
     "resized": False,
-    "fingerprint": "sha256:8c43",
+    "fingerprint": f"sha256:{'8c43' * 16}",
 }
 EVALUATION: dict[str, Any] = {
     "bits_per_dim": 1.75,

@@ -27,6 +27,7 @@ from vdm_hub.hub.records import read_evaluation, read_history, read_run
 from vdm_hub.publishing.card import Edition, render_card
 from vdm_hub.publishing.contents import copy_pipeline, copy_records, read_source
 from vdm_hub.publishing.markdown import plain, visible
+from vdm_hub.publishing.publishing import prepared_publication
 from vdm_hub.recipes.arguments import read_recipe
 
 
@@ -251,6 +252,14 @@ WRONG_RECORDS: dict[str, tuple[str, Any]] = {
     "a step twice": ("history.json", {"train": TRAIN | {"step": [2, 2]}, "validation": TRAIN}),
     "half a step": ("history.json", {"train": TRAIN | {"step": [0.5, 1]}, "validation": TRAIN}),
     "another sum": ("history.json", {"train": TRAIN | {"bits_per_dim": [9.0, 8.5]}, "validation": TRAIN}),
+    "another batch": ("run.json", RUN | {"global_batch_size": 24, "processes": 5}),
+    "a dataset of no images": ("run.json", RUN | {"dataset": RUN["dataset"] | {"images": 0}}),
+    "a dataset of no shape": ("run.json", RUN | {"dataset": RUN["dataset"] | {"shape": []}}),
+    "a dataset of no side": ("run.json", RUN | {"dataset": RUN["dataset"] | {"resized": True}}),
+    "a dataset of another side": ("run.json", RUN | {"dataset": RUN["dataset"] | {"resolution": 16}}),
+    "a fingerprint of nothing": ("run.json", RUN | {"dataset": RUN["dataset"] | {"fingerprint": "x"}}),
+    "a precision of nothing": ("run.json", RUN | {"mixed_precision": "x"}),
+    "versions of nothing": ("run.json", RUN | {"versions": {}}),
     "a rate below 0": ("history.json", {"train": TRAIN | {"learning_rate": [0.1, -0.1]}, "validation": TRAIN}),
 }
 
@@ -268,9 +277,51 @@ def test_a_record_that_no_run_writes_is_refused(wrong: str, tmp_path: Path) -> N
     assert read[name](tmp_path / name)
 
 
+CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a bound that is none": ("evaluation.json", {"is_bound": False}, "is_bound"),
+    "another method": ("evaluation.json", {"method": "ode"}, "is_bound"),
+    "no evaluation": ("evaluation.json", {"network_evaluations": 0}, "network_evaluations"),
+    "an estimate without an evaluation": ("evaluation.json", {"replicates": 5}, "network_evaluations"),
+    "no error": ("evaluation.json", {"standard_error": 0.0}, "standard_error"),
+    "dimensions of others": ("evaluation.json", {"dimensions": 65}, "dimensions"),
+    "images of no shape": ("evaluation.json", {"dataset": IMAGES | {"shape": []}}, "shape"),
+    "too many levels": ("evaluation.json", {"dataset": IMAGES | {"levels": 257}}, "levels"),
+    "images of no fingerprint": ("evaluation.json", {"dataset": IMAGES | {"fingerprint": None}}, "fingerprint"),
+    "another fingerprint": ("evaluation.json", {"dataset": IMAGES | {"fingerprint": "x"}}, "fingerprint"),
+    "resized to nothing": ("evaluation.json", {"dataset": IMAGES | {"resized": True}}, "resized"),
+    "steps before the history's": ("run.json", {"steps": 0}, "steps|step is"),
+    "steps after the recipe's": ("run.json", {"steps": 2**40}, "steps"),
+    "more steps than are": ("run.json", {"steps": 2**62}, "steps"),
+    "levels of another model": ("evaluation.json", {"dataset": IMAGES | {"levels": 256}}, "levels"),
+    "levels of another model's training": ("run.json", {"dataset": RUN["dataset"] | {"levels": 256}}, "levels"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("sound") / "run")
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_a_record_that_contradicts_itself_or_its_model_does_not_reach_the_card(what: str, sound: Path) -> None:
+    name, change, said = CONTRADICTIONS[what]
+    before = (sound / name).read_text()
+    try:
+        (sound / name).write_text(json.dumps(json.loads(before) | change))
+        with (
+            pytest.raises(CheckpointError, match=said),
+            prepared_publication(sound, Edition("me/x"), None, twin=False, remote_code=False),
+        ):
+            pass
+    finally:
+        (sound / name).write_text(before)
+
+
 def test_an_estimate_of_almost_nothing_may_lie_below_it(tmp_path: Path) -> None:
-    for more in ({}, {"method": "ode", "probability_flow": FLOW, "standard_error": 1e-9}):
-        record = EVALUATION | {"weights": "sha256:0", "bits_per_dim": -0.03, "terms": {"diffusion": -0.03}} | more
+    for more in ({}, {"method": "ode", "is_bound": False, "probability_flow": FLOW, "standard_error": 1e-9}):
+        record = (
+            EVALUATION | {"weights": f"sha256:{'0' * 64}", "bits_per_dim": -0.03, "terms": {"diffusion": -0.03}} | more
+        )
         (tmp_path / "evaluation.json").write_text(json.dumps(record))
         assert read_evaluation(tmp_path / "evaluation.json")["bits_per_dim"] == -0.03
 

@@ -274,6 +274,45 @@ def test_a_variant_stays_beside_another(tmp_path: Path) -> None:
         VDMPipeline.from_pretrained(tmp_path, variant="fp16")
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["saved", "gone"])
+def test_a_learned_schedule_is_never_replaced_by_an_untrained_one(
+    whole: bool, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved["carried"], tmp_path / "model"))
+    own = NoiseScheduleModel.from_pretrained(folder, subfolder="noise_schedule")
+    scheduler = VDMScheduler.from_pretrained(folder, subfolder="scheduler")
+    if not whole:
+        shutil.rmtree(folder / "noise_schedule")
+        index = json.loads((folder / INDEX).read_text())
+        (folder / INDEX).write_text(json.dumps(index | {"noise_schedule": [None, None]}))
+    ways: list[dict[str, Any]] = [{"noise_schedule": None}, {"noise_schedule": None, "scheduler": scheduler}]
+    for given in ways if whole else [*ways, {}, {"scheduler": scheduler}]:
+        with pytest.raises(VDMHubError, match="noise_schedule"):
+            VDMPipeline.from_pretrained(folder, **given)
+    for given in ({"noise_schedule": own}, {"noise_schedule": own, "scheduler": scheduler}):
+        loaded = VDMPipeline.from_pretrained(folder, **given)
+        assert loaded.noise_schedule is own
+
+
+@pytest.mark.parametrize("loader", [VDMPipeline, DiffusionPipeline])
+@pytest.mark.parametrize("name", ["unet", "scheduler", "noise_schedule", "preprocessing", "held_out"])
+def test_nothing_given_for_what_was_saved_is_refused(loader: Any, name: str, saved: dict[str, Path]) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} is None"):
+        loader.from_pretrained(saved["carried"], **{name: None})
+
+
+@pytest.mark.parametrize("name", ["foo", "schedular", "num_levels", "latent_scaling", "subfolder"])
+def test_an_argument_that_would_be_ignored_is_refused_with_those_that_are_known(
+    name: str, saved: dict[str, Path]
+) -> None:
+    for load in (VDMPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
+        with pytest.raises(ConfigurationError, match=f"unknown argument .*'{name}'.*Known: .*scheduler"):
+            load(saved["carried"], **{name: 1})
+    if name != "num_levels":
+        with pytest.raises(ConfigurationError, match=f"'{name}'"):
+            VDMPipeline.from_diffusers(saved["ddpm"], num_levels=17, **{name: 1})
+
+
 def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path: Path) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "whole")
     tiny_pipeline().save_pretrained(tmp_path / "shards", max_shard_size="5KB")

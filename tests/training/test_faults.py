@@ -375,8 +375,8 @@ def test_a_run_goes_on_only_with_the_images_it_began_with(tmp_path: Path) -> Non
     train_here(tmp_path / "run", max_train_steps=2)
     last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     checkpoint = load_checkpoint(last)
-    checkpoint.state["provenance"]["dataset"] |= {"fingerprint": "sha256:other", "images": 7}
-    checkpoint.state["provenance"]["processes"] = 2
+    checkpoint.state["provenance"]["dataset"] |= {"fingerprint": f"sha256:{'0' * 64}", "images": 7}
+    checkpoint.state["provenance"] |= {"processes": 2, "global_batch_size": 32}
     shutil.rmtree(last)
     save_checkpoint(last.parent, 2, checkpoint.tensors, checkpoint.state)
     with pytest.raises(CheckpointError, match=naming("processes", 2, 1, 7)):

@@ -33,7 +33,7 @@ def tensors_of(checkpoint: Path) -> dict[str, bytes]:
     """The very bytes of a checkpoint's weights, averages, optimiser and schedule."""
     files = {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
     state = load_checkpoint(checkpoint).state
-    return files | {name: json.dumps(state[name]).encode() for name in ("step", "lr_scheduler")}
+    return files | {"step": json.dumps(state["step"]).encode()}
 
 
 # ---- it learns ------------------------------------------------------------------------------------------------------

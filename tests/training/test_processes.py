@@ -29,7 +29,7 @@ def bytes_of(checkpoint: Path) -> dict[str, bytes]:
     """Weights, averages and optimiser as they lie on the disk, and the step and its learning rate."""
     state = load_checkpoint(checkpoint).state
     files = {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
-    return files | {name: json.dumps(state[name]).encode() for name in ("step", "lr_scheduler")}
+    return files | {"step": json.dumps(state["step"]).encode()}
 
 
 # ---- one process, as in the README ----------------------------------------------------------------------------------

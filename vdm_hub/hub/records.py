@@ -10,14 +10,16 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from vdm_hub.errors import CheckpointError
 from vdm_hub.hub.json_files import read_json
-from vdm_hub.hub.schemas import Within, check_record
+from vdm_hub.hub.schemas import Like, Within, check_record
 
-Whole = Annotated[int, Within(0, 2**63)]
-Count = Annotated[int, Within(1, 2**63)]
+Whole = Annotated[int, Within(0, 2**48)]
+Count = Annotated[int, Within(1, 2**48)]
 Text = Annotated[str, Within(0, 10_000)]
 Figure = Annotated[float, Within(-1e12, 1e12)]
 Positive = Annotated[float, Within(0, 1e12)]
 Share = Annotated[float, Within(0, 1)]
+Fingerprint = Annotated[str, Like("sha256:[0-9a-f]{64}", "sha256: and 64 hexadecimal digits")]
+Versions = Annotated[dict[str, Text], Within(1, 1_000)]
 
 _ROUNDING = 1e-6
 """How far a total may be from its terms, by their sizes: both are means of the same numbers, in float32 at worst."""
@@ -31,12 +33,12 @@ class Images(TypedDict):
     name: Text | None
     config: Text | None
     split: Text | None
-    images: Whole | None
-    shape: list[Count]
-    levels: Count
+    images: Count | None
+    shape: Annotated[list[Count], Within(3, 3)]
+    levels: Annotated[int, Within(2, 256)]
     resolution: Count | None
     resized: bool | None
-    fingerprint: Text | None
+    fingerprint: Fingerprint | None
     color: NotRequired[Text]
     image_column: NotRequired[Text]
     label_column: NotRequired[Text]
@@ -95,7 +97,7 @@ class _Figures(TypedDict):
     standard_error: Positive | None
     standard_error_over_images: Positive | None
     terms: dict[str, Figure]
-    network_evaluations: Whole
+    network_evaluations: Count
 
 
 class Evaluation(_Figures):
@@ -107,10 +109,10 @@ class Evaluation(_Figures):
     is_bound: bool
     method: Literal["bound", "ode", "importance_weighted"]
     dimensions: Count
-    weights: Text
-    seed: Whole
+    weights: Fingerprint
+    seed: Annotated[int, Within(0, 2**63)]
     processes: Count
-    versions: dict[str, Text | None]
+    versions: Versions
     seconds: Positive
     seconds_before: NotRequired[Positive]
     device: NotRequired[Text]
@@ -133,7 +135,7 @@ class Validation(TypedDict):
     step: Whole
     bits_per_dim: Figure
     standard_error: Positive | None
-    images: Whole | None
+    images: Count | None
 
 
 class _Git(TypedDict):
@@ -145,7 +147,7 @@ class Run(TypedDict):
     """What training writes into ``run.json``."""
 
     command: Text
-    versions: dict[str, Text | None]
+    versions: Versions
     plugins: dict[str, Text | None]
     git: _Git | None
     working_directory_git: NotRequired[_Git | None]
@@ -157,7 +159,7 @@ class Run(TypedDict):
     gradient_accumulation_steps: Count
     global_batch_size: Count
     device: Text
-    mixed_precision: Text | None
+    mixed_precision: Literal["no", "fp16", "bf16", "fp8"]
     parameters: dict[str, Whole]
     validation: NotRequired[Validation]
 
@@ -178,21 +180,42 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     record = _read(path, Evaluation)
     for figures in [record, record.get("clipped")] if record else []:
         if figures is not None:
-            _refuse(path, _contradictions(figures, exact="probability_flow" not in record))
-    _refuse(path, _miscounted(record) if record else iter(()))
+            refuse(path, _contradictions(figures, exact="probability_flow" not in record))
+    refuse(path, _miscounted(record) if record else iter(()))
+    refuse(path, _misread(record["dataset"]) if "dataset" in record else iter(()))
     return record
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(
+    path: Path, recipe: Mapping[str, Any] | None = None, history: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """How a run came about, or empty where there is no such file.
 
+    Args:
+        path: The file.
+        recipe: Of the run, as far as it is known.
+        history: Of the run, as far as it is known.
+
     Raises:
-        CheckpointError: It is damaged, not what was written, or contradicts itself.
+        CheckpointError: It is damaged, not what was written, or contradicts itself, the recipe or the history.
     """
     record = _read(path, Run)
-    if "validation" in record:
-        _refuse(path, _contradictions(record["validation"]))
+    if record:
+        check_run(record, path, recipe or {})
+    if record and history:
+        check_history(history, path, record["steps"])
     return record
+
+
+def check_run(record: Mapping[str, Any], path: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse a run that contradicts itself or its recipe.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    refuse(path, _contradictions(record["validation"]) if "validation" in record else iter(()))
+    refuse(path, _misread(record["dataset"]))
+    refuse(path, _mistaken(record, recipe))
 
 
 def read_history(path: Path) -> dict[str, Any]:
@@ -202,9 +225,20 @@ def read_history(path: Path) -> dict[str, Any]:
         CheckpointError: It is damaged, or its columns do not belong together.
     """
     record = _read(path, History)
-    for part, columns in record.items():
-        _refuse(path, (f"of {part} {what}" for what in _torn(columns)))
+    check_history(record, path)
     return record
+
+
+def check_history(record: Mapping[str, Any], path: Path, steps: int | None = None) -> None:
+    """Refuse a course of training whose columns do not belong together, or that goes on after so many steps.
+
+    Raises:
+        CheckpointError: It is such.
+    """
+    for part, columns in record.items():
+        refuse(path, (f"of {part} {what}" for what in _torn(columns)))
+        if steps is not None and max(columns["step"], default=0) > steps:
+            refuse(path, iter([f"of {part} the last step is {columns['step'][-1]}, and the run has taken {steps}"]))
 
 
 def _read(path: Path, schema: type) -> dict[str, Any]:
@@ -215,7 +249,8 @@ def _read(path: Path, schema: type) -> dict[str, Any]:
     return record
 
 
-def _refuse(path: Path, contradictions: Iterator[str]) -> None:
+def refuse(path: Path, contradictions: Iterator[str]) -> None:
+    """Raise a `CheckpointError` with the first of them, where there is one."""
     for what in contradictions:
         raise CheckpointError(f"{path}: {what}: it was changed. Measure again, or remove the file.")
 
@@ -234,9 +269,47 @@ def _miscounted(record: Mapping[str, Any]) -> Iterator[str]:
     for error, of in (("standard_error", "replicates"), ("standard_error_over_images", "num_images")):
         if (record[error] is None) != (record[of] < 2):
             yield f"{error} is {record[error]}, and {of} is {record[of]}"
+    by_flow, shown = "probability_flow" in record, record["replicates"] * record["num_images"]
+    by_method = {"bound": False, "ode": True}.get(record["method"], by_flow)
+    if (by_flow, record["is_bound"]) != (by_method, not by_method):
+        yield f"is_bound is {record['is_bound']}, which no figure of the method {record['method']} is"
+    if record["standard_error"] == 0 and not by_flow:
+        yield "standard_error is 0, and the replicates are drawn independently"
+    for figures in filter(None, [record, record.get("clipped")]):
+        if "hierarchy" not in record and figures["network_evaluations"] < shown:
+            yield f"network_evaluations is {figures['network_evaluations']}, and each of {shown} estimates takes one"
+    measured = record["network_evaluations"] - record.get("estimator", {}).get("pilot_evaluations", 0)
+    if "estimator" in record and measured % shown:
+        yield f"network_evaluations is {record['network_evaluations']}, and as many for each of {shown} estimates"
     told = record.get("dataset")
     if told is not None and told["images"] not in (None, record["num_images"]):
         yield f"num_images is {record['num_images']}, and the dataset's images are {told['images']}"
+    if told is not None and math.prod(told["shape"]) != record["dimensions"]:
+        yield f"dimensions is {record['dimensions']}, and the dataset's shape is {told['shape']}"
+
+
+def _misread(images: Mapping[str, Any]) -> Iterator[str]:
+    side, shape = images["resolution"], images["shape"]
+    if side is not None and shape[1:] != [side, side]:
+        yield f"the dataset's resolution is {side}, and its shape {shape}"
+    if side is None and images["resized"]:
+        yield "the dataset is resized, and has no resolution"
+    if (images["images"] is None) != (images["fingerprint"] is None):
+        yield f"the dataset's images are {images['images']}, and its fingerprint {images['fingerprint']}"
+
+
+def _mistaken(run: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:
+    """What a run says against its recipe, as far as that is known."""
+    batches, whole = run["processes"] * run["gradient_accumulation_steps"], run["global_batch_size"]
+    each = recipe.get("train_batch_size", whole // batches)
+    if whole != each * batches:
+        yield (
+            f"global_batch_size is {whole}, with {run['processes']} processes, "
+            f"{run['gradient_accumulation_steps']} gradient_accumulation_steps and a train_batch_size of {each}"
+        )
+    most = recipe.get("max_train_steps")
+    if most is not None and run["steps"] > most:
+        yield f"steps is {run['steps']}, and max_train_steps is {most}"
 
 
 def _torn(columns: Mapping[str, list[float]]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,6 +51,19 @@ class Within:
 
     def __str__(self) -> str:
         return f"{self.least:,} to {self.most:,}"
+
+
+@dataclass(frozen=True)
+class Like:
+    """A pattern that a text matches as a whole; words say what it is of."""
+
+    pattern: str
+    words: str
+
+    def __call__(self, value: str | None) -> None:
+        """Raise a `ValueError` for another text."""
+        if value is not None and re.fullmatch(self.pattern, value, re.ASCII) is None:
+            raise ValueError(self.words)
 
 
 @dataclass(frozen=True)

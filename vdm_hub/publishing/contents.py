@@ -65,12 +65,13 @@ def read_source(folder: Path, evaluation: Path | None = None) -> Source:
     run = run_folder(pipeline)
     if run is None:
         return Source(pipeline, evaluation=read_evaluation(evaluation) if evaluation else {})
+    recipe, history = published_recipe(read_recipe(run / RECIPE)), read_history(run / "history.json")
     return Source(
         pipeline,
-        recipe=published_recipe(read_recipe(run / RECIPE)),
+        recipe=recipe,
         evaluation=read_evaluation(evaluation or run / "evaluation.json"),
-        history=read_history(run / "history.json"),
-        run=read_run(run / "run.json"),
+        history=history,
+        run=read_run(run / "run.json", recipe, history),
         pictures={name: run / name for name in PICTURES if (run / name).is_file()},
     )
 

@@ -180,6 +180,14 @@ def _check_evaluation(source: Source, pipeline: LikelihoodPipeline) -> None:
             f"{str(measured)[:20]}...): measure these by `vdm-hub evaluate {source.pipeline} --dataset_name ... "
             f"--json > FILE`, and give --evaluation FILE."
         )
+    told = {"evaluation.json": source.evaluation.get("dataset"), "run.json": source.run.get("dataset")}
+    for name, images in told.items():
+        if images and (images["levels"], images["shape"]) != (pipeline.num_levels, list(pipeline.image_shape)):
+            raise CheckpointError(
+                f"{name} beside {source.pipeline} is of images of shape {images['shape']} and {images['levels']} "
+                f"levels, and the model's are of {list(pipeline.image_shape)} and {pipeline.num_levels}: it was "
+                f"changed. Measure again, or remove the file."
+            )
 
 
 def _add_twin(pipeline: LikelihoodPipeline, folders: dict[str, Path], edition: Edition) -> Edition:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vdm_hub.errors import CheckpointError, warn
+from vdm_hub.errors import CheckpointError, shortened, warn
 from vdm_hub.files import clear_leftovers, entries, expanded, remove, written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.records import Whole
@@ -120,7 +120,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
             )
     groups = [Path(name) for name in manifest["files"] if name.endswith(".safetensors")]
     tensors = {group.stem: load_file(path / group) for group in groups}
-    return Checkpoint(tensors, read_json(path / "state.json", max_bytes=_MAX_STATE_BYTES))
+    state = read_json(path / "state.json", max_bytes=_MAX_STATE_BYTES)
+    step = state.get("step")
+    if type(step) is not int or step != manifest.get("step", step):
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: its manifest is of step {manifest.get('step')}, and its state of "
+            f"{shortened(step)}: start the run again in a new output_dir, or restore it from a copy."
+        )
+    return Checkpoint(tensors, state)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -94,9 +94,16 @@ def unpack_state(
         values = state.setdefault(int(index), {})
         for part in outer:
             values = values.setdefault(part, {})
+        if name in values:
+            raise ValueError(f"the optimiser's state has {key} twice")
         values[name] = value
     groups = optimizer.state_dict()["param_groups"]
+    if unknown := state.keys() - {index for group in groups for index in group["params"]}:
+        raise ValueError(f"the optimiser's state is of parameters {sorted(unknown)[:4]}, which there are not")
     for group, saved in zip(groups, numbers["groups"], strict=True):
+        own = _numbers(group).keys()  # Prodigy adds some as it steps
+        if own - saved.keys() or saved.keys() & (group.keys() - own):
+            raise ValueError(f"the optimiser's numbers are {sorted(saved)}, and were {sorted(own)}")
         group.update(saved)
     load_state(optimizer, {"state": state, "param_groups": groups})
 
