@@ -55,6 +55,8 @@ class _Flow(TypedDict):
     steps_mean: Positive
     steps_max: Whole
     evaluations_per_solve: Positive
+    dtype: NotRequired[Text]
+    numerical_error: NotRequired[Figure]
 
 
 class _Weights(TypedDict):
