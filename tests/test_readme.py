@@ -57,7 +57,8 @@ def run(home: Path, command: str, environment: Mapping[str, str] = OFFLINE) -> s
 def shortened(line: str) -> str:
     """A training command that takes seconds, into a folder of its own."""
     has_unet = "--unet" in line or "digits_vae" in line
-    return f"{line.partition('#')[0]} {SHORT} {'' if has_unet else SMALL_UNET} --output_dir runs/{abs(hash(line))}"
+    words = re.sub(r"--output_dir \S+", "", line.partition("#")[0])
+    return f"{words} {SHORT} {'' if has_unet else SMALL_UNET} --output_dir runs/{abs(hash(line))}"
 
 
 def lines_of(block: str) -> list[str]:

@@ -193,4 +193,5 @@ def main(stock: str, bare: str, cache: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     main(*sys.argv[1:])

@@ -27,7 +27,15 @@ from vdm_hub.registration import add_install_hint
 
 KINDS = (*PIPELINES, "stock network")
 REVISION = "remote-code"
-PROVIDED = {"torch", "diffusers", "numpy", "PIL", "safetensors", "huggingface_hub"}  # diffusers requires the others
+PROVIDED = {
+    "torch",
+    "diffusers",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "huggingface_hub",
+    "yaml",
+}  # diffusers requires the others
 
 # None makes every import of that name fail, as if it were not installed.
 HIDE = """
@@ -247,7 +255,7 @@ def side_by_side(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     # An older version, whose network gives half of what today's gives.
     _replace(root / "old" / "vdm_hub" / "version.py", f'"{_version()}"', '"0.0.9"')
     _replace(
-        root / "old" / "vdm_hub" / "models" / "unet_vdm.py", "(self.norm_out(hidden))", "(self.norm_out(hidden / 2))"
+        root / "old" / "vdm_hub" / "models" / "unet_vdm.py", "(self.norm_out(hidden))", "(self.norm_out(hidden) / 2)"
     )
     environment = dict(os.environ) | {"HF_MODULES_CACHE": str(root / "modules")}
     name = run(ADD, old_folder, cwd=root, **environment | {"PYTHONPATH": str(root / "old")}).strip()

@@ -40,9 +40,9 @@ def load_pipeline(
             f"{name} holds no pipeline (no model_index.json): give a run's folder such as runs/digits, a pipeline's "
             f"such as runs/digits/pipeline, or a Hub id."
         )
+    pipeline = _load(str(folder) if looks_local else name, num_levels, revision, overrides or {})
     if looks_local and (run := run_folder(folder)) is not None:
         read_recipe(run / RECIPE)  # a run that is said to be another than it was is no one's to measure
-    pipeline = _load(str(folder) if looks_local else name, num_levels, revision, overrides or {})
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

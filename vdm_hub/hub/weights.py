@@ -244,7 +244,10 @@ def read_header(path: Path, name: str) -> dict[str, Saved]:
             size = int.from_bytes(file.read(8), "little")
             if size > MAX_JSON_BYTES:
                 raise ValueError("its header is too large, as of a git-lfs pointer or another kind of file")
-            parse_json(file.read(size), f"the header of {name}")  # safetensors takes the last of a doubled tensor
+            header = file.read(size)
+            if len(header) < max(size, 1):
+                raise ValueError("its header is cut short")
+            parse_json(header, f"the header of {name}")  # safetensors takes the last of a doubled tensor
         with safe_open(path, framework="pt") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - it is no mapping
             return {key: Saved(tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
