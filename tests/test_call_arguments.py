@@ -195,11 +195,12 @@ MADE = {
 @pytest.mark.parametrize("kind", MADE)
 def test_from_pipe_shares_the_components_and_keeps_what_the_pipeline_knows(kind: str) -> None:
     pipe = MADE[kind]()
-    pipe.register_to_config(preprocessing={"resolution": 8})
+    grey = {"resolution": 8, "center_crop": False, "color": "grey", "num_levels": 17, "image_column": "image"}
+    pipe.register_to_config(preprocessing=grey)
     made = type(pipe).from_pipe(pipe)
     assert type(made) is type(pipe) and made is not pipe
     assert all(made.components[name] is part for name, part in pipe.components.items())
-    assert made.preprocessing == {"resolution": 8}
+    assert made.preprocessing == grey
     assert made.config.get("latent_scaling") == pipe.config.get("latent_scaling")
     images = torch.zeros(2, *pipe.image_shape, dtype=torch.long)
     assert torch.equal(

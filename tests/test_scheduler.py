@@ -109,7 +109,7 @@ def test_custom_timesteps_and_sigmas_are_the_same_grid() -> None:
     [
         ({}, "exactly one"),
         ({"num_inference_steps": 3, "timesteps": [3.0]}, "exactly one"),
-        ({"num_inference_steps": 0}, "whole number from 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"timesteps": [10.0, 20.0]}, "descending"),
         ({"timesteps": []}, "at least one"),
         ({"timesteps": [1500.0, 3.0]}, "0 to 999"),

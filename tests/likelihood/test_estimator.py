@@ -208,7 +208,8 @@ def test_estimates_of_images_depend_on_the_schedule_s_endpoints_only() -> None:
         for schedule in (LinearSchedule(-8.0, 4.0), CosineSchedule(-8.0, 4.0), steep)
     ]
     for other in found[1:]:
-        assert float((other - found[0]).abs().mean()) < 0.01 * float(found[0].mean())
+        # Of single images, which meet few cells; the mean over them is much closer.
+        assert float((other - found[0]).abs().mean()) < 0.02 * float(found[0].mean())
         assert float(other.mean()) == pytest.approx(float(found[0].mean()), rel=3e-3)
 
 
