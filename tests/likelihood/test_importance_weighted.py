@@ -191,7 +191,7 @@ def log_mass(level: int) -> float:
 
 
 @pytest.mark.parametrize("kind", ["uniform", "truncated_normal"])
-@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("level", [0, pytest.param(2, marks=pytest.mark.slow)])  # some minutes each
 def test_many_dequantised_flows_find_the_mass_of_a_level(level: int, kind: str) -> None:
     flow = ProbabilityFlow(kind, "exact", tolerance=1e-4)
     count, values = 500, []
