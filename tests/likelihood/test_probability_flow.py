@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
@@ -25,7 +26,7 @@ from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
 from vdm_hub.likelihood.dequantization import dequantization
-from vdm_hub.likelihood.lockstep import SOLVERS
+from vdm_hub.likelihood.lockstep import SOLVERS, integrate
 from vdm_hub.likelihood.per_image import image_generator
 from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow, draw_flow, flow_density
 from vdm_hub.likelihood.variational_bound import VDMObjective
@@ -384,6 +385,18 @@ def test_the_network_computes_in_float64_unless_the_protocol_says_float32() -> N
     assert torch.equal(inside.log_likelihood, double.log_likelihood)
     difference = (single.log_likelihood - double.log_likelihood).abs()
     assert 0 < float(difference.max()) < 16 * 1e-4
+
+
+def test_a_solver_at_the_edge_of_its_stability_does_not_amplify_rounding() -> None:
+    """A stiff field whose last bits differ: steps that followed the error continuously would let them grow."""
+
+    def end(rounding: float) -> Any:
+        def field(t: Any, y: Any) -> Any:
+            return -80 * (y - np.sin(7 * t)[:, None]) * (1 + rounding)
+
+        return integrate(field, np.ones((1, 2)), (0.0, 20.0), 1e-5, 5000, "rk45")[0].state
+
+    assert 0 < float(np.abs(end(1e-13) - end(0.0)).max()) < 1e-10
 
 
 def test_batches_and_threads_change_no_figure() -> None:

@@ -66,7 +66,8 @@ class ProbabilityFlow:
         tolerance: Of a step's error, absolute and relative: of z as the root mean square over dimensions, and of the
             log-density in nats per dimension, the two added in squares.
         max_steps: Steps that one datum may take.
-        solver: ``dop853`` or ``rk45``, adaptive methods of Dormand and Prince, of order 8(5, 3) and 5(4), by scipy.
+        solver: ``rk45`` or ``dop853``, adaptive methods of Dormand and Prince, of order 5(4) and 8(5, 3), by scipy. The
+            second is for smooth fields; with Fourier features of the input it takes twice as many evaluations.
         dtype: What the network computes in: ``float64``, or ``float32``, for its own precision. In float32 rounding,
             amplified by the solver, is an error beside the tolerance's, and figures depend on the batch size by it.
 
@@ -75,7 +76,7 @@ class ProbabilityFlow:
 
     >>> flow = ProbabilityFlow(divergence="exact")
     >>> flow.dequantization, flow.tolerance, flow.solver
-    ('truncated_normal', 1e-05, 'dop853')
+    ('truncated_normal', 1e-05, 'rk45')
     """
 
     dequantization: str = "truncated_normal"
@@ -83,7 +84,7 @@ class ProbabilityFlow:
     probes: int = 1
     tolerance: float = 1e-5
     max_steps: int = 1000
-    solver: str = "dop853"
+    solver: str = "rk45"
     dtype: str = "float64"
 
     def __post_init__(self) -> None:
@@ -158,7 +159,7 @@ def flow_density(
     probes: Tensor | None,
     tolerance: float = 1e-5,
     max_steps: int = 1000,
-    solver: str = "dop853",
+    solver: str = "rk45",
     indices: Sequence[int] | None = None,
 ) -> FlowDensity:
     """``log p_0(z_0)`` of the flow that the network defines, in nats, up to the solver's tolerance.
