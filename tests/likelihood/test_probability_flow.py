@@ -25,8 +25,9 @@ from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
+from vdm_hub.likelihood import lockstep
 from vdm_hub.likelihood.dequantization import dequantization
-from vdm_hub.likelihood.lockstep import SOLVERS, integrate
+from vdm_hub.likelihood.lockstep import SOLVERS
 from vdm_hub.likelihood.per_image import image_generator
 from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow, draw_flow, flow_density
 from vdm_hub.likelihood.variational_bound import VDMObjective
@@ -235,7 +236,7 @@ def test_a_smaller_tolerance_costs_steps_and_buys_digits() -> None:
 
 def test_halving_the_tolerance_changes_the_value_by_no_more_than_a_few_tolerances() -> None:
     z = points(8, 2)
-    for tolerance in (1e-3, 1e-5):
+    for tolerance in (1e-4, 1e-6):
         change = (mixture_flow(z, None, tolerance) - mixture_flow(z, None, tolerance / 2)).abs()
         assert 0 < float(change.max()) < 100 * tolerance
 
@@ -387,16 +388,25 @@ def test_the_network_computes_in_float64_unless_the_protocol_says_float32() -> N
     assert 0 < float(difference.max()) < 16 * 1e-4
 
 
-def test_a_solver_at_the_edge_of_its_stability_does_not_amplify_rounding() -> None:
-    """A stiff field whose last bits differ: steps that followed the error continuously would let them grow."""
+def test_a_solver_at_the_edge_of_its_stability_does_not_amplify_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stiff fields like a network's, whose last bits differ; scipy's own steps let them grow to above a millionth."""
 
-    def end(rounding: float) -> Any:
-        def field(t: Any, y: Any) -> Any:
-            return -80 * (y - np.sin(7 * t)[:, None]) * (1 + rounding)
+    def moved(seed: int) -> float:
+        source = np.random.default_rng(seed)
+        inner, outer = source.normal(size=(2, 8, 8))
 
-        return integrate(field, np.ones((1, 2)), (0.0, 20.0), 1e-5, 5000, "rk45")[0].state
+        def end(rounding: float) -> Any:
+            def field(t: Any, y: Any) -> Any:
+                bends = np.sin(9 * y @ inner + t[:, None]) @ outer
+                return (1 + rounding) * (20 * (np.sin(3 * t)[:, None] - y) + 0.9 * bends)
 
-    assert 0 < float(np.abs(end(1e-13) - end(0.0)).max()) < 1e-10
+            return lockstep.integrate(field, np.full((1, 8), 0.3), (0.0, 5.0), 1e-3, 5000, "rk45")[0].state
+
+        return float(np.abs(end(1e-14) - end(0.0)).max())
+
+    assert max(moved(seed) for seed in range(3)) < 1e-9
+    monkeypatch.setattr(lockstep, "_in_even_steps", lambda method: method)
+    assert min(moved(seed) for seed in range(3)) > 1e-6
 
 
 def test_batches_and_threads_change_no_figure() -> None:

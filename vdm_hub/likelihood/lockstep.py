@@ -68,17 +68,18 @@ def solver_library() -> Any:
 
 @cache
 def _in_even_steps(method: Any) -> Any:
-    """The method with steps whose lengths are a function of the error's eighth of an octave.
+    """The method with steps that follow the error's power of two alone.
 
     Where stability limits the steps of an explicit method, a step's length and the next one's error feed back on each
-    other, and the last bits of a network, which differ between batches, grow to the size of the tolerance. So the error
-    that chooses a step is rounded up: but for a chance as small as those bits, all steps are the same.
+    other, and the last bits of a network, which differ between batches, grow to the tolerance's size. So the error
+    that chooses a step is rounded up: but for a chance that is about as small as those bits, all steps are the same.
+    It takes 6 to 40 % more of them.
     """
 
     class EvenSteps(method):
         def _estimate_error_norm(self, *arguments: Any) -> float:
             norm = float(super()._estimate_error_norm(*arguments))
-            return 2.0 ** (np.ceil(8 * np.log2(norm)) / 8) if 0 < norm < np.inf else norm
+            return 2.0 ** np.ceil(np.log2(norm)) if 0 < norm < np.inf else norm
 
     return EvenSteps
 

@@ -66,8 +66,8 @@ class ProbabilityFlow:
         tolerance: Of a step's error, absolute and relative: of z as the root mean square over dimensions, and of the
             log-density in nats per dimension, the two added in squares.
         max_steps: Steps that one datum may take.
-        solver: ``rk45`` or ``dop853``, adaptive methods of Dormand and Prince, of order 5(4) and 8(5, 3), by scipy. The
-            second is for smooth fields; with Fourier features of the input it takes twice as many evaluations.
+        solver: ``rk45`` or ``dop853``, adaptive methods of Dormand and Prince, of order 5(4) and 8(5, 3), by scipy.
+            The second is for smooth fields: with Fourier features of the input it takes more evaluations.
         dtype: What the network computes in: ``float64``, or ``float32``, for its own precision. In float32 rounding,
             amplified by the solver, is an error beside the tolerance's, and figures depend on the batch size by it.
 
