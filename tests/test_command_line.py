@@ -159,8 +159,11 @@ def test_a_journal_in_a_new_folder_or_behind_a_link_is_kept(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["runs/x", "runs", "me/not.there"])
-def test_a_folder_that_is_missing_is_said_to_be(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_missing_is_said_to_be(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside what the Hub, or its cache, has to say of that name."""
+    monkeypatch.chdir(tmp_path)
     for words in (("sample", name), ("evaluate", name, "--dataset_name", "digits")):
         assert f"there is no folder {name}" in refused(capsys, *words)
     with pytest.raises(HubError, match=f"there is no folder {name}"):

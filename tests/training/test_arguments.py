@@ -253,7 +253,6 @@ def test_a_token_is_no_value_of_any_field() -> None:
         words = ["--push_to_hub"] if field == "hub_model_id" else []
         message = refused(["digits", f"--{field}", TOKEN, *words])
         assert field in message and "HF_TOKEN" in message and TOKEN not in message
-    assert parse(["digits", "--output_dir", "hf_runs/one"]).training.output_dir == "hf_runs/one"
 
 
 def test_publishing_is_asked_for_in_the_words_of_diffusers() -> None:

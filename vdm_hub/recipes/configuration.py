@@ -138,9 +138,18 @@ class DiffusionArguments:
     def __post_init__(self) -> None:
         for name, kind in registry.SERIALISED_FIELDS.items():
             if (serialised := getattr(self, name)) is not None:
-                registered, _, package = registry.parse(kind, serialised)
-                registry.lookup(kind, registered, package)
+                object.__setattr__(self, name, _with_package(kind, serialised))
         check_fields(self)
+
+
+def _with_package(kind: str, serialised: Serialised) -> Serialised:
+    """The same, and of a plugin's which package brings it, so that a recipe says what to install elsewhere."""
+    name, _, package = registry.parse(kind, serialised)
+    found = registry.lookup(kind, name, package)
+    if found.package == registry.BUILT_IN_PACKAGE:
+        return serialised
+    form = json.loads(serialised) if serialised.strip().startswith("{") else {"name": name}
+    return Serialised(json.dumps(form | {"package": found.package}))
 
 
 @dataclass(frozen=True)
