@@ -33,6 +33,7 @@ from torch import nn
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import Data
 from vdm_hub.recipes.arguments import parse
+from vdm_hub.training import run_state
 from vdm_hub.training.loop import Run, build_accelerator
 from vdm_hub.training.outputs import OutputFolder
 
@@ -173,10 +174,9 @@ def breakdown(run: Run, step: Callable[[], object], repeats: int) -> dict[str, f
         timed(run.model.process, "encode", "encoding")
         timed(run.model.process.decoder, "negative_log_likelihood", "decoder")
     timed(run.accelerator, "backward", "backward")
-    timed(run.accelerator, "clip_grad_norm_", "clipping")
-    timed(run.optimizer, "step", "optimiser")
-    if run.ema is not None:
-        timed(run.ema, "step", "moving average")
+    timed(run, "_clip", "clipping")
+    timed(run._stepping, "step", "optimiser")
+    timed(run_state, "step_ema", "moving average")
     rows = []
     for _ in range(repeats):
         seconds.update(dict.fromkeys(seconds, 0.0))

@@ -328,7 +328,7 @@ class Reads(TorchDispatchMode):
 
 
 # On a CPU nothing waits, so these look; each first asks for the device, as the next test shows for two of them.
-LOOK_ON_A_CPU = {"_check_draws", "_reach"}
+LOOK_ON_A_CPU = {"_check_draws", "_reach", "_clip"}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "learned_monotone", "tabulated"])

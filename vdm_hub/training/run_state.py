@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vdm_hub.data.batches import training_batches
 from vdm_hub.data.loading import Data
@@ -66,6 +68,9 @@ class RunState:
         prepare: Callable[..., Any] = prepare_zero if has_zero(accelerator) else Accelerator.prepare
         with explained("accelerate can't prepare the run", "look at its ACCELERATE_ variables", ConfigurationError):
             self.objective, self.optimizer = prepare(accelerator, self.model, optimizer)
+        # accelerate's wrapper looks for a package on the disk in each step, and does more only with fp16.
+        wrapped = accelerator.scaler is None and isinstance(self.optimizer, AcceleratedOptimizer)
+        self._stepping = self.optimizer.optimizer if wrapped else self.optimizer
         self.ema = build_ema(training, self.model, accelerator.device)
         self._parameters = list(self.model.parameters())  # listed once: walking the modules takes 1 % of a small step
         self.lr_scheduler = get_scheduler(
@@ -115,8 +120,8 @@ class RunState:
                 if self.accelerator.sync_gradients:
                     terms = {name: torch.stack([one[name] for one in parts]).mean() for name in parts[0]}
                     self._watch(terms, self._clip())
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                    self._stepping.step()
+                    self._stepping.zero_grad()
         self.lr_scheduler.step()
         if self.ema is not None:
             step_ema(self.ema, self._parameters, offload=self.training.offload_ema)
@@ -129,7 +134,13 @@ class RunState:
             return gradient_norm(self.accelerator)
         average_gradients(self.accelerator, self._replicated)
         limit = math.inf if self.training.max_grad_norm is None else self.training.max_grad_norm
-        norm: Tensor = self.accelerator.clip_grad_norm_(self._parameters, limit)
+        if self.accelerator.device.type != "cpu" or is_sharded(self.accelerator):
+            norm: Tensor = self.accelerator.clip_grad_norm_(self._parameters, limit)
+            return norm
+        # Nothing waits for a number on a CPU, so a gradient that is short enough is left as it is.
+        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=True)
+        if not norm < limit - 1e-6:
+            clip_grads_with_norm_(self._parameters, limit, norm, foreach=True)
         return norm
 
     def _place(self, part: int) -> int:
@@ -150,8 +161,12 @@ class RunState:
         """Noise of this micro-batch; dropout draws from the global generator, which is seeded alike."""
         key = [self.training.seed, self.step, self._place(part)]
         noise_seed, dropout_seed = np.random.SeedSequence(key).generate_state(2, np.uint64) >> np.uint64(1)
-        torch.manual_seed(int(dropout_seed))
-        generator = torch.Generator(self.accelerator.device).manual_seed(int(noise_seed))
+        device = self.accelerator.device
+        # `torch.manual_seed` also seeds devices that are not there, which takes 1 % of a small step.
+        torch.default_generator.manual_seed(int(dropout_seed))
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(int(dropout_seed))
+        generator = torch.Generator(device).manual_seed(int(noise_seed))
         return self.model.draw_noise(batch, generator)
 
     def _watch(self, terms: dict[str, Tensor], gradient_norm: Tensor) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.shards import own_part, put_together
@@ -29,7 +30,6 @@ def build_ema(training: TrainingArguments, model: nn.Module, device: torch.devic
         use_ema_warmup=training.ema_warmup,
         inv_gamma=training.ema_inv_gamma,
         power=training.ema_power,
-        foreach=True,
         **constant,
     )
     ema.to(device)
@@ -45,7 +45,10 @@ def step_ema(ema: EMAModel, parameters: Sequence[Tensor], *, offload: bool) -> N
     offload = offload and device.type == "cuda"
     if offload:
         ema.to(device, non_blocking=True)
-    ema.step(parameters)
+    # `EMAModel.step` in one pass over the weights, where its own makes a copy of them all.
+    ema.optimization_step += 1
+    ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+    get_ema_multi_avg_fn(ema.cur_decay_value)(ema.shadow_params, parameters, None)
     if offload:
         ema.to("cpu", non_blocking=True)
 
