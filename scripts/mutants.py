@@ -49,6 +49,7 @@ REDUCTIONS |= {"sqrt": "square", "exp": "expm1", "log": "log1p", "std": "var", "
 HOW = {"device", "non_blocking", "foreach", "fused", "strict"}  # where, how fast, and what is refused: no number
 LEFT_ALONE = m.Annotation() | m.Decorator() | m.Raise() | m.Assert() | m.Import() | m.ImportFrom() | m.BaseString()
 TESTS_PASS, TESTS_FAIL = 0, 1
+MOST_MEMORY = 12 << 30  # bytes of addresses; importing torch takes 3 GiB of them. More fails, which is noticed
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ class Tests:
             os.setsid()
             with contextlib.nullcontext() if loud else quiet():
                 resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 5))
+                resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
                 if mutant is not None:
                     self._become(mutant)
                 gc.freeze()

@@ -155,11 +155,18 @@ def test_coefficients_broadcast_over_the_batch_and_per_dimension() -> None:
     x, eps = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0)).unbind()
     per_datum = torch.linspace(-5, 5, 4)
     whole = gaussian.marginal_sample(x, per_datum, eps)
+    bar = alpha_bar(per_datum)[:, None, None]
+    torch.testing.assert_close(whole, bar.sqrt() * x + (1 - bar).sqrt() * eps)
     for i, gamma in enumerate(per_datum):
         torch.testing.assert_close(whole[i], gaussian.marginal_sample(x[i], gamma, eps[i]))
     per_dimension = per_datum[:, None, None].expand(4, 3, 5)
     torch.testing.assert_close(gaussian.marginal_sample(x, per_dimension, eps), whole)
     torch.testing.assert_close(gaussian.prior_kl(x, per_dimension), gaussian.prior_kl(x, per_datum))
+
+
+def test_one_gamma_for_all_leaves_the_latents_their_precision() -> None:
+    x = torch.ones(2, 3)
+    assert gaussian.marginal_sample(x, torch.tensor(-3.0, dtype=torch.float64), x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", registered.names("noise_schedules"))

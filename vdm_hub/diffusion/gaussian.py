@@ -16,7 +16,7 @@ from torch import Tensor
 
 def broadcast(coefficient: Tensor, like: Tensor) -> Tensor:
     """A coefficient of shape (), (B,) or (B, *data), ready to multiply ``like`` of shape (B, *data)."""
-    if coefficient.ndim in (0, like.ndim):
+    if coefficient.ndim == 0:  # left so: one number does not raise the precision of what it multiplies
         return coefficient
     return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
 
