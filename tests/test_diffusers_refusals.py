@@ -126,5 +126,5 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 def test_an_autoencoder_alone_is_no_pipeline(tmp_path: Path) -> None:
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"holds no pipeline .* no model_index\.json"):
+    with pytest.raises(ConfigurationError, match=naming("model_index.json")):
         VDMPipeline.from_diffusers(tmp_path)

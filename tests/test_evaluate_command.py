@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from naming import naming
 from tiny import tiny_pipeline, tiny_unet
 from vdm_hub import VDMPipeline, VDMScheduler, commands
 from vdm_hub.commands import main
@@ -335,7 +336,7 @@ def test_a_schedule_without_finite_endpoints_is_refused() -> None:
     for method in ("bound", "ode", "importance_weighted"):
         pipe = VDMPipeline(tiny_unet(), VDMScheduler(num_levels=17))
         pipe.scheduler.process.schedule = Endless(-13.3, 5.0)
-        with pytest.raises(ConfigurationError, match=r"Endless has gamma\(0\) = -inf, and a bound needs finite"):
+        with pytest.raises(ConfigurationError, match=naming("Endless", "gamma(0)", "-inf")):
             pipe.log_likelihood(torch.zeros(1, 1, 8, 8), method=method)
     check_endpoints(GaussianProcess.from_fields({}))
 

@@ -158,7 +158,7 @@ def test_a_journal_is_of_one_measurement(tmp_path: Path) -> None:
         ("method", {"method": "importance_weighted", "transitions": 3, "draws": 2}),
     ]
     for name, change in others:
-        with pytest.raises(CheckpointError, match=f"journal of another measurement: its .*{name}"):
+        with pytest.raises(CheckpointError, match=name):
             evaluate(pipeline, images, **arguments, **change)
     with torch.no_grad():
         next(pipeline.unet.parameters()).add_(1e-3)
@@ -180,7 +180,7 @@ def test_a_piece_of_another_journal_is_never_taken_for_one_of_this(change: str, 
     piece = next((tmp_path / "other").rglob("replicate-*"))
     copy = tmp_path / "own" / "unclipped" / piece.name
     copy.write_bytes(piece.read_bytes())
-    with pytest.raises(CheckpointError, match=f"{piece.name} of the journal is .*of another journal.*: remove it"):
+    with pytest.raises(CheckpointError, match=naming(piece.name)):
         evaluate(pipeline, images, **arguments, journal=tmp_path / "own")
     copy.unlink()
     assert evaluate(pipeline, images, **arguments, journal=tmp_path / "own").bits_per_dim == own.bits_per_dim
@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_journal_or_a_damaged_one_is_refused(tmp_path: Path)
     arguments: dict[str, Any] = {"replicates": 2, "progress": False}
     (tmp_path / "thesis" / "unclipped").mkdir(parents=True)
     (tmp_path / "thesis" / "unclipped" / "chapter.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match=r"chapter\.tex, and is no journal"):
+    with pytest.raises(CheckpointError, match=naming("chapter.tex")):
         evaluate(pipeline, images, **arguments, journal=tmp_path / "thesis")
     whole = evaluate(pipeline, images, **arguments, journal=tmp_path / "journal")
     shard = next((tmp_path / "journal").rglob("replicate-*"))

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from naming import naming
 from vdm_hub import VDMObjective, VDMPipeline, VDMScheduler
 from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.times import stratified_times
@@ -246,7 +247,7 @@ def test_a_chain_keeps_one_context(trained: dict[str, Path]) -> None:
 
 def test_a_process_without_a_rate_asks_for_transitions(trained: dict[str, Path]) -> None:
     pipe = VDMPipeline.from_pretrained(trained["resampling"])
-    with pytest.raises(ConfigurationError, match="finite number of transitions"):
+    with pytest.raises(ConfigurationError, match="transitions"):
         pipe.bits_per_dim(six_digits())
 
 
@@ -254,7 +255,7 @@ def test_a_process_without_a_rate_asks_for_transitions(trained: dict[str, Path])
 def test_no_stock_sampler_is_given_a_process_it_cannot_run(trained: dict[str, Path], case: str) -> None:
     from diffusers import DDIMScheduler
 
-    with pytest.raises(ConfigurationError, match="Sample it with VDMScheduler"):
+    with pytest.raises(ConfigurationError, match=naming("VDMScheduler")):
         VDMPipeline.from_pretrained(trained[case]).scheduler.to_diffusers(DDIMScheduler)
 
 

@@ -144,7 +144,7 @@ def test_what_it_has_not_is_refused() -> None:
         pipe.interpolate(LEVELS[:1], LEVELS[:2])
     with pytest.raises(ConfigurationError, match=naming("latents", "(2, 5)", "(6,)")):
         pipe(latents=torch.zeros(2, 5))
-    with pytest.raises(ConfigurationError, match="batch_size is 3, and 2 latents were given"):
+    with pytest.raises(ConfigurationError, match=naming("batch_size", 3, 2)):
         pipe(3, latents=torch.zeros(2, 6))
     with pytest.raises(ConfigurationError, match="unknown output_type 'latent'"):
         pipe(output_type="latent")

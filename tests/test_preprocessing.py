@@ -12,6 +12,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from naming import naming
 from runs import start
 from tiny import tiny_pipeline
 from vdm_hub import HVAEPipeline, LatentVDMPipeline, VDMPipeline
@@ -125,7 +126,7 @@ def test_a_saved_preprocessing_that_makes_other_images_than_the_models_is_refuse
     shutil.copytree(sound[rung], place)
     index = json.loads((place / "model_index.json").read_text())
     (place / "model_index.json").write_text(json.dumps(index | {"preprocessing": PREPROCESSING | change}))
-    with pytest.raises(ConfigurationError, match=r"preprocessing is .*and the model's are"):
+    with pytest.raises(ConfigurationError, match=naming("preprocessing")):
         RUNGS[rung][0].from_pretrained(place)  # type: ignore[attr-defined]
 
 
@@ -141,7 +142,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_preprocessing_without_a_part_of_it_is_refused(missing: str) -> None:
     told = {name: value for name, value in PREPROCESSING.items() if name != missing}
     for less in (told, {}):
-        with pytest.raises(ConfigurationError, match=f"preprocessing is .*with .*{missing if less else 'resolution'}"):
+        with pytest.raises(ConfigurationError, match=naming("preprocessing", missing if less else "resolution")):
             VDMPipeline(**tiny_pipeline().components, preprocessing=less)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from naming import naming
 from testing.packages import pip_install, project
 from vdm_hub import VDMScheduler, registry
 from vdm_hub.commands import main
@@ -227,7 +228,7 @@ def test_a_missing_name_of_an_installed_package_says_which_version_is_there() ->
 def test_an_older_version_than_the_saved_one_is_a_warning(saved: str) -> None:
     form = {"name": "steep", "package": "vdm-hub-good", "version": saved}
     for load in (lambda: registry.build("noise_schedules", form), lambda: VDMScheduler(noise_schedule=form)):
-        with pytest.warns(OlderPluginWarning, match=rf"saved with vdm-hub-good {saved}, and 1.2 is installed"):
+        with pytest.warns(OlderPluginWarning, match=naming("vdm-hub-good", saved, "1.2")):
             load()
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from image_folders import folder_of, greys, parquet_of, picture, png, read, refused
+from naming import naming
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.layouts import read_layout
@@ -246,7 +247,7 @@ def test_every_kind_of_data_says_how_many_images_are_for_what(tmp_path: Path, ki
     assert "holds out for validation 4 of the 20" in said and "holds out for the test 2 of the 20" in said
     stream = read(source, streaming=True, validation_size=5, max_train_samples=9).summary
     assert "trains on a stream of 9 of the 20 images of 'train'" in stream and "validation 5 of the 20" in stream
-    with pytest.warns(UserWarning, match="no evaluation at the end"):
+    with pytest.warns(UserWarning, match=naming("--test_split")):
         without = read(source, test_split="test", streaming=True).summary
     assert "trains on a stream of 20 images of 'train'" in without and "tests on none" in without
     if kind != "one file":

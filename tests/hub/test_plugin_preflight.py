@@ -202,7 +202,7 @@ def test_a_package_that_is_no_name_is_refused(tmp_path: Path) -> None:
 def test_arguments_are_checked_before_the_weights_too(tmp_path: Path) -> None:
     form = {"name": "linear", "config": {"gamma_mx": 3.0}}
     folder = without_weights(tmp_path, "scheduler/scheduler_config.json", noise_schedule=form)
-    with pytest.raises(ConfigurationError, match="did you mean 'gamma_max'"):
+    with pytest.raises(ConfigurationError, match=naming("'gamma_max'")):
         VDMPipeline.from_pretrained(folder)
 
 

@@ -180,7 +180,7 @@ def test_links_must_stay_within_their_folder(files: dict[str, bytes], tmp_path: 
     assert "password" not in str(caught.value)
     (folder / "unet").rename(tmp_path / "unet")
     (folder / "unet").symlink_to(tmp_path / "unet")
-    with pytest.raises(CheckpointError, match="unet is a link"):
+    with pytest.raises(CheckpointError, match=naming("unet", "link")):
         VDMPipeline.from_pretrained(folder)
 
 
@@ -299,7 +299,7 @@ def test_a_pickle_beside_or_instead_of_safetensors_is_never_opened(
     with pytest.raises(OSError, match="safetensors"):
         loader.from_pretrained(written(tmp_path / "instead", only | pickled))
     disguised = {path: plant if path.endswith(".safetensors") else content for path, content in files.items()}
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match=naming("safetensors")):
         loader.from_pretrained(written(tmp_path / "disguised", disguised))
     assert not mark.exists()
     pickle.loads(plant)
@@ -308,7 +308,7 @@ def test_a_pickle_beside_or_instead_of_safetensors_is_never_opened(
 
 @pytest.mark.parametrize("name", ["a/b/c/d", "no such folder/x", "a//b", "https://example.org/me/model"])
 def test_what_is_neither_a_folder_nor_a_hub_id_is_said_to_be_so(name: str) -> None:
-    with pytest.raises(ConfigurationError, match="neither a folder nor a Hub id"):
+    with pytest.raises(ConfigurationError, match="Hub id"):
         VDMPipeline.from_pretrained(name)
 
 

@@ -110,7 +110,7 @@ def test_a_foreign_folder_is_refused(manifest: str | None, tmp_path: Path) -> No
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(CheckpointError, match="is not a checkpoint of vdm_hub"):
+    with pytest.raises(CheckpointError, match="vdm_hub"):
         load_checkpoint(tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_a_stranger_with_a_checkpoint_s_name_is_never_touched(kind: str, name: s
 def test_a_checkpoint_that_holds_notes_is_kept_beyond_the_limit_and_says_so(tmp_path: Path) -> None:
     first = save(tmp_path, 1)
     (first / "notes.txt").write_text("the good one")
-    with pytest.warns(UserWarning, match="step-00000001 holds files that no run wrote"):
+    with pytest.warns(UserWarning, match=naming("step-00000001")):
         save(tmp_path, 2, keep=1)
     assert (first / "notes.txt").read_text() == "the good one"
     with pytest.raises(OutputError, match=r"notes\.txt"):
@@ -246,7 +246,7 @@ def test_a_kill_within_safetensors_own_writing_leaves_nothing(tmp_path: Path) ->
     foreign = folder / ".step-00001001-0123abcd"
     foreign.mkdir()
     (foreign / ".tmp.notes").touch()
-    with pytest.warns(UserWarning, match="remove it yourself"):
+    with pytest.warns(UserWarning, match="remove"):
         save(folder, 1002)
     assert foreign.is_dir()
 
@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_goes_aside_beside_what_has_that_name(tmp_path: Pat
     (tmp_path / "damaged-step-00000002").symlink_to(tmp_path / "nowhere")
     start = find_start(tmp_path, "latest")
     assert start is not None
-    with pytest.warns(UserWarning, match=r"renamed to damaged-step-00000002\.2"):
+    with pytest.warns(UserWarning, match=naming("damaged-step-00000002.2")):
         start.set_aside()
     assert (tmp_path / "damaged-step-00000002").is_symlink()
     (save(tmp_path, 3) / "state.json").write_text("{")

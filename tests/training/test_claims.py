@@ -174,6 +174,6 @@ def test_what_lies_where_a_checkpoint_would_is_refused_at_the_start(tmp_path: Pa
     train_here(tmp_path / "run", max_train_steps=1)
     (tmp_path / "run" / "checkpoints" / "step-00000003").write_text("mine")
     before = contents(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"step-00000003 .*move it away"):
+    with pytest.raises(CheckpointError, match=naming("step-00000003")):
         train_here(tmp_path / "run", max_train_steps=2, resume_from_checkpoint="latest")
     assert contents(tmp_path / "run") == before

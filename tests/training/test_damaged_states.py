@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hub.damage import LEAVES, changed, damaged_json, paths_of
 from hub.test_fuzz import QUIET
+from naming import naming
 from runs import start, train_here
 from vdm_hub.errors import MAX_MESSAGE, CheckpointError, VDMHubError
 from vdm_hub.hub.json_files import parse_json
@@ -103,7 +104,7 @@ def test_a_state_that_no_run_wrote_is_refused(what: str, saved: Saved) -> None:
 @pytest.mark.parametrize("step", [..., None, "x", 2.0, 1, True, 10**30], ids=str)
 def test_a_state_of_another_step_than_its_manifest_s_is_damaged(step: Any, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 2, {}, {} if step is ... else {"step": step})
-    with pytest.raises(CheckpointError, match="its manifest is of step 2"):
+    with pytest.raises(CheckpointError, match=naming("manifest", "step 2")):
         find_start(tmp_path, str(path))
 
 

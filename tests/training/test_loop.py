@@ -430,7 +430,7 @@ def test_a_later_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
     output = tmp_path / "run"
     train_here(output, max_train_steps=4, checkpointing_steps=2)
     before = contents(output)
-    with pytest.raises(CheckpointError, match="Move the later ones"):
+    with pytest.raises(CheckpointError, match="later"):
         train_here(output, max_train_steps=4, resume_from_checkpoint=str(output / "checkpoints" / "step-00000002"))
     assert contents(output) == before
 
@@ -439,6 +439,6 @@ def test_latest_does_not_take_over_a_folder_with_another_recipe(tmp_path: Path) 
     output = tmp_path / "run"
     output.mkdir()
     (output / "recipe.yaml").write_text("my notes")
-    with pytest.raises(CheckpointError, match="nothing is overwritten"):
+    with pytest.raises(CheckpointError, match="overwritten"):
         train_here(output, max_train_steps=1, resume_from_checkpoint="latest")
     assert (output / "recipe.yaml").read_text() == "my notes"

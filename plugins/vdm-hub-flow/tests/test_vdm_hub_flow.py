@@ -178,9 +178,9 @@ def test_a_scheduler_keeps_its_target_and_its_timesteps(fields: dict[str, Any], 
 
 @pytest.mark.parametrize("conditioning", ["flow_time", "edm_noise"])
 def test_no_stock_sampler_is_given_timesteps_that_are_no_integers(conditioning: str) -> None:
-    with pytest.raises(ConfigurationError, match="told as an integer"):
+    with pytest.raises(ConfigurationError, match="integer"):
         VDMScheduler(conditioning=conditioning).to_diffusers(DDIMScheduler)
-    with pytest.raises(ConfigurationError, match="know no target"):
+    with pytest.raises(ConfigurationError, match="target"):
         VDMScheduler(prediction_type="flow_prediction").to_diffusers(DDIMScheduler)
 
 

@@ -217,13 +217,13 @@ def test_the_extra_term_is_the_exact_kl_of_the_latent_that_is_drawn() -> None:
 
 @pytest.mark.parametrize("shape", [[8, 8], [1, 8, 0], [1, 8, 8.0]])
 def test_a_shape_that_is_none_is_refused(shape: list[Any]) -> None:
-    with pytest.raises(ConfigurationError, match="channels, height and width"):
+    with pytest.raises(ConfigurationError, match="height"):
         MulanSchedule(shape)
 
 
 def test_data_of_another_shape_are_refused() -> None:
     for schedule in (MulanSchedule([1, 8, 8]), MulanLatentSchedule([1, 8, 8])):
-        with pytest.raises(ConfigurationError, match="give the data's shape"):
+        with pytest.raises(ConfigurationError, match="shape"):
             schedule.bind(torch.zeros(2, 3, 8, 8), schedule.draw_noise(2, None, torch.device("cpu")))
     with pytest.raises(ConfigurationError, match="bind"):
         MulanLatentSchedule([1, 8, 8])(torch.zeros(1))
