@@ -33,6 +33,23 @@ def test_a_stage_stays_in_the_budget_and_ends_where_it_should(
         assert more <= done
 
 
+@pytest.mark.parametrize(
+    ("done", "error", "maximum", "more"),
+    [
+        *[(0, math.nan, 64, 8), (3, 0.1, 64, 5), (3, 9.0, 5, 2), (7, 0.5, 64, 1)],
+        *[(8, 1.0, 64, 0), (8, 1.2, 64, 4), (8, 1.0001, 64, 1), (8, 3.0, 64, 8), (8, 3.0, 9, 1)],
+        *[(20, math.nan, 64, 20), (20, math.inf, 64, 20), (20, 1e200, 64, 20), (40, 3.0, 64, 24)],
+        *[(70, 3.0, 64, 0), (70, 0.5, 64, 0)],
+    ],
+)
+def test_a_stage_has_as_many_replicates_as_the_error_asks_for(
+    done: int, error: float, maximum: int, more: int
+) -> None:
+    """``done (error/target)^2`` in all, from 8 to twice as many, and no more than the maximum."""
+    assert next_replicates(done, error, 1.0, maximum) == more
+    assert next_replicates(done, 0.01 * error, 0.01, maximum) == more
+
+
 @given(st.floats(1.0001, 10), st.integers(8, 10_000))
 def test_stages_of_a_known_variance_come_to_an_end(ratio: float, done: int) -> None:
     """With an error that falls as it should, the target is met after the doublings that it takes, and one more."""

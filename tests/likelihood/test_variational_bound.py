@@ -120,12 +120,14 @@ class LinearLayerSchedule(NoiseSchedule):
 def test_under_autocast_the_bound_with_an_exact_denoiser_is_that_of_float32(transitions: int | None) -> None:
     process = registered.process(LinearLayerSchedule())
     objective = VDMObjective(ExactDenoiser(DATA, process), process, transitions)
-    expected = evaluate(objective)
+    plain = registered.process(LinearSchedule(-13.3, 5.0))
+    expected, by_hand = evaluate(objective), evaluate(VDMObjective(ExactDenoiser(DATA, plain), plain, transitions))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert process.schedule(torch.tensor([0.3])).dtype == torch.bfloat16, "autocast must be able to spoil gamma"
         actual = evaluate(objective)
     for name, term in expected.terms.items():
         assert torch.equal(actual.terms[name], term)
+        torch.testing.assert_close(by_hand.terms[name], term, rtol=1e-4, atol=1e-5)
 
 
 class Body(nn.Module):
@@ -143,12 +145,14 @@ class Body(nn.Module):
         return (output,)
 
 
-def test_only_the_body_of_the_network_runs_in_low_precision() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_only_the_body_of_the_network_runs_in_the_precision_around_it(dtype: torch.dtype) -> None:
     process, body = registered.process(LinearSchedule()), Body()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    low = dtype if dtype != torch.float32 else torch.bfloat16
+    with torch.autocast("cpu", dtype=low, enabled=dtype == low):
         bound = evaluate(VDMObjective(body, process))
     (call,) = body.calls
-    assert call["output"].dtype == torch.bfloat16
+    assert call["output"].dtype == dtype
     assert call["sample"].dtype == call["timestep"].dtype == bound.loss.dtype == torch.float32
 
 
@@ -199,9 +203,16 @@ def test_law_7_a_flat_gamma_per_pixel_is_the_scalar_schedule() -> None:
 
 def test_levels_beyond_the_process_and_times_beyond_the_chain_are_refused() -> None:
     objective = VDMObjective(torch.nn.Identity(), registered.process(LinearSchedule()))
-    levels = torch.full((2, 1, 2, 2), objective.process.num_levels, dtype=torch.int64)
+    levels = torch.zeros((2, 1, 2, 2), dtype=torch.int64)
     noise = objective.draw_noise({"levels": levels}, torch.Generator().manual_seed(0))
-    with pytest.raises(DataError, match="levels"):
-        objective({"levels": levels}, torch.rand(2), noise)
+    for wrong in (-1, objective.process.num_levels):
+        levels[1, 0, 0, 0] = wrong  # one entry of all
+        with pytest.raises(DataError, match=str(wrong)):
+            objective({"levels": levels}, torch.rand(2), noise)
     with pytest.raises(DataError, match="times"):
         objective({"levels": levels * 0}, torch.tensor([0.5, 1.5]), noise)
+
+
+def test_the_parts_are_all_modules_of_the_objective_by_what_they_are() -> None:
+    process, body = registered.process(registered.scalar_schedule("learned_monotone")), Body()
+    assert VDMObjective(body, process).parts == {"network": body, "schedule": process}

@@ -93,7 +93,7 @@ class TruncatedNormalDequantization(Dequantization):
         log_alpha, log_sigma = _log_alpha_sigma(gamma_0)
         tau = torch.exp(log_alpha - log_sigma) * spacing / 2
         mass = torch.special.erf(tau / math.sqrt(2))
-        quantile = (2 * uniform.double() - 1).clamp(-1 + 2**-53, 1 - 2**-53)  # a draw of 0 is no draw of infinity
+        quantile = (2 * uniform.double() - 1).clamp(min=-1 + 2**-53)  # a draw of 0 is no draw of infinity
         eps = math.sqrt(2) * torch.special.erfinv(quantile * mass)
         eps = eps.clamp(-tau, tau)  # rounding must not leave the bin
         log_normaliser = log_sigma + 0.5 * math.log(2 * math.pi) + mass.log()

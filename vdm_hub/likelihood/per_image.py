@@ -164,7 +164,7 @@ class Results:
         report = LikelihoodReport(terms, diagnostics.get("time"), dimensions, integrand=diagnostics.get("integrand"))
         report.method, report.is_bound = measurement.method, measurement.is_bound
         report.transitions = measurement.transitions
-        evaluations = diagnostics.get("evaluations", torch.zeros(1))
+        evaluations = diagnostics.get("evaluations", torch.zeros(()))
         report.network_evaluations = int(evaluations.sum()) + measurement.pilot_evaluations
         report.details |= measurement.protocol() | measurement.details(diagnostics)
         return report.with_notes(measurement.notes(report))
@@ -177,13 +177,7 @@ class Results:
         }
 
 
-def collect(
-    measurement: Measurement,
-    batches: Batches,
-    num_images: int,
-    replicates: int,
-    on_batch: Callable[[float], object] = lambda images: None,
-) -> LikelihoodReport:
+def collect(measurement: Measurement, batches: Batches, num_images: int, replicates: int) -> LikelihoodReport:
     """The report of a method over all batches and replicates, in ``eval`` mode and without gradients.
 
     Args:
@@ -191,7 +185,6 @@ def collect(
         batches: Called once a replicate; each batch carries ``indices``, (B,), the images' indices.
         num_images: How many images all batches hold together.
         replicates: Independent estimates of each image.
-        on_batch: Told how many images a batch had.
 
     Raises:
         NonFiniteLossError: A term of an image is not finite; the message names both.
@@ -204,7 +197,6 @@ def collect(
         for replicate in range(replicates):
             for batch in batches():
                 results.add(replicate, batch["indices"], measurement.measure(batch, replicate))
-                on_batch(len(batch["indices"]))
     return results.report(measurement, replicates, int(batch["levels"][0].numel()))
 
 
@@ -215,7 +207,7 @@ def image_generator(*key: int) -> torch.Generator:
     >>> draws[0] == draws[1], draws[0] == draws[2]
     (True, False)
     """
-    state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
+    (state,) = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 

@@ -34,8 +34,6 @@ def next_replicates(done: int, standard_error: float, target: float, maximum: in
     left = max(maximum - done, 0)
     if done < FEWEST_REPLICATES:
         return min(FEWEST_REPLICATES - done, left)
-    if standard_error <= target:
-        return 0
     ratio = standard_error / target
-    needed = math.ceil(done * min(ratio, 2) ** 2) - done if math.isfinite(ratio) else done
-    return min(max(needed, 1), done, left)
+    needed = math.ceil(min(2 * done, done * (ratio * ratio)))  # twice as many where the error is NaN or infinite, too
+    return min(max(needed - done, 0), left)

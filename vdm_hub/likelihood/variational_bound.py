@@ -188,9 +188,8 @@ class _OutsideIslands:
     def __init__(self, network: nn.Module, device_type: str, arguments: dict[str, Tensor]) -> None:
         self._network, self._device_type, self._arguments = network, device_type, arguments
         self._enabled = torch.is_autocast_enabled(device_type)
-        self._dtype = torch.get_autocast_dtype(device_type)
 
     def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
-        with torch.autocast(self._device_type, dtype=self._dtype, enabled=self._enabled):
+        with torch.autocast(self._device_type, enabled=self._enabled):  # its dtype holds within the islands
             output: Tensor = self._network(sample, timestep, return_dict=False, **self._arguments, **context)[0]
         return output
