@@ -193,7 +193,7 @@ class Tests:
             return child
         status = TESTS_FAIL
         try:
-            os.setsid()
+            os.setpgid(0, 0)  # not a session of its own, which would leave the priority that this one was given
             with contextlib.nullcontext() if loud else quiet():
                 resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 5))
                 resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))

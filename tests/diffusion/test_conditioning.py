@@ -65,6 +65,9 @@ def test_a_table_gives_integers_at_the_latents_of_a_beta_table() -> None:
     schedule = DiscreteBetasSchedule(torch.linspace(1e-4, 0.02, 50).tolist())
     conditioning = TableConditioning.from_schedule(schedule, 50)
     torch.testing.assert_close(conditioning(schedule.gammas), torch.arange(50).double(), rtol=0, atol=1e-9)
+    timesteps = TableConditioning(schedule.gammas.tolist())(schedule.gammas)
+    assert torch.equal(timesteps[:-1], torch.arange(49).double())
+    assert float(timesteps[-1]) == pytest.approx(49, abs=1e-9)  # the last is the end of its interval, not a start
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,17 @@ def test_the_transition_density_solves_the_equation(name: str, residual: Residua
         assert float(left.detach().abs().max()) < 1e-9 * float(size.detach()), (name, s, t)
 
 
+def test_the_transition_density_integrates_to_one_around_its_mean() -> None:
+    """By the trapezoidal rule, which converges geometrically."""
+    s, t, z_s = (torch.tensor([value], dtype=torch.float64) for value in (0.37, 0.79, 0.3))
+    z_t = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    sde = sde_of("linear")
+    density = sde.log_transition(z_t[:, None], z_s, s, t)[:, 0].exp()
+    assert float(torch.trapezoid(density, z_t)) == pytest.approx(1, abs=1e-12)
+    mean = (torch.sigmoid(-sde.gamma(t)) / torch.sigmoid(-sde.gamma(s))).sqrt() * z_s
+    assert float(torch.trapezoid(density * z_t, z_t)) == pytest.approx(float(mean), abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("residual", "wrong"), [(forward_residual, {"drift_sign": -1.0}), (backward_residual, {"time_sign": -1.0})]
 )
@@ -128,7 +139,9 @@ def test_the_reverse_sde_and_the_flow_carry_a_gaussian_s_marginals(name: str) ->
 
     _, slope = torch.func.jvp(variance, (t,), (torch.ones_like(t),))
     v = variance(t)[:, None]
-    z = torch.ones_like(v)
-    reverse, flow = (drift(z, t, -z / v) for drift in (sde.reverse_drift, sde.flow_drift))
+    z = torch.full_like(v, 3)
+    reverse, flow = (drift(z, t, -z / v) / z for drift in (sde.reverse_drift, sde.flow_drift))
+    forward = 2 * sde.drift(z, t) / z * v + sde.diffusion_squared(z, t)
+    torch.testing.assert_close(forward, slope[:, None], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(2 * reverse * v - sde.diffusion_squared(z, t), slope[:, None], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(2 * flow * v, slope[:, None], rtol=1e-9, atol=1e-9)

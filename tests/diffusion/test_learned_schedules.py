@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import registered
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.learned_schedules import LearnedMonotoneSchedule
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule, gamma_and_derivative
 
 BATCH, DIMENSIONS = 6, 12
@@ -84,6 +87,18 @@ def test_shape_gets_the_gradient_of_the_squared_losses_and_the_rest_that_of_the_
         for parameter, gradient in zip(wanted, torch.autograd.grad(squares, wanted), strict=True):
             assert float(gradient.abs().max()) > 0
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-13)
+
+
+def test_a_monotone_network_starts_as_it_is_documented() -> None:
+    """Slope 1, hidden weights softplus(5) whose kinks are spread over [0, 1], output weights softplus(-4)."""
+    t = torch.linspace(0, 1, 7, dtype=torch.float64)
+    weight, out = math.log1p(math.exp(5)), math.log1p(math.exp(-4))
+    shape = t + (out * torch.sigmoid(weight * t[:, None] - torch.tensor([0, 2.5, 5]))).mean(1)
+    expected = -8 + 12 * (shape - shape[0]) / (shape[-1] - shape[0])
+    found = LearnedMonotoneSchedule(-8.0, 4.0, hidden_features=3)(t)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)  # its slope is 1 to four digits
+    default = LearnedMonotoneSchedule()
+    assert default.endpoints() == pytest.approx((-13.3, 5), rel=1e-6) and len(default.hidden_bias) == 1024
 
 
 def test_the_shape_is_trained_by_something_in_at_least_one_schedule() -> None:

@@ -148,6 +148,9 @@ def test_targets_in_alpha_bar(target: str) -> None:
     bar = (1 / (1 + gamma.exp()))[:, None]
     actual = registered.build("parameterizations", target).target(x, eps, gamma)
     torch.testing.assert_close(actual, LUO_TARGETS[target](x, eps, bar), rtol=1e-9, atol=1e-12)
+    # The network's raw output: of the size of the noise where the target grows without bound, else the target.
+    raw = actual / registered.build("parameterizations", target).output_scale(gamma)[:, None]
+    torch.testing.assert_close(raw, -eps if target == "score" else actual, rtol=1e-9, atol=1e-12)
 
 
 @every_target

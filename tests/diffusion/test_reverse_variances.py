@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import registered
+from ddpm_variances import by_betas
 from naming import naming
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
@@ -17,18 +18,6 @@ from vdm_hub.diffusion.reverse_variances import REVERSE_VARIANCES, reverse_varia
 from vdm_hub.errors import ConfigurationError
 
 PAIRS = [(-13.3, -13.2), (-13.3, 5.0), (-1.0, 1.0), (2.0, 2.001), (4.0, 16.6)]
-
-
-def by_betas(name: str, prediction: Tensor, gamma_s: Tensor, gamma_t: Tensor) -> Tensor:
-    """``v_p`` as Ho et al. (section 3.2), Nichol & Dhariwal (eq. 15) and diffusers write it, with alpha-bars."""
-    bar_s, bar_t = 1 / (1 + gamma_s.exp()), 1 / (1 + gamma_t.exp())
-    beta = 1 - bar_t / bar_s
-    tilde = (1 - bar_s) / (1 - bar_t) * beta
-    v = (prediction + 1) / 2
-    interpolated = (v * beta.log() + (1 - v) * tilde.log()).exp()
-    return {"fixed_small": tilde, "fixed_large": beta, "learned_range": interpolated, "learned": prediction}[
-        name.removesuffix("_log")
-    ]
 
 
 @pytest.mark.parametrize("name", REVERSE_VARIANCES)
@@ -42,6 +31,21 @@ def test_the_ratio_is_that_of_the_formulas_with_betas(name: str, pair: tuple[flo
     torch.testing.assert_close(found.expand_as(prediction), expected.expand_as(prediction), rtol=1e-7, atol=1e-7)
     in_float32 = reverse_variance(name).log_ratio(prediction.float(), gamma_s.float(), gamma_t.float())
     torch.testing.assert_close(in_float32.double(), found, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REVERSE_VARIANCES)
+def test_the_variance_of_the_last_step_is_the_posterior_s_before_unless_the_network_says_it(name: str) -> None:
+    """``learned_range`` at -1, 0 and 1: the posterior's, the geometric mean, and the first beta, ``1 - alpha-bar``."""
+    posterior, gamma_0 = torch.tensor(1e-4, dtype=torch.float64), torch.tensor(-6.0, dtype=torch.float64)
+    said = {"learned": [0.001, 0.3, 0.9]}.get(name, [-1.0, 0.0, 1.0])
+    beta = 1 / (1 + math.exp(6))
+    expected = {"learned": said, "learned_range": [1e-4, math.sqrt(1e-4 * beta), beta]}.get(name, [1e-4] * 3)
+    variance = reverse_variance(name)
+    assert variance.learned == name.startswith("learned")
+    found = variance.log_first(torch.tensor(said, dtype=torch.float64), posterior, gamma_0).exp().expand(3)
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ConfigurationError) if name == "learned" else contextlib.nullcontext():
+        variance.check_continuous()
 
 
 @pytest.mark.parametrize("log_ratio", [-3.0, -0.1, 0.0, 0.7])

@@ -15,6 +15,7 @@ from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, 
 from tiny import Inputs, seeded, tiny_pipeline, tiny_unet
 from vdm_hub.commands import main
 from vdm_hub.diffusion.conditioning import AffineConditioning
+from vdm_hub.diffusion.continuous_time import DiffusionSDE
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.diffusion.samplers import (
@@ -70,6 +71,46 @@ def test_samples_have_the_distribution_of_the_data(name: str) -> None:
     assert abs(float(x.mean()) - MEAN) < 0.02 + 4.5 * math.sqrt(VARIANCE / COUNT)
     assert abs(float(x.var()) - VARIANCE) < 0.02 + 4.5 * VARIANCE * math.sqrt(2 / COUNT)
     assert abs(float((x < 0).double().mean()) - 0.3) < 0.02 + 4.5 * math.sqrt(0.21 / COUNT)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_step_on_gaussian_data_is_that_of_its_source(name: str) -> None:
+    """Data N(0, 4): the score is -z / v, so a step is linear in z and in the noise, drawn here from the same seed."""
+    sampler, calls = build_sampler(name), 0
+    assert sampler is not None and build_sampler(sampler) is sampler
+
+    def at(time: float) -> tuple[float, float, float]:
+        """``alpha^2``, ``sigma^2`` and the variance of the marginal, at ``gamma = -7 + 12 t``."""
+        alpha2, sigma2 = 1 / (1 + math.exp(-7 + 12 * time)), 1 / (1 + math.exp(7 - 12 * time))
+        return alpha2, sigma2, 4 * alpha2 + sigma2
+
+    def score(z: Tensor, time: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return -z / at(float(time))[2]
+
+    z, draws = torch.randn(5, 2, dtype=torch.float64, generator=seeded(1)), seeded(3)
+    s, t = (torch.tensor(time, dtype=torch.float64) for time in (0.5, 0.6))
+    found = sampler.step(score, DiffusionSDE(LinearSchedule(-7.0, 5.0)), z, s, t, seeded(3))
+    (alpha2_t, sigma2_t, v_t), (alpha2_s, sigma2_s, v_s) = at(0.6), at(0.5)
+    beta_t, beta_s, dt = 12 * sigma2_t, 12 * sigma2_s, 0.1
+    if name == "probability_flow":
+        flow_t, flow_s = 0.5 * beta_t * (1 / v_t - 1), 0.5 * beta_s * (1 / v_s - 1)
+        expected = z * (1 - 0.5 * dt * (flow_t + flow_s * (1 - flow_t * dt)))
+    elif name == "annealed_langevin":
+        expected, size = z * math.sqrt(alpha2_s / alpha2_t), 0.2 * sigma2_s
+        for _ in range(4):
+            noise = torch.randn(5, 2, dtype=torch.float64, generator=draws)
+            expected = expected * (1 - 0.5 * size / v_s) + math.sqrt(size) * noise
+    else:
+        noise = torch.randn(5, 2, dtype=torch.float64, generator=draws)
+        expected = z * (1 + (0.5 - 1 / v_t) * beta_t * dt) + math.sqrt(beta_t * dt) * noise
+        if name == "predictor_corrector":
+            noise = torch.randn(5, 2, dtype=torch.float64, generator=draws)
+            size = 2 * 0.16**2 * sigma2_s
+            expected = expected * (1 - size / v_s) + math.sqrt(2 * size) * noise
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert calls == sampler.evaluations
 
 
 @pytest.mark.parametrize("target", registered.names("parameterizations"))
