@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+import linear_gaussian
 from tiny import quiet, randomised, seeded, tiny_unet
 from vdm_hub import HVAEPipeline, LatentVDMPipeline, MarkovianHVAE, UNetVDMModel, VDMPipeline, VDMScheduler
 from vdm_hub.commands.__main__ import main
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
-from vdm_hub.likelihood.decompositions import compare_decompositions, decompositions
+from vdm_hub.likelihood.decompositions import _DRAWS, compare_decompositions, decompositions, form_of
+from vdm_hub.likelihood.per_image import image_generator
 
 LEVELS = torch.randint(0, 17, (6, 1, 8, 8), generator=seeded(1)).byte()
 # So narrow that 12 transitions are gentle steps: with steep ones a random network's forms have no useful variance.
@@ -55,6 +57,28 @@ def test_each_rung_has_its_forms_and_they_have_one_mean(rung: str) -> None:
     assert all(variance > 0 for variance in forms.variance.values())
 
 
+def test_a_comparison_is_the_mean_the_error_and_the_variance_of_its_draws() -> None:
+    """Draw by draw, each a function of the seed, the draw and the image."""
+    model, levels, bits = linear_gaussian.objective(3), linear_gaussian.images(4), 16 * math.log(2)
+    model.train()
+    forms = compare_decompositions(model, {"levels": levels}, draws=3, seed=2)
+    assert forms.draws == 3 and model.training
+    assert all(name in str(forms) for name in forms.bits_per_dim)
+    for name, form in decompositions(model).items():
+        values = []
+        for draw in range(3):
+            generators = [image_generator(2, draw, image, _DRAWS) for image in range(4)]
+            times = torch.stack([torch.rand((), generator=generator) for generator in generators])
+            noise = form.draw_noise({"levels": levels}, generators)
+            values.append(form({"levels": levels}, times, noise).total.double() / bits)
+        each = torch.stack(values)
+        assert forms.bits_per_dim[name] == pytest.approx(float(each.mean()), rel=1e-9)
+        assert forms.standard_error[name] == pytest.approx(float(each.mean(1).std()) / math.sqrt(3), rel=1e-9)
+        assert forms.variance[name] == pytest.approx(float(each.var(0).mean()), rel=1e-9)
+    other = compare_decompositions(model, {"levels": levels}, draws=32, seed=0)
+    assert other == compare_decompositions(model, {"levels": levels}) != forms
+
+
 @pytest.mark.parametrize("rung", EXPECTED)
 def test_pipeline_and_evaluator_give_the_form_that_is_asked_for(rung: str) -> None:
     pipe, images = pipeline(rung), ImageLevels(LEVELS, (1, 8, 8), 17)
@@ -74,6 +98,15 @@ def test_a_form_that_is_not_there_is_refused() -> None:
         pipeline("vdm").log_likelihood(LEVELS, decomposition="joint", transitions=3)
     with pytest.raises(ConfigurationError, match="decomposition is 'consistency', and method 'ode' has none"):
         pipeline("vdm").log_likelihood(LEVELS, "ode", decomposition="consistency")
+    hierarchy = pipeline("hvae").objective(None)
+    with pytest.raises(ConfigurationError, match="consistency and joint"):
+        form_of(hierarchy, "denoising_matching")
+    with pytest.raises(ConfigurationError, match=r"unknown decomposition 'both'"):
+        form_of(hierarchy, "both")
+    with pytest.raises(ConfigurationError, match="NoneType"):
+        decompositions(None)  # type: ignore[arg-type]
+    assert form_of(hierarchy, None, "ode") is hierarchy
+    assert type(form_of(hierarchy, "joint")).__name__ == "JointHVAEObjective"
 
 
 def test_the_command_has_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

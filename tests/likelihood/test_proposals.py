@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import registered
-from vdm_hub.diffusion.noise_schedules import CosineSchedule, LinearSchedule
+from exact_denoisers import PerPixelSchedule
+from vdm_hub.diffusion.conditioning import AffineConditioning
+from vdm_hub.diffusion.noise_schedules import CosineSchedule, LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.times import discretise, times_of_data
-from vdm_hub.likelihood.proposals import Proposal, fit_proposal, root_mean_square
+from vdm_hub.likelihood.proposals import Proposal, fit_proposal, root_mean_square, smoothed_mean
 from vdm_hub.likelihood.time_grid import TimeGrid
 
 every_schedule = pytest.mark.parametrize("name", registered.names("noise_schedules"))
@@ -70,6 +78,136 @@ def test_a_time_in_float32_is_in_its_cell_and_in_its_transition(name: str, trans
     else:
         inside = (t >= grid.edges[cell] - 1e-12) & (t <= grid.edges[cell + 1] + 1e-12)
         assert bool(inside.all())
+
+
+def per_pixel(transitions: int | None) -> TimeGrid:
+    schedule = PerPixelSchedule(-8.0, 4.0, tilt=torch.zeros(2), bump=torch.zeros(2))
+    return TimeGrid.of(registered.process(schedule, conditioning=AffineConditioning(-8.0, 4.0)), transitions)
+
+
+@pytest.mark.parametrize(("transitions", "cells"), [(None, 512), (5, 5), (1000, 512), (512, 512)])
+def test_without_a_scalar_gamma_cells_and_the_even_proposal_are_uniform_in_time(
+    transitions: int | None, cells: int
+) -> None:
+    grid = per_pixel(transitions)
+    assert len(grid) == cells and grid.gammas is None and grid.transitions == transitions
+    assert grid.scale.tolist() == [1.0] * cells and grid.scale.dtype == grid.edges.dtype == torch.float64
+    torch.testing.assert_close(grid.positions, (grid.edges[:-1] + grid.edges[1:]) / 2)
+    assert torch.equal(Proposal.even(grid).probabilities, grid.widths)
+    assert float((grid.widths - 1 / cells).abs().max()) <= (0 if transitions is None else 1 / transitions)
+
+
+@pytest.mark.parametrize(
+    "schedule", [LinearSchedule(-8.0, 4.0), CosineSchedule(-8.0, 4.0)], ids=lambda s: type(s).__name__
+)
+def test_cells_of_continuous_time_are_equal_in_log_snr(schedule: NoiseSchedule) -> None:
+    """And half of the even proposal is, the other half the loss of data of variance one: sigmoid(-gamma) in gamma."""
+    grid = TimeGrid.of(registered.process(schedule), None)
+    edges = torch.linspace(-8, 4, 513, dtype=torch.float64)
+    torch.testing.assert_close(schedule(grid.edges), edges, rtol=0, atol=1e-5)
+    torch.testing.assert_close(grid.gammas, (edges[1:] + edges[:-1]) / 2, rtol=0, atol=1e-5)
+    torch.testing.assert_close(grid.positions, torch.linspace(0, 1, 512, dtype=torch.float64))
+    torch.testing.assert_close(grid.mass, torch.full((512,), 0.5 * 12 / 512, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grid.spans / grid.spans.sum(), torch.full((512,), 1 / 512).double(), rtol=1e-5, atol=0)
+    lost = F.softplus(torch.tensor(8.0)) - F.softplus(-edges[1:])
+    expected = 0.5 * torch.linspace(0, 1, 513, dtype=torch.float64)[1:] + 0.5 * lost / lost[-1]
+    torch.testing.assert_close(Proposal.even(grid).probabilities.cumsum(0), expected, rtol=0, atol=1e-4)
+
+
+class JumpsAtTheEnd(NoiseSchedule):
+    """From -2 to 4 in the last 1e-13 of time."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return torch.where(1 - t < 1e-13, 4.0, -8 + 6 * t)
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
+
+
+def test_cells_that_a_jump_leaves_without_width_are_left_out() -> None:
+    grid = TimeGrid.of(registered.process(JumpsAtTheEnd(), conditioning=AffineConditioning(-8.0, 4.0)), None)
+    assert grid.edges[[0, -1]].tolist() == [0, 1] and float(grid.widths.min()) > 1e-6
+    assert 256 <= len(grid) <= 257 and grid.gammas is not None and len(grid.gammas) == len(grid)
+
+
+@pytest.mark.parametrize(("transitions", "cells"), [(1, 512), (5, 512), (5, 2), (1000, 7), (6, 6)])
+def test_cells_hold_whole_transitions_and_the_mean_of_their_scale(transitions: int, cells: int) -> None:
+    schedule = CosineSchedule(-8.0, 4.0)
+    grid = TimeGrid.of(registered.process(schedule), transitions, cells)
+    bounds = (grid.edges * transitions).round().long()
+    torch.testing.assert_close(grid.edges, bounds.double() / transitions, rtol=1e-12, atol=0)
+    assert len(grid) == min(cells, transitions) and len(set(bounds.diff().tolist())) <= 2
+    assert int(bounds.diff().max() - bounds.diff().min()) <= 1 and bounds[[0, -1]].tolist() == [0, transitions]
+    gammas = schedule(torch.arange(transitions + 1, dtype=torch.float64) / transitions).double()
+    steps = 0.5 * transitions * torch.expm1(gammas.diff())
+    for i, (first, last) in enumerate(pairwise(bounds.tolist())):
+        assert float(grid.scale[i]) == pytest.approx(float(steps[first:last].mean()), rel=1e-9)
+        assert grid.gammas is not None and float(grid.gammas[i]) == float(gammas[last])
+    if len(grid) > 1 and grid.gammas is not None:
+        ends = grid.gammas[[0, -1]]
+        torch.testing.assert_close(ends[0] + grid.positions * ends.diff(), grid.gammas)
+    if transitions <= cells:
+        torch.testing.assert_close(grid.spans / grid.spans.sum(), gammas.diff() / gammas.diff().sum())
+
+
+@pytest.mark.parametrize(("transitions", "cells"), [(None, 4), (4, 4), (1000, 4), (49, 49)])  # 1/49 * 49 is below 1
+def test_a_fraction_of_a_cell_is_a_time_there_or_the_middle_of_its_step(transitions: int | None, cells: int) -> None:
+    grid = TimeGrid.of(registered.process(CosineSchedule(-8.0, 4.0)), transitions, cells)
+    half = 0.0 if transitions is None else 0.5 / transitions
+
+    def times(fraction: float) -> Tensor:
+        return grid.time_in(torch.arange(cells), torch.full((cells,), fraction, dtype=torch.float64))
+
+    torch.testing.assert_close(times(0.0), grid.edges[:-1] + half, rtol=0, atol=1e-12)
+    torch.testing.assert_close(times(1.0), grid.edges[1:] - half, rtol=0, atol=1e-12)
+    third = times(1 / 3)
+    torch.testing.assert_close(third, grid.edges[:-1] + grid.widths / 3, rtol=0, atol=half + 1e-12)
+    if transitions is not None:
+        torch.testing.assert_close((third * transitions) % 1, torch.full((cells,), 0.5).double(), rtol=0, atol=1e-9)
+
+
+def test_a_draw_is_the_inverse_of_the_distribution_function_of_which_ratios_alone_count() -> None:
+    grid = TimeGrid.of(registered.process(CosineSchedule(-8.0, 4.0)), None, cells=6)
+    some = some_proposal(grid)
+    uniforms = torch.rand(1000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    t, cell, weight = some.draw(uniforms)
+    below = F.pad(some.probabilities.cumsum(0), (1, 0))
+    torch.testing.assert_close(torch.from_numpy(np.interp(t, grid.edges, below)), uniforms, rtol=0, atol=1e-12)
+    torch.testing.assert_close(weight, (grid.widths / some.probabilities)[cell])
+    for one, other in zip(Proposal(grid, 4 * some.probabilities).draw(uniforms), (t, cell, weight), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_uniform_on_an_edge_is_in_the_cell_that_begins_there_and_none_is_in_an_empty_cell() -> None:
+    grid = TimeGrid.of(registered.process(LinearSchedule()), 3)
+    proposal = Proposal(grid, torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64))
+    t, cell, weight = proposal.draw(
+        torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    )  # rounding makes a 1
+    assert cell.tolist() == [0, 0, 2, 2, 2]
+    torch.testing.assert_close(t, (cell.double() + 0.5) / 3)
+    torch.testing.assert_close(weight, torch.full((5,), 2 / 3).double())
+
+
+def test_a_proposal_depends_on_the_integrand_up_to_a_factor_and_is_even_where_it_is_zero() -> None:
+    grid = TimeGrid.of(registered.process(LinearSchedule()), None)
+    cell = torch.arange(0, len(grid), 7)
+    values = grid.scale[cell] * (0.1 + grid.positions[cell])
+    first, second = (fit_proposal(grid, cell, factor * values).probabilities for factor in (1.0, 1e-9))
+    torch.testing.assert_close(second, first)
+    assert torch.equal(fit_proposal(grid, cell, 0 * values).probabilities, Proposal.even(grid).probabilities)
+
+
+def test_a_smoothed_mean_is_mirrored_with_its_values_and_of_a_constant_is_the_constant() -> None:
+    generator = torch.Generator().manual_seed(6)
+    positions, values, at = (torch.rand(300, generator=generator, dtype=torch.float64) for _ in range(3))
+    at[:2] = torch.tensor([0.0, 1.0])
+    there = smoothed_mean(at, positions, values)
+    torch.testing.assert_close(smoothed_mean(1 - at, 1 - positions, values), there)
+    assert float(there.std()) > 0.02
+    near = 0.3 + 0.2 * (at - 0.5)
+    few = smoothed_mean(near, torch.tensor([0.3, 0.31]), torch.tensor([2.5, 2.5]))
+    torch.testing.assert_close(few, torch.full((300,), 2.5, dtype=torch.float64))
 
 
 @every_transitions

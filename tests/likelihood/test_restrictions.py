@@ -17,12 +17,14 @@ from naming import naming
 from tiny import seeded, tiny_unet
 from vdm_hub import HVAEObjective, MarkovianHVAE, VDMObjective
 from vdm_hub.diffusion import gaussian
+from vdm_hub.diffusion.noise_schedules import LinearSchedule
+from vdm_hub.diffusion.reverse_variances import reverse_variance
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.decompositions import compare_decompositions, decompositions
 from vdm_hub.likelihood.hierarchical import HierarchicalMeasurement, joint_terms
 from vdm_hub.likelihood.importance_weighted import chain_terms
 from vdm_hub.likelihood.per_image import CountedNetwork, image_generator
-from vdm_hub.likelihood.restrictions import DenoisingHVAEObjective, as_hierarchical_vae
+from vdm_hub.likelihood.restrictions import DenoisingHVAEObjective, ReverseStep, as_hierarchical_vae
 
 SHAPE, SEED = (1, 8, 8), 3
 K = 17  # whose values float32 does not hold: both models must start from the same x, in float64
@@ -30,8 +32,11 @@ LEVELS = torch.randint(0, K, (4, *SHAPE), generator=torch.Generator().manual_see
 BATCH = {"levels": LEVELS, "indices": torch.arange(4)}
 
 
-def vdm(transitions: int | None, schedule: str = "linear", target: str = "epsilon") -> VDMObjective:
-    process = registered.process(registered.scalar_schedule(schedule), target, num_levels=K)
+def vdm(transitions: int | None, schedule: str | None = None, variance: str = "fixed_small", **fields: Any) -> Any:
+    """Of gentle steps, and a first latent that says little of the level, unless a schedule is asked for."""
+    chosen = LinearSchedule(-3.0, 4.0) if schedule is None else registered.scalar_schedule(schedule)
+    process = registered.process(chosen, num_levels=K, **fields)
+    process.variance = reverse_variance(variance)
     return VDMObjective(tiny_unet().double(), process.double(), transitions)
 
 
@@ -52,13 +57,18 @@ def chain_latents(objective: VDMObjective) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("transitions", [1, 2, 7])
-@pytest.mark.parametrize("target", registered.names("parameterizations"))
+@pytest.mark.parametrize(
+    "fields",
+    [{"parameterization": target} for target in registered.names("parameterizations")]
+    + [{"variance": "fixed_large"}, {"data_scaling": "full"}],
+    ids=str,
+)
 @torch.no_grad()
 def test_the_restricted_hierarchy_has_the_log_weight_of_the_vdm_on_the_same_draws(
-    target: str, transitions: int
+    fields: dict[str, Any], transitions: int
 ) -> None:
     """``log p(x, z) - log q(z|x)``: one written from the end, as Luo eq. 47; the other as a hierarchy, upwards."""
-    objective = vdm(transitions, target=target)
+    objective = vdm(transitions, **fields)
     vdm_terms = chain_terms(objective, BATCH, (SEED, 0), 0, CountedNetwork(objective.network, BATCH))
     expected = torch.stack(list(vdm_terms.values())).sum(0)
     model = as_hierarchical_vae(objective, SHAPE)
@@ -92,7 +102,7 @@ def test_a_restriction_that_is_broken_is_seen() -> None:
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
 def test_the_denoising_form_is_the_expectation_of_the_hierarchy_s_log_weight(target: str) -> None:
     """A z-test over independent draws: 4.5 standard errors, exceeded by chance once in 150,000."""
-    objective = vdm(4, target=target)
+    objective = vdm(4, parameterization=target)
     model = as_hierarchical_vae(objective, SHAPE)
     draws = 600
     levels = LEVELS[:1].repeat(draws, 1, 1, 1)
@@ -121,6 +131,8 @@ def test_the_denoising_terms_are_the_transitions_kl_of_the_vdm_term_by_term() ->
     _, bound = objective.process.bind(x, {})
     network = objective.network
     torch.testing.assert_close(terms["prior"], bound.prior_kl(x), rtol=1e-9, atol=1e-12)
+    reconstruction = bound.reconstruction(LEVELS, x, {"reconstruction": noise[0]}, network)
+    torch.testing.assert_close(terms["reconstruction"], reconstruction, rtol=1e-9, atol=1e-12)
     for t in range(2, 5):
         later = torch.full((4,), (t - 1) / 3, dtype=torch.float64)
         kl = bound.transition_kl(
@@ -169,7 +181,18 @@ def test_a_vdm_that_is_no_hierarchy_is_refused(arguments: dict[str, Any], messag
         as_hierarchical_vae(objective, SHAPE)
 
 
+def test_the_schedule_is_asked_in_float64_whatever_the_latents_are() -> None:
+    objective = vdm(3)
+    step, z = ReverseStep(objective, 1 / 3, 2 / 3), torch.zeros(1, *SHAPE)
+    assert torch.equal(step(z)[1], step(z.double())[1])
+
+
 def test_learned_encoders_have_no_denoising_form() -> None:
+    partly = as_hierarchical_vae(vdm(2), SHAPE)
+    assert list(decompositions(HVAEObjective(partly))) == ["denoising_matching", "consistency", "joint"]
+    partly.encoders[1] = torch.nn.Identity()
+    with pytest.raises(ConfigurationError, match="needs q\\(z_s\\|z_t, x\\) in closed form"):
+        DenoisingHVAEObjective(partly)
     model = MarkovianHVAE(8, 1, 17, latent_shapes=[(4,)], block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises(ConfigurationError, match="needs q\\(z_s\\|z_t, x\\) in closed form"):
         DenoisingHVAEObjective(model)

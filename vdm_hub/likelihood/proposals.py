@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vdm_hub.likelihood.time_grid import TimeGrid
@@ -53,12 +54,12 @@ class Proposal:
         """``(t, cell, 1/q(t))`` by the inverse of the distribution function: stratified draws stay stratified.
 
         Args:
-            uniforms: In [0, 1), any shape, float64.
+            uniforms: In [0, 1], any shape, float64.
         """
-        cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), self.probabilities.cumsum(0)])
+        cumulative = F.pad(self.probabilities.cumsum(0), (1, 0))
         cumulative = cumulative / cumulative[-1]
         cell = (torch.searchsorted(cumulative, uniforms.contiguous(), right=True) - 1).clamp(0, len(self.grid) - 1)
-        fraction = ((uniforms - cumulative[cell]) / cumulative.diff()[cell]).clamp(0, 1)
+        fraction = (uniforms - cumulative[cell]) / cumulative.diff()[cell]
         weight = self.grid.widths[cell] / cumulative.diff()[cell]
         return self.grid.time_in(cell, fraction), cell, weight
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.decoders import FactorisedDecoder
-from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
+from vdm_hub.diffusion.gaussian import sum_dimensions
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.hierarchical import HierarchicalObjective
@@ -67,14 +67,11 @@ class ReverseStep(nn.Module):
         gamma_s, gamma_t = process.schedule(z.new_tensor([self.s, self.t], dtype=torch.float64)).double()
         network = CountedNetwork(self.objective.network, {})
         bound = process.bind(None, {})[1]
-        eps_hat, prediction = bound.predict_noise(network, z, gamma_t.expand(z.shape[0]))
+        eps_hat, prediction = bound.predict_noise(network, z, gamma_t)
         c = -torch.expm1(gamma_s - gamma_t)
         mean = gaussian.alpha(gamma_s) / gaussian.alpha(gamma_t) * (z - c * gaussian.sigma(gamma_t) * eps_hat)
-        variance = (torch.sigmoid(gamma_s) * c).expand_as(z)
-        if not process.variance.is_posterior:
-            level_s, level_t = (broadcast(gamma.expand(z.shape[0]), z) for gamma in (gamma_s, gamma_t))
-            variance = variance * torch.exp(-process.variance.log_ratio(prediction, level_s, level_t))
-        return mean, variance.sqrt()
+        ratio = torch.exp(-process.variance.log_ratio(prediction, gamma_s, gamma_t))
+        return mean, (torch.sigmoid(gamma_s) * c * ratio).expand_as(z).sqrt()
 
 
 class FactorisedLevels(nn.Module):
@@ -182,8 +179,9 @@ class DenoisingHVAEObjective(HierarchicalObjective):
             terms[f"denoising_{t}"] = sum_dimensions(
                 gaussian.kl_divergence(mean, q_variance, p.mean.double(), p.scale.double() ** 2)
             )
-        one = torch.ones_like(x)
-        return terms | {"prior": sum_dimensions(gaussian.kl_divergence(gain * x, variance * one, 0 * one, one))}
+        zero, one = torch.zeros_like(x), torch.ones_like(x)
+        prior = gaussian.kl_divergence(gain * x, variance.expand_as(x), zero, one)
+        return terms | {"prior": sum_dimensions(prior)}
 
 
 def has_linear_encoders(model: MarkovianHVAE) -> bool:

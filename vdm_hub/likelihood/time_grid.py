@@ -33,8 +33,8 @@ class TimeGrid:
 
     >>> from vdm_hub.diffusion.gaussian_process import GaussianProcess
     >>> grid = TimeGrid.of(GaussianProcess.from_fields({"noise_schedule": "linear"}), transitions=4)
-    >>> grid.edges.tolist(), grid.cell_of(torch.tensor([0.3])).tolist()
-    ([0.0, 0.25, 0.5, 0.75, 1.0], [1])
+    >>> grid.edges.tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
     """
 
     edges: Tensor
@@ -58,7 +58,7 @@ class TimeGrid:
             return cls(edges, torch.ones(len(edges) - 1, dtype=torch.float64), None, transitions)
         gammas = _gammas(schedule, steps / transitions)
         weight = 0.5 * transitions * torch.expm1(gammas.diff())
-        sums = torch.cat([torch.zeros(1, dtype=torch.float64), weight.cumsum(0)])[bounds]
+        sums = torch.cat([weight.new_zeros(1), weight.cumsum(0)])[bounds]
         return cls(edges, sums.diff() / bounds.diff(), gammas[bounds[1:]], transitions)
 
     def __len__(self) -> int:
@@ -87,10 +87,6 @@ class TimeGrid:
         if self.gammas is None or len(self) == 1:
             return 0.5 * (self.edges[1:] + self.edges[:-1])
         return (self.gammas - self.gammas[0]) / (self.gammas[-1] - self.gammas[0])
-
-    def cell_of(self, t: Tensor) -> Tensor:
-        """The cell that holds each time."""
-        return (torch.searchsorted(self.edges, t.double(), right=True) - 1).clamp(0, len(self) - 1)
 
     def time_in(self, cell: Tensor, fraction: Tensor) -> Tensor:
         """The time that lies so far into a cell, float64; with T transitions, the middle of the step it falls into.
