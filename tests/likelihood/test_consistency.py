@@ -13,11 +13,13 @@ from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule
 from linear_gaussian import Batches, images, objective, z_score
 from measured import measured
 from vdm_hub.diffusion.conditioning import AffineConditioning
+from vdm_hub.diffusion.forward_process import Noise
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
+from vdm_hub.diffusion.reverse_variances import reverse_variance
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.consistency import ConsistencyObjective, transition_profile
 from vdm_hub.likelihood.estimator import BoundEstimator
-from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.likelihood.variational_bound import Batch, Bound, VDMObjective
 
 STEPS = ("previous", "current", "next")
 
@@ -42,13 +44,19 @@ def mean_term(model: VDMObjective, level: int, term: str, names: tuple[str, ...]
         return float(model({"levels": levels}, times, noise).terms[term].double().mean())
 
 
-@pytest.mark.parametrize("target", registered.names("parameterizations"))
+@pytest.mark.parametrize(
+    ("target", "variance"),
+    [*((target, "fixed_small") for target in registered.names("parameterizations")), ("epsilon", "fixed_large")],
+)
 @pytest.mark.parametrize("transitions", [1, 2, 5])
 @pytest.mark.parametrize("level", [0, 9])
-def test_both_forms_have_one_total_for_a_linear_model(level: int, transitions: int, target: str) -> None:
+def test_both_forms_have_one_total_for_a_linear_model(
+    level: int, transitions: int, target: str, variance: str
+) -> None:
     """Every term but the reconstruction, which both share, is quadratic: means are exact, and no draw is random."""
     schedule = LinearSchedule(-3.0, 4.0)
     process = registered.process(schedule, target, num_levels=16)
+    process.variance = reverse_variance(variance)
     network = ExactDenoiser(Mixture.gaussian(0.3), process)
     matching = VDMObjective(network, process, transitions)
     consistency = ConsistencyObjective(network, process, transitions)
@@ -80,6 +88,55 @@ def test_both_forms_agree_by_monte_carlo_and_the_matching_form_has_less_noise() 
         assert float(profile.bits_per_dim.mean()) == pytest.approx(report.terms[term], rel=0.3)
     assert bool((profiles[1].spread > profiles[0].spread).all())
     assert abs(z_score(reports[1], scale * reports[1].terms["consistency"], "consistency")) < 1e-6
+
+
+def test_the_data_are_taken_in_float64_where_the_first_step_has_hardly_any_noise() -> None:
+    """The first step's mean over its own noise; float32 would move a level by half a thousandth of that noise."""
+    process = registered.process(LinearSchedule(-22.0, 4.0), num_levels=17)
+    network = ExactDenoiser(Mixture.gaussian(0.3), process).double()
+    terms = [
+        mean_term(form(network, process, 1), 5, name, names, 0)
+        for form, name, names in (
+            (VDMObjective, "diffusion", ("marginal",)),
+            (VDMObjective, "prior", ("marginal",)),
+            (ConsistencyObjective, "consistency", STEPS),
+            (ConsistencyObjective, "prior", ("last",)),
+        )
+    ]
+    assert terms[2] + terms[3] == pytest.approx(terms[0] + terms[1], rel=1e-5)
+
+
+class Counting(VDMObjective):
+    """Its term is ``(1 + image) call``, whatever the data."""
+
+    def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
+        self.seen.append((times, noise["marginal"]))
+        value = (1 + torch.arange(len(times))) * float(len(self.seen))
+        return Bound({"diffusion": value, "prior": 100 + value}, dimensions=16)
+
+
+def test_a_profile_is_mean_and_spread_of_the_draws_at_each_transition() -> None:
+    model = objective(4)
+    counting, levels = Counting(model.network, model.process, 4), images(3)
+    counting.seen = []  # type: ignore[assignment]
+    counting.train()
+    profile = transition_profile(counting, {"levels": levels}, draws=3, seed=1)
+    bits = 16 * math.log(2)
+    assert profile.times.tolist() == [0.25, 0.5, 0.75, 1.0]
+    expected = [2 * (2 + 3 * i) / bits for i in range(4)]  # the mean of 1, 2 and 3 images' share, of three calls
+    torch.testing.assert_close(profile.bits_per_dim, torch.tensor(expected).double())
+    spread = math.sqrt((1 + 4 + 9) / 3) / bits
+    torch.testing.assert_close(profile.spread, torch.full((4,), spread).double())
+    times = torch.stack([times for times, _ in counting.seen])
+    torch.testing.assert_close(times, ((torch.arange(12) // 3 + 0.5) / 4)[:, None].expand(12, 3))
+    noise = torch.cat([draw for _, draw in counting.seen]).flatten(1)[:, 0]
+    assert len(noise.unique()) == 36, "every draw of every image has noise of its own"
+    before = counting.seen[0][1]
+    transition_profile(counting, {"levels": levels}, draws=2, seed=0)
+    assert not torch.equal(counting.seen[12][1], before)
+    first = counting.seen[12][1]
+    transition_profile(counting, {"levels": levels})
+    assert torch.equal(counting.seen[20][1], first) and len(counting.seen) == 20 + 4 * 8 and counting.training
 
 
 def scalar_chain(transitions: int, gain: float = 0.8, variance: float = 0.3, keep: float = 0.7) -> tuple[float, float]:
@@ -139,3 +196,5 @@ def test_what_has_no_consistency_form_is_refused() -> None:
         ConsistencyObjective(model.network, process, 3)
     with pytest.raises(ConfigurationError, match="transitions=None"):
         transition_profile(model, {"levels": images(2)})
+    with pytest.raises(ConfigurationError, match="draws=1"):
+        transition_profile(objective(2), {"levels": images(2)}, draws=1)

@@ -30,10 +30,11 @@ from measured import measured
 from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import CosineSchedule, DiscreteBetasSchedule, LinearSchedule, TabulatedSchedule
+from vdm_hub.diffusion.reverse_variances import reverse_variance
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
-from vdm_hub.likelihood.estimator import BoundEstimator, _Draws
+from vdm_hub.likelihood.estimator import _NOISE, BoundEstimator, _Draws
 from vdm_hub.likelihood.per_image import Batches as BatchesOf
-from vdm_hub.likelihood.per_image import Measured
+from vdm_hub.likelihood.per_image import Measured, image_generator
 from vdm_hub.likelihood.proposals import Proposal
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
@@ -103,6 +104,136 @@ def test_a_reconstruction_term_that_asks_the_network_is_drawn() -> None:
     model = VDMObjective(ExactDenoiser(Mixture.gaussian(0.1), process), process, 5)
     terms = measured(BoundEstimator(model, len(LEVELS), pilot_evaluations=0), Batches(LEVELS), 2).terms_per_image
     assert float(terms["reconstruction"].diff(dim=0).abs().max()) > 0.1
+
+
+# ---- one replicate by hand ------------------------------------------------------------------------------------------
+
+FEW = images(5)
+
+
+def drawn_by_hand(estimator: BoundEstimator, batch: Batch, replicate: int) -> dict[str, Tensor]:
+    """Each image's terms from its own noise, at its own times, with their weights and the control variate."""
+    model, index, times = estimator.objective, batch["indices"], estimator.times(replicate)
+    sums: dict[str, Any] = dict.fromkeys(("reconstruction", "prior", "diffusion"), 0.0)
+    features = estimator.variate and estimator.variate.features(model.process.encode(batch["levels"]))
+    for draw in range(times.shape[1]):
+        generators = [image_generator(estimator.seed, replicate, int(i), draw, _NOISE) for i in index]
+        noise, t = model.draw_noise(batch, generators), times[index, draw]
+        terms = {name: term.double() for name, term in model(batch, t.float(), noise).terms.items()}
+        cell = (torch.searchsorted(estimator.grid.edges, t, right=True) - 1).clamp(max=len(estimator.grid) - 1)
+        weight = (estimator.grid.widths / estimator.proposal.probabilities)[cell]
+        terms["diffusion"] = weight * terms["diffusion"]
+        if features is not None and estimator.variate is not None:
+            known = estimator.variate.value(features, cell, noise["marginal"])
+            terms["diffusion"] += estimator.variate.integral(features) - weight * known
+        sums = {name: sums[name] + terms[name] / times.shape[1] for name in sums}
+    return sums
+
+
+@pytest.mark.parametrize("decoder", ["factorised", "ddpm"])
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("transitions", [None, 4])
+@torch.no_grad()
+def test_a_replicate_is_what_its_draws_give_by_hand(transitions: int | None, fitted: bool, decoder: str) -> None:
+    model = objective(transitions)
+    model.process.decoder = registered.build("decoders", decoder)
+    calls: list[int] = []
+    model.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+    estimator = BoundEstimator(model, 5, seed=3, times_per_image=2)
+    if fitted:
+        estimator.fit(Batches(FEW))
+        assert estimator.variate is not None and estimator.pilot_evaluations == sum(calls)
+    batch = {name: value[[4, 1, 2]] for name, value in next(Batches(FEW)()).items()}
+    before = sum(calls)
+    found = estimator.measure(batch, 1)
+    assert found.diagnostics["evaluations"].tolist() == [(sum(calls) - before) / 3] * 3
+    expected = drawn_by_hand(estimator, batch, 1)
+    if decoder == "factorised":
+        assert sum(calls) - before == 2 * 2 * 3
+        # By quadrature instead of one draw: the same in any replicate, and near the mean of draws.
+        again = estimator.measure(batch, 2).terms["reconstruction"]
+        assert torch.equal(found.terms["reconstruction"], again) and again.dtype == torch.float64
+        by_level = model.process.reconstruction_by_level()
+        assert by_level is not None
+        torch.testing.assert_close(again, by_level[batch["levels"].long()].flatten(1).sum(1))
+        expected["reconstruction"] = again
+    for name, term in expected.items():
+        torch.testing.assert_close(found.terms[name], term, rtol=1e-9, atol=1e-9)
+    times = estimator.times(1)[batch["indices"]]
+    assert torch.equal(found.diagnostics["time"], times) and found.diagnostics["integrand"].shape == (3, 2)
+    assert not torch.equal(estimator.times(1), estimator.times(2))
+
+
+@pytest.mark.parametrize("per_image", [1, 3])
+def test_times_are_stratified_unless_that_is_turned_off(per_image: int) -> None:
+    strata = 40 * per_image
+    for stratified in (True, False):
+        estimator = BoundEstimator(
+            objective(), 40, times_per_image=per_image, stratified=stratified, pilot_evaluations=0
+        )
+        cells = (estimator.times(0).flatten() * strata).long().sort().values
+        assert estimator.times(0).shape == (40, per_image)
+        assert (cells.tolist() == list(range(strata))) == stratified
+
+
+@torch.no_grad()
+def test_what_the_pilot_finds_does_not_depend_on_batches_and_survives_json() -> None:
+    """Of 5 images 256 evaluations: 51 of each, and one more of one of them."""
+    states = []
+    for size in (5, 2, 1):
+        seen: list[int] = []
+        model = objective()
+        model.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.extend(arguments[0]["indices"].tolist()))
+        estimator = BoundEstimator(model, 5, seed=3)
+        estimator.fit(Batches(FEW, size))
+        assert sorted(seen.count(i) for i in range(5)) == [51, 51, 51, 51, 52]
+        states.append(estimator.state())
+    for state in states[1:]:
+        torch.testing.assert_close(torch.tensor(state["probabilities"]), torch.tensor(states[0]["probabilities"]))
+    loaded = BoundEstimator(objective(), 5, seed=3)
+    old = loaded.times(0)
+    loaded.load_state(json.loads(json.dumps(states[-1])))
+    assert loaded.state() == states[-1] and not torch.equal(loaded.times(0), old)
+    assert torch.equal(loaded.times(0), estimator.times(0))
+
+
+@torch.no_grad()
+def test_a_technique_that_is_turned_off_is_not_fitted_and_a_pilot_counts_its_own_evaluations() -> None:
+    for sampling, variate in ((True, False), (False, True)):
+        estimator = BoundEstimator(objective(), 5, importance_sampling=sampling, control_variate=variate)
+        for _ in range(2):
+            estimator.fit(Batches(FEW))
+        assert (estimator.variate is not None) == variate and estimator.pilot_evaluations == 256
+        assert (
+            torch.equal(estimator.proposal.probabilities, Proposal.uniform(estimator.grid).probabilities) != sampling
+        )
+
+
+def test_a_pilot_takes_as_many_evaluations_as_images_within_bounds_and_none_that_nothing_needs() -> None:
+    def planned(count: int, **arguments: Any) -> tuple[int, bool, bool]:
+        estimator = BoundEstimator(objective(), count, **arguments)
+        techniques = estimator.protocol()["estimator"]
+        assert techniques["pilot_evaluations"] == estimator.fewest_evaluations(0)
+        k = techniques["times_per_image"]
+        assert estimator.fewest_evaluations(3) == techniques["pilot_evaluations"] + 3 * count * k
+        return techniques["pilot_evaluations"], techniques["importance_sampling"], techniques["control_variate"]
+
+    assert planned(1) == (256, True, True) and planned(300) == (300, True, True)
+    assert planned(10**5, times_per_image=2) == (4096, True, True)
+    assert planned(300, pilot_evaluations=256) == (256, True, True)
+    assert planned(300, pilot_evaluations=0) == (0, False, False)
+    assert planned(300, importance_sampling=False, control_variate=False) == (0, False, False)
+    assert planned(300, importance_sampling=False) == (300, False, True)
+    assert planned(300, control_variate=False) == (300, True, False)
+    plain = BoundEstimator(objective(), 3)
+    techniques = plain.protocol()["estimator"]
+    assert plain.seed == 0 and plain.method == "bound" and plain.is_bound and plain.network_evaluations == 0
+    assert (techniques["defensive"], techniques["times_per_image"], techniques["stratified"]) == (0.1, 1, True)
+    large = objective(4)
+    large.process.variance = reverse_variance("fixed_large")
+    assert not BoundEstimator(large, 3).control_variate, "its term is another than |eps - eps_hat|^2 weighted"
+    with pytest.raises(ConfigurationError, match="pilot_evaluations is 255"):
+        BoundEstimator(objective(), 3, pilot_evaluations=255)
 
 
 class WithoutWeights(BoundEstimator):

@@ -21,8 +21,10 @@ from vdm_hub.likelihood.hierarchical import (
     JointHVAEObjective,
     hierarchical_measurement,
     joint_terms,
+    log_density,
 )
 from vdm_hub.likelihood.methods import build_measurement
+from vdm_hub.models.hvae import Normal
 
 LEVELS = torch.randint(0, 5, (6, 1, 2, 2), generator=torch.Generator().manual_seed(0))
 NO_TIMES = torch.empty(0)
@@ -98,9 +100,10 @@ def test_every_term_has_its_closed_form_where_all_is_linear_and_gaussian() -> No
             assert bool(((each.mean(0) - expected).abs() < 5 * error + 1e-12).all()), name
 
 
-def test_both_forms_agree_on_the_same_latents_but_for_the_prior() -> None:
-    model = hvae(3)
-    noise = [torch.randn(len(LEVELS), 1, dtype=torch.float64, generator=seeded()) for _ in range(3)]
+@pytest.mark.parametrize("depth", [1, 3])
+def test_both_forms_agree_on_the_same_latents_but_for_the_prior(depth: int) -> None:
+    model = hvae(depth)
+    noise = [torch.randn(len(LEVELS), 1, dtype=torch.float64, generator=seeded()) for _ in range(depth)]
     closed, joint = HVAEObjective(model).terms(LEVELS, noise), JointHVAEObjective(model).terms(LEVELS, noise)
     again = joint_terms(model, LEVELS, model.latents(model.scale(LEVELS, torch.float64), noise))
     assert closed.keys() == joint.keys() == again.keys()
@@ -121,6 +124,12 @@ def test_the_vae_has_the_two_terms_of_its_bound() -> None:
     torch.testing.assert_close(bound.terms["prior"], expected)
 
 
+def test_a_log_density_is_that_of_the_normal_distribution() -> None:
+    mean, scale, z = (torch.rand(3, 2, 2, generator=seeded(i), dtype=torch.float64) for i in range(3))
+    expected = torch.distributions.Normal(mean, scale).log_prob(z).sum((1, 2))
+    torch.testing.assert_close(log_density(Normal(mean, scale), z), expected)
+
+
 def test_an_image_draws_the_same_in_any_batch() -> None:
     model = hvae(2)
     for method in ("bound", "importance_weighted"):
@@ -129,11 +138,49 @@ def test_an_image_draws_the_same_in_any_batch() -> None:
         torch.testing.assert_close(whole.per_image, parts.per_image, rtol=1e-5, atol=1e-6)
 
 
+def test_a_report_says_how_deep_the_hierarchy_is_and_what_was_drawn() -> None:
+    objective = HVAEObjective(hvae(2))
+    bound = measured(hierarchical_measurement(objective, "bound", seed=1), Batches(LEVELS), 2)
+    assert (bound.method, bound.is_bound, bound.transitions) == ("bound", True, None)
+    assert bound.network_evaluations == 2 * 6 and bound.details["hierarchy"] == {"depth": 2}
+    chains = hierarchical_measurement(objective, "importance_weighted", draws=3, seed=1)
+    report = measured(chains, Batches(LEVELS), 2)
+    assert (report.method, report.is_bound) == ("importance_weighted", True)
+    assert report.network_evaluations == 2 * 6 * 3 and report.details["hierarchy"] == {"depth": 2}
+    weights = report.details["importance_weights"]
+    assert (weights["over"], weights["draws"]) == ("latents", 3)
+    assert 1 <= weights["effective_sample_size_min"] < weights["effective_sample_size_mean"] <= 3
+    assert (
+        measured(hierarchical_measurement(objective, "bound"), Batches(LEVELS), 2).bits_per_dim != bound.bits_per_dim
+    )
+    default = hierarchical_measurement(objective, "importance_weighted")
+    assert (default.seed, default.protocol()["importance_weights"]["draws"]) == (0, 16)
+    assert hierarchical_measurement(objective, "bound").seed == HierarchicalMeasurement(objective).seed == 0
+    assert (HierarchicalChains(objective).seed, HierarchicalChains(objective).draws) == (0, 16)
+
+
+def test_fewer_draws_are_a_part_of_more() -> None:
+    """``w_1 + w_2`` twice the mean weight of two, of which one is known: so is the other, and the third likewise."""
+    objective = HVAEObjective(hvae(2))
+    batch = {"levels": LEVELS, "indices": torch.arange(6)}
+    with torch.no_grad():
+        sums = []
+        for draws in (1, 2, 3):
+            terms = HierarchicalChains(objective, draws).measure(batch, 0).terms
+            sums.append(draws * torch.exp(-torch.stack(list(terms.values())).sum(0)))
+        other = HierarchicalChains(objective, 1).measure(batch, 1).terms
+    assert bool((sums[1] > sums[0]).all()) and bool((sums[2] > sums[1]).all())
+    assert not torch.equal(other["prior"], HierarchicalChains(objective, 1).measure(batch, 0).terms["prior"])
+
+
 def test_what_a_hierarchical_vae_has_not_is_refused() -> None:
     objective = HVAEObjective(hvae(1))
     with pytest.raises(ConfigurationError, match="a hierarchical VAE has no 'ode' likelihood"):
         build_measurement(objective, 6, "ode")
     with pytest.raises(ConfigurationError, match=naming("draws", 0, 1)):
         build_measurement(objective, 6, "importance_weighted", draws=0)
-    with pytest.raises(DataError, match=naming(0, 5, 4)):
-        objective({"levels": torch.tensor([[[[0, 5], [1, 1]]]])}, NO_TIMES, {})
+    with pytest.raises(ConfigurationError, match=naming("draws", 0, 1)):
+        HierarchicalChains(objective, draws=0)
+    for wrong in (5, -1):
+        with pytest.raises(DataError, match=naming(min(0, wrong), max(1, wrong), 4)):
+            objective({"levels": torch.tensor([[[[0, wrong], [1, 1]]]])}, NO_TIMES, {})

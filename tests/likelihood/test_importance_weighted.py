@@ -23,8 +23,9 @@ from vdm_hub.likelihood.importance_weighted import (
     WeightedFlowMeasurement,
     effective_sample_size,
     log_mean_exp,
+    weighted,
 )
-from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow, draw_flow
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
 LEVELS, FIRST, LAST = 5, -1.5, 3.0
@@ -166,9 +167,32 @@ def test_the_report_counts_every_evaluation_and_does_not_depend_on_the_batch() -
         assert whole.network_evaluations == sum(calls) == 2 * 4 * 5 * (3 + extra)
         assert (whole.method, whole.is_bound, whole.transitions) == ("importance_weighted", True, 3)
         assert list(whole.terms_per_image) == ["reconstruction", "prior", "diffusion", "importance_weighting"]
+        weights = whole.details["importance_weights"]
+        assert (weights["over"], weights["draws"]) == ("chains", 5)
+        assert 1 <= weights["effective_sample_size_min"] < weights["effective_sample_size_mean"] <= 5
         parts = measured(ChainsMeasurement(objective, 5), images(levels, 3), 2)
         for name, term in whole.terms_per_image.items():
             torch.testing.assert_close(parts.terms_per_image[name], term, rtol=1e-9, atol=1e-9)
+
+
+def test_chains_call_the_network_outside_of_autocast() -> None:
+    dtypes = set()
+    objective = chain_objective(2)
+    network: Any = nn.Linear(1, 1)
+    network.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    objective.network = Called(network)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ChainsMeasurement(objective, 1).measure(images(repeated(2, 3))()[0], 0)
+    assert dtypes == {torch.float32}
+
+
+class Called(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (self.layer(sample),)
 
 
 # ---- flows ----------------------------------------------------------------------------------------------------------
@@ -227,6 +251,28 @@ def test_stochastic_divergences_are_noted_as_biased_and_the_exact_one_is_not() -
     assert "biases importance weights" in notes["rademacher"] and "biases" not in notes["exact"]
 
 
+def test_weighted_flows_are_the_draws_of_the_plain_ones_with_their_own_density() -> None:
+    flow, batch = ProbabilityFlow(divergence="exact", tolerance=1e-3), images(torch.tensor([[1], [4]]))()[0]
+    measurement = WeightedFlowMeasurement(flow_objective(), flow, draws=3, seed=5)
+    found = measurement.measure(batch, 1)
+    draws = [draw_flow(*measurement.model, batch, flow, (5, 1), k) for k in range(3)]
+    totals = torch.stack([sum(draw.terms.values()) + draw.log_q for draw in draws])
+    torch.testing.assert_close(sum(found.terms.values()), -log_mean_exp(-totals))
+    log_q = torch.stack([draw.log_q for draw in draws]).mean(0)
+    torch.testing.assert_close(found.terms["dequantization"], log_q)
+    counts = found.diagnostics
+    assert torch.equal(counts["steps"], torch.stack([draw.steps for draw in draws], dim=1))
+    assert torch.equal(counts["evaluations"], torch.stack([draw.evaluations for draw in draws]).sum(0))
+    torch.testing.assert_close(counts["effective_sample_size"], effective_sample_size(-totals))
+    report = measured(measurement, lambda: [batch], 2)
+    weights = report.details["importance_weights"]
+    assert (weights["over"], weights["draws"]) == ("dequantization", 3)
+    assert weights["effective_sample_size_min"] < weights["effective_sample_size_mean"] <= 3
+    assert report.details["probability_flow"]["divergence"] == "exact"
+    plain = WeightedFlowMeasurement(flow_objective()), ChainsMeasurement(chain_objective(2))
+    assert (plain[0].draws, plain[0].seed, plain[1].chains, plain[1].seed) == (16, 0, 16, 0)
+
+
 # ---- weights and refusals -------------------------------------------------------------------------------------------
 
 
@@ -236,6 +282,17 @@ def test_equal_weights_are_their_own_mean_and_one_that_outweighs_all_counts_once
     assert float(log_mean_exp(weights)) == pytest.approx(-math.log(4))
     assert float(effective_sample_size(weights)) == pytest.approx(1)
     assert float(effective_sample_size(torch.full((7, 1), -900.0, dtype=torch.float64))) == pytest.approx(7)
+
+
+def test_weighted_terms_are_means_and_their_sum_is_the_logarithm_of_the_mean_weight() -> None:
+    draws = [{"a": [1.0, 2.0], "b": [0.5, 0.0]}, {"a": [3.0, 2.0], "b": [1.5, 1.0]}]
+    terms, size = weighted([{name: torch.tensor(value).double() for name, value in one.items()} for one in draws])
+    assert terms["a"].tolist() == [2, 2] and terms["b"].tolist() == [1, 0.5]
+    weights = torch.exp(-torch.tensor([[1.5, 2.0], [4.5, 3.0]]).double())
+    torch.testing.assert_close(torch.exp(-sum(terms.values())), weights.mean(0))
+    torch.testing.assert_close(size, weights.sum(0) ** 2 / (weights**2).sum(0))
+    alone, one = weighted([{"a": torch.tensor([3.0])}])
+    assert alone["a"].tolist() == [3] and alone["importance_weighting"].tolist() == [0] and one.tolist() == [1]
 
 
 def test_noise_in_the_logarithm_of_weights_biases_them_upwards() -> None:

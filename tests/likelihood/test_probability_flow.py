@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from vdm_hub.likelihood import lockstep
 from vdm_hub.likelihood.dequantization import dequantization
 from vdm_hub.likelihood.lockstep import SOLVERS
 from vdm_hub.likelihood.per_image import image_generator
-from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow, draw_flow, flow_density
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow, _probes, draw_flow, flow_density
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
 NATS = 1e-4
@@ -327,6 +328,60 @@ def test_the_report_says_what_its_terms_are_and_what_they_cost() -> None:
     assert protocol["steps_max"] >= protocol["steps_mean"] > 5
 
 
+@pytest.mark.parametrize("tolerance", [1e-3, 0.1])
+def test_the_numerical_error_is_the_change_to_ten_times_the_tolerance_in_the_first_replicate(tolerance: float) -> None:
+    objective, flow = objective_of(), replace(EXACT, tolerance=tolerance)
+    batch = images(torch.tensor([[0, 4], [2, 2], [3, 1]]))()[0]
+    measurement = FlowMeasurement(objective, flow, seed=2)
+    fine = draw_flow(*measurement.model, batch, flow, (2, 0), 0)
+    coarse = draw_flow(*measurement.model, batch, replace(flow, tolerance=min(10 * tolerance, 0.5)), (2, 0), 0)
+    found, later = measurement.measure(batch, 0), measurement.measure(batch, 1)
+    assert torch.equal(found.terms["dequantization"], -fine.entropy)
+    assert torch.equal(found.terms["base_density"], fine.terms["base_density"])
+    change = sum(fine.terms.values()) - sum(coarse.terms.values())
+    torch.testing.assert_close(found.diagnostics["numerical_change"], change.abs() / (2 * math.log(2)))
+    assert float(change.abs().min()) > 0 and later.diagnostics["numerical_change"].tolist() == [0, 0, 0]
+    assert torch.equal(found.diagnostics["evaluations"], fine.evaluations + coarse.evaluations)
+    assert torch.equal(found.diagnostics["steps"], fine.steps)
+    assert torch.equal(
+        later.diagnostics["evaluations"], draw_flow(*measurement.model, batch, flow, (2, 1), 0).evaluations
+    )
+    report = measured(measurement, lambda: [batch], 2)
+    told, steps = report.details["probability_flow"], torch.cat([fine.steps, later.diagnostics["steps"]])
+    assert told["numerical_error"] == pytest.approx(float(change.abs().mean()) / (2 * math.log(2)))
+    assert (told["steps_mean"], told["steps_max"]) == (pytest.approx(float(steps.mean())), int(steps.max()))
+    assert told["evaluations_per_solve"] == report.network_evaluations / 6
+
+
+def test_probes_are_signs_or_normals_that_all_draws_of_a_replicate_share() -> None:
+    shape, like = (3, 2, 40), torch.zeros(3, 2, 40)
+
+    def probes(kind: str, count: int = 2) -> Tensor | None:
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        return _probes(ProbabilityFlow(divergence=kind, probes=count), shape, generators, like)
+
+    signs, normals = probes("rademacher"), probes("gaussian")
+    assert signs is not None and normals is not None and probes("exact") is None
+    assert signs.shape == normals.shape == (2, *shape) and signs.dtype == normals.dtype == torch.float64
+    assert sorted(signs.unique().tolist()) == [-1, 1] and abs(float(signs.mean())) < 0.2
+    assert abs(float(normals.mean())) < 0.2 and abs(float(normals.std()) - 1) < 0.1
+    assert not torch.equal(signs[0], signs[1]) and not torch.equal(normals[0], normals[1])
+    assert not torch.equal(signs[:, 0], signs[:, 1])
+
+
+def test_a_protocol_s_defaults_are_those_of_the_documented_method_and_its_bounds_are_open() -> None:
+    flow = FlowMeasurement(objective_of()).flow
+    assert (flow.divergence, flow.probes, flow.tolerance, flow.max_steps) == ("rademacher", 1, 1e-5, 1000)
+    assert ProbabilityFlow(probes=1, max_steps=1, tolerance=0.999).max_steps == 1
+    with pytest.raises(ConfigurationError, match="tolerance is 1"):
+        ProbabilityFlow(tolerance=1.0)
+    process, z = registered.process(LinearSchedule(-4.0, 1.0)), points(2, 2)
+    network = ExactDenoiser(ONE_DIMENSION, process).bare
+    plain = flow_density(bound_of(process), network, z, None)
+    same = flow_density(bound_of(process), network, z, None, 1e-5, 1000, "rk45")
+    assert torch.equal(plain.log_density, same.log_density) and plain.evaluations.dtype == torch.float64
+
+
 class Small(nn.Module):
     """A float32 network with dropout, whose output depends on its timestep and on a label."""
 
@@ -407,6 +462,20 @@ def test_a_solver_at_the_edge_of_its_stability_does_not_amplify_rounding(monkeyp
     assert max(moved(seed) for seed in range(3)) < 1e-9
     monkeypatch.setattr(lockstep, "_in_even_steps", lambda method: method)
     assert min(moved(seed) for seed in range(3)) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("error", "rounded"),
+    [(0.0, 0.0), (0.3, 0.5), (0.5, 0.5), (1.0, 1.0), (1.001, 2.0), (3.0, 4.0), (math.inf, math.inf)],
+)
+def test_the_error_that_chooses_a_step_is_the_next_power_of_two(error: float, rounded: float) -> None:
+    class Method:
+        def _estimate_error_norm(self) -> float:
+            return error
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lockstep._in_even_steps(Method)()._estimate_error_norm() == rounded
 
 
 def test_batches_and_threads_change_no_figure() -> None:

@@ -95,8 +95,8 @@ class ConsistencyObjective(VDMObjective):
         gamma_s, gamma_t = schedule(ends).double()
         gain, variance = gaussian.transition(gamma_s, gamma_t)
         mean = gain * gaussian.marginal_sample(x, gamma_s, eps)
-        one = torch.ones_like(mean)
-        return sum_dimensions(gaussian.kl_divergence(mean, variance * one, 0 * one, one))
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        return sum_dimensions(gaussian.kl_divergence(mean, variance.expand_as(mean), zero, one))
 
     def _consistency(self, x: Tensor, s: Tensor, t: Tensor, noise: Noise, network: CountedNetwork) -> Tensor:
         """``log q(z_s|z_r) - log p(z_s|z_t)`` on one draw of all three, r one step before s, or x itself at s = 0."""

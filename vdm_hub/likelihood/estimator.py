@@ -21,7 +21,7 @@ from vdm_hub.diffusion.times import times_of_data
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.likelihood.control_variates import ControlVariate, fit_coefficients
 from vdm_hub.likelihood.image_features import StatisticsCollector
-from vdm_hub.likelihood.per_image import Batches, Measured, Measurement, Results, evaluating, image_generator
+from vdm_hub.likelihood.per_image import Batches, Measured, Measurement, check_finite, evaluating, image_generator
 from vdm_hub.likelihood.proposals import Proposal, fit_proposal
 from vdm_hub.likelihood.time_grid import TimeGrid
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
@@ -72,7 +72,6 @@ class BoundEstimator(Measurement):
     {'reconstruction': (2,), 'prior': (2,), 'diffusion': (2,)}
     """
 
-    method, is_bound = "bound", True
     objective: VDMObjective
 
     def __init__(
@@ -128,8 +127,6 @@ class BoundEstimator(Measurement):
             before = self.network_evaluations
             cells, values, rows = self._pilot(batches(), trial)
         self.pilot_evaluations = self.network_evaluations - before
-        if len(values) < 2:
-            return
         if trial is not None:
             coefficients, values = fit_coefficients(rows, values, self.grid, cells)
             self.variate = None if coefficients is None else replace(trial, coefficients=coefficients)
@@ -164,14 +161,12 @@ class BoundEstimator(Measurement):
                 generators = [image_generator(self.seed, 0, i, d, _PILOT_NOISE) for i, d in keys]
                 noise = self.objective.draw_noise(part, generators)
                 value = self._terms(part, times[index, draw], noise)[self.objective.integrand]
-                Results(self.num_images).add(0, index, Measured({self.objective.integrand: value}))  # names a NaN
+                check_finite(self.objective.integrand, value, index)
                 row = torch.zeros(len(index), 0)
                 if trial is not None:
                     features = trial.features(self.objective.process.encode(part["levels"]))
                     row = trial.regressors(features, cells[index, draw], noise["marginal"])
                 found.append((draw * self.num_images + index, cells[index, draw], value, row))
-        if not found:
-            return torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, 0)
         places, cells, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = places.argsort()  # whatever the batches were: the fit's folds go by place
         return cells[order], values[order], rows[order]

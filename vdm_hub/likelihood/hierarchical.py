@@ -111,8 +111,8 @@ def joint_terms(model: MarkovianHVAE, levels: Tensor, latents: Sequence[Tensor])
     for t in range(1, model.depth + 1):
         log_q = log_density(model.encode(t, below[t - 1]), below[t])
         if t == model.depth:
-            zero = torch.zeros_like(below[t])
-            terms["prior"] = log_q - log_density(Normal(zero, zero + 1), below[t])
+            zero, one = torch.zeros_like(below[t]), torch.ones_like(below[t])
+            terms["prior"] = log_q - log_density(Normal(zero, one), below[t])
         else:
             terms[f"consistency_{t}"] = log_q - log_density(model.decode(t, below[t + 1]), below[t])
     return terms
@@ -126,8 +126,8 @@ def log_density(normal: Normal, z: Tensor) -> Tensor:
 
 def standard_kl(normal: Normal) -> Tensor:
     """``KL(N(mean, scale^2) || N(0, I))`` in nats, (B, *latent) -> (B,)."""
-    one = torch.ones_like(normal.mean)
-    return sum_dimensions(gaussian.kl_divergence(normal.mean, normal.scale**2, 0 * one, one))
+    zero, one = torch.zeros_like(normal.mean), torch.ones_like(normal.mean)
+    return sum_dimensions(gaussian.kl_divergence(normal.mean, normal.scale**2, zero, one))
 
 
 def _check_levels(levels: Tensor, num_levels: int) -> None:
@@ -164,7 +164,7 @@ class HierarchicalMeasurement(Measurement):
         """One draw of each image."""
         generators = [image_generator(self.seed, replicate, int(i), _LATENTS) for i in batch["indices"]]
         bound = self.objective(batch, _NO_TIMES, self.objective.draw_noise(batch, generators))
-        return Measured(bound.terms, {"evaluations": torch.ones(len(generators), dtype=torch.float64)})
+        return Measured(bound.terms, {"evaluations": torch.ones(len(generators))})
 
     def protocol(self) -> dict[str, Any]:
         """How many latents there are."""
@@ -197,7 +197,7 @@ class HierarchicalChains(Measurement):
         """K draws of each image."""
         drawn = [self._terms(batch, replicate, k) for k in range(self.draws)]
         terms, size = weighted(drawn)
-        evaluations = torch.full((len(size),), float(self.draws), dtype=torch.float64)
+        evaluations = torch.full((len(size),), float(self.draws))
         return Measured(terms, {"evaluations": evaluations, "effective_sample_size": size})
 
     def _terms(self, batch: Batch, replicate: int, k: int) -> Terms:

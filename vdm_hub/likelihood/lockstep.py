@@ -79,7 +79,7 @@ def _in_even_steps(method: Any) -> Any:
     class EvenSteps(method):
         def _estimate_error_norm(self, *arguments: Any) -> float:
             norm = float(super()._estimate_error_norm(*arguments))
-            return 2.0 ** np.ceil(np.log2(norm)) if 0 < norm < np.inf else norm
+            return 2.0 ** np.ceil(np.log2(norm)) if norm > 0 else norm
 
     return EvenSteps
 

@@ -115,7 +115,7 @@ class Results:
         """
         indices = indices.cpu()
         for name, term in measured.terms.items():
-            _check_finite(name, term, indices)
+            check_finite(name, term, indices)
         kinds = {"term": measured.terms, "diagnostic": measured.diagnostics}
         for kind, values in kinds.items():
             for name, value in values.items():
@@ -234,7 +234,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                     part.training = True
 
 
-def _check_finite(name: str, term: Tensor, index: Tensor) -> None:
+def check_finite(name: str, term: Tensor, index: Tensor) -> None:
+    """Refuse a term, (B,), that is not finite, by the name of the first such image.
+
+    Raises:
+        NonFiniteLossError: It is not.
+    """
     if not bool(torch.isfinite(term).all()):
         image = int(index[(~torch.isfinite(term.cpu())).nonzero()[0, 0]])
         raise NonFiniteLossError(
