@@ -90,22 +90,6 @@ def test_both_forms_agree_by_monte_carlo_and_the_matching_form_has_less_noise() 
     assert abs(z_score(reports[1], scale * reports[1].terms["consistency"], "consistency")) < 1e-6
 
 
-def test_the_data_are_taken_in_float64_where_the_first_step_has_hardly_any_noise() -> None:
-    """The first step's mean over its own noise; float32 would move a level by half a thousandth of that noise."""
-    process = registered.process(LinearSchedule(-22.0, 4.0), num_levels=17)
-    network = ExactDenoiser(Mixture.gaussian(0.3), process).double()
-    terms = [
-        mean_term(form(network, process, 1), 5, name, names, 0)
-        for form, name, names in (
-            (VDMObjective, "diffusion", ("marginal",)),
-            (VDMObjective, "prior", ("marginal",)),
-            (ConsistencyObjective, "consistency", STEPS),
-            (ConsistencyObjective, "prior", ("last",)),
-        )
-    ]
-    assert terms[2] + terms[3] == pytest.approx(terms[0] + terms[1], rel=1e-5)
-
-
 class Counting(VDMObjective):
     """Its term is ``(1 + image) call``, whatever the data."""
 
