@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from vdm_hub import (
     VDMScheduler,
 )
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.scheduler_configs import SHOWN_SAMPLERS
 
 
 def pipelines() -> dict[str, Any]:
@@ -63,6 +65,8 @@ def test_steps_are_whole_numbers_from_one(kind: str) -> None:
         ({"generator": [], "batch_size": 2}, "0 generators for 2 images"),
         ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.long)}, "latents are torch.int64"),
         ({"latents": [[0.0]]}, "latents are list"),
+        ({"latents": torch.zeros(0, 1, 8, 8)}, "latents"),
+        ({"latents": torch.full((1, 1, 8, 8), math.nan)}, "latents"),
         ({"class_labels": [0]}, "knows no classes"),
     ],
 )
@@ -76,6 +80,34 @@ def test_what_a_sample_is_drawn_of_is_checked(arguments: dict[str, Any], named: 
         with pytest.raises(ConfigurationError, match=named):
             hvae(**arguments)
     assert inputs.samples == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"callback_on_step_end": 3},
+        *({"callback_on_step_end_tensor_inputs": asked} for asked in (None, "latents", ["images"])),
+    ],
+)
+def test_a_callback_is_a_function_of_what_there_is(arguments: dict[str, Any]) -> None:
+    pipe = tiny_pipeline()
+    inputs = Inputs(pipe.unet)
+    with pytest.raises(ConfigurationError, match="callback"):
+        pipe(1, num_inference_steps=2, **arguments)
+    assert inputs.samples == []
+
+
+@pytest.mark.parametrize("name", sorted(SHOWN_SAMPLERS.keys() - {"VDMScheduler"}))
+def test_a_stock_sampler_gives_numbers_or_says_before_the_first_evaluation_how_many_steps(name: str) -> None:
+    pipe = tiny_pipeline()
+    pipe.scheduler = pipe.scheduler.to_diffusers(getattr(diffusers, name))
+    inputs = Inputs(pipe.unet)
+    for steps in (1, 2, 3, 1000):
+        inputs.samples.clear()
+        try:
+            assert bool(pipe(1, num_inference_steps=steps, output_type="latent").images.isfinite().all())
+        except ConfigurationError as error:
+            assert inputs.samples == [] and "num_inference_steps" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -322,3 +322,15 @@ def test_pickled_weights_are_refused_even_when_asked_for(tmp_path: Path) -> None
             cls.from_pretrained(tmp_path, **arguments)
         with pytest.raises(ConfigurationError, match=naming("safetensors")):
             cls.from_pretrained(tmp_path, use_safetensors=False, **arguments)
+
+
+def test_a_scheduler_of_another_schedule_than_the_component_is_refused() -> None:
+    """Beside a learned schedule, whose weights would decide, without a word."""
+    pipe = quiet(VDMPipeline(tiny_unet(), VDMScheduler(noise_schedule="learned_monotone", num_levels=LEVELS)))
+    own = pipe.scheduler
+    pipe.scheduler = VDMScheduler(noise_schedule={"name": "linear", "config": {"gamma_min": -4}}, num_levels=LEVELS)
+    for call in (lambda: pipe(1, num_inference_steps=2), lambda: pipe.bits_per_dim(torch.zeros(1, 1, 8, 8).long())):
+        with pytest.raises(ConfigurationError, match=naming("linear", "noise_schedule")):
+            call()
+    pipe.scheduler = own
+    assert pipe(1, num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)

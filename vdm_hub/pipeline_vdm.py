@@ -24,7 +24,7 @@ from vdm_hub.diffusers_checkpoints import (
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Network
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
-from vdm_hub.diffusion.noise_schedules import NoiseSchedule
+from vdm_hub.diffusion.noise_schedules import NoiseSchedule, TabulatedSchedule
 from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
 from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, shortened, unknown_name
 from vdm_hub.fields import whole_number
@@ -36,6 +36,7 @@ from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel, check_context
 from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.registry import Serialised
+from vdm_hub.scheduler_configs import LEAST_STEPS, check_grid
 from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -153,7 +154,15 @@ class VDMPipeline(LikelihoodPipeline):
         scheduler = self._vdm_scheduler
         if self.noise_schedule is None:
             return scheduler.process.to(self._execution_device)
-        return scheduler.build_process(self.noise_schedule.schedule)
+        own, said = self.noise_schedule.schedule, getattr(scheduler.process, "schedule", None)
+        published = said.bake() if isinstance(said, NoiseSchedule) else said
+        if not isinstance(said, TabulatedSchedule) and type(own) not in (type(said), type(published)):
+            raise ConfigurationError(
+                f"the scheduler's noise_schedule is {shortened(scheduler.config.noise_schedule)}, and the pipeline's "
+                f"component noise_schedule holds a {type(own).__name__}: give the scheduler that was saved with it, "
+                f"or make a new pipeline of the network and this scheduler."
+            )
+        return scheduler.build_process(own)
 
     @property
     def _vdm_scheduler(self) -> VDMScheduler:
@@ -216,9 +225,10 @@ class VDMPipeline(LikelihoodPipeline):
         """
         if output_type not in _OUTPUT_TYPES:
             raise unknown_name("output_type", output_type, _OUTPUT_TYPES)
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ConfigurationError(f"the callback asks for {sorted(unknown)}; only 'latents' can be given.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ConfigurationError(f"callback_on_step_end is {shortened(callback_on_step_end)}: give a function.")
+        if (asked := callback_on_step_end_tensor_inputs) not in ((), [], ("latents",), ["latents"]):
+            raise ConfigurationError(f"the callback asks for {shortened(asked)}; only ['latents'] can be given.")
         process, device = self.process, self._execution_device
         shape = self._batch_shape(batch_size, latents, generator)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
@@ -297,8 +307,11 @@ class VDMPipeline(LikelihoodPipeline):
         """A scheduler of this call's own on its grid: threads that share the pipeline share no step."""
         scheduler = copy.deepcopy(self.scheduler)
         most = None if isinstance(scheduler, VDMScheduler) else len(scheduler)
-        steps = _steps(whole_number("num_inference_steps", num_inference_steps, 1, most), sampler)
+        least = LEAST_STEPS.get(type(scheduler).__name__, 1)
+        steps = _steps(whole_number("num_inference_steps", num_inference_steps, least, most), sampler)
         scheduler.set_timesteps(steps, device=self._execution_device)
+        if not isinstance(scheduler, VDMScheduler):
+            check_grid(scheduler)
         self._steps_of[threading.get_ident()] = self._steps_of[None] = len(scheduler.timesteps)
         return scheduler
 

@@ -106,6 +106,36 @@ def check_sampler(scheduler_class: Any, target: Serialised, chosen: Mapping[str,
             )
 
 
+_BY_LOG_SNR = {
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+    "LMSDiscreteScheduler",
+}
+"""Samplers that divide by a difference of two levels' log-SNR."""
+LEAST_STEPS = {"PNDMScheduler": 4}
+"""Fewer have no grid there."""
+
+
+def check_grid(scheduler: Any) -> None:
+    """Refuse a grid of timesteps, set already, on which one of diffusers' samplers gives NaN.
+
+    Raises:
+        ConfigurationError: Naming the number of steps, and one that would do.
+    """
+    name, steps = type(scheduler).__name__, scheduler.num_inference_steps
+    if name in _BY_LOG_SNR:
+        sigmas = scheduler.sigmas[scheduler.sigmas > 0].float()
+        scale = (sigmas**2 + 1).rsqrt()
+        if bool(((scale.log() - (sigmas * scale).log()).diff() == 0).any()):
+            raise ConfigurationError(
+                f"num_inference_steps is {steps}, and {name} divides by the difference of neighbouring log-SNRs, two "
+                f"of which are then the same in float32: give fewer, such as {min(steps // 2, 250)}."
+            )
+
+
 DDPM_KEYS = (
     "num_train_timesteps",
     "beta_start",

@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -240,6 +241,16 @@ def test_a_context_that_the_network_does_not_take_is_refused(size: int | None, g
     sample, timestep, _ = inputs(model)
     with pytest.raises(ConfigurationError, match=f"context_size is {size}"):
         model(sample, timestep, context=None if given is None else torch.zeros(len(sample), given))
+
+
+@pytest.mark.parametrize(
+    "context", [torch.zeros(1, 3), torch.zeros(5, 3), torch.zeros(3), torch.zeros(2, 1, 3), [[0.0]]]
+)
+def test_a_context_is_one_vector_for_each_image(context: Any):
+    model = build("paper", context_size=3)
+    sample, timestep, _ = inputs(model)
+    with pytest.raises(ConfigurationError, match="context"):
+        model(sample[:2], timestep[:2], context=context)
 
 
 # ---- the first weights ----------------------------------------------------------------------------------------------

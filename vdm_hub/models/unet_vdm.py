@@ -187,6 +187,11 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
         """
         self._check_size(sample)
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if context is not None and (not isinstance(context, Tensor) or context.shape[:-1] != sample.shape[:1]):
+            given = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ConfigurationError(
+                f"the context is {given}, and there are {len(sample)} images: give a tensor, (B, context_size)."
+            )
         embedding = self.time_embedding(times, class_labels, context)
         hidden = self.conv_in(self.input_features(sample).to(self.conv_in.weight.dtype))
         skips = [hidden]

@@ -26,7 +26,7 @@ from vdm_hub.diffusion.noise_schedules import BoundGamma, Gamma, check_endpoints
 from vdm_hub.errors import ConfigurationError
 
 _LINEAR_PART = 0.01
-_SMALLEST = 1e-12  # of the integral: below it, s is linear
+_SMALLEST = 1e-12  # of the integral, where the largest coefficient is one
 _MOST, _PLACES = 4096, 4
 
 
@@ -44,12 +44,13 @@ def polynomial(t: Tensor, coefficients: Tensor) -> Tensor:
     >>> round(float(s), 6)  # a = b = 0: linear, whatever d
     0.25
     """
-    a, b, d = coefficients.unbind(-1)
+    # s does not depend on the coefficients' size, so its derivative at their size is that of any other.
+    largest = coefficients.detach().abs().amax(-1, keepdim=True)
+    a, b, d = (coefficients / largest.clamp_min(torch.finfo(coefficients.dtype).tiny)).unbind(-1)
     # The integral's coefficients of t^5, ..., t (MuLAN section 3).
     fifth, fourth, third, second, first = a * a / 5, a * b / 2, (b * b + 2 * a * d) / 3, b * d, d * d
     integral = t * (first + t * (second + t * (third + t * (fourth + t * fifth))))
     whole = first + second + third + fourth + fifth
-    # s does not depend on the coefficients' size, but where all are zero it would be 0/0.
     share = (integral + _SMALLEST * t) / (whole + _SMALLEST)
     return (1 - _LINEAR_PART) * share + _LINEAR_PART * t
 
