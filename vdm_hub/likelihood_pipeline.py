@@ -170,8 +170,8 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         if shape[1:] != self.latent_shape:
             raise ConfigurationError(f"latents have shape {shape}; the model needs (B, *{self.latent_shape}).")
         if latents is not None and not (len(latents) and bool(latents.isfinite().all())):
-            what = "have a value that is not finite" if len(latents) else "are none"
-            raise ConfigurationError(f"latents of shape {shape} {what}: give finite ones, or leave them out.")
+            fault = "have a value that is not finite" if len(latents) else "are none"
+            raise ConfigurationError(f"latents of shape {shape} {fault}: give finite ones, or leave them out.")
         if batch_size not in (1, shape[0]):
             raise ConfigurationError(f"batch_size is {batch_size}, and {shape[0]} latents were given: leave it out.")
         each = [generator] if generator is None or isinstance(generator, torch.Generator) else generator
