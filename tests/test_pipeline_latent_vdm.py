@@ -216,8 +216,14 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 
 
 def test_latents_that_are_not_finite_are_not_decoded() -> None:
+    given = torch.stack([torch.zeros(2, 4, 4), torch.full((2, 4, 4), torch.nan)])
+    with pytest.raises(ConfigurationError, match=naming("latents", "(2, 2, 4, 4)")):
+        tensors(pipeline(), latents=given)
+    pipe = pipeline()
+    second_fails = torch.tensor([1.0, torch.nan]).reshape(2, 1, 1, 1)
+    pipe.unet.register_forward_hook(lambda module, arguments, output: (output[0] * second_fails,))
     with pytest.raises(NonFiniteLossError, match=naming(1, 2)):
-        tensors(pipeline(), latents=torch.stack([torch.zeros(2, 4, 4), torch.full((2, 4, 4), torch.nan)]))
+        tensors(pipe, latents=torch.zeros(2, 2, 4, 4))
 
 
 def test_the_scaling_decides_the_likelihood_s_description() -> None:
