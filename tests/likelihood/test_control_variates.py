@@ -11,7 +11,7 @@ from torch import Tensor
 import registered
 from linear_gaussian import images, objective
 from vdm_hub.diffusion.noise_schedules import CosineSchedule, LinearSchedule
-from vdm_hub.likelihood.control_variates import KNOTS, ControlVariate, fit_coefficients, hat_basis
+from vdm_hub.likelihood.control_variates import KNOTS, ControlVariate, _ridge, fit_coefficients, hat_basis
 from vdm_hub.likelihood.image_features import (
     ImageFeatures,
     ImageStatistics,
@@ -19,6 +19,7 @@ from vdm_hub.likelihood.image_features import (
     expected_grid_error,
     grid_error,
 )
+from vdm_hub.likelihood.proposals import Proposal
 from vdm_hub.likelihood.time_grid import TimeGrid
 
 # Small and large images, the second in colour; sequences, short and too long for an eigenbasis; vectors.
@@ -88,6 +89,22 @@ def test_no_datum_s_control_variate_depends_on_the_others_of_its_batch(shape: tu
         torch.testing.assert_close(found.integral(alone)[0], integral[i])
 
 
+def test_at_a_knot_a_control_variate_is_its_coefficients_times_the_features_there() -> None:
+    """With as many cells as knots, each cell's gamma is a knot's."""
+    x, statistics = data((1, 4, 4))
+    x, eps = x.double(), torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
+    grid = TimeGrid.of(registered.process(LinearSchedule(-8.1, 4.2)), None, cells=KNOTS)
+    found = ControlVariate(grid, statistics, torch.zeros(0))
+    features, gammas = found.features(x), found.grid.gammas
+    assert gammas is not None
+    for k, gamma in enumerate(gammas):
+        cell = torch.full((len(x),), k)
+        rows = found.regressors(features, cell, eps).unflatten(1, (KNOTS, -1))
+        whole = features.means(float(gamma)) + features.deviations(gamma.expand(3), eps, found.grid_errors[cell])
+        torch.testing.assert_close(rows[:, k], whole, rtol=1e-12, atol=1e-12)
+        assert float(rows[:, torch.arange(KNOTS) != k].abs().max()) < 1e-9
+
+
 @every_shape
 def test_a_basis_is_orthonormal_and_its_variances_are_those_of_the_data(shape: tuple[int, ...]) -> None:
     x, statistics = data(shape, 70)
@@ -145,7 +162,9 @@ def test_a_linear_denoiser_s_loss_is_all_but_explained_on_draws_that_were_not_fi
     with torch.no_grad():
         integrand = model({"levels": levels}, times.float(), noise).terms["diffusion"].double()
     trial = ControlVariate(grid, collector.statistics(), torch.zeros(0))
-    _, left = fit_coefficients(trial.regressors(trial.features(x), cell, noise["marginal"]), integrand, grid, cell)
+    rows = trial.regressors(trial.features(x), cell, noise["marginal"])
+    found, left = fit_coefficients(rows, integrand, grid, cell)
+    assert found is not None
     profile = hat_basis(grid.positions[cell], 12)
     spread = integrand - profile @ torch.linalg.lstsq(profile, integrand).solution
     assert float(left.square().mean()) < 0.1 * float(spread.square().mean())
@@ -161,3 +180,61 @@ def test_a_control_variate_of_pure_noise_is_refused_by_the_half_that_was_held_ou
         coefficients, left = fit_coefficients(rows.flatten(1), values * grid.scale[cell], grid, cell)
         assert coefficients is None
         torch.testing.assert_close(left, values * grid.scale[cell])
+
+
+def test_a_fit_counts_each_draw_by_its_weight_under_the_proposal_of_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One regressor, three cells far apart in which the integrand scatters unlike: its coefficient by hand.
+
+    An evaluation that `Proposal.even` drew counts as mass / probability of its cell, over the root mean square there
+    that the proposal will follow, or over a thousandth of the largest.
+    """
+    monkeypatch.setattr("vdm_hub.likelihood.control_variates._PENALTIES", (1e-12,))
+    grid = TimeGrid.of(objective().process, None)
+    generator = torch.Generator().manual_seed(0)
+    cell = torch.tensor([100, 256, 511]).repeat(300)
+    uniforms = torch.rand(300, 3, generator=generator, dtype=torch.float64)
+    regressor = torch.tensor([1.0, 1.0, 10.0]) * (1 + torch.tensor([1.0, 1e-6, 1.0]) * uniforms)
+    target = torch.tensor([1.04, 1.01, 1.0]) * regressor
+    rows = torch.zeros(900, KNOTS, dtype=torch.float64)
+    rows[:, 4] = regressor.flatten()
+    coefficients, left = fit_coefficients(rows, target.flatten() * grid.scale[cell], grid, cell)
+    sizes = target.std(0, unbiased=False)
+    weight = (grid.mass / Proposal.even(grid).probabilities)[cell[:3]] / sizes.clamp(min=1e-3 * float(sizes.max()))
+    expected = float((weight * regressor * target).sum() / (weight * regressor**2).sum())
+    assert coefficients is not None and float(coefficients[4, 0]) == pytest.approx(expected, rel=1e-6)
+    # What is left of a draw is what the fit to the other half of them leaves.
+    assert 0 < float((left / grid.scale[cell] - (target - expected * regressor).flatten()).abs().min())
+    torch.testing.assert_close(left / grid.scale[cell], (target - expected * regressor).flatten(), rtol=0, atol=0.1)
+
+
+def test_a_fit_repeats_itself_and_scales_with_the_integrand() -> None:
+    grid = TimeGrid.of(objective().process, None)
+    generator = torch.Generator().manual_seed(0)
+    cell = torch.arange(256) * 2
+    features = torch.randn(256, 2, generator=generator, dtype=torch.float64)
+    noise = torch.randn(256, generator=generator, dtype=torch.float64)
+    rows = (hat_basis(grid.positions[cell], KNOTS)[:, :, None] * features[:, None]).flatten(1)
+    values = (features @ torch.tensor([3.0, -1.0]).double() + noise) * grid.scale[cell]
+    coefficients, left = fit_coefficients(rows, values, grid, cell)
+    again, other = fit_coefficients(rows, values, grid, cell)
+    small, little = fit_coefficients(rows, 1e-6 * values, grid, cell)
+    assert coefficients is not None and again is not None and small is not None
+    assert torch.equal(coefficients, again) and torch.equal(left, other)
+    torch.testing.assert_close(small, 1e-6 * coefficients, rtol=1e-9, atol=0)
+    torch.testing.assert_close(little, 1e-6 * left, rtol=1e-9, atol=1e-12)
+    assert fit_coefficients(0 * rows, values, grid, cell)[0] is None, "it would change nothing"
+    assert fit_coefficients(rows, 0 * values, grid, cell)[0] is None, "nothing is lost"
+
+
+def test_a_ridge_is_where_the_loss_with_its_penalty_is_least() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 2 * KNOTS, generator=generator, dtype=torch.float64)
+    target, weight = (torch.rand(200, generator=generator, dtype=torch.float64) for _ in range(2))
+    found = _ridge(rows, target, weight, 0.3).requires_grad_()
+    loss = (weight / weight.mean() * (rows @ found - target) ** 2).mean()
+    by_knot = found.view(KNOTS, 2)
+    loss = loss + 0.3 * ((by_knot[1:] - by_knot[:-1]).square().sum() + 0.01 * by_knot.square().sum())
+    (slope,) = torch.autograd.grad(loss, found)
+    assert float(slope.abs().max()) < 1e-14

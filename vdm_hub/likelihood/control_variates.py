@@ -117,7 +117,7 @@ def fit_coefficients(rows: Tensor, integrand: Tensor, grid: TimeGrid, cell: Tens
     size = root_mean_square(place, place, spread)
     count = (grid.mass / Proposal.even(grid).probabilities)[cell]
     weight = count / size.clamp(min=1e-3 * float(size.max()) + 1e-30)
-    half = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)) % 2 == 0
+    half = (torch.randperm(len(target), generator=torch.Generator().manual_seed(0)) % 2).bool()
     best: tuple[float, float | None, Tensor] = remaining_variance(grid, cell, target), None, target
     for penalty in _PENALTIES:
         left = torch.empty_like(target)
@@ -147,9 +147,9 @@ def remaining_variance(grid: TimeGrid, cell: Tensor, values: Tensor) -> float:
 def _ridge(rows: Tensor, target: Tensor, weight: Tensor, penalty: float) -> Tensor:
     """Weighted least squares with a penalty on coefficients' steps between knots and, slightly, on themselves."""
     weight = weight / weight.mean()
-    steps = torch.eye(KNOTS, dtype=rows.dtype).diff(dim=0)
+    steps = torch.eye(KNOTS).diff(dim=0)
     smooth = steps.T @ steps + 0.01 * torch.eye(KNOTS, dtype=rows.dtype)
-    ridge = torch.kron(smooth, torch.eye(rows.shape[1] // KNOTS, dtype=rows.dtype))
+    ridge = torch.kron(smooth, torch.eye(rows.shape[1] // KNOTS))
     weighted = rows * weight[:, None]
     gram = weighted.T @ rows / len(target) + penalty * ridge
     return torch.linalg.solve(gram, weighted.T @ target / len(target))
