@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
+import scipy.fft
 import torch
 from torch import Tensor
 
@@ -13,9 +16,15 @@ from linear_gaussian import images, objective
 from vdm_hub.diffusion.noise_schedules import CosineSchedule, LinearSchedule
 from vdm_hub.likelihood.control_variates import KNOTS, ControlVariate, _ridge, fit_coefficients, hat_basis
 from vdm_hub.likelihood.image_features import (
+    _LARGEST_COSINES,
+    _LARGEST_EIGENBASIS,
+    _SHRINKAGE,
+    Gaussian,
     ImageFeatures,
     ImageStatistics,
     StatisticsCollector,
+    _clusters,
+    cosine_transform,
     expected_grid_error,
     grid_error,
 )
@@ -132,7 +141,7 @@ def test_data_smaller_than_a_window_have_features_all_the_same() -> None:
         assert bool(torch.isfinite(deviations).all())
 
 
-@pytest.mark.parametrize("gamma", [-14.0, -9.0, -6.0, -4.0, 0.0])
+@pytest.mark.parametrize("gamma", [-14.0, -9.0, -6.0, -5.0, -4.0, 0.0])
 def test_the_error_of_who_knows_the_levels_is_that_of_the_exact_denoiser_of_many_of_them(gamma: float) -> None:
     """Written out for 401 levels around the datum, all as likely, and its mean by a rule of its own."""
     eps = torch.linspace(-7, 7, 1401, dtype=torch.float64)[:, None]
@@ -146,6 +155,91 @@ def test_the_error_of_who_knows_the_levels_is_that_of_the_exact_denoiser_of_many
     weights = torch.exp(-0.5 * eps[:, 0] ** 2)
     mean = float(exact @ weights / weights.sum())
     assert float(expected_grid_error(torch.tensor([gamma]), SPACING)) == pytest.approx(mean, rel=1e-5, abs=1e-7)
+
+
+def variance_around(x: Tensor, window: int) -> Tensor:
+    """Of each entry's window, with edges reflected; over the last two axes of images, else over the last."""
+    axes = (-2, -1) if x.ndim == 4 else (-1,)
+    pads = [(window // 2,) * 2 if axis - x.ndim in axes else (0, 0) for axis in range(x.ndim)]
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x.numpy(), pads, "reflect"), (window,) * len(axes), axes)
+    return torch.from_numpy(windows.var(axes))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 9, 15), (2, 12), (7,)], ids=str)
+def test_the_features_are_what_simple_denoisers_lose_of_the_noise(shape: tuple[int, ...]) -> None:
+    x, statistics = data(shape, 70)
+    darkest, brightest = x.min(), x.max()
+    x = x[x.flatten(1).std(1).argsort(descending=True)[:4]].double()  # in whom both are
+    gamma = torch.tensor([-6.0, -2.0, -4.0, 1.0], dtype=torch.float64)
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    features = ImageFeatures(x, statistics)
+    means = torch.stack([features.means(float(gamma[i]))[i] for i in range(4)])
+    found = means + features.deviations(gamma, eps, expected_grid_error(gamma, SPACING))
+
+    noise = gamma.exp().view(-1, *(1,) * len(shape))
+    small, large = variance_around(x, 3), variance_around(x, 5)
+    weights = [torch.ones_like(x), small / (small + noise), small / (small + 0.1 * noise), large / (large + noise)]
+    weights += [(x == darkest).double(), (x == brightest).double()]
+    errors = eps**2, eps**2 - grid_error(eps, gamma, SPACING)
+    local = [(weight * error).flatten(1).sum(1) for error in errors for weight in weights]
+    assert all(bool(weight.any()) for weight in weights)
+    torch.testing.assert_close(found[:, :LOCAL], torch.stack(local, dim=1), rtol=1e-9, atol=1e-9)
+
+    def lost(gaussians: Sequence[Gaussian], share: float) -> Tensor:
+        """By the denoiser of the Gaussian that a datum is nearest to, of noise on a share of its distance to it."""
+        losses = []
+        for datum, own, n in zip(x, eps, gamma.exp(), strict=True):
+            nearest = min(gaussians, key=lambda each: float((datum - each.mean).norm()))
+            basis = nearest.rotate(torch.eye(datum.numel()).view(-1, *shape)).double()
+            total = basis @ torch.diag(nearest.variances.double() + n) @ basis.T
+            z = (share * (datum - nearest.mean) + n.sqrt() * own).flatten()
+            losses.append((own.flatten() - n.sqrt() * torch.linalg.solve(total, z)).square().sum())
+        return torch.stack(losses)
+
+    linear = [lost([statistics.all_data], 0.0), lost([statistics.all_data], 1.0)]
+    linear[1] = linear[1] - linear[0]
+    assert bool(statistics.clusters) == (shape != (2, 9, 15))
+    linear += [lost(statistics.clusters, 1.0)] if statistics.clusters else []
+    torch.testing.assert_close(found[:, LOCAL:], torch.stack(linear, dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_cosine_transform_is_the_orthonormal_one_of_every_axis_but_images_channels() -> None:
+    for shape, axes in (((3, 2, 6, 5), (2, 3)), ((3, 2, 7), (1, 2)), ((3, 9), (1,))):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        expected = torch.from_numpy(scipy.fft.dctn(x.numpy(), axes=axes, norm="ortho"))
+        torch.testing.assert_close(cosine_transform(x), expected, rtol=1e-12, atol=1e-12)
+    x = torch.randn(1, _LARGEST_COSINES + 1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cosine_transform(x), x) and not torch.equal(cosine_transform(x[:, 1:]), x[:, 1:])
+
+
+def test_data_have_an_eigenbasis_up_to_a_size() -> None:
+    for size in (_LARGEST_EIGENBASIS, _LARGEST_EIGENBASIS + 1):
+        collector = StatisticsCollector(SPACING)
+        collector.add(torch.eye(size)[:3])
+        assert (collector.statistics().all_data.basis is None) == (size > _LARGEST_EIGENBASIS)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "clusters"), [(59, 2, 0), (60, 2, 2), (400, 2, 10), (100, 158, 2), (100, 159, 0)]
+)
+def test_there_are_as_many_clusters_as_their_covariances_have_data_for(count: int, size: int, clusters: int) -> None:
+    x = torch.randn(count, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert len(_clusters(x)) == clusters
+
+
+def test_clusters_are_of_data_that_are_alike_and_share_some_of_their_covariance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 0.1 * torch.randn(89, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 0.3])
+    x[::3] = 0.8 + 2 * x[::3].flip(1)
+    groups = [x[torch.arange(89) % 3 != 0], x[::3]]
+    own = [torch.cov(group.T, correction=0) for group in groups]
+    common = (own[0] * len(groups[0]) + own[1] * len(groups[1])) / 89
+    for found, group, covariance in zip(sorted(_clusters(x), key=lambda c: c.mean[0]), groups, own, strict=True):
+        torch.testing.assert_close(found.mean, group.mean(0).float())
+        assert found.basis is not None
+        shrunk = (len(group) * covariance + _SHRINKAGE * common) / (len(group) + _SHRINKAGE)
+        torch.testing.assert_close(found.basis @ torch.diag(found.variances) @ found.basis.T, shrunk.float())
+    assert len(_clusters(torch.ones(60, 2).double())) == 1, "all alike"
 
 
 def test_a_linear_denoiser_s_loss_is_all_but_explained_on_draws_that_were_not_fitted_to() -> None:
@@ -205,7 +299,7 @@ def test_a_fit_counts_each_draw_by_its_weight_under_the_proposal_of_what_is_left
     expected = float((weight * regressor * target).sum() / (weight * regressor**2).sum())
     assert coefficients is not None and float(coefficients[4, 0]) == pytest.approx(expected, rel=1e-6)
     # What is left of a draw is what the fit to the other half of them leaves.
-    assert 0 < float((left / grid.scale[cell] - (target - expected * regressor).flatten()).abs().min())
+    assert float((left / grid.scale[cell] - (target - expected * regressor).flatten()).abs().min()) > 0
     torch.testing.assert_close(left / grid.scale[cell], (target - expected * regressor).flatten(), rtol=0, atol=0.1)
 
 

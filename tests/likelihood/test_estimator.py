@@ -32,6 +32,7 @@ from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import CosineSchedule, DiscreteBetasSchedule, LinearSchedule, TabulatedSchedule
 from vdm_hub.diffusion.reverse_variances import reverse_variance
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
+from vdm_hub.likelihood.consistency import ConsistencyObjective
 from vdm_hub.likelihood.estimator import _NOISE, BoundEstimator, _Draws
 from vdm_hub.likelihood.per_image import Batches as BatchesOf
 from vdm_hub.likelihood.per_image import Measured, image_generator
@@ -161,6 +162,8 @@ def test_a_replicate_is_what_its_draws_give_by_hand(transitions: int | None, fit
         torch.testing.assert_close(found.terms[name], term, rtol=1e-9, atol=1e-9)
     times = estimator.times(1)[batch["indices"]]
     assert torch.equal(found.diagnostics["time"], times) and found.diagnostics["integrand"].shape == (3, 2)
+    assert {value.dtype for value in found.diagnostics.values()} == {torch.float64}
+    assert len(model.network._forward_pre_hooks) == 1, "that of this test alone"
     assert not torch.equal(estimator.times(1), estimator.times(2))
 
 
@@ -181,11 +184,13 @@ def test_what_the_pilot_finds_does_not_depend_on_batches_and_survives_json() -> 
     """Of 5 images 256 evaluations: 51 of each, and one more of one of them."""
     states = []
     for size in (5, 2, 1):
-        seen: list[int] = []
+        calls: list[list[int]] = []
         model = objective()
-        model.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.extend(arguments[0]["indices"].tolist()))
+        model.register_forward_pre_hook(lambda _, given, calls=calls: calls.append(given[0]["indices"].tolist()))
         estimator = BoundEstimator(model, 5, seed=3)
         estimator.fit(Batches(FEW, size))
+        assert len(calls) == -(-5 // size), "all draws of a batch's images at once"
+        seen = list(itertools.chain.from_iterable(calls))
         assert sorted(seen.count(i) for i in range(5)) == [51, 51, 51, 51, 52]
         states.append(estimator.state())
     for state in states[1:]:
@@ -193,7 +198,7 @@ def test_what_the_pilot_finds_does_not_depend_on_batches_and_survives_json() -> 
     loaded = BoundEstimator(objective(), 5, seed=3)
     old = loaded.times(0)
     loaded.load_state(json.loads(json.dumps(states[-1])))
-    assert loaded.state() == states[-1] and not torch.equal(loaded.times(0), old)
+    assert loaded.state() == states[-1] and loaded.variate is not None and not torch.equal(loaded.times(0), old)
     assert torch.equal(loaded.times(0), estimator.times(0))
 
 
@@ -229,11 +234,22 @@ def test_a_pilot_takes_as_many_evaluations_as_images_within_bounds_and_none_that
     techniques = plain.protocol()["estimator"]
     assert plain.seed == 0 and plain.method == "bound" and plain.is_bound and plain.network_evaluations == 0
     assert (techniques["defensive"], techniques["times_per_image"], techniques["stratified"]) == (0.1, 1, True)
-    large = objective(4)
+    without = BoundEstimator(objective(), 3, pilot_evaluations=0)
+    without.fit(lambda: pytest.fail("nothing looks at the images"))
+    without.load_state(json.loads(json.dumps(without.state())))
+    assert without.variate is None and without.pilot_evaluations == plain.pilot_evaluations == 0
+
+
+def test_a_control_variate_is_only_of_a_scalar_gamma_and_the_noise_s_weighted_error() -> None:
+    def has_one(model: VDMObjective) -> bool:
+        return BoundEstimator(model, 3).control_variate
+
+    model, large, flat = objective(4), objective(4), torch.zeros(1, 4, 4)
     large.process.variance = reverse_variance("fixed_large")
-    assert not BoundEstimator(large, 3).control_variate, "its term is another than |eps - eps_hat|^2 weighted"
-    with pytest.raises(ConfigurationError, match="pilot_evaluations is 255"):
-        BoundEstimator(objective(), 3, pilot_evaluations=255)
+    schedule = PerPixelSchedule(-8.0, 4.0, tilt=flat, bump=flat)
+    pixels = registered.process(schedule, conditioning=AffineConditioning(-8.0, 4.0))
+    assert has_one(model) and not has_one(large) and not has_one(VDMObjective(model.network, pixels))
+    assert not has_one(ConsistencyObjective(model.network, model.process, 4))
 
 
 class WithoutWeights(BoundEstimator):
@@ -465,5 +481,5 @@ def test_bad_numbers_are_refused() -> None:
         BoundEstimator(model, 0)
     with pytest.raises(ConfigurationError, match="times_per_image is 0"):
         BoundEstimator(model, 5, times_per_image=0)
-    with pytest.raises(ConfigurationError, match="pilot_evaluations is 3"):
-        BoundEstimator(model, 5, pilot_evaluations=3)
+    with pytest.raises(ConfigurationError, match="pilot_evaluations is 255"):
+        BoundEstimator(model, 5, pilot_evaluations=255)

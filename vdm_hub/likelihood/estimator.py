@@ -187,10 +187,10 @@ class BoundEstimator(Measurement):
         without control variate, in nats, and ``evaluations``, (B,).
         """
         index, draws, name = batch["indices"].cpu(), self._draws(replicate), self.objective.integrand
-        features = integral = None
+        known = None
         if self.variate is not None:
             features = self.variate.features(self.objective.process.encode(batch["levels"]))
-            integral = self.variate.integral(features)
+            known = self.variate, features, self.variate.integral(features)
         sums: dict[str, Tensor] = {}
         before = self.network_evaluations
         integrand = torch.empty(len(index), self.times_per_image, dtype=torch.float64)
@@ -200,8 +200,9 @@ class BoundEstimator(Measurement):
             terms = self._terms(batch, draws.times[index, draw], noise)
             weight = draws.weights[index, draw]
             terms[name] = integrand[:, draw] = weight * terms[name]
-            if self.variate is not None and features is not None and integral is not None:
-                value = self.variate.value(features, draws.cells[index, draw], noise["marginal"])
+            if known is not None:
+                variate, features, integral = known
+                value = variate.value(features, draws.cells[index, draw], noise["marginal"])
                 terms[name] = terms[name] - weight * value + integral
             for term, values in terms.items():
                 sums[term] = sums.get(term, 0) + values / self.times_per_image
@@ -249,8 +250,8 @@ class BoundEstimator(Measurement):
         return {
             "estimator": {
                 "stratified": self.stratified,
-                "importance_sampling": self.importance_sampling and self._planned_pilot > 0,
-                "control_variate": self.control_variate and self._planned_pilot > 0,
+                "importance_sampling": self.importance_sampling and bool(self._planned_pilot),
+                "control_variate": self.control_variate and bool(self._planned_pilot),
                 "times_per_image": self.times_per_image,
                 "pilot_evaluations": self._planned_pilot,
                 "defensive": self.defensive,

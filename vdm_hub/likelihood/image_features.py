@@ -236,8 +236,6 @@ def grid_error(eps: Tensor, gamma: Tensor, spacing: float) -> Tensor:
     """
     step = _beside(spacing * torch.exp(-0.5 * gamma), eps).to(eps)
     known = (step >= 1).flatten()  # below, it is eps^2 up to 1e-7
-    if not bool(known.any()):
-        return eps**2
     e, step = eps[known], step[known]
     nearest = (e / step).round()
     distance = e - nearest * step
@@ -294,7 +292,7 @@ def _local_variance(x: Tensor, window: int) -> Tensor:
 
 def _cosines(size: int) -> Tensor:
     """The orthonormal discrete cosine transform (type II) as a matrix, float64."""
-    k, n = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
+    k, n = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size)
     matrix = math.sqrt(2 / size) * torch.cos(math.pi * k * (n + 0.5) / size)
     matrix[0] /= math.sqrt(2)
     return matrix
