@@ -14,6 +14,7 @@ from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess, describe_latents
 from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.likelihood.consistency import ConsistencyObjective
 from vdm_hub.likelihood.decompositions import compare_decompositions, decompositions
 from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.variational_bound import VDMObjective
@@ -165,6 +166,21 @@ def test_shift_and_scale_leave_the_bound_where_it_is() -> None:
         plain(batch, times, noise).terms.items(), scaled(batch, times, noise).terms.values(), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_a_chain_of_the_consistency_form_begins_at_the_latents() -> None:
+    stage, latent = OnePixel(), process(OnePixel())
+    model, batch = ConsistencyObjective(Exact(), latent, 3).double(), {"levels": levels()}
+    noise = {name: z.double() for name, z in model.draw_noise(batch, torch.Generator().manual_seed(0)).items()}
+    found = model(batch, torch.full((K,), 0.5), noise).terms["prior"]
+    mean, deviation = stage.posterior(stage.scale(levels()))
+    gamma_s, gamma_t = latent.gaussian.schedule(torch.tensor([2 / 3, 1.0], dtype=torch.float64))
+    z_s = torch.sigmoid(-gamma_s).sqrt() * (mean + deviation * noise["latent"].view(K, 1))
+    z_s += torch.sigmoid(gamma_s).sqrt() * noise["last"].view(K, 1)
+    gain = (torch.sigmoid(-gamma_t) / torch.sigmoid(-gamma_s)).sqrt()
+    last = torch.distributions.Normal(gain * z_s, (torch.sigmoid(gamma_t) - gain**2 * torch.sigmoid(gamma_s)).sqrt())
+    expected = torch.distributions.kl_divergence(last, torch.distributions.Normal(0.0 * z_s, 1.0))
+    torch.testing.assert_close(found, expected.flatten())
 
 
 def test_both_decompositions_of_the_prior_have_one_mean() -> None:

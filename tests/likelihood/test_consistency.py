@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 import registered
-from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule
+from exact_denoisers import ExactDenoiser, LinearLayerSchedule, Mixture, PerPixelSchedule
 from linear_gaussian import Batches, images, objective, z_score
 from measured import measured
 from vdm_hub.diffusion.conditioning import AffineConditioning
@@ -68,6 +69,43 @@ def test_both_forms_have_one_total_for_a_linear_model(
     assert second == pytest.approx(first, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_draw_s_terms_are_those_of_normal_distributions_whatever_the_precision_around(step: int) -> None:
+    """In float64, of data whose 17 levels float32 doesn't hold, by a schedule that autocast would spoil."""
+    process = registered.process(LinearLayerSchedule(), num_levels=17)
+    model = ConsistencyObjective(ExactDenoiser(Mixture.gaussian(0.3), process), process, 3)
+    batch = {"levels": torch.tensor([[[[3, 16]]]])}
+    noise = model.draw_noise(batch, torch.Generator().manual_seed(step))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        bound = model(batch, torch.tensor([(step + 0.5) / 3]), noise)
+
+    gamma = process.schedule(torch.tensor([0, 1, 2, 3], dtype=torch.float64) / 3)
+    alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+    x = (2 * batch["levels"] + 1).double() / 17 - 1
+
+    def later(z: Tensor, i: int) -> Normal:
+        gain = alpha[i + 1] / alpha[i]
+        return Normal(gain * z, (sigma[i + 1] ** 2 - gain**2 * sigma[i] ** 2).sqrt())
+
+    z_r = alpha[step - 1] * x + sigma[step - 1] * noise["previous"].double()
+    q = later(z_r, step - 1) if step else Normal(alpha[0] * x, sigma[0])
+    z_s = q.mean + q.stddev * noise["current"].double()
+    step_t = later(z_s, step)
+    z_t = step_t.mean + step_t.stddev * noise["next"].double()
+    data = alpha[step + 1] * 0.3 / (alpha[step + 1] ** 2 * 0.3 + sigma[step + 1] ** 2) * z_t  # E[x|z_t]
+    gain = alpha[step + 1] / alpha[step]
+    precision = 1 / sigma[step] ** 2 + gain**2 / step_t.variance
+    p = Normal((alpha[step] * data / sigma[step] ** 2 + gain * z_t / step_t.variance) / precision, precision**-0.5)
+    last = later(alpha[2] * x + sigma[2] * noise["last"].double(), 2)
+    expected = {
+        "consistency": 3 * (q.log_prob(z_s) - p.log_prob(z_s)).sum(),
+        "prior": torch.distributions.kl_divergence(last, Normal(0.0 * x, 1.0)).sum(),
+    }
+    for name, term in expected.items():
+        torch.testing.assert_close(bound.terms[name][0], term, rtol=1e-9, atol=1e-9)
+    assert bound.dimensions == 2
+
+
 def test_both_forms_agree_by_monte_carlo_and_the_matching_form_has_less_noise() -> None:
     """In 16 replicates of 150 images; z as in test_estimator. Their spread is compared at every transition."""
     matching, levels = objective(6), images(150)
@@ -121,6 +159,8 @@ def test_a_profile_is_mean_and_spread_of_the_draws_at_each_transition() -> None:
     first = counting.seen[12][1]
     transition_profile(counting, {"levels": levels})
     assert torch.equal(counting.seen[20][1], first) and len(counting.seen) == 20 + 4 * 8 and counting.training
+    alone = transition_profile(counting, {"levels": levels[:1]}, draws=2)
+    assert alone.times.dtype == alone.bits_per_dim.dtype == alone.spread.dtype == torch.float64
 
 
 def scalar_chain(transitions: int, gain: float = 0.8, variance: float = 0.3, keep: float = 0.7) -> tuple[float, float]:

@@ -212,11 +212,16 @@ def test_the_cosine_transform_is_the_orthonormal_one_of_every_axis_but_images_ch
     assert torch.equal(cosine_transform(x), x) and not torch.equal(cosine_transform(x[:, 1:]), x[:, 1:])
 
 
-def test_data_have_an_eigenbasis_up_to_a_size() -> None:
-    for size in (_LARGEST_EIGENBASIS, _LARGEST_EIGENBASIS + 1):
-        collector = StatisticsCollector(SPACING)
-        collector.add(torch.eye(size)[:3])
-        assert (collector.statistics().all_data.basis is None) == (size > _LARGEST_EIGENBASIS)
+@pytest.mark.parametrize("size", [_LARGEST_EIGENBASIS, _LARGEST_EIGENBASIS + 1])
+def test_statistics_are_of_all_data_whose_eigenbasis_is_found_up_to_a_size(size: int) -> None:
+    x = torch.tensor([-2.0, 3.0, 1.0])[:, None] * torch.eye(size)[:3]
+    collector = StatisticsCollector(SPACING)
+    for datum in x:
+        collector.add(datum[None])
+    found = collector.statistics()
+    assert (found.darkest, found.brightest) == (-2, 3)
+    torch.testing.assert_close(found.all_data.mean, x.mean(0))
+    assert (found.all_data.basis is None) == (size > _LARGEST_EIGENBASIS)
 
 
 @pytest.mark.parametrize(

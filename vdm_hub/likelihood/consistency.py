@@ -122,8 +122,7 @@ class ConsistencyObjective(VDMObjective):
         c = -torch.expm1(level_s - level_t)
         mean = gaussian.alpha(level_s) / gaussian.alpha(level_t) * (z_t - c * gaussian.sigma(level_t) * eps_hat)
         log_variance = torch.log(torch.sigmoid(level_s) * c)
-        if not process.variance.is_posterior:
-            log_variance = log_variance - process.variance.log_ratio(prediction, level_s, level_t)
+        log_variance = log_variance - process.variance.log_ratio(prediction, level_s, level_t)
         error = (z_s - mean) ** 2 * torch.exp(-log_variance)
         return 0.5 * sum_dimensions(error + log_variance - e**2 - variance.log())
 
