@@ -153,8 +153,8 @@ def test_the_error_of_who_knows_the_levels_is_that_of_the_exact_denoiser_of_many
     found = grid_error(eps, torch.full((len(eps),), gamma), SPACING)
     torch.testing.assert_close(found[:, 0], exact, rtol=1e-5, atol=1e-6)
     weights = torch.exp(-0.5 * eps[:, 0] ** 2)
-    mean = float(exact @ weights / weights.sum())
-    assert float(expected_grid_error(torch.tensor([gamma]), SPACING)) == pytest.approx(mean, rel=1e-5, abs=1e-7)
+    mean, expected = float(exact @ weights / weights.sum()), expected_grid_error(torch.tensor([gamma]), SPACING)
+    assert float(expected) == pytest.approx(mean, rel=1e-5, abs=1e-7) and expected.dtype == torch.float64
 
 
 def variance_around(x: Tensor, window: int) -> Tensor:
@@ -229,22 +229,32 @@ def test_statistics_are_of_all_data_whose_eigenbasis_is_found_up_to_a_size(size:
 )
 def test_there_are_as_many_clusters_as_their_covariances_have_data_for(count: int, size: int, clusters: int) -> None:
     x = torch.randn(count, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert len(_clusters(x)) == clusters
+    found = _clusters(x)
+    assert len(found) == clusters
+    assert all(torch.equal(one.mean, other.mean) for one, other in zip(found, _clusters(x), strict=True))
 
 
 def test_clusters_are_of_data_that_are_alike_and_share_some_of_their_covariance() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = 0.1 * torch.randn(89, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 0.3])
-    x[::3] = 0.8 + 2 * x[::3].flip(1)
-    groups = [x[torch.arange(89) % 3 != 0], x[::3]]
-    own = [torch.cov(group.T, correction=0) for group in groups]
-    common = (own[0] * len(groups[0]) + own[1] * len(groups[1])) / 89
-    for found, group, covariance in zip(sorted(_clusters(x), key=lambda c: c.mean[0]), groups, own, strict=True):
-        torch.testing.assert_close(found.mean, group.mean(0).float())
+    x = 0.1 * torch.randn(92, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 0.3])
+    group = torch.arange(92) % 3
+    x += torch.tensor([[-0.8, 0.0], [0.9, 0.0], [0.8, 0.0]])[group]
+    x[group == 1] = x[group == 1].flip(1)
+    groups = [x[group == i] for i in (0, 1, 2)]
+    own = [torch.cov(each.T, correction=0) for each in groups]
+    common = sum(covariance * len(each) for covariance, each in zip(own, groups, strict=True)) / 92
+    for found, each, covariance in zip(sorted(_clusters(x), key=lambda c: c.mean[0]), groups, own, strict=True):
+        torch.testing.assert_close(found.mean, each.mean(0).float())
         assert found.basis is not None
-        shrunk = (len(group) * covariance + _SHRINKAGE * common) / (len(group) + _SHRINKAGE)
+        shrunk = (len(each) * covariance + _SHRINKAGE * common) / (len(each) + _SHRINKAGE)
         torch.testing.assert_close(found.basis @ torch.diag(found.variances) @ found.basis.T, shrunk.float())
-    assert len(_clusters(torch.ones(60, 2).double())) == 1, "all alike"
+
+
+def test_data_that_are_alike_fill_no_more_clusters_than_there_are_of_them() -> None:
+    x = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).double()[torch.arange(90) % 2]
+    found = sorted(_clusters(x), key=lambda cluster: cluster.mean[0])
+    assert [each.mean.tolist() for each in found] == x[:2].tolist()
+    assert all(float(each.variances.max()) < 1e-6 for each in found)
 
 
 def test_a_linear_denoiser_s_loss_is_all_but_explained_on_draws_that_were_not_fitted_to() -> None:
