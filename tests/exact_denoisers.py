@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vdm_hub.diffusion.forward_process import BoundProcess
@@ -81,21 +80,6 @@ class ExactDenoiser(nn.Module):
     def bare(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """As a `Network`: without the tuple."""
         return self(sample, timestep)[0]
-
-
-class LinearLayerSchedule(NoiseSchedule):
-    """Linear log-SNR through a matrix product, which autocast would round to bfloat16."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.tensor([[18.3]]))
-        self.register_buffer("bias", torch.tensor([-13.3]))
-
-    def forward(self, t: Tensor) -> Tensor:
-        return F.linear(t[..., None], self.weight.to(t.dtype), self.bias.to(t.dtype))[..., 0]  # type: ignore[operator]
-
-    def to_config(self) -> dict[str, Any]:
-        return {}
 
 
 class PerPixelSchedule(NoiseSchedule):

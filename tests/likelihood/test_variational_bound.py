@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import registered
-from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, LinearLayerSchedule, Mixture, PerPixelSchedule
+from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.diffusion.noise_schedules import LinearSchedule
+from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.times import stratified_times
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.likelihood.variational_bound import Bound, VDMObjective
@@ -98,6 +99,21 @@ def test_no_transitions_are_refused(transitions: int) -> None:
     process = registered.process(LinearSchedule())
     with pytest.raises(ConfigurationError, match=f"transitions is {transitions}"):
         VDMObjective(nn.Identity(), process, transitions)
+
+
+class LinearLayerSchedule(NoiseSchedule):
+    """Linear log-SNR through a matrix product, which autocast would round to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.tensor([[18.3]]))
+        self.register_buffer("bias", torch.tensor([-13.3]))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return F.linear(t[..., None], self.weight.to(t.dtype), self.bias.to(t.dtype))[..., 0]  # type: ignore[operator]
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
 
 
 @every_transitions

@@ -1,0 +1,94 @@
+"""Many initial values integrated at once: exact ends, and an end at all whatever happens to a field."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vdm_hub.likelihood.lockstep import SOLVERS, _in_even_steps, integrate, solver_library
+
+FIRST, LAST, UNIT = 0.25, 1.75, 2.0**-30
+START = np.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0]])
+
+
+def decay(times: Any, states: Any) -> Any:
+    return -states
+
+
+def ended(field: Any, *, tolerance: float = 100 * UNIT, max_steps: int = 100, solver: str = "rk45") -> Any:
+    """What `integrate` gave or raised; a thread that waits for something that never comes fails the test."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(integrate(field, START, (FIRST, LAST), tolerance, max_steps, solver))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert found, "it does not end"
+    return found[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_each_datum_ends_where_its_equation_does(solver: str) -> None:
+    calls: list[int] = []
+
+    def field(times: Any, states: Any) -> Any:
+        calls.append(len(states))
+        return np.cos(times)[:, None] * states
+
+    paths = ended(field, solver=solver)
+    for path, start in zip(paths, START, strict=True):
+        np.testing.assert_allclose(path.state, start * math.exp(math.sin(LAST) - math.sin(FIRST)), rtol=0, atol=1e-6)
+        assert path.failure == "" and 1 < path.steps < path.evaluations
+    assert set(calls) == {3} and len(calls) == max(path.evaluations for path in paths), "all are asked for together"
+
+
+def test_too_few_steps_and_what_is_not_finite_are_told_of_the_datum_alone() -> None:
+    few = ended(decay, max_steps=2)
+    assert [(path.steps, path.failure) for path in few] == [(2, "max_steps")] * 3
+    enough = ended(decay)[0]
+    assert ended(decay, max_steps=enough.steps)[0].failure == ""
+
+    def broken(times: Any, states: Any) -> Any:
+        return np.where((states > 2.2) & (times[:, None] > 0.3), np.nan, -states)
+
+    found = ended(broken)
+    assert [path.failure for path in found] == ["", "not finite", ""] and found[1].evaluations == 0
+
+
+def test_slopes_are_whole_numbers_of_a_power_of_two_a_hundredth_of_the_tolerance_or_finer() -> None:
+    for tolerance, unit in ((100 * UNIT, UNIT), (199 * UNIT, UNIT), (99 * UNIT, UNIT / 2)):
+        found = ended(lambda times, states, unit=unit: np.full_like(states, 7.4 * unit), tolerance=tolerance)
+        for path, start in zip(found, START, strict=True):
+            np.testing.assert_allclose(path.state - start, (LAST - FIRST) * 7 * unit, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values())
+def test_the_error_that_chooses_a_step_is_the_solver_s_own_up_to_the_next_power_of_two(solver: str) -> None:
+    plain = getattr(solver_library(), solver)
+    arguments = (lambda t, y: np.sin(9 * y), 0.0, START[0], 1.0)
+    ours, theirs = _in_even_steps(plain)(*arguments), plain(*arguments)
+    ours.step()
+    theirs.step()
+    for slopes in (theirs.K, 0 * theirs.K):
+        error = [one._estimate_error_norm(slopes, 0.1, np.array([1e-3, 2e-3])) for one in (ours, theirs)]
+        assert error[0] == (2.0 ** math.ceil(math.log2(error[1])) if slopes.any() else 0)
+
+
+def test_an_error_of_the_field_is_raised_and_leaves_no_thread_behind() -> None:
+    def fails(times: Any, states: Any) -> Any:
+        if times.max() > 0.3:
+            raise ZeroDivisionError
+        return -states
+
+    before = threading.active_count()
+    assert isinstance(ended(fails), ZeroDivisionError)
+    assert threading.active_count() == before, str(threading.enumerate())
