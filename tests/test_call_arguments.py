@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from torch import Tensor
 
+from naming import naming
 from tiny import Inputs, quiet, sampled, seeded, tiny_pipeline, tiny_unet, tiny_unet_2d
 from vdm_hub import (
     HVAEPipeline,
@@ -144,6 +146,7 @@ def test_labels_are_classes_of_the_network_one_for_each_image(labels: Any, named
         *({"transitions": value} for value in (0, 2.5, True)),
         *({"seed": value} for value in (-1, 0.5)),
         *({"draws": value, "method": "importance_weighted", "transitions": 2} for value in (0, 1.5)),
+        *({"pilot_evaluations": value} for value in (-1, 255, 256.5, True)),
     ],
 )
 def test_numbers_of_a_likelihood_are_whole_and_in_range(arguments: dict[str, Any]) -> None:
@@ -153,6 +156,50 @@ def test_numbers_of_a_likelihood_are_whole_and_in_range(arguments: dict[str, Any
     with pytest.raises(ConfigurationError, match=f"{name} is {value}"):
         pipe.log_likelihood(torch.zeros(1, 1, 8, 8, dtype=torch.long), **arguments)
     assert inputs.samples == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"replicate": 4},
+        {"tolerance": 1e-3},
+        {"flow": {"tolerance": 1e-3}},
+        {"flow": "exact", "method": "ode"},
+        {"sample": torch.zeros(2)},
+        {"context": torch.zeros(2, 3)},
+        {"encoder_hidden_states": torch.zeros(2, 3)},
+    ],
+)
+def test_a_likelihood_takes_no_argument_that_neither_it_nor_its_network_knows(arguments: dict[str, Any]) -> None:
+    pipe, images = tiny_pipeline(), torch.zeros(2, 1, 8, 8, dtype=torch.long)
+    inputs = Inputs(pipe.unet)
+    hvae = HVAEPipeline(MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(1, 8, 8)]))
+    for model in (pipe, hvae):
+        with pytest.raises(ConfigurationError, match=next(iter(arguments))):
+            model.bits_per_dim(images, **arguments)
+    assert inputs.samples == []
+
+
+@pytest.mark.parametrize("name", ["num_inference_step", "timesteps", "sample", "return_dicts", "context"])
+def test_a_sample_takes_no_argument_that_neither_it_nor_its_network_knows(name: str) -> None:
+    pipe = tiny_pipeline()
+    inputs = Inputs(pipe.unet)
+    with pytest.raises(ConfigurationError, match=name):
+        pipe(1, **{"num_inference_steps": 2} | {name: 2})
+    assert inputs.samples == []
+
+
+def test_what_a_network_takes_by_name_is_one_for_each_image() -> None:
+    class Shifted(UNetVDMModel):
+        def forward(self, sample: Tensor, timestep: Tensor, shift: Any = None, return_dict: bool = True) -> Any:
+            return super().forward(sample + shift.reshape(-1, 1, 1, 1), timestep, return_dict=return_dict)
+
+    pipe, images = tiny_pipeline(Shifted(**dict(tiny_unet().config))), torch.zeros(2, 1, 8, 8, dtype=torch.long)
+    for value in (3.0, torch.zeros(3), torch.tensor(1.0)):
+        with pytest.raises(ConfigurationError, match=naming("shift", 2)):
+            pipe.bits_per_dim(images, shift=value)
+    assert pipe.bits_per_dim(images, shift=torch.zeros(2)).is_bound
+    assert len(sampled(pipe, shift=torch.zeros(2))) == 2
 
 
 @pytest.mark.parametrize("table", [False, True])
@@ -249,6 +296,15 @@ def test_from_pipe_takes_other_components_by_name_and_keeps_precision() -> None:
     assert made.scheduler is other and made.unet is pipe.unet and pipe.unet.dtype == torch.float16
     assert VDMPipeline.from_pipe(pipe, dtype=torch.float32).unet.dtype == torch.float32
     assert VDMPipeline.from_pipe(DDPMPipeline(tiny_unet_2d(), DDPMScheduler())).num_levels == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"unet": None}, "unet"), ({"scheduler": None}, "scheduler"), ({"sheduler": 1}, "scheduler")],
+)
+def test_from_pipe_takes_no_component_away_and_no_argument_that_is_none(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        VDMPipeline.from_pipe(tiny_pipeline(), **arguments)
 
 
 @pytest.mark.parametrize(

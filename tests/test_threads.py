@@ -17,6 +17,7 @@ from exact_denoisers import PerPixelSchedule
 from tiny import sampled, seeded, tiny_pipeline, tiny_unet
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule, differentiated, gamma_and_derivative
 from vdm_hub.diffusion.samplers import SAMPLERS
+from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.per_image import evaluating
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
@@ -130,6 +131,19 @@ def test_a_likelihood_in_threads_of_one_pipeline_in_training_mode_is_that_of_one
     for found, expected in zip(at_once(measured), alone, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     assert all(part.training for part in pipe.unet.modules())
+
+
+def test_estimators_in_threads_on_one_objective_count_their_own_evaluations() -> None:
+    objective = objective_of("linear")
+    batch = {"levels": torch.zeros(4, 1, 8, 8, dtype=torch.long), "indices": torch.arange(4)}
+
+    def counted(i: int) -> int:
+        estimator = BoundEstimator(objective, 4, pilot_evaluations=0)
+        for replicate in range(2 + i):
+            estimator.measure(batch, replicate)
+        return estimator.network_evaluations
+
+    assert at_once(counted) == [4 * (2 + i) for i in range(THREADS)]
 
 
 def test_modules_are_put_back_by_the_last_that_evaluates_them() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -113,6 +114,11 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     @abstractmethod
     def main_model(self) -> ModelMixin:
         """The component that the model is named by."""
+
+    @property
+    def _named_arguments(self) -> list[str] | None:
+        """What its network takes by name from a user, ``None`` for anything."""
+        return []
 
     @property
     def device_of_latents(self) -> torch.device:
@@ -232,6 +238,12 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         takes, _ = cls._get_signature_keys(cls)
         required = {name for name in takes if name not in cls._optional_components}
         parts = {name: part for name, part in pipeline.components.items() if part is not None}
+        known = {*takes, *cls._get_signature_keys(cls)[1], "dtype", "torch_dtype"}
+        for name, value in kwargs.items():
+            if name not in known:
+                raise unknown_name(f"argument of {cls.__name__}.from_pipe", name, known)
+            if value is None and name in required:
+                raise ConfigurationError(f"{name} is None: leave it out, and the other pipeline's is taken.")
         missing = sorted(required - parts.keys() - kwargs.keys())
         left_out = sorted(parts.keys() - set(takes))
         if missing or left_out:
@@ -337,6 +349,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
                 f"{self.image_shape}: resize or convert them first."
             )
         whole = {"levels": levels.to(self.device_of_latents), "indices": torch.arange(levels.shape[0])}
+        self._check_arguments(network_arguments, levels.shape[0])
         whole |= network_arguments | self._labels(class_labels, levels.shape[0])
 
         def batches() -> Iterator[dict[str, Tensor]]:
@@ -360,6 +373,28 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
         """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
         return self.log_likelihood(images, **kwargs)
+
+    def _check_arguments(self, given: Mapping[str, Any], batch_size: int) -> None:
+        """Refuse arguments that no one takes, and those for a network that are not one for each image."""
+        flow = sorted(given.keys() & {field.name for field in fields(ProbabilityFlow)})
+        if flow:
+            raise ConfigurationError(f"{flow[0]} is the probability flow's: give flow=ProbabilityFlow({flow[0]}=...).")
+        self._check_names(given, LikelihoodPipeline.log_likelihood)
+        for name, value in given.items():
+            if not isinstance(value, Tensor) or value.shape[:1] != (batch_size,):
+                what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shortened(value)
+                raise ConfigurationError(
+                    f"{name}, for the network, is {what}: give a tensor of one entry for each of {batch_size} images."
+                )
+
+    def _check_names(self, given: Iterable[str], function: Callable[..., Any]) -> None:
+        """Refuse names that neither a function of this pipeline nor its network takes."""
+        taken = self._named_arguments
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+        for name in given:
+            if taken is not None and name not in taken:
+                raise unknown_name(f"argument of {type(self).__name__} or its network", name, {*known, *taken})
 
     def _labels(self, class_labels: Tensor | Sequence[int] | None, batch_size: int) -> dict[str, Tensor]:
         classes = self.num_classes

@@ -32,11 +32,12 @@ from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, ModelFiles
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub.models.calls import check_context, check_gamma_shape, named_arguments
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
-from vdm_hub.models.unet_vdm import UNetVDMModel, check_context
+from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.registry import Serialised
-from vdm_hub.scheduler_configs import LEAST_STEPS, check_grid
+from vdm_hub.scheduler_configs import check_grid, least_steps
 from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -76,6 +77,8 @@ class VDMPipeline(LikelihoodPipeline):
         weights = _weights_of_schedule(scheduler) if noise_schedule is None else noise_schedule
         if isinstance(scheduler, VDMScheduler):
             check_context(scheduler.process.context_size, unet)
+            if (shape := _shape_of(unet)) is not None:
+                check_gamma_shape(scheduler.process, shape)
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=weights)
         self._register_images(preprocessing, held_out)
 
@@ -232,6 +235,7 @@ class VDMPipeline(LikelihoodPipeline):
         process, device = self.process, self._execution_device
         shape = self._batch_shape(batch_size, latents, generator)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
+        self._check_names(network_arguments, type(self).__call__)
         network = self._network(network_arguments | self._labels(class_labels, shape[0]))
         by_score = self._score_sampler(sampler, bound)
         scheduler = self._scheduler_of_call(num_inference_steps, by_score)
@@ -276,11 +280,10 @@ class VDMPipeline(LikelihoodPipeline):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the network's images."""
-        size = self.unet.config.sample_size
-        if size is None:
+        shape = _shape_of(self.unet)
+        if shape is None:
             raise ConfigurationError("the network's config has no sample_size: give the size of the images there.")
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(self.unet.config.in_channels), int(height), int(width)
+        return shape
 
     @property
     def num_levels(self) -> int:
@@ -303,12 +306,16 @@ class VDMPipeline(LikelihoodPipeline):
         """The network."""
         return self.unet
 
+    @property
+    def _named_arguments(self) -> list[str] | None:
+        return named_arguments(self.unet)
+
     def _scheduler_of_call(self, num_inference_steps: int, sampler: Sampler | None) -> Any:
         """A scheduler of this call's own on its grid: threads that share the pipeline share no step."""
         scheduler = copy.deepcopy(self.scheduler)
         most = None if isinstance(scheduler, VDMScheduler) else len(scheduler)
-        least = LEAST_STEPS.get(type(scheduler).__name__, 1)
-        steps = _steps(whole_number("num_inference_steps", num_inference_steps, least, most), sampler)
+        steps = whole_number("num_inference_steps", num_inference_steps, least_steps(scheduler), most)
+        steps = _steps(steps, sampler)
         scheduler.set_timesteps(steps, device=self._execution_device)
         if not isinstance(scheduler, VDMScheduler):
             check_grid(scheduler)
@@ -374,6 +381,15 @@ class _InOwnPrecision(nn.Module):
         # UNetVDMModel takes float32 at any precision: its Fourier features read bits that float16 does not have.
         given = sample if isinstance(self.unet, UNetVDMModel) else sample.to(self.unet.dtype)
         return (self.unet(given, timestep, **arguments)[0].to(sample.dtype),)
+
+
+def _shape_of(unet: ModelMixin) -> tuple[int, int, int] | None:
+    """Channels, height and width that a network takes, if its config says so."""
+    size = unet.config.get("sample_size")
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(unet.config.in_channels), int(height), int(width)
 
 
 def _weights_of_schedule(scheduler: SchedulerMixin) -> NoiseScheduleModel | None:

@@ -29,10 +29,14 @@ class ShownSampler:
     Attributes:
         targets: What the network may predict.
         options: Its constructor's arguments that may be chosen, and their values, one at a time.
+        least_steps: The fewest steps that it has a grid for.
+        by_log_snr: Whether it divides by a difference of two levels' log-SNR.
     """
 
     targets: tuple[str, ...] = STOCK_TARGETS
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    least_steps: int = 1
+    by_log_snr: bool = False
 
 
 _SPACINGS: dict[str, tuple[Any, ...]] = {"timestep_spacing": ("trailing", "linspace", "leading")}
@@ -46,7 +50,7 @@ SHOWN_SAMPLERS: dict[str, ShownSampler] = {
     "DDPMParallelScheduler": ShownSampler(options=_SPACINGS),
     "DDIMScheduler": ShownSampler(options=_SPACINGS | {"set_alpha_to_one": (True, False)}),
     "DDIMParallelScheduler": ShownSampler(options=_SPACINGS | {"set_alpha_to_one": (True, False)}),
-    "PNDMScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | {"skip_prk_steps": (True, False)}),
+    "PNDMScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | {"skip_prk_steps": (True, False)}, least_steps=4),
     "DPMSolverMultistepScheduler": ShownSampler(
         options=_SPACINGS
         | _SIGMAS
@@ -57,26 +61,31 @@ SHOWN_SAMPLERS: dict[str, ShownSampler] = {
             "solver_type": ("midpoint", "heun"),
             "use_lu_lambdas": (True, False),
             "euler_at_final": (True, False),
-        }
+        },
+        by_log_snr=True,
     ),
     "DPMSolverSinglestepScheduler": ShownSampler(
         options=_SIGMAS
         | {
             "solver_order": (1, 2, 3),
             "solver_type": ("midpoint", "heun"),
-        }
+        },
+        by_log_snr=True,
     ),
     "UniPCMultistepScheduler": ShownSampler(
-        options=_SPACINGS | _SIGMAS | _ORDERS | {"solver_type": ("bh1", "bh2"), "predict_x0": (True, False)}
+        options=_SPACINGS | _SIGMAS | _ORDERS | {"solver_type": ("bh1", "bh2"), "predict_x0": (True, False)},
+        by_log_snr=True,
     ),
-    "DEISMultistepScheduler": ShownSampler(options=_SPACINGS | _SIGMAS | _ORDERS),
-    "SASolverScheduler": ShownSampler(options=_SPACINGS | {"algorithm_type": ("data_prediction", "noise_prediction")}),
+    "DEISMultistepScheduler": ShownSampler(options=_SPACINGS | _SIGMAS | _ORDERS, by_log_snr=True),
+    "SASolverScheduler": ShownSampler(
+        options=_SPACINGS | {"algorithm_type": ("data_prediction", "noise_prediction")}, by_log_snr=True
+    ),
     "EulerDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS | _ENDS),
     "EulerAncestralDiscreteScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS),
     "HeunDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS),
     "KDPM2DiscreteScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | _SIGMAS),
     "KDPM2AncestralDiscreteScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | _SIGMAS),
-    "LMSDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS),
+    "LMSDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS, by_log_snr=True),
 }
 
 
@@ -106,17 +115,10 @@ def check_sampler(scheduler_class: Any, target: Serialised, chosen: Mapping[str,
             )
 
 
-_BY_LOG_SNR = {
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "SASolverScheduler",
-    "LMSDiscreteScheduler",
-}
-"""Samplers that divide by a difference of two levels' log-SNR."""
-LEAST_STEPS = {"PNDMScheduler": 4}
-"""Fewer have no grid there."""
+def least_steps(scheduler: Any) -> int:
+    """The fewest steps that a sampler has a grid for."""
+    shown = SHOWN_SAMPLERS.get(type(scheduler).__name__)
+    return 1 if shown is None else shown.least_steps
 
 
 def check_grid(scheduler: Any) -> None:
@@ -126,7 +128,7 @@ def check_grid(scheduler: Any) -> None:
         ConfigurationError: Naming the number of steps, and one that would do.
     """
     name, steps = type(scheduler).__name__, scheduler.num_inference_steps
-    if name in _BY_LOG_SNR:
+    if name in SHOWN_SAMPLERS and SHOWN_SAMPLERS[name].by_log_snr:
         sigmas = scheduler.sigmas[scheduler.sigmas > 0].float()
         scale = (sigmas**2 + 1).rsqrt()
         if bool(((scale.log() - (sigmas * scale).log()).diff() == 0).any()):

@@ -7,6 +7,7 @@ Four techniques, each unbiased: times stratified over all images and over each i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.times import times_of_data
 from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.fields import whole_number
 from vdm_hub.likelihood.control_variates import ControlVariate, fit_coefficients
 from vdm_hub.likelihood.image_features import StatisticsCollector
 from vdm_hub.likelihood.per_image import Batches, Measured, Measurement, check_finite, evaluating, image_generator
@@ -90,9 +92,10 @@ class BoundEstimator(Measurement):
         super().__init__(objective, seed)
         if num_images < 1:
             raise DataError(f"{num_images} images were given: give at least one.")
-        if times_per_image < 1:
-            raise ConfigurationError(f"times_per_image is {times_per_image}: give at least 1.")
-        if pilot_evaluations is not None and pilot_evaluations != 0 and pilot_evaluations < _FEWEST_PILOT:
+        whole_number("times_per_image", times_per_image)
+        if pilot_evaluations is not None:
+            whole_number("pilot_evaluations", pilot_evaluations, 0)
+        if pilot_evaluations and pilot_evaluations < _FEWEST_PILOT:
             raise ConfigurationError(
                 f"pilot_evaluations is {pilot_evaluations}: give at least {_FEWEST_PILOT}, or 0 for no pilot."
             )
@@ -261,11 +264,13 @@ class BoundEstimator(Measurement):
 
 @contextmanager
 def _counted(network: nn.Module) -> Iterator[list[int]]:
-    """The sizes of the batches that the network is called with."""
+    """The sizes of the batches that this thread calls the network with."""
     sizes: list[int] = []
+    thread = threading.get_ident()  # others may measure by the same network
 
     def count(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        sizes.append(int(arguments[0].shape[0]))
+        if threading.get_ident() == thread:
+            sizes.append(int(arguments[0].shape[0]))
 
     handle = network.register_forward_pre_hook(count)
     try:

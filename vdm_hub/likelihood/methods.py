@@ -6,7 +6,7 @@ import torch
 
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.errors import ConfigurationError, shortened, unknown_name
 from vdm_hub.fields import MAX_SEED, whole_number
 from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.hierarchical import HierarchicalObjective, hierarchical_measurement
@@ -50,6 +50,8 @@ def build_measurement(
         raise unknown_name("likelihood method", method, METHODS)
     for name, value, least in (("draws", draws, 1), ("seed", seed, 0), ("times_per_image", times_per_image, 1)):
         whole_number(name, value, least, MAX_SEED)
+    if flow is not None and not isinstance(flow, ProbabilityFlow):
+        raise ConfigurationError(f"flow is {shortened(flow)}: give a ProbabilityFlow, such as ProbabilityFlow().")
     has_times = method == "bound" and not isinstance(objective, HierarchicalObjective)
     if not has_times and (times_per_image != 1 or pilot_evaluations is not None):
         raise ConfigurationError(

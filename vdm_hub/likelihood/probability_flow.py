@@ -98,8 +98,8 @@ class ProbabilityFlow:
             raise unknown_name("dtype", self.dtype, DTYPES)
         whole_number("probes", self.probes)
         whole_number("max_steps", self.max_steps)
-        if not 0 < self.tolerance < 1:
-            raise ConfigurationError(f"tolerance is {self.tolerance}: give a value between 0 and 1, such as 1e-5.")
+        if not (isinstance(self.tolerance, int | float) and 0 < self.tolerance < 1):
+            raise ConfigurationError(f"tolerance is {self.tolerance!r}: give a value between 0 and 1, such as 1e-5.")
 
 
 @dataclass(frozen=True)

@@ -363,24 +363,6 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
 
 
-def check_context(context_size: int | None, network: Any) -> None:
-    """Refuse a network that does not take the context that a process gives.
-
-    Args:
-        context_size: Of the process.
-        network: Any, with a config or without.
-
-    Raises:
-        ConfigurationError: It takes none, or one of another length.
-    """
-    taken = getattr(getattr(network, "config", None), "context_size", None)
-    if taken != context_size:
-        raise ConfigurationError(
-            f"the process tells its network {context_size or 'no'} numbers beside the timestep, and "
-            f"{type(network).__name__} takes {taken or 'none'}: use UNetVDMModel with context_size={context_size}."
-        )
-
-
 def _zero(module: Module) -> Module:
     """The module with its parameters at zero: a branch that starts as nothing."""
     for parameter in module.parameters():

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.models.calls import check_context
 from vdm_hub.models.hvae import MarkovianHVAE
-from vdm_hub.models.unet_vdm import UNetVDMModel, check_context
+from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.recipes.arguments import Configuration
 
 _SKETCHED = ContextVar("_SKETCHED", default=False)
