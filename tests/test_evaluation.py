@@ -100,7 +100,7 @@ def test_what_does_not_fit_the_model_is_refused(pipeline: VDMPipeline) -> None:
 
     with pytest.raises(DataError, match=naming("1x9x9", "1x8x8", "--resolution 8")):
         evaluate(pipeline, of_shape(2, 1, 9, 9), progress=False)
-    with pytest.raises(DataError, match="images are 3x8x8, the model's 1x8x8"):
+    with pytest.raises(DataError, match=naming("3x8x8", "1x8x8")):
         evaluate(pipeline, of_shape(2, 3, 8, 8), progress=False)
     with pytest.raises(DataError, match=naming(17, 16)):
         evaluate(pipeline, of_shape(2, 1, 8, 8, level=17), progress=False)
@@ -109,9 +109,9 @@ def test_what_does_not_fit_the_model_is_refused(pipeline: VDMPipeline) -> None:
     with pytest.raises(DataError, match=naming(17, 256)):
         other = VDMPipeline(pipeline.unet, VDMScheduler(num_levels=256))
         evaluate(other, of_shape(2, 1, 8, 8), progress=False)
-    with pytest.raises(ConfigurationError, match="replicates is 0"):
+    with pytest.raises(ConfigurationError, match=naming("replicates", 0)):
         evaluate(pipeline, of_shape(2, 1, 8, 8), replicates=0, progress=False)
-    with pytest.raises(ConfigurationError, match="transitions is 0"):
+    with pytest.raises(ConfigurationError, match=naming("transitions", 0)):
         evaluate(pipeline, of_shape(2, 1, 8, 8), transitions=0, progress=False)
 
 

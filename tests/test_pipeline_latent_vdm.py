@@ -171,18 +171,18 @@ def test_latents_that_carry_nothing_are_reported() -> None:
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"foo": [1.0]}, "latent_scaling is {'foo'"),
-        ([1, 2], r"latent_scaling is \[1, 2\]"),
-        ({"shift": [0.0], "scale": None}, r"latent_scaling is \{.*'scale': None\}"),
-        ({"shift": ["a", "b"], "scale": [1.0]}, "latent_scaling is .*shift"),
-        ({"shift": [0.0]}, "latent_scaling is .*scale"),
-        ({"scale": [1.0]}, "latent_scaling is .*shift"),
-        ({}, "latent_scaling is {}.*with 'shift, scale'"),
-        (None, "latent_scaling is None"),
+        ({"foo": [1.0]}, ("latent_scaling", "foo")),
+        ([1, 2], ("latent_scaling", "[1, 2]")),
+        ({"shift": [0.0], "scale": None}, ("latent_scaling", "'scale': None")),
+        ({"shift": ["a", "b"], "scale": [1.0]}, ("latent_scaling", "shift")),
+        ({"shift": [0.0]}, ("latent_scaling", "scale")),
+        ({"scale": [1.0]}, ("latent_scaling", "shift")),
+        ({}, ("latent_scaling", "{}", "shift", "scale")),
+        (None, ("latent_scaling", "None")),
     ],
 )
-def test_what_is_no_scaling_is_refused(scaling: Any, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_what_is_no_scaling_is_refused(scaling: Any, message: Any) -> None:
+    with pytest.raises(ConfigurationError, match=naming(*message)):
         pipeline(scaling=scaling)
 
 
@@ -235,11 +235,11 @@ def test_what_it_has_not_is_refused() -> None:
     for method in ("ode", "importance_weighted"):
         with pytest.raises(ConfigurationError, match=naming("LatentProcess")):
             pipe.log_likelihood(LEVELS, method)
-    with pytest.raises(DataError, match=r"the images are \(1, 6, 6\)"):
+    with pytest.raises(DataError, match=naming("(1, 6, 6)")):
         pipe.encode(LEVELS[..., :6, :6])
     with pytest.raises(ConfigurationError, match=naming("latents", "(2, 1, 8, 8)", "2, 4, 4")):
         pipe(latents=torch.zeros(2, 1, 8, 8))
-    with pytest.raises(ConfigurationError, match="no likelihood: build a LatentVDMPipeline"):
+    with pytest.raises(ConfigurationError, match=naming("LatentVDMPipeline")):
         LatentVDMPipeline.from_diffusers("anything")
     pipe.scheduler = VDMScheduler(num_levels=256)
     with pytest.raises(ConfigurationError, match=naming(17, "num_levels", 256)):

@@ -57,16 +57,16 @@ def test_what_is_sampled_can_be_measured() -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.full((1, 1, 8, 8), 0.51), "none of the model's 17 levels"),
-        (torch.full((1, 1, 8, 8), 17), "none of the model's 17 levels"),
-        (torch.zeros(1, 3, 8, 8), r"images are \(3, 8, 8\)"),
-        (torch.zeros(1, 1, 8, 9), r"images are \(1, 8, 9\)"),
-        (torch.zeros(1, 8, 8), r"give \(B, C, H, W\)"),
-        (torch.zeros(0, 1, 8, 8), "0 images"),
+        (torch.full((1, 1, 8, 8), 0.51), (17,)),
+        (torch.full((1, 1, 8, 8), 17), (17,)),
+        (torch.zeros(1, 3, 8, 8), ("(3, 8, 8)",)),
+        (torch.zeros(1, 1, 8, 9), ("(1, 8, 9)",)),
+        (torch.zeros(1, 8, 8), ("(B, C, H, W)",)),
+        (torch.zeros(0, 1, 8, 8), ("0 images",)),
     ],
 )
-def test_images_that_are_not_the_models_are_refused(images: Tensor, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_images_that_are_not_the_models_are_refused(images: Tensor, message: Any) -> None:
+    with pytest.raises(DataError, match=naming(*message)):
         tiny_pipeline().bits_per_dim(images)
 
 

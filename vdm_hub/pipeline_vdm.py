@@ -37,7 +37,7 @@ from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.registry import Serialised
-from vdm_hub.scheduler_configs import check_grid, least_steps
+from vdm_hub.scheduler_configs import check_grid
 from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -314,11 +314,11 @@ class VDMPipeline(LikelihoodPipeline):
         """A scheduler of this call's own on its grid: threads that share the pipeline share no step."""
         scheduler = copy.deepcopy(self.scheduler)
         most = None if isinstance(scheduler, VDMScheduler) else len(scheduler)
-        steps = whole_number("num_inference_steps", num_inference_steps, least_steps(scheduler), most)
+        steps = whole_number("num_inference_steps", num_inference_steps, 1, most)
         steps = _steps(steps, sampler)
-        scheduler.set_timesteps(steps, device=self._execution_device)
         if not isinstance(scheduler, VDMScheduler):
-            check_grid(scheduler)
+            check_grid(scheduler, steps)
+        scheduler.set_timesteps(steps, device=self._execution_device)
         self._steps_of[threading.get_ident()] = self._steps_of[None] = len(scheduler.timesteps)
         return scheduler
 

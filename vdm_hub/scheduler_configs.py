@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from diffusers import DDPMScheduler
 from vdm_hub import registry
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.errors import ConfigurationError, shortened, warn
+from vdm_hub.errors import ConfigurationError, in_one_line, shortened, warn
 from vdm_hub.registry import Serialised
 
 STOCK_TARGETS = ("epsilon", "sample", "v_prediction")
@@ -28,21 +29,18 @@ class ShownSampler:
 
     Attributes:
         targets: What the network may predict.
-        options: Its constructor's arguments that may be chosen, and their values, one at a time.
-        least_steps: The fewest steps that it has a grid for.
-        by_log_snr: Whether it divides by a difference of two levels' log-SNR.
+        options: Its constructor's arguments that may be chosen, and their values; each is shown, and each two.
     """
 
     targets: tuple[str, ...] = STOCK_TARGETS
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    least_steps: int = 1
-    by_log_snr: bool = False
 
 
 _SPACINGS: dict[str, tuple[Any, ...]] = {"timestep_spacing": ("trailing", "linspace", "leading")}
 _SIGMAS: dict[str, tuple[Any, ...]] = {"use_karras_sigmas": (True, False), "use_exponential_sigmas": (True, False)}
 _ORDERS: dict[str, tuple[Any, ...]] = {"solver_order": (1, 2, 3), "lower_order_final": (True, False)}
 _ENDS: dict[str, tuple[Any, ...]] = {"final_sigmas_type": ("zero", "sigma_min")}
+_OTHER_STEPS = (250, 50, 20, 10)
 _TWO_TARGETS = ("epsilon", "v_prediction")
 
 SHOWN_SAMPLERS: dict[str, ShownSampler] = {
@@ -50,7 +48,7 @@ SHOWN_SAMPLERS: dict[str, ShownSampler] = {
     "DDPMParallelScheduler": ShownSampler(options=_SPACINGS),
     "DDIMScheduler": ShownSampler(options=_SPACINGS | {"set_alpha_to_one": (True, False)}),
     "DDIMParallelScheduler": ShownSampler(options=_SPACINGS | {"set_alpha_to_one": (True, False)}),
-    "PNDMScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | {"skip_prk_steps": (True, False)}, least_steps=4),
+    "PNDMScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | {"skip_prk_steps": (True, False)}),
     "DPMSolverMultistepScheduler": ShownSampler(
         options=_SPACINGS
         | _SIGMAS
@@ -62,7 +60,6 @@ SHOWN_SAMPLERS: dict[str, ShownSampler] = {
             "use_lu_lambdas": (True, False),
             "euler_at_final": (True, False),
         },
-        by_log_snr=True,
     ),
     "DPMSolverSinglestepScheduler": ShownSampler(
         options=_SIGMAS
@@ -70,22 +67,18 @@ SHOWN_SAMPLERS: dict[str, ShownSampler] = {
             "solver_order": (1, 2, 3),
             "solver_type": ("midpoint", "heun"),
         },
-        by_log_snr=True,
     ),
     "UniPCMultistepScheduler": ShownSampler(
         options=_SPACINGS | _SIGMAS | _ORDERS | {"solver_type": ("bh1", "bh2"), "predict_x0": (True, False)},
-        by_log_snr=True,
     ),
-    "DEISMultistepScheduler": ShownSampler(options=_SPACINGS | _SIGMAS | _ORDERS, by_log_snr=True),
-    "SASolverScheduler": ShownSampler(
-        options=_SPACINGS | {"algorithm_type": ("data_prediction", "noise_prediction")}, by_log_snr=True
-    ),
+    "DEISMultistepScheduler": ShownSampler(options=_SPACINGS | _SIGMAS | _ORDERS),
+    "SASolverScheduler": ShownSampler(options=_SPACINGS | {"algorithm_type": ("data_prediction", "noise_prediction")}),
     "EulerDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS | _ENDS),
     "EulerAncestralDiscreteScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS),
     "HeunDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS),
     "KDPM2DiscreteScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | _SIGMAS),
     "KDPM2AncestralDiscreteScheduler": ShownSampler(_TWO_TARGETS, _SPACINGS | _SIGMAS),
-    "LMSDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS, by_log_snr=True),
+    "LMSDiscreteScheduler": ShownSampler(options=_SPACINGS | _SIGMAS),
 }
 
 
@@ -115,27 +108,44 @@ def check_sampler(scheduler_class: Any, target: Serialised, chosen: Mapping[str,
             )
 
 
-def least_steps(scheduler: Any) -> int:
-    """The fewest steps that a sampler has a grid for."""
-    shown = SHOWN_SAMPLERS.get(type(scheduler).__name__)
-    return 1 if shown is None else shown.least_steps
+def check_grid(scheduler: Any, steps: int) -> None:
+    """Refuse a number of steps on which one of diffusers' samplers fails, or gives NaN.
 
+    Several divide by a difference of two levels' log-SNRs, which some options and numbers of steps make zero; so that
+    very grid is tried, on one number in place of an image.
 
-def check_grid(scheduler: Any) -> None:
-    """Refuse a grid of timesteps, set already, on which one of diffusers' samplers gives NaN.
+    Args:
+        scheduler: The sampler; it stays as it is.
+        steps: How many steps it is to take.
 
     Raises:
         ConfigurationError: Naming the number of steps, and one that would do.
     """
-    name, steps = type(scheduler).__name__, scheduler.num_inference_steps
-    if name in SHOWN_SAMPLERS and SHOWN_SAMPLERS[name].by_log_snr:
-        sigmas = scheduler.sigmas[scheduler.sigmas > 0].float()
-        scale = (sigmas**2 + 1).rsqrt()
-        if bool(((scale.log() - (sigmas * scale).log()).diff() == 0).any()):
-            raise ConfigurationError(
-                f"num_inference_steps is {steps}, and {name} divides by the difference of neighbouring log-SNRs, two "
-                f"of which are then the same in float32: give fewer, such as {min(steps // 2, 250)}."
-            )
+    if (failure := _failure(scheduler, steps)) is None:
+        return
+    works = next((other for other in _OTHER_STEPS if _failure(scheduler, other) is None), None)
+    remedy = f"give num_inference_steps={works}, say" if works else "choose another sampler, or other options of it"
+    name = type(scheduler).__name__
+    raise ConfigurationError(
+        f"num_inference_steps is {steps}, and {name}, as it is configured, then {failure}: {remedy}."
+    )
+
+
+def _failure(scheduler: Any, steps: int) -> str | None:
+    """How a sampler fails on a grid, if it does."""
+    trial, generator = copy.deepcopy(scheduler), torch.Generator().manual_seed(0)
+    noise = {"generator": generator} if "generator" in inspect.signature(trial.step).parameters else {}
+    learned = str(trial.config.get("variance_type", "")).startswith("learned")
+    try:
+        trial.set_timesteps(steps)
+        z = torch.ones(1, 1, 1, 1) * trial.init_noise_sigma
+        for timestep in trial.timesteps:
+            trial.scale_model_input(z, timestep)  # some refuse a step without it
+            output = torch.randn((1, 1 + learned, 1, 1), generator=generator)
+            z = trial.step(output, timestep, z, **noise).prev_sample
+    except Exception as error:  # whatever a library of another version raises
+        return f"fails ({type(error).__name__}: {in_one_line(error)[:200]})"
+    return None if bool(z.isfinite().all()) else "gives NaN"
 
 
 DDPM_KEYS = (

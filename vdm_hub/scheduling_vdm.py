@@ -33,6 +33,7 @@ from vdm_hub.scheduler_configs import (
     as_vdm_config,
     changes_process,
     check_betas,
+    check_grid,
     check_sampler,
     check_steps,
     derived_betas,
@@ -237,7 +238,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
 
         Raises:
             ConfigurationError: No stock sampler can run it (the score target, a gamma per pixel, another process), or
-                the sampler or an option is not shown to.
+                the sampler or an option is not shown to, or two options do not run together.
         """
         target = self.config.prediction_type
         if target not in STOCK_TARGETS:
@@ -251,7 +252,10 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
                 "pixel or per datum, or none at all, or tells it otherwise. Sample it with VDMScheduler."
             )
         check_sampler(scheduler_class, target, kwargs)
-        return scheduler_class.from_config(self.config, **kwargs)  # type: ignore[attr-defined]
+        with explained(f"no {scheduler_class.__name__} can be made", "leave an option out", ConfigurationError):
+            made = scheduler_class.from_config(self.config, **kwargs)  # type: ignore[attr-defined]
+        check_grid(made, min(50, self.config.num_train_timesteps))
+        return made
 
     # ---- the grid ---------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from hub.publications import tiny_network, write_run
+from naming import naming
 from vdm_hub import VDMPipeline
 from vdm_hub.commands import main
 from vdm_hub.errors import ConfigurationError, OutputError
@@ -129,7 +130,7 @@ def test_what_lies_beside_a_pipeline_is_named_and_left_out(tmp_path: Path) -> No
     for name in ("notes.txt", "unet/notes.txt", "images/a.png"):
         (run / "pipeline" / name).parent.mkdir(exist_ok=True)
         (run / "pipeline" / name).write_text("mine")
-    with pytest.warns(UserWarning, match=r"images/a\.png, notes\.txt, unet/notes\.txt") as told:
+    with pytest.warns(UserWarning, match=naming("images/a.png", "notes.txt", "unet/notes.txt")) as told:
         files = write_publication(run, "me/tiny", tmp_path / "out")
     assert len([one for one in told if "notes" in str(one.message)]) == 1
     assert not [path for path in files if path.name in ("notes.txt", "a.png")]

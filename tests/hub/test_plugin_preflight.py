@@ -213,7 +213,7 @@ def test_a_stock_sampler_s_config_is_checked_for_the_process_it_carries(tmp_path
     assert type(VDMPipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_schedule": {"name": "x", "package": "y"}}))
-    with pytest.raises(MissingPluginError, match="pip install y"):
+    with pytest.raises(MissingPluginError, match=naming("pip install y")):
         VDMPipeline.from_pretrained(tmp_path)
     path.write_text("[]")
     with pytest.raises(CheckpointError, match="not an object"):

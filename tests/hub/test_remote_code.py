@@ -404,7 +404,7 @@ def _change(path: Path, **fields: Any) -> None:
 def test_a_plugin_s_code_can_t_be_carried(folder: Path, file: str, field: str) -> None:
     before = contents(folder)
     _change(folder / file, **{field: {"name": "steep", "package": "vdm-hub-steep"}})
-    with pytest.raises(ConfigurationError, match=r"'steep' .* plugin 'vdm-hub-steep'"):
+    with pytest.raises(ConfigurationError, match=naming("steep", "vdm-hub-steep")):
         add_remote_code(folder)
     assert contents(folder).keys() == before.keys()
 
@@ -412,23 +412,23 @@ def test_a_plugin_s_code_can_t_be_carried(folder: Path, file: str, field: str) -
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "model_index.json").unlink(), "is missing"),
-        (lambda folder: _write_index(folder, "{"), "can't be read as JSON"),
-        (lambda folder: _write_index(folder, "[]"), "holds a list"),
-        (lambda folder: _change(folder / "model_index.json", _class_name="DDPMPipeline"), "'DDPMPipeline'"),
-        (lambda folder: _change(folder / "model_index.json", unet=["os", "system"]), r"os\.system"),
-        (lambda folder: _change(folder / "model_index.json", unet=["vdm_hub", "register"]), r"vdm_hub\.register"),
-        (lambda folder: _change(folder / "model_index.json", unet=["diffusers", "No"]), r"diffusers\.No"),
-        (lambda folder: _change(folder / "model_index.json", **{"../x": ["vdm_hub", "UNetVDMModel"]}), "'../x'"),
+        (lambda folder: (folder / "model_index.json").unlink(), ("model_index.json",)),
+        (lambda folder: _write_index(folder, "{"), ("model_index.json", "JSON")),
+        (lambda folder: _write_index(folder, "[]"), ("model_index.json", "list")),
+        (lambda folder: _change(folder / "model_index.json", _class_name="DDPMPipeline"), ("DDPMPipeline",)),
+        (lambda folder: _change(folder / "model_index.json", unet=["os", "system"]), ("os.system",)),
+        (lambda folder: _change(folder / "model_index.json", unet=["vdm_hub", "register"]), ("vdm_hub.register",)),
+        (lambda folder: _change(folder / "model_index.json", unet=["diffusers", "No"]), ("diffusers.No",)),
+        (lambda folder: _change(folder / "model_index.json", **{"../x": ["vdm_hub", "UNetVDMModel"]}), ("'../x'",)),
     ],
 )
 def test_a_folder_that_is_no_pipeline_of_the_package_is_refused(
-    folder: Path, damage: Callable[[Path], Any], message: str
+    folder: Path, damage: Callable[[Path], Any], message: Any
 ) -> None:
     damage(folder)
     before = contents(folder)
     for use in (add_remote_code, check_remote_code):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=naming(*message)):
             use(folder)
     assert contents(folder) == before
 
@@ -442,7 +442,7 @@ def test_the_check_passes_where_both_sides_agree_and_says_where_they_do_not(
     check_remote_code(folders["with code"] / "carried")
     other = remote_code_reader.measure(build("plain"))
     monkeypatch.setattr(remote_code, "_measure_without_the_package", lambda folder: other)
-    with pytest.raises(CheckpointError, match=r"the samples, .* the bound's term 'diffusion'.* differ"):
+    with pytest.raises(CheckpointError, match=naming("samples", "diffusion")):
         check_remote_code(folders["with code"] / "carried")
 
 

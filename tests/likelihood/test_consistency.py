@@ -13,6 +13,7 @@ import registered
 from exact_denoisers import ExactDenoiser, Mixture, PerPixelSchedule
 from linear_gaussian import Batches, images, objective, z_score
 from measured import measured
+from naming import naming
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.forward_process import Noise
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
@@ -230,7 +231,7 @@ def test_luo_s_equation_45_as_printed_is_another_number(transitions: int) -> Non
 
 def test_what_has_no_consistency_form_is_refused() -> None:
     model = objective()
-    with pytest.raises(ConfigurationError, match="continuous time has none"):
+    with pytest.raises(ConfigurationError, match=naming("transitions")):
         ConsistencyObjective(model.network, model.process, None)
     flat = PerPixelSchedule(-8.0, 4.0, tilt=torch.zeros(1, 4, 4), bump=torch.zeros(1, 4, 4))
     process = registered.process(flat, conditioning=AffineConditioning(-8.0, 4.0))

@@ -27,6 +27,7 @@ from exact_denoisers import (
 )
 from linear_gaussian import Batches, exact_diffusion, images, objective, z_score
 from measured import measured
+from naming import naming
 from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import CosineSchedule, DiscreteBetasSchedule, LinearSchedule, TabulatedSchedule
@@ -471,7 +472,7 @@ def test_nan_in_the_pilot_names_the_image() -> None:
             return bound
 
     model = objective()
-    with pytest.raises(NonFiniteLossError, match="diffusion term of image 77"):
+    with pytest.raises(NonFiniteLossError, match=naming("diffusion", "image 77")):
         estimate(Spoiled(model.network, model.process))
 
 
@@ -479,7 +480,7 @@ def test_bad_numbers_are_refused() -> None:
     model = objective()
     with pytest.raises(DataError, match="0 images"):
         BoundEstimator(model, 0)
-    with pytest.raises(ConfigurationError, match="times_per_image is 0"):
+    with pytest.raises(ConfigurationError, match=naming("times_per_image", 0)):
         BoundEstimator(model, 5, times_per_image=0)
-    with pytest.raises(ConfigurationError, match="pilot_evaluations is 255"):
+    with pytest.raises(ConfigurationError, match=naming("pilot_evaluations", 255)):
         BoundEstimator(model, 5, pilot_evaluations=255)

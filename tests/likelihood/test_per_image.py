@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_gaussian import Batches, objective
+from naming import naming
 from vdm_hub.errors import DataError, NonFiniteLossError
 from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Results, collect, image_generator
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -80,7 +81,7 @@ def test_a_method_that_says_nothing_of_itself_is_a_bound_without_pilot_or_evalua
 
 @pytest.mark.parametrize(("images", "replicates"), [(0, 1), (1, 0), (-1, 2)])
 def test_no_images_and_no_replicates_are_refused(images: int, replicates: int) -> None:
-    with pytest.raises(DataError, match=f"{images} images and {replicates} replicates"):
+    with pytest.raises(DataError, match=naming(images, replicates)):
         collect(Known(), Batches(LEVELS), images, replicates)
     assert collect(Known(), Batches(LEVELS[:1]), 1, 1).num_images == 1
 
@@ -133,7 +134,7 @@ def whole_of_replicate_1(known: Known, batch: Batch) -> Results:
 def test_the_first_image_that_is_not_finite_is_named() -> None:
     for value in (math.nan, math.inf):
         terms = {"fine": torch.zeros(3), "bad": torch.tensor([0.0, value, value])}
-        with pytest.raises(NonFiniteLossError, match="the bad term of image 8 "):
+        with pytest.raises(NonFiniteLossError, match=naming("bad", "image 8")):
             Results(10).add(0, torch.tensor([9, 8, 7]), Measured(terms))
     Results(10).add(0, torch.tensor([9]), Measured({"fine": torch.zeros(1)}, {"odd": torch.tensor([math.nan])}))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import registered
 from exact_denoisers import PerPixelSchedule
+from naming import naming
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import CosineSchedule, LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.times import discretise, times_of_data
@@ -218,7 +219,7 @@ def test_a_defensive_proposal_bounds_every_weight(transitions: int | None) -> No
     proposal = fit_proposal(grid, cell, torch.ones(300, dtype=torch.float64), defensive=0.1)
     assert float(proposal.probabilities.sum()) == pytest.approx(1, abs=1e-12)
     assert float((proposal.probabilities / Proposal.even(grid).probabilities).min()) >= 0.1 * (1 - 1e-12)
-    with pytest.raises(ValueError, match="defensive share is 0"):
+    with pytest.raises(ValueError, match=naming("defensive", 0)):
         fit_proposal(grid, cell, torch.ones(300, dtype=torch.float64), defensive=0.0)
 
 

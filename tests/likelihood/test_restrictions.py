@@ -169,15 +169,15 @@ def test_so_are_those_of_the_hierarchy_that_a_vdm_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"transitions": None}, "continuous time has infinitely many latents: give the VDM a number of transitions"),
-        ({"transitions": 2, "decoder": "ddpm"}, "p\\(x\\|z_0\\) is DDPMDecoder, and only 'factorised'"),
+        ({"transitions": None}, ("transitions",)),
+        ({"transitions": 2, "decoder": "ddpm"}, ("DDPMDecoder", "factorised")),
     ],
 )
-def test_a_vdm_that_is_no_hierarchy_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_a_vdm_that_is_no_hierarchy_is_refused(arguments: dict[str, Any], message: Any) -> None:
     objective = vdm(arguments["transitions"])
     if "decoder" in arguments:
         objective.process.decoder = registered.build("decoders", arguments["decoder"])
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=naming(*message)):
         as_hierarchical_vae(objective, SHAPE)
 
 
@@ -191,10 +191,10 @@ def test_learned_encoders_have_no_denoising_form() -> None:
     partly = as_hierarchical_vae(vdm(2), SHAPE)
     assert list(decompositions(HVAEObjective(partly))) == ["denoising_matching", "consistency", "joint"]
     partly.encoders[1] = torch.nn.Identity()
-    with pytest.raises(ConfigurationError, match="needs q\\(z_s\\|z_t, x\\) in closed form"):
+    with pytest.raises(ConfigurationError, match=naming("q(z_s|z_t, x)")):
         DenoisingHVAEObjective(partly)
     model = MarkovianHVAE(8, 1, 17, latent_shapes=[(4,)], block_out_channels=(8,), norm_num_groups=4)
-    with pytest.raises(ConfigurationError, match="needs q\\(z_s\\|z_t, x\\) in closed form"):
+    with pytest.raises(ConfigurationError, match=naming("q(z_s|z_t, x)")):
         DenoisingHVAEObjective(model)
     with pytest.raises(ConfigurationError, match=naming("draws", 1, 2)):
         compare_decompositions(HVAEObjective(model), BATCH, draws=1)

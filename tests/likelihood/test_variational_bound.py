@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import registered
 from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule
+from naming import naming
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
@@ -97,7 +98,7 @@ def test_many_transitions_estimate_the_continuous_bound() -> None:
 @pytest.mark.parametrize("transitions", [0, -1])
 def test_no_transitions_are_refused(transitions: int) -> None:
     process = registered.process(LinearSchedule())
-    with pytest.raises(ConfigurationError, match=f"transitions is {transitions}"):
+    with pytest.raises(ConfigurationError, match=naming("transitions", transitions)):
         VDMObjective(nn.Identity(), process, transitions)
 
 

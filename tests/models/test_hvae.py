@@ -100,18 +100,18 @@ def test_any_module_takes_the_place_of_a_network_and_is_not_saved_as_if_it_were_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": 0}, "depth is 0"),
-        ({"depth": -1}, "depth is -1"),
-        ({"depth": 3, "latent_shapes": [(4,), (2,)]}, r"latent_shapes has 2 entries \(\(4,\), \(2,\)\) for depth 3"),
-        ({"latent_shapes": [(4, 4)]}, r"a latent has the shape \(4, 4\): give \(channels, height, width\)"),
-        ({"latent_shapes": [(0,)]}, r"latent_shapes is \[\(0,\)\]"),
-        ({"depth": 2, "encoders": [Half((4,))]}, "1 encoders were given for depth 2: give 2"),
-        ({"decoders": [Half((4,))]}, "1 decoders were given for depth 1: give 0"),
-        ({"norm_num_groups": 3}, "block_out_channels has 8, which norm_num_groups = 3 does not divide"),
+        ({"depth": 0}, ("depth", 0)),
+        ({"depth": -1}, ("depth", "-1")),
+        ({"depth": 3, "latent_shapes": [(4,), (2,)]}, ("latent_shapes", 2, "depth 3")),
+        ({"latent_shapes": [(4, 4)]}, ("(4, 4)", "(channels, height, width)")),
+        ({"latent_shapes": [(0,)]}, ("latent_shapes", "[(0,)]")),
+        ({"depth": 2, "encoders": [Half((4,))]}, ("encoders", 1, 2)),
+        ({"decoders": [Half((4,))]}, ("decoders", 1, 0)),
+        ({"norm_num_groups": 3}, ("block_out_channels", 8, "norm_num_groups", 3)),
     ],
 )
-def test_what_no_hierarchy_can_be_built_of_is_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_what_no_hierarchy_can_be_built_of_is_refused(arguments: dict[str, Any], message: Any) -> None:
+    with pytest.raises(ConfigurationError, match=naming(*message)):
         hvae(**arguments)
 
 
@@ -120,17 +120,17 @@ def test_what_no_hierarchy_can_be_built_of_is_refused(arguments: dict[str, Any],
     [
         (
             {"encoders": [Half((5,))]},
-            r"the encoder of z_1 gives a mean of shape \(2, 5\) .* asks for \(2, 4\)",
+            ("z_1", "(2, 5)", "(2, 4)"),
         ),
-        ({"encoders": [Half((4,), 0.0)]}, "the encoder of z_1 gives a scale of 0, and a standard deviation is positi"),
-        ({"encoders": [Half((4,), -1.5)]}, "the encoder of z_1 gives a scale of -1.5"),
-        ({"encoders": [Half((4,), float("nan"))]}, "the encoder of z_1 gives a scale of nan"),
-        ({"level_decoder": nn.Linear(4, 3)}, r"the level decoder gives logits of shape \(2, 3\), where \(2, 1, 8, 8,"),
+        ({"encoders": [Half((4,), 0.0)]}, ("z_1", "scale", 0)),
+        ({"encoders": [Half((4,), -1.5)]}, ("z_1", "scale", "-1.5")),
+        ({"encoders": [Half((4,), float("nan"))]}, ("z_1", "scale", "nan")),
+        ({"level_decoder": nn.Linear(4, 3)}, ("level decoder", "(2, 3)")),
     ],
 )
-def test_a_module_that_breaks_its_contract_is_named(arguments: dict[str, Any], message: str) -> None:
+def test_a_module_that_breaks_its_contract_is_named(arguments: dict[str, Any], message: Any) -> None:
     model = hvae(**arguments)
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=naming(*message)):
         model.decode_levels(model.latents(torch.zeros(2, 1, 8, 8), [torch.ones(2, 4)])[0])
 
 
@@ -148,19 +148,19 @@ def test_an_image_of_another_size_does_not_chain() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"block_out_channels": []}, r"block_out_channels is \[\]"),
-        ({"norm_num_groups": 0}, "norm_num_groups is 0: give a whole number"),
-        ({"layers_per_block": -1}, "layers_per_block is -1"),
-        ({"num_levels": 1}, "num_levels is 1: give a whole number"),
-        ({"depth": 1.5}, "depth is 1.5"),
-        ({"depth": "2"}, "depth is '2'"),
-        ({"latent_shapes": [4]}, r"latent_shapes is \[4\]: give a list"),
-        ({"latent_shapes": [[4.7]]}, "latent_shapes is"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"block_out_channels": []}, ("block_out_channels", "[]")),
+        ({"norm_num_groups": 0}, ("norm_num_groups", 0)),
+        ({"layers_per_block": -1}, ("layers_per_block", "-1")),
+        ({"num_levels": 1}, ("num_levels", 1)),
+        ({"depth": 1.5}, ("depth", 1.5)),
+        ({"depth": "2"}, ("depth", "'2'")),
+        ({"latent_shapes": [4]}, ("latent_shapes", "[4]")),
+        ({"latent_shapes": [[4.7]]}, ("latent_shapes",)),
+        ({"dropout": 1.0}, ("dropout", 1.0)),
     ],
 )
-def test_arguments_that_describe_no_network_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_arguments_that_describe_no_network_are_refused(fields: dict[str, Any], message: Any) -> None:
+    with pytest.raises(ConfigurationError, match=naming(*message)):
         MarkovianHVAE(8, **{"in_channels": 1, "latent_shapes": [(4,)]} | fields)
 
 
@@ -176,16 +176,16 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (torch.zeros(2, 3), "the encoder of z_1 gives a Tensor, and two tensors are needed"),
-        (torch.distributions.Normal(torch.zeros(2, 3), 1.0), "gives a Normal, and two tensors"),
-        ((torch.full((2, 3), torch.nan), torch.ones(2, 3)), "a mean or a scale that is not finite"),
-        ((torch.zeros(2, 3), torch.full((2, 3), torch.inf)), "a mean or a scale that is not finite"),
-        ((torch.zeros(2, 3), -torch.ones(2, 3)), "gives a scale of -1"),
+        (torch.zeros(2, 3), ("z_1", "Tensor")),
+        (torch.distributions.Normal(torch.zeros(2, 3), 1.0), ("Normal",)),
+        ((torch.full((2, 3), torch.nan), torch.ones(2, 3)), ("z_1", "finite")),
+        ((torch.zeros(2, 3), torch.full((2, 3), torch.inf)), ("z_1", "finite")),
+        ((torch.zeros(2, 3), -torch.ones(2, 3)), ("scale", "-1")),
     ],
 )
-def test_an_encoder_that_gives_no_gaussian_is_named(answer: Any, message: str) -> None:
+def test_an_encoder_that_gives_no_gaussian_is_named(answer: Any, message: Any) -> None:
     model = MarkovianHVAE(8, in_channels=1, latent_shapes=[(3,)], encoders=[Gives(answer)])
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=naming(*message)):
         model.encode(1, torch.zeros(2, 1, 8, 8))
 
 

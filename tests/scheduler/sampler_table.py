@@ -9,6 +9,7 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def samplers(ours: VDMScheduler, name: str) -> Iterator[Any]:
         for value in values:
             if plain.config[option] != value:
                 yield ours.to_diffusers(type(plain), **{option: value})
+
+
+def pairs(name: str) -> Iterator[dict[str, Any]]:
+    """Each two options that are offered, at values that are not the sampler's own."""
+    plain = VDMScheduler().to_diffusers(getattr(diffusers, name)).config
+    shown = SHOWN_SAMPLERS[name].options
+    choices = [{option: value} for option, values in shown.items() for value in values if plain[option] != value]
+    yield from (one | other for one, other in combinations(choices, 2) if one.keys() != other.keys())
 
 
 def row(name: str, target: str) -> str:

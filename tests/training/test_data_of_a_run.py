@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from image_folders import folder_of
+from naming import naming
 from runs import TINY, train_here
 from vdm_hub.errors import DataError
 from vdm_hub.recipes.arguments import Configuration
@@ -47,6 +48,6 @@ def test_an_output_among_the_images_is_refused_and_nothing_is_written(
 def test_too_many_images_held_out_are_told_from_too_large_a_batch(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "data", *(f"{i}.png" for i in range(30)))
     fields = OF_A_FOLDER | {"train_batch_size": 12, "validation_size": 25}
-    with pytest.raises(DataError, match=r"5 training images.*25 of the 30.*at most 18 images \(validation_size"):
+    with pytest.raises(DataError, match=naming(5, 25, 30, 18, "validation_size")):
         train_here(tmp_path / "run", train_data_dir=str(folder), **fields)
     assert not (tmp_path / "run").exists()

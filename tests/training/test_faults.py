@@ -89,7 +89,7 @@ def test_a_last_checkpoint_that_does_not_fit_is_an_error_and_the_run_goes_on_lat
     calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_while_saving(monkeypatch, 6)
-    with pytest.raises(CheckpointError, match=r"step 6 could not .*step-00000004: mend that") as caught:
+    with pytest.raises(CheckpointError, match=naming("step 6", "step-00000004")) as caught:
         train_here(tmp_path / "run", **STEPPED)
     assert "\n" not in str(caught.value)
     assert whole(tmp_path / "run") == [2, 4]
@@ -162,7 +162,7 @@ def test_latest_passes_over_a_damaged_checkpoint_and_names_both(
     broken = tmp_path / "run" / "checkpoints" / "step-00000006"
     damage(broken)
     kept = contents(broken)
-    with pytest.warns(UserWarning, match=f"{broken} is damaged.*before it, .*step-00000004"):
+    with pytest.warns(UserWarning, match=naming(broken, "step-00000004")):
         train_here(tmp_path / "run", **STEPPED, resume_from_checkpoint="latest")
     assert whole(tmp_path / "run") == [2, 4, 6]
     same_end(calm, tmp_path / "run")
@@ -174,7 +174,7 @@ def test_where_all_are_damaged_the_run_is_refused_and_nothing_changes(calm: Path
     for path in checkpoints(tmp_path / "run" / "checkpoints"):
         truncate(path)
     before = contents(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"every checkpoint .*step-00000006, step-00000004, step-00000002"):
+    with pytest.raises(CheckpointError, match=naming("step-00000006", "step-00000004", "step-00000002")):
         train_here(tmp_path / "run", **STEPPED, resume_from_checkpoint="latest")
     assert contents(tmp_path / "run") == before
 
@@ -246,7 +246,7 @@ def test_a_shard_that_is_lost_is_named_and_the_run_goes_on_later(
 def test_a_corrupt_image_is_named_and_left_out_only_where_asked(streaming: bool, tmp_path: Path) -> None:
     folder = shards(tmp_path / "data", corrupt=(13, 47))
     fields = from_shards(folder, streaming=streaming, max_train_steps=16)
-    with pytest.raises(DataError, match=r"\((013|047)\.png\) of the dataset can't be decoded.*--skip_corrupt_images"):
+    with pytest.raises(DataError, match=r"(013|047)\.png\W.*--skip_corrupt_images"):
         train_here(tmp_path / "refused", **fields)
     fields |= {"skip_corrupt_images": True}
     with warnings.catch_warnings(record=True) as caught:

@@ -108,20 +108,20 @@ def test_two_processes_agree_on_the_scaling_and_the_weights(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"first_stage": STAGE | {"depth": 2}}, "first_stage has depth 2: a latent VDM's first stage has one latent"),
-        ({"first_stage": STAGE | {"num_levels": 5}}, "first_stage has num_levels=5, but the images are"),
-        ({"first_stage": {"_class_name": "VQModel"}}, "unknown _class_name of first_stage 'VQModel'"),
-        ({"first_stage": {"_class_name": "AutoencoderKL", "layers": 3}}, "unknown argument of AutoencoderKL"),
-        ({"freeze_first_stage": True}, "freeze_first_stage is True.*first_stage_from"),
-        ({"first_stage_from": "NOWHERE"}, "neither a folder nor a Hub id|holds neither|no such"),
-        ({"unet": {"in_channels": 1}}, "the recipe's unet has in_channels=1, but"),
+        ({"first_stage": STAGE | {"depth": 2}}, ("first_stage", "depth", 2)),
+        ({"first_stage": STAGE | {"num_levels": 5}}, ("first_stage", "num_levels", 5)),
+        ({"first_stage": {"_class_name": "VQModel"}}, ("_class_name", "first_stage", "VQModel")),
+        ({"first_stage": {"_class_name": "AutoencoderKL", "layers": 3}}, ("AutoencoderKL", "layers")),
+        ({"freeze_first_stage": True}, ("freeze_first_stage", "first_stage_from")),
+        ({"first_stage_from": "NOWHERE"}, ("empty",)),
+        ({"unet": {"in_channels": 1}}, ("unet", "in_channels", 1)),
     ],
 )
-def test_what_contradicts_itself_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_contradicts_itself_is_refused(fields: dict[str, Any], message: Any, tmp_path: Path) -> None:
     if fields.get("first_stage_from") == "NOWHERE":
         (tmp_path / "empty").mkdir()
         fields = fields | {"first_stage": {}, "first_stage_from": str(tmp_path / "empty")}
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=naming(*message)):
         start(tmp_path / "run", **LATENT | fields)
     assert not (tmp_path / "run").exists()
 
@@ -133,7 +133,7 @@ def test_a_first_stage_of_other_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=naming("first_stage", "'block_out_channels'")):
         start(tmp_path / "run", **LATENT, first_stage_from=source)
     with pytest.raises(
-        ConfigurationError, match="first_stage says AutoencoderKL, and first_stage_from holds a Markov"
+        ConfigurationError, match=naming("first_stage", "AutoencoderKL", "first_stage_from", "MarkovianHVAE")
     ):
         fields = {"first_stage": {"_class_name": "AutoencoderKL"}, "first_stage_from": source}
         start(tmp_path / "run", model="latent_vdm", **fields)

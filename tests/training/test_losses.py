@@ -26,7 +26,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss: float, tmp_path: Path) ->
 
 
 def test_a_negative_bound_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteLossError, match="step 2 is negative"):
+    with pytest.raises(NonFiniteLossError, match=naming("step 2")):
         watch(tmp_path, 3.0, -0.1)
 
 

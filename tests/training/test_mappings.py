@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from naming import naming
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.recipes.arguments import Configuration, parse
 
@@ -88,7 +89,7 @@ def test_names_take_all_away_and_their_arguments_are_merged(
 
 def test_another_class_takes_no_arguments_over_and_says_so(tmp_path: Path) -> None:
     path = made(tmp_path, {"name": "learned_linear", "config": {"gamma_min": -8.0}})
-    with pytest.warns(UserWarning, match=r"unet .*UNet2DModel.*block_out_channels, dropout, layers_per_block"):
+    with pytest.warns(UserWarning, match=naming("UNet2DModel", "block_out_channels", "dropout", "layers_per_block")):
         assert unet(parse([path, "--unet", '{"_class_name": "UNet2DModel"}'])) == {"_class_name": "UNet2DModel"}
     with pytest.warns(UserWarning, match=r"noise_schedule .*linear.*learned_linear.*config"):
         found = parse([path, "--noise_schedule", '{"name": "linear", "config": {"gamma_max": 4}}'])

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from naming import naming
 from runs import LEARNED, contents, start, train_here
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.recipes.arguments import FIELDS
@@ -64,7 +65,7 @@ def test_one_that_is_not_installed_says_how_to_install_it(
     package = PACKAGES[optimizer]
     for name in (package, f"{package}.optim"):  # Python then raises the error of a package that is not there
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigurationError, match=f"pip install {package}"):
+    with pytest.raises(ConfigurationError, match=naming("pip install", package)):
         start(tmp_path / "run", optimizer=optimizer)
 
 

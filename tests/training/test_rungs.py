@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from naming import naming
 from runs import LAUNCH, python, recipe, start, train_here, weights
 from vdm_hub import HVAEPipeline, MarkovianHVAE
 from vdm_hub.commands.__main__ import main
@@ -94,20 +95,20 @@ def test_a_dry_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (HVAE | {"hvae": SMALL | {"depth": 0}}, "depth is 0"),
-        (HVAE | {"hvae": SMALL | {"dept": 2}}, "unknown argument of MarkovianHVAE in hvae 'dept'.* depth"),
-        (HVAE | {"hvae": SMALL | {"num_levels": 5}}, "hvae has num_levels=5, but the images are 1x8x8 of 17 levels"),
-        (HVAE | {"hvae": SMALL | {"latent_shapes": [[2], [3], [4]]}}, "latent_shapes has 3 entries"),
-        (HVAE | {"gradient_checkpointing": True}, "MarkovianHVAE knows no gradient checkpointing"),
-        (HVAE | {"noise_schedule": "cosine"}, "noise_schedule .*model is hvae, which has no diffusion"),
-        (HVAE | {"transitions": 4}, "transitions .*model is hvae, which has no diffusion"),
-        (HVAE | {"unet": {"layers_per_block": 3}}, "unet .*it acts only with model vdm or latent_vdm"),
-        ({"hvae": SMALL}, "hvae .*it acts only with model hvae, and model is vdm"),
-        ({"model": "gan"}, "unknown model .*'gan'.* hvae, latent_vdm, vdm"),
+        (HVAE | {"hvae": SMALL | {"depth": 0}}, ("depth", 0)),
+        (HVAE | {"hvae": SMALL | {"dept": 2}}, ("MarkovianHVAE", "dept", "depth")),
+        (HVAE | {"hvae": SMALL | {"num_levels": 5}}, ("hvae", "num_levels", 5, 17)),
+        (HVAE | {"hvae": SMALL | {"latent_shapes": [[2], [3], [4]]}}, ("latent_shapes", 3)),
+        (HVAE | {"gradient_checkpointing": True}, ("MarkovianHVAE", "gradient checkpointing")),
+        (HVAE | {"noise_schedule": "cosine"}, ("noise_schedule", "hvae")),
+        (HVAE | {"transitions": 4}, ("transitions", "hvae")),
+        (HVAE | {"unet": {"layers_per_block": 3}}, ("unet", "vdm", "latent_vdm")),
+        ({"hvae": SMALL}, ("hvae", "vdm")),
+        ({"model": "gan"}, ("model", "gan", "hvae", "latent_vdm", "vdm")),
     ],
 )
-def test_what_contradicts_itself_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_what_contradicts_itself_is_refused(fields: dict[str, Any], message: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=naming(*message)):
         start(tmp_path / "run", **fields)
     assert not (tmp_path / "run").exists()
 

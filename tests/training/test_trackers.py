@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from naming import naming
 from runs import start, train_here
 from vdm_hub.errors import ConfigurationError
 
@@ -49,5 +50,5 @@ def test_samples_and_plots_are_logged(events: EventAccumulator) -> None:
 def test_one_that_is_not_installed_says_how_to_install_it(tracker: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(tracker) is not None:
         pytest.skip(f"{tracker} is installed")
-    with pytest.raises(ConfigurationError, match=f"pip install {tracker.replace('_', '-')}"):
+    with pytest.raises(ConfigurationError, match=naming("pip install", tracker.replace("_", "-"))):
         start(tmp_path / "run", report_to=tracker)

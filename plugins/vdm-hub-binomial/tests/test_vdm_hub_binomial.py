@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from naming import naming
 from vdm_hub import VDMScheduler
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.testing import Check, parametrize_with_checks
@@ -298,7 +299,7 @@ def test_float32_stays_finite_and_near_float64(lost: float, logit: float) -> Non
 
 
 def test_only_bits_are_corrupted() -> None:
-    with pytest.raises(ConfigurationError, match="num_levels is 17"):
+    with pytest.raises(ConfigurationError, match=naming("num_levels", 17)):
         VDMScheduler(forward_process="binomial", num_levels=17)
     with pytest.raises(ConfigurationError, match=r"exponent=0\.5"):
         BinomialProcess(0.5)
