@@ -172,6 +172,7 @@ class Tests:
         self.source = module.read_text()
         self.pytest = pytest.main
         sys.dont_write_bytecode = True
+        import_first(module)
         with quiet():
             collected = self._pytest("--collect-only")
         if collected != TESTS_PASS:
@@ -235,8 +236,12 @@ class Tests:
             return compile(mutant.code, path, "exec") if loader.path == path else as_written(loader, name)
 
         SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
-        # Before pytest, which reads a module by itself that it is to look for doctests in.
-        importlib.import_module(".".join(Path(path).relative_to(ROOT).with_suffix("").parts))
+        import_first(Path(path))
+
+
+def import_first(module: Path) -> None:
+    """Before pytest, which reads a module by itself that it is to look for doctests in: its classes would be two."""
+    importlib.import_module(".".join(module.relative_to(ROOT).with_suffix("").parts))
 
 
 def id_of(code: CodeType) -> tuple[str, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import registered
+from vdm_hub.diffusion import decoders
 from vdm_hub.diffusion.decoders import DDPMDecoder, FactorisedDecoder
 from vdm_hub.diffusion.draws import uniform_noise
 from vdm_hub.diffusion.levels import SCALINGS, DataScaling
@@ -96,22 +97,47 @@ def test_factorised_in_float32_is_right_to_float32(gamma_0: float, num_levels: i
 @every_gamma
 @every_k
 @pytest.mark.parametrize("per_dimension", [False, True])
-def test_factorised_gradients_equal_those_of_the_naive_softmax(
-    gamma_0: float, num_levels: int, per_dimension: bool
+@pytest.mark.parametrize("levels_visited", ["in reach", "all"])
+def test_factorised_values_and_gradients_equal_those_of_the_naive_softmax(
+    gamma_0: float, num_levels: int, per_dimension: bool, levels_visited: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a gamma that is another one for each datum, or for each dimension too."""
+    if levels_visited == "all":  # as on a GPU
+        monkeypatch.setattr(decoders, "_moments_in_reach", decoders._moments_of_all)
     scaling = DataScaling("bin_centers", num_levels)
     levels, latent = draw(scaling, gamma_0, (6, 30))
-    gamma = torch.full((6, 30) if per_dimension else (6, 1), gamma_0, dtype=torch.float64)
+    shape = (6, 30) if per_dimension else (6, 1)
+    gamma = gamma_0 + torch.linspace(-2, 2, math.prod(shape), dtype=torch.float64).reshape(shape)
 
-    def gradients(nll: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+    def values_and_gradients(nll: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
         z_0, g = latent.clone().requires_grad_(), gamma.clone().requires_grad_()
-        upstream = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
-        return torch.autograd.grad((upstream * nll(z_0, g)).sum(), (z_0, g))
+        upstream, value = torch.linspace(0.5, 1.5, 6, dtype=torch.float64), nll(z_0, g)
+        return value.detach(), *torch.autograd.grad((upstream * value).sum(), (z_0, g))
 
-    actual = gradients(lambda z_0, g: factorised(levels, z_0, g, scaling))
-    naive = gradients(lambda z_0, g: -naive_log_likelihood(levels, z_0, g.expand(6, 30), scaling).sum(1))
+    actual = values_and_gradients(lambda z_0, g: factorised(levels, z_0, g, scaling))
+    naive = values_and_gradients(lambda z_0, g: -naive_log_likelihood(levels, z_0, g.expand(6, 30), scaling).sum(1))
     for mine, theirs in zip(actual, naive, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10 * float(theirs.abs().max()) + 1e-12)
+
+
+@pytest.mark.parametrize("gamma_0", [-13.3, -8.7, -3.0])
+def test_levels_out_of_reach_are_below_the_rounding_of_the_sum(gamma_0: float) -> None:
+    scaling, gamma = DataScaling("bin_centers", 256), torch.tensor([[gamma_0]], dtype=torch.float64)
+    mean = torch.linspace(-1.1, 1.1, 1001, dtype=torch.float64)[:, None]
+    for some, every in zip(
+        decoders._moments_in_reach(mean, gamma, scaling, True),
+        decoders._moments_of_all(mean, gamma, scaling, True),
+        strict=True,
+    ):
+        torch.testing.assert_close(some, every, rtol=4e-15, atol=1e-14 * float(every.abs().max()))
+
+
+def test_where_the_noise_hides_all_levels_are_alike_and_where_it_is_no_number_the_bound_is_none() -> None:
+    scaling, levels, z_0 = DataScaling("bin_centers", 5), torch.tensor([[0, 4]]), torch.ones(1, 2).double()
+    for gamma_0 in (90.0, 101.0, 120.0):
+        found = factorised(levels, z_0, torch.tensor([gamma_0]).double(), scaling)
+        assert float(found) == pytest.approx(2 * math.log(5), rel=1e-12)
+    assert bool(factorised(levels, z_0, torch.tensor([math.nan]).double(), scaling).isnan())
 
 
 @pytest.mark.parametrize("gamma_0", [-3.0, 0.0, 5.0])
@@ -184,6 +210,16 @@ def test_factorised_samples_invert_the_distribution_function(gamma_0: float, num
     above = cumulative.gather(-1, sampled.unsqueeze(-1) + 1).squeeze(-1)
     assert sampled.dtype == torch.int64
     assert bool(((u >= below - 1e-12) & (u <= above + 1e-12)).all())
+
+
+@pytest.mark.parametrize(("u", "level"), [(0.0, 0), (1 - 2.0**-24, 1)])
+def test_the_least_and_the_greatest_draw_give_the_first_and_the_last_level(
+    u: float, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "uniform_noise", lambda shape, *_: torch.full(shape, u))
+    z_0 = torch.linspace(-1, 1, 500)[None]
+    sampled = FactorisedDecoder().sample(z_0, torch.tensor(5.0), lambda: z_0, DataScaling("bin_centers", 2))
+    assert bool((sampled == level).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -280,7 +316,7 @@ def test_ddpm_tails_equal_arbitrary_precision(deviations: float, side: int) -> N
 
 
 @pytest.mark.parametrize("x_hat", [-1e4, -3.0, 0.0, 3.0, 1e4])
-@pytest.mark.parametrize("variance", [1e-6, 1e-2, 1e4])
+@pytest.mark.parametrize("variance", [1e-6, 1e-2, 1e4, 1e14])
 def test_ddpm_is_finite_with_finite_gradients_in_float32(x_hat: float, variance: float) -> None:
     levels = torch.tensor([[0], [1], [128], [254], [255]])
     mean = torch.full((5, 1), x_hat, requires_grad=True)

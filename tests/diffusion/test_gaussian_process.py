@@ -14,12 +14,13 @@ from ddpm_variances import by_betas
 from exact_denoisers import PerPixelSchedule
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.conditioning import AffineConditioning
-from vdm_hub.diffusion.draws import normal_noise
+from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule
-from vdm_hub.diffusion.noise_schedules import BoundGamma, Gamma, LinearSchedule, NoiseSchedule
+from vdm_hub.diffusion.noise_schedules import BoundGamma, CosineSchedule, Gamma, LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Epsilon
 from vdm_hub.diffusion.reverse_variances import REVERSE_VARIANCES, reverse_variance
+from vdm_hub.errors import ConfigurationError
 
 SAID = torch.tensor(0.4, dtype=torch.float64)
 every_variance = pytest.mark.parametrize("name", sorted(REVERSE_VARIANCES))
@@ -68,6 +69,7 @@ def test_a_transition_s_kl_is_that_of_the_posterior_to_what_the_reverse_step_dra
     found = bound.transition_kl(x, s, t, {"marginal": eps}, network)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
+    assert (float(x_hat.abs().max()) == pytest.approx(0.3)) == (clipping is not None)
     eps_hat, _ = bound.predict_noise(network, z, gamma_t.flatten())
     torch.testing.assert_close(gaussian.alpha(gamma_t) * x_hat + gaussian.sigma(gamma_t) * eps_hat, z)
     if clipping is None:
@@ -76,6 +78,9 @@ def test_a_transition_s_kl_is_that_of_the_posterior_to_what_the_reverse_step_dra
         rate = bound.kl_rate(x, t, {"marginal": eps}, network)
         error = ((eps - eps_hat) ** 2).flatten(1).sum(1)
         torch.testing.assert_close(rate, 0.5 * 10 * error, rtol=1e-9, atol=0)
+    else:
+        with pytest.raises(ConfigurationError, match="continuous"):
+            bound.kl_rate(x, t, {"marginal": eps}, network)
 
 
 @every_variance
@@ -94,10 +99,27 @@ def test_the_terms_at_the_ends_are_those_of_the_latents_there(name: str, decoder
     if process.variance.learned:
         variance = process.variance.log_first(SAID, variance, gamma_0).exp()
     expected = process.decoder.negative_log_likelihood(levels, z_0, gamma_0, variance, lambda: x_hat, process.scaling)
-    found = bound.reconstruction(levels, x, {"reconstruction": eps}, network)
+    asked: list[Tensor] = []
+
+    def counted(sample: Tensor, timestep: Tensor) -> Tensor:
+        asked.append(sample)
+        return network(sample, timestep)
+
+    found = bound.reconstruction(levels, x, {"reconstruction": eps}, counted)
+    assert len(asked) == (decoder == "ddpm" or process.variance.learned)  # only where it is needed, and once
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     decoded = process.decoder.sample(z_0, gamma_0, lambda: x_hat, process.scaling, seeded(1))
     assert torch.equal(bound.decode(z_0, network, seeded(1)), decoded)
+
+
+def test_a_prediction_of_the_noise_is_taken_as_it_is_however_little_noise_there_is() -> None:
+    """Exactly: by way of the data it would be rounded, and at the first latent nothing would be left of it."""
+    process = registered.process(LinearSchedule(-30.0, 4.0))
+    (x, eps), zero = draw(2, 1, 2, 4, 4), torch.zeros(1, dtype=torch.float64)  # a batch of one
+    bound, noise = process.bind(x, {})[1], {"marginal": eps}
+    assert torch.equal(bound.predict_noise(lambda *_: eps, x, zero - 30)[0], eps)
+    assert torch.equal(bound.transition_kl(x, zero, zero + 0.75, noise, lambda *_: eps), zero)
+    assert torch.equal(bound.kl_rate(x, zero + 0.75, noise, lambda *_: eps), zero)
 
 
 class Scaled(Epsilon):
@@ -112,11 +134,11 @@ class Scaled(Epsilon):
 def test_a_target_scales_the_network_s_input_and_its_mean_alone(name: str) -> None:
     process = registered.process(LinearSchedule(-6.0, 4.0), Scaled())
     process.variance = reverse_variance(name)
-    z, t = draw(3, 2, 4, 4), torch.full((3,), 0.5, dtype=torch.float64)
+    z, t = draw(2, 3, 4, 4), torch.full((2,), 0.5, dtype=torch.float64)
     said = process.bind(None, {})[1].predict(network_of(process), z, t)
     mean = 3 * (torch.sin(6 * z) + 0.4995)
-    torch.testing.assert_close(said[:, :2], mean)
-    assert torch.equal(said[:, 2:], SAID.expand_as(z) if name == "learned" else said[:, 2:])
+    torch.testing.assert_close(said[:, :3], mean)
+    assert torch.equal(said[:, 3:], SAID.expand_as(z) if name == "learned" else z[:, 3:])
 
 
 def test_a_gamma_per_pixel_is_told_by_its_mean_and_weighs_each_pixel() -> None:
@@ -155,8 +177,29 @@ def test_the_network_is_told_the_context_of_gamma() -> None:
     assert torch.equal(bound.predict(network, torch.zeros(3, 2), torch.full((3,), 0.5)), torch.full((3, 2), 15.0))
 
 
+def test_samplers_timesteps_are_what_the_network_is_told_of_a_gamma_of_time_alone() -> None:
+    process = registered.process(schedule := CosineSchedule(-9.0, 3.0), conditioning=AffineConditioning(-10.0, 5.0))
+    times = torch.linspace(0, 1, 5)
+    timesteps = process.timestep(times)
+    torch.testing.assert_close(timesteps, 999 * (schedule(times.double()) + 10) / 15)
+    torch.testing.assert_close(process.time(timesteps), times.double())
+
+
 class Wide(LearnedLinearSchedule):
     scalar = False
+
+    def draw_noise(self, batch_size: int, generator: Generator, device: torch.device) -> dict[str, Tensor]:
+        return {"wide": normal_noise((batch_size,), generator, device)}
+
+
+def test_what_a_schedule_draws_is_one_a_datum() -> None:
+    process = registered.process(Wide(), conditioning=AffineConditioning())
+    drawn = process.draw_noise((3, 2), seeded(0), torch.device("cpu"))
+    assert {name: tuple(each.shape) for name, each in drawn.items()} == {
+        "marginal": (3, 2),
+        "reconstruction": (3, 2),
+        "wide": (3,),
+    }
 
 
 class WithItsOwnBind(LinearSchedule):
@@ -195,6 +238,12 @@ def test_a_process_comes_from_its_fields() -> None:
     assert process.conditioning.to_config() == AffineConditioning(-9.0, 3.0, 50).to_config()
     again = GaussianProcess.from_fields(process.fields())
     assert again.fields() == process.fields()
+    given = LinearSchedule()
+    assert GaussianProcess.from_fields(fields, given).schedule is given
+    betas = [0.1, 0.2, 0.3]
+    table = GaussianProcess.from_fields({"noise_schedule": "discrete_betas", "trained_betas": betas})
+    assert table.schedule.to_config() == {"betas": betas}
+    assert table.variance.is_posterior
     # Its constants stay where they are when the schedule moves, also where they are the defaults.
     process = GaussianProcess.from_fields({"noise_schedule": "learned_linear"})
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from naming import naming
+from vdm_hub.diffusion import gaussian
+from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess, describe_latents
 from vdm_hub.diffusion.levels import DataScaling
@@ -54,6 +57,26 @@ class OnePixel(nn.Module):
         return self.log_p(y.flatten()).argmax(1).reshape(-1, 1, 1, 1)
 
 
+class Pictures(nn.Module):
+    """Latents of two channels, all of whose places differ, with dropout in training; "levels" are what was decoded."""
+
+    image_shape, latent_shape, num_levels = (1, 1, 1), (2, 2, 3), K
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def scale(self, levels: Tensor) -> Tensor:
+        return SCALING.encode(levels, torch.float64)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        places = torch.arange(1, 13, dtype=torch.float64).reshape(2, 2, 3) / 4
+        return self.dropout(x * places + places), 0.1 * places * (2 + x)
+
+    def draw_levels(self, y: Tensor, generator: object = None) -> Tensor:
+        return y
+
+
 class Exact(nn.Module):
     """``E[eps|z]`` for latents N(0, variance): told gamma itself by the identity conditioning below."""
 
@@ -68,7 +91,7 @@ class Exact(nn.Module):
         return (sigma * centred / (alpha**2 * self.variance + sigma**2),)
 
 
-def process(stage: nn.Module, shift: float = 0.0, scale: float = 1.0, gamma_min: float = -12.0) -> LatentProcess:
+def process(stage: nn.Module, shift: Any = 0.0, scale: Any = 1.0, gamma_min: float = -12.0) -> LatentProcess:
     schedule = {"name": "linear", "config": {"gamma_min": gamma_min, "gamma_max": 5.0}}
     return LatentProcess(
         stage, GaussianProcess.from_fields({"noise_schedule": schedule, "num_levels": K}), shift, scale
@@ -242,7 +265,76 @@ def test_latents_are_measured_and_normalised() -> None:
     assert said.startswith("warning: the first stage's latents are not normalised: over 9 images")
     assert said.endswith("leave scale_latents at true.")
     assert latent.scaling() == kept
-    assert describe_latents(torch.zeros(2), torch.ones(2), 5)[1]
+    latent = process(OnePixel(gain=1.0, deviation=0.5))
+    latent.normalises = False
+    assert not latent.prepare([levels()]).startswith("warning")
+    with pytest.raises(ConfigurationError, match="would be scaled by"):
+        process(OnePixel(gain=0.0, deviation=0.0)).prepare([levels()])
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "fits"),
+    [
+        ([0.0, 0.0], [1.0, 1.0], True),
+        ([0.5, -2.0], [0.5, 2.0], True),  # the farthest that do
+        ([0.0, 1.1], [1.0, 1.0], False),
+        ([0.0, 0.0], [0.4, 1.0], False),
+        ([0.0, 0.0], [1.0, 2.5], False),
+    ],
+)
+def test_latents_suit_the_prior_where_all_channels_do(mean: list[float], deviation: list[float], fits: bool) -> None:
+    assert describe_latents(torch.tensor(mean), torch.tensor(deviation), 5)[1] == fits
+
+
+def test_latents_are_drawn_bound_and_decoded_in_the_coordinates_of_the_diffusion() -> None:
+    latent = process(stage := Pictures().eval(), [1.0, 2.0], [3.0, 4.0], gamma_min=-12.3)
+    shift, scale = (torch.tensor(each, dtype=torch.float64).reshape(2, 1, 1) for each in ([1, 2], [3, 4]))
+    x, eps = stage.scale(levels()), torch.randn(K, 2, 2, 3, generator=torch.Generator().manual_seed(0)).double()
+    extras, bound = latent.bind(x, {"latent": eps})
+    mean, deviation = stage.posterior(x)
+    torch.testing.assert_close(bound.origin(x), (mean + deviation * eps - shift) / scale)
+    expected = (0.5 * -12.3 - (deviation / scale).log()).flatten(1).sum(1)
+    torch.testing.assert_close(extras["latent"], expected, rtol=1e-12, atol=0)
+    z_0, generators = eps, [torch.Generator().manual_seed(1) for _ in range(2)]
+    drawn = normal_noise(z_0.shape, generators[0], z_0.device, z_0.dtype)
+    y = z_0 * math.sqrt(1 + math.exp(-12.3)) + math.exp(0.5 * -12.3) * drawn
+    decoded = latent.bind(None, {})[1].decode(z_0, Exact(), generators[1])
+    torch.testing.assert_close(decoded, y * scale + shift)
+
+
+def test_latents_are_examined_channel_by_channel_without_dropout() -> None:
+    latent = process(stage := Pictures(), [1.0, 2.0], [3.0, 4.0])
+    batches = [levels(), levels()[:4]]
+    measured, (told, _) = latent.measure(batches), latent.examine(batches)
+    assert stage.training
+    mean, deviation = stage.eval().posterior(stage.scale(torch.cat(batches)))
+    assert told["images"] == K + 4
+    assert told["information"] == gaussian.information(mean, deviation**2)
+    mean, square = (each.transpose(0, 1).flatten(1).mean(1) for each in (mean, mean**2 + deviation**2))
+    torch.testing.assert_close(torch.stack(measured), torch.stack([mean, (square - mean**2).sqrt()]))
+    shift, scale = torch.tensor([[1, 2], [3, 4]])
+    assert told["mean"] == pytest.approx(((measured[0] - shift) / scale).tolist())
+    assert told["standard_deviation"] == pytest.approx((measured[1] / scale).tolist())
+    latent.prepare(batches)
+    assert latent.examine(batches)[1] == []
+
+
+@pytest.mark.parametrize(("images", "collapsed"), [(1, False), (2, True), (K, True)])
+def test_latents_that_say_nothing_of_the_data_are_noted_and_those_that_suit_no_prior(
+    images: int, collapsed: bool
+) -> None:
+    (*collapse, scaling) = process(OnePixel(gain=0.0, offset=3.0)).examine([levels()[:images]])[1]
+    assert [note.partition(":")[0] for note in collapse] == ["posterior collapse"] * collapsed
+    assert "latent_scaling" in scaling
+
+
+def test_a_frozen_first_stage_is_never_trained_and_a_new_one_is() -> None:
+    latent = LatentProcess(Pictures(), GaussianProcess.from_fields({"num_levels": K}))
+    assert latent.scaling() == {"shift": [0.0, 0.0], "scale": [1.0, 1.0]}
+    assert latent.eval().train().training and latent.first_stage.training
+    assert not latent.eval().first_stage.training
+    latent.frozen = True
+    assert latent.train().training and not latent.first_stage.training
 
 
 @pytest.mark.parametrize(
@@ -252,6 +344,7 @@ def test_latents_are_measured_and_normalised() -> None:
         ({"shift": math.nan}, ("latent_shift", "nan")),
         ({"scale": 0.0}, (0, "1e-06")),
         ({"scale": -1.0}, ("-1",)),
+        ({"shift": torch.tensor(1e300, dtype=torch.float64)}, ("latent_shift",)),
     ],
 )
 def test_what_is_no_scaling_is_refused(arguments: dict[str, float], message: tuple[object, ...]) -> None:

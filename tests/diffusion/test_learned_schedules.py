@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import registered
+from naming import naming
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.diffusion.learned_schedules import LearnedMonotoneSchedule
-from vdm_hub.diffusion.noise_schedules import NoiseSchedule, gamma_and_derivative
+from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule, LearnedMonotoneSchedule, VarianceGradient
+from vdm_hub.diffusion.noise_schedules import Gamma, NoiseSchedule, gamma_and_derivative
+from vdm_hub.errors import ConfigurationError
 
 BATCH, DIMENSIONS = 6, 12
 LEARNED = [n for n in registered.names("noise_schedules") if list(registered.schedule(n).parameters())]
@@ -30,11 +34,45 @@ class Network(nn.Module):
         return torch.sin(self.mix(sample) + timestep[:, None] / 300)
 
 
+class OfModules(NoiseSchedule):
+    """A shape that is a module's, with parts that may be absent, between endpoints of which one is a plain number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(1, 1, bias=False)  # `bias` is a parameter that is None
+        nn.init.constant_(self.inner.weight, 0.5)
+        self.register_module("absent", None)
+        self.first, self.span = -8.0, nn.Parameter(torch.tensor(12.0))
+
+    def variance_parameters(self) -> set[str]:
+        return {"inner.weight"}
+
+    def forward(self, t: Tensor) -> Tensor:
+        weight = self.inner.weight[0, 0]
+        return self.first + self.span * torch.expm1(weight * t) / torch.expm1(weight)
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
+
+
+class PerPixel(OfModules):
+    """Another gamma for each pixel."""
+
+    scalar = False
+
+    def forward(self, t: Tensor) -> Tensor:
+        return super().forward(t)[:, None] * torch.linspace(1, 1.2, DIMENSIONS, dtype=t.dtype)
+
+
+CLASSES = {"of modules": OfModules, "per pixel": PerPixel}
+
+
 class Evaluation:
     """One batch, its draws, and the losses L_i in nats per dimension as a function of (gamma, gamma')."""
 
     def __init__(self, name: str) -> None:
-        self.schedule: NoiseSchedule = registered.learned(name).double()
+        schedule = CLASSES[name]() if name in CLASSES else registered.learned(name)
+        self.schedule: NoiseSchedule = schedule.double()
         self.process: GaussianProcess = registered.process(self.schedule)
         self.network = Network()
         generator = torch.Generator().manual_seed(0)
@@ -54,13 +92,13 @@ class Evaluation:
             gamma: Tensor = torch.func.functional_call(self.schedule, parameters, (t,))
             return gamma
 
-        gamma, prime = gamma_and_derivative(gamma_of, self.t)
-        z = (1 / (1 + gamma.exp())).sqrt()[:, None] * self.x + (1 / (1 + (-gamma).exp())).sqrt()[:, None] * self.eps
-        eps_hat = self.network.bare(z, self.process.conditioning(gamma))
-        return 0.5 * prime * ((self.eps - eps_hat) ** 2).mean(1)
+        gamma, prime = (each.reshape(BATCH, -1) for each in gamma_and_derivative(gamma_of, self.t))
+        z = (1 / (1 + gamma.exp())).sqrt() * self.x + (1 / (1 + (-gamma).exp())).sqrt() * self.eps
+        eps_hat = self.network.bare(z, self.process.conditioning(gamma.mean(1)))
+        return (0.5 * prime * (self.eps - eps_hat) ** 2).mean(1)
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", [*LEARNED, *CLASSES])
 def test_shape_gets_the_gradient_of_the_squared_losses_and_the_rest_that_of_the_bound(name: str) -> None:
     evaluation = Evaluation(name)
     schedule = evaluation.schedule
@@ -99,6 +137,36 @@ def test_a_monotone_network_starts_as_it_is_documented() -> None:
     torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)  # its slope is 1 to four digits
     default = LearnedMonotoneSchedule()
     assert default.endpoints() == pytest.approx((-13.3, 5), rel=1e-6) and len(default.hidden_bias) == 1024
+    assert LearnedLinearSchedule().endpoints() == pytest.approx((-13.3, 5), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_times_in_float64_lose_nothing(name: str) -> None:
+    schedule = registered.learned(name)  # its parameters are float32
+    first, last = schedule(torch.arange(2.0, dtype=torch.float64)).tolist()
+    ends = {end: float(parameter.detach()) for end, parameter in schedule.named_parameters() if "gamma" in end}
+    assert first == ends["gamma_min"]
+    assert last == pytest.approx(ends["gamma_max"], abs=1e-6)  # the ends' difference is rounded to float32
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_time_alone_has_the_gamma_of_a_batch_of_one(name: str) -> None:
+    schedule, t = registered.learned(name), torch.tensor([0.3], dtype=torch.float64)
+    for alone, one in zip(schedule.with_derivative(t[0]), schedule.with_derivative(t), strict=True):
+        torch.testing.assert_close(alone, one[0])
+
+
+def test_a_shape_of_another_gamma_than_the_schedule_is_refused_where_it_is_trained() -> None:
+    class Bound(OfModules):
+        def bind(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Gamma]:
+            return {}, lambda t: self(t) + 1
+
+    t, schedule = torch.tensor([0.3]), Bound()
+    gamma = schedule.bind(None, {})[1]
+    with pytest.raises(ConfigurationError, match=naming("inner.weight")):
+        VarianceGradient(schedule, gamma)
+    with torch.no_grad():
+        assert torch.equal(VarianceGradient(schedule, gamma)(t)[0], schedule(t) + 1)
 
 
 def test_the_shape_is_trained_by_something_in_at_least_one_schedule() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,8 +18,12 @@ import registered
 from exact_denoisers import aligned_panels, continuous_diffusion_term, quadratic_points, unit_interval
 from vdm_hub import registry
 from vdm_hub.diffusion.conditioning import AffineConditioning
+from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.diffusion.noise_schedules import (
+    BoundGamma,
+    CosineSchedule,
     DiscreteBetasSchedule,
+    Gamma,
     LinearSchedule,
     NoiseSchedule,
     TabulatedSchedule,
@@ -94,7 +99,7 @@ def test_law_2_a_learned_schedule_is_published_as_a_table_of_the_same_gamma(name
         return
     assert not list(baked.parameters())
     published = registry.build("noise_schedules", json.loads(json.dumps(registry.serialise("noise_schedules", baked))))
-    t = grid(10_001, torch.float64)
+    t = grid(2_001, torch.float64)
     assert torch.equal(values(published, t), values(baked, t))
     assert published.endpoints() == schedule.endpoints()
     knots = grid(schedule.baked_knots, torch.float64)
@@ -155,8 +160,11 @@ def test_a_table_is_exact_at_its_knots_and_monotone_between(
 def test_a_table_is_interpolated_as_scipy_does(steps: list[float]) -> None:
     knots = torch.tensor([-13.3, *steps], dtype=torch.float64).cumsum(0)
     t = grid(501, torch.float64)
-    expected = PchipInterpolator(grid(len(knots), torch.float64).numpy(), knots.numpy())(t.numpy())
-    torch.testing.assert_close(values(TabulatedSchedule(knots.tolist()), t), torch.from_numpy(expected))
+    expected = PchipInterpolator(grid(len(knots), torch.float64).numpy(), knots.numpy())
+    value, slope = TabulatedSchedule(knots.tolist()).with_derivative(t)
+    torch.testing.assert_close(value, torch.from_numpy(expected(t.numpy())))
+    torch.testing.assert_close(slope, torch.from_numpy(expected.derivative()(t.numpy())))
+    assert [float(value[0]), float(value[-1])] == [float(knots[0]), float(knots[-1])]
 
 
 def test_a_beta_table_gives_each_latent_the_alpha_bar_of_the_float32_product() -> None:
@@ -167,11 +175,97 @@ def test_a_beta_table_gives_each_latent_the_alpha_bar_of_the_float32_product() -
     torch.testing.assert_close(1 / (1 + gamma.exp()), alpha_bar, rtol=1e-12, atol=0)
 
 
-def test_a_beta_table_with_zero_terminal_snr_stays_finite() -> None:
-    betas = [*torch.linspace(1e-4, 0.02, 999).tolist(), 1.0]
-    schedule = DiscreteBetasSchedule(betas)
-    assert schedule.endpoints()[1] == pytest.approx(24 * math.log(2), abs=1e-6)
+@pytest.mark.parametrize(
+    ("betas", "alpha_bar"),
+    [(torch.linspace(1e-4, 0.02, 999).tolist(), 2.0**-24), ([0.9, 1 - 2.0**-20, 1 - 2.0**-20], 0.1 * 2.0**-41)],
+)
+def test_a_beta_table_with_zero_terminal_snr_stays_finite(betas: list[float], alpha_bar: float) -> None:
+    schedule = DiscreteBetasSchedule([*betas, 1.0])
+    assert schedule.endpoints()[1] == pytest.approx(-math.log(alpha_bar), abs=1e-6)
     assert float(values(schedule, grid(4001, torch.float64)).diff().min()) > 0
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "tabulated", "discrete_betas", "learned_linear"])
+def test_the_inverse_finds_the_time_and_none_outside(name: str) -> None:
+    schedule = registered.learned(name)
+    t = grid(12, torch.float64).reshape(3, 4)
+    found = schedule.inverse(values(schedule, t.flatten()).reshape(3, 4))
+    torch.testing.assert_close(found, t, rtol=0, atol=1e-12)
+    assert (found[0, 0], found[2, 3]) == (0, 1)
+    beyond = torch.tensor(schedule.endpoints()) + torch.tensor([-1.0, 1.0])
+    assert schedule.inverse(beyond).tolist() == [0, 1] and schedule.inverse(beyond).dtype == torch.float64
+
+
+def test_schedules_are_what_their_arguments_say() -> None:
+    for cls in (LinearSchedule, CosineSchedule):
+        assert cls().to_config() == {"gamma_min": -13.3, "gamma_max": 5.0}
+    assert LinearSchedule().endpoints() == (-13.3, 5.0) and LinearSchedule().scalar
+    assert values(CosineSchedule(-4.0, 4.0), torch.tensor([0.5])).tolist() == pytest.approx([0], abs=1e-6)
+    assert values(TabulatedSchedule([-1.0, 1.0]), torch.tensor([0.5])).dtype == torch.float32
+
+
+class Drawn(NoiseSchedule):
+    """A gamma that depends on a draw; of each of two pixels."""
+
+    scalar = False
+
+    def forward(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def draw_noise(self, batch_size: int, generator: Any, device: torch.device) -> dict[str, Tensor]:
+        return {"own": normal_noise((batch_size,), generator, device)}
+
+    def bind(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Gamma]:
+        (own,) = noise["own"].double()
+        return {}, lambda t: t[:, None] * torch.tensor([3.0, 5.0]).double() + own
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
+
+
+def test_the_endpoints_of_a_gamma_per_pixel_are_its_means_under_one_fixed_draw() -> None:
+    own = float(normal_noise((1,), torch.Generator().manual_seed(0), torch.device("cpu")))
+    assert Drawn().endpoints() == pytest.approx((own, own + 4), rel=1e-14)
+
+
+def test_a_class_with_a_gamma_of_its_own_has_its_own_derivative() -> None:
+    class Doubled(LinearSchedule):
+        def forward(self, t: Tensor) -> Tensor:
+            return 2 * super().forward(t)
+
+    class Known(LinearSchedule):
+        def forward(self, t: Tensor) -> Tensor:
+            return super().forward(t)
+
+        def with_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+            return self(t), torch.zeros_like(t)
+
+    t = torch.tensor([0.5])
+    for cls, slope in ((Doubled, 20.0), (Known, 0.0), (type("Named", (LinearSchedule,), {}), 10.0)):
+        assert gamma_and_derivative(cls(-6.0, 4.0), t)[1].tolist() == [slope]
+
+
+def test_any_function_of_time_has_a_derivative_that_carries_gradients() -> None:
+    """``p t^3`` for two pixels at once; to p and to t, where they are asked for, and to nothing where they are not."""
+    p = torch.tensor([2.0, 5.0], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
+
+    def gamma(t: Tensor) -> Tensor:
+        return p * t[:, None] ** 3
+
+    value, slope = gamma_and_derivative(BoundGamma(gamma, torch.zeros(2, 1)), t)
+    torch.testing.assert_close(value, p * t[:, None] ** 3)
+    torch.testing.assert_close(slope, 3 * p * t[:, None] ** 2)
+    to_p, to_t = torch.autograd.grad(slope.sum(), [p, t], retain_graph=True)
+    torch.testing.assert_close(to_p, (3 * t**2).sum().expand(2))
+    torch.testing.assert_close(to_t, 6 * p.sum() * t)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), t)[0], 3 * p.sum() * t**2)
+    with torch.no_grad():
+        found = gamma_and_derivative(gamma, t)
+    assert not any(each.requires_grad for each in found)
+    torch.testing.assert_close(found, (value.detach(), slope.detach()))
+    with torch.inference_mode():
+        torch.testing.assert_close(gamma_and_derivative(gamma, t.detach()), found)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +275,10 @@ def test_a_beta_table_with_zero_terminal_snr_stays_finite() -> None:
         ("cosine", {"gamma_max": math.inf}, ["inf", "finite"]),
         ("learned_linear", {"gamma_min": math.nan}, ["nan", "finite"]),
         ("learned_monotone", {"gamma_min": 7.0}, ["gamma_min=7.0"]),
+        ("learned_monotone", {"hidden_features": 65_537}, ["65537", "65,536"]),
+        ("learned_monotone", {"hidden_features": 0}, ["65,536"]),
         ("tabulated", {"gammas": [-5.0, 1.0, 0.5, 5.0]}, ["knot 2", "0.5", "1", "increase"]),
+        ("tabulated", {"gammas": [-5.0, 1.0, 1.0]}, ["knot 2", "1", "increase"]),
         ("tabulated", {"gammas": [1.0]}, ["at least two"]),
         ("tabulated", {"gammas": [1.0, math.nan]}, ["finite"]),
         ("discrete_betas", {"betas": [0.1, -0.1]}, ["above 0"]),

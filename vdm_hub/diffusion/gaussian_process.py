@@ -67,16 +67,15 @@ class GaussianProcess(ForwardProcess):
             schedule = registry.build("noise_schedules", fields.get("noise_schedule", "linear"), **betas)
         if not isinstance(schedule, NoiseSchedule):
             raise ConfigurationError(f"{type(schedule).__name__} is not a NoiseSchedule: derive it from that class.")
-        parameterization = registry.build("parameterizations", fields.get("prediction_type", "epsilon"))
-        if not isinstance(parameterization, Parameterization):
-            name = type(parameterization).__name__
-            raise ConfigurationError(f"{name} is not a Parameterization: derive it from that class.")
+        target = registry.build("parameterizations", fields.get("prediction_type", "epsilon"))
+        if not isinstance(target, Parameterization):
+            raise ConfigurationError(f"{type(target).__name__} is not a Parameterization: derive it from that class.")
         scaling = DataScaling(fields.get("data_scaling", "bin_centers"), fields.get("num_levels", 256))
         decoder = registry.build("decoders", fields.get("decoder", "factorised"))
         conditioning = _conditioning(fields.get("conditioning") or "affine", schedule, steps)
         is_table = isinstance(schedule, DiscreteBetasSchedule)
         variance = reverse_variance(fields.get("variance_type") or "fixed_small") if is_table else None
-        return cls(schedule, parameterization, conditioning, decoder, scaling, steps, variance)
+        return cls(schedule, target, conditioning, decoder, scaling, steps, variance)
 
     def fields(self) -> dict[str, Any]:
         return {

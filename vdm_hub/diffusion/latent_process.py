@@ -74,7 +74,7 @@ class LatentProcess(ForwardProcess):
             )
         if not gaussian.variance.is_posterior:
             raise ConfigurationError("latents are diffused with the posterior's variance: leave variance_type out.")
-        channels = self.latent_shape((0,))[1]
+        channels = self.coder.latent_shape[0]
         for name, given in (("shift", shift), ("scale", scale)):
             values = torch.as_tensor(given, dtype=torch.float32, device="cpu")
             if values.numel() not in (1, channels) or not bool(values.isfinite().all()):
@@ -171,9 +171,7 @@ class LatentProcess(ForwardProcess):
 
         By the moments of q, so that nothing is drawn.
         """
-        means, variances = self._moments(levels)
-        spread = means.var((0, 2, 3), correction=0) + variances.mean((0, 2, 3))
-        return means.mean((0, 2, 3)), spread.sqrt()
+        return _by_channel(*self._moments(levels))
 
     def _moments(self, levels: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Means and variances of ``q(y|x)``, (N, *latent_shape), float64, without dropout."""
@@ -193,11 +191,15 @@ class LatentProcess(ForwardProcess):
         """
         means, variances = self._moments(levels)
         information = gaussian.information(means, variances)
-        mean = (means.mean((0, 2, 3)) - self.shift.flatten()) / self.scale.flatten()
-        spread = (means.var((0, 2, 3), correction=0) + variances.mean((0, 2, 3))).sqrt() / self.scale.flatten()
-        told = {"images": len(means), "mean": mean.tolist(), "standard_deviation": spread.tolist()}
-        told["information"] = information
-        found, fits = describe_latents(mean, spread, len(means))
+        mean, deviation = _by_channel(means, variances)
+        mean, deviation = (mean - self.shift.flatten()) / self.scale.flatten(), deviation / self.scale.flatten()
+        told = {
+            "images": len(means),
+            "mean": mean.tolist(),
+            "standard_deviation": deviation.tolist(),
+            "information": information,
+        }
+        found, fits = describe_latents(mean, deviation, len(means))
         notes = []
         if len(means) > 1 and information < gaussian.COLLAPSED:
             notes.append(
@@ -239,6 +241,12 @@ class LatentProcess(ForwardProcess):
         _check_positive(deviation)
         self.shift.copy_(mean.reshape(self.shift.shape))
         self.scale.copy_(deviation.reshape(self.scale.shape))
+
+
+def _by_channel(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, (C,), of latents with these moments, (N, C, H, W)."""
+    spread = means.var((0, 2, 3), correction=0) + variances.mean((0, 2, 3))
+    return means.mean((0, 2, 3)), spread.sqrt()
 
 
 def _check_positive(scale: Tensor) -> None:

@@ -84,10 +84,11 @@ class LearnedMonotoneSchedule(NoiseSchedule):
         return self.with_derivative(t)[0]
 
     def with_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        ends, _ = self._unnormalised(torch.arange(2, dtype=t.dtype, device=t.device))  # there: no copy to wait for
+        times = torch.arange(2, dtype=t.dtype, device=t.device)  # there: no copy to wait for
+        first, last = self._unnormalised(times)[0]
         value, slope = self._unnormalised(t)
-        span = (self.gamma_max - self.gamma_min) / (ends[1] - ends[0])
-        return self.gamma_min + span * (value - ends[0]), span * slope
+        span = (self.gamma_max - self.gamma_min) / (last - first)
+        return self.gamma_min + span * (value - first), span * slope
 
     def to_config(self) -> dict[str, Any]:
         return dict(self._initial)
@@ -102,13 +103,20 @@ class VarianceGradient:
     constant and once with the endpoints held constant; only the second is scaled, in the backward pass, when the
     losses are known: they travel backwards as the gradient of a tensor of zeros (see `_Scaled`), so nothing is kept
     aside, and compilers see one graph.
+
+    Raises:
+        ConfigurationError: The shape is to be trained, and gamma is not the schedule itself but another function.
     """
 
     def __init__(self, schedule: NoiseSchedule, gamma: Gamma) -> None:
         self._message: Tensor | None = None
         self._schedule, self._gamma = schedule, gamma
-        trained = {name for name, parameter in schedule.named_parameters() if parameter.requires_grad}
-        self._names = schedule.variance_parameters() & trained if torch.is_grad_enabled() else set()
+        self._names = schedule.variance_parameters() if torch.is_grad_enabled() else set()
+        if self._names and gamma is not schedule:
+            raise ConfigurationError(
+                f"{type(schedule).__name__} binds another gamma than itself, whose variance_parameters "
+                f"({', '.join(sorted(self._names))}) can't be told apart: name none, and the bound trains them all."
+            )
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``(gamma(t), gamma'(t))``, each (B,)."""
@@ -137,7 +145,7 @@ def _holding(module: Any, constant: set[str], prefix: str = "") -> Any:
     held = object.__new__(type(module))
     held.__dict__.update(module.__dict__)
     held.__dict__["_parameters"] = {
-        name: None if parameter is None else parameter.detach() if prefix + name in constant else parameter
+        name: parameter.detach() if prefix + name in constant else parameter
         for name, parameter in module._parameters.items()
     }
     held.__dict__["_modules"] = {
