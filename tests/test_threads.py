@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import registered
 from exact_denoisers import PerPixelSchedule
-from tiny import sampled, seeded, tiny_pipeline, tiny_unet
+from tiny import randomised, sampled, seeded, tiny_pipeline, tiny_unet
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule, differentiated, gamma_and_derivative
 from vdm_hub.diffusion.samplers import SAMPLERS
 from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.per_image import evaluating
+from vdm_hub.likelihood.probability_flow import ProbabilityFlow
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
 THREADS, ROUNDS = 4, 3
@@ -144,6 +145,22 @@ def test_estimators_in_threads_on_one_objective_count_their_own_evaluations() ->
         return estimator.network_evaluations
 
     assert at_once(counted) == [4 * (2 + i) for i in range(THREADS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bound", "ode"])
+def test_a_likelihood_does_not_depend_on_how_many_threads_torch_has(method: str) -> None:
+    pipe, images = tiny_pipeline(randomised(tiny_unet())), torch.randint(0, 17, (2, 1, 8, 8), generator=seeded())
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(pipe.log_likelihood(images, method, replicates=2, flow=ProbabilityFlow(tolerance=1e-3)))
+        finally:
+            torch.set_num_threads(1)
+    # 1e-9 bits/dim is what law 8 allows; float32, in which a bound's network computes, rounds by more.
+    apart = (found[0].per_image - found[1].per_image).abs().max()
+    assert float(apart) < (1e-9 if method == "ode" else 1e-6)
 
 
 def test_modules_are_put_back_by_the_last_that_evaluates_them() -> None:

@@ -224,7 +224,8 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
                 weights keep their type.
 
         Raises:
-            ConfigurationError: The other lacks a component, or has one that this class would leave out.
+            ConfigurationError: The other lacks a component, or has one that this class would leave out; an argument
+                is none of this class's, or takes a component away.
 
         Example:
             >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
@@ -235,10 +236,10 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         """
         if not isinstance(pipeline, DiffusionPipeline):
             raise ConfigurationError(f"from_pipe got {shortened(pipeline)}: give a pipeline.")
-        takes, _ = cls._get_signature_keys(cls)
+        takes, options = cls._get_signature_keys(cls)
         required = {name for name in takes if name not in cls._optional_components}
         parts = {name: part for name, part in pipeline.components.items() if part is not None}
-        known = {*takes, *cls._get_signature_keys(cls)[1], "dtype", "torch_dtype"}
+        known = {*takes, *options, "dtype", "torch_dtype"}
         for name, value in kwargs.items():
             if name not in known:
                 raise unknown_name(f"argument of {cls.__name__}.from_pipe", name, known)
@@ -376,7 +377,9 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
     def _check_arguments(self, given: Mapping[str, Any], batch_size: int) -> None:
         """Refuse arguments that no one takes, and those for a network that are not one for each image."""
-        flow = sorted(given.keys() & {field.name for field in fields(ProbabilityFlow)})
+        flow = sorted(
+            given.keys() & {field.name for field in fields(ProbabilityFlow)} - {*(self._named_arguments or ())}
+        )
         if flow:
             raise ConfigurationError(f"{flow[0]} is the probability flow's: give flow=ProbabilityFlow({flow[0]}=...).")
         self._check_names(given, LikelihoodPipeline.log_likelihood)

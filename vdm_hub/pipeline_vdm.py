@@ -232,10 +232,10 @@ class VDMPipeline(LikelihoodPipeline):
             raise ConfigurationError(f"callback_on_step_end is {shortened(callback_on_step_end)}: give a function.")
         if (asked := callback_on_step_end_tensor_inputs) not in ((), [], ("latents",), ["latents"]):
             raise ConfigurationError(f"the callback asks for {shortened(asked)}; only ['latents'] can be given.")
+        self._check_names(network_arguments, type(self).__call__)
         process, device = self.process, self._execution_device
         shape = self._batch_shape(batch_size, latents, generator)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
-        self._check_names(network_arguments, type(self).__call__)
         network = self._network(network_arguments | self._labels(class_labels, shape[0]))
         by_score = self._score_sampler(sampler, bound)
         scheduler = self._scheduler_of_call(num_inference_steps, by_score)
@@ -314,8 +314,7 @@ class VDMPipeline(LikelihoodPipeline):
         """A scheduler of this call's own on its grid: threads that share the pipeline share no step."""
         scheduler = copy.deepcopy(self.scheduler)
         most = None if isinstance(scheduler, VDMScheduler) else len(scheduler)
-        steps = whole_number("num_inference_steps", num_inference_steps, 1, most)
-        steps = _steps(steps, sampler)
+        steps = _steps(whole_number("num_inference_steps", num_inference_steps, most=most), sampler)
         if not isinstance(scheduler, VDMScheduler):
             check_grid(scheduler, steps)
         scheduler.set_timesteps(steps, device=self._execution_device)

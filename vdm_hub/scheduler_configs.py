@@ -40,7 +40,6 @@ _SPACINGS: dict[str, tuple[Any, ...]] = {"timestep_spacing": ("trailing", "linsp
 _SIGMAS: dict[str, tuple[Any, ...]] = {"use_karras_sigmas": (True, False), "use_exponential_sigmas": (True, False)}
 _ORDERS: dict[str, tuple[Any, ...]] = {"solver_order": (1, 2, 3), "lower_order_final": (True, False)}
 _ENDS: dict[str, tuple[Any, ...]] = {"final_sigmas_type": ("zero", "sigma_min")}
-_OTHER_STEPS = (250, 50, 20, 10)
 _TWO_TARGETS = ("epsilon", "v_prediction")
 
 SHOWN_SAMPLERS: dict[str, ShownSampler] = {
@@ -59,17 +58,17 @@ SHOWN_SAMPLERS: dict[str, ShownSampler] = {
             "solver_type": ("midpoint", "heun"),
             "use_lu_lambdas": (True, False),
             "euler_at_final": (True, False),
-        },
+        }
     ),
     "DPMSolverSinglestepScheduler": ShownSampler(
         options=_SIGMAS
         | {
             "solver_order": (1, 2, 3),
             "solver_type": ("midpoint", "heun"),
-        },
+        }
     ),
     "UniPCMultistepScheduler": ShownSampler(
-        options=_SPACINGS | _SIGMAS | _ORDERS | {"solver_type": ("bh1", "bh2"), "predict_x0": (True, False)},
+        options=_SPACINGS | _SIGMAS | _ORDERS | {"solver_type": ("bh1", "bh2"), "predict_x0": (True, False)}
     ),
     "DEISMultistepScheduler": ShownSampler(options=_SPACINGS | _SIGMAS | _ORDERS),
     "SASolverScheduler": ShownSampler(options=_SPACINGS | {"algorithm_type": ("data_prediction", "noise_prediction")}),
@@ -108,6 +107,11 @@ def check_sampler(scheduler_class: Any, target: Serialised, chosen: Mapping[str,
             )
 
 
+SHOWN_STEPS = 50
+"""How many steps the samplers are shown to run in."""
+_OTHER_STEPS = (250, SHOWN_STEPS, 20, 10)
+
+
 def check_grid(scheduler: Any, steps: int) -> None:
     """Refuse a number of steps on which one of diffusers' samplers fails, or gives NaN.
 
@@ -126,9 +130,7 @@ def check_grid(scheduler: Any, steps: int) -> None:
     works = next((other for other in _OTHER_STEPS if _failure(scheduler, other) is None), None)
     remedy = f"give num_inference_steps={works}, say" if works else "choose another sampler, or other options of it"
     name = type(scheduler).__name__
-    raise ConfigurationError(
-        f"num_inference_steps is {steps}, and {name}, as it is configured, then {failure}: {remedy}."
-    )
+    raise ConfigurationError(f"{name}, as it is configured, {failure} with num_inference_steps={steps}: {remedy}.")
 
 
 def _failure(scheduler: Any, steps: int) -> str | None:

@@ -29,6 +29,7 @@ from vdm_hub.registry import Serialised
 from vdm_hub.scheduler_configs import (
     DDPM_KEYS,
     SHOWN_SAMPLERS,
+    SHOWN_STEPS,
     STOCK_TARGETS,
     as_vdm_config,
     changes_process,
@@ -240,6 +241,19 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             ConfigurationError: No stock sampler can run it (the score target, a gamma per pixel, another process), or
                 the sampler or an option is not shown to, or two options do not run together.
         """
+        self.check_stock_process()
+        check_sampler(scheduler_class, self.config.prediction_type, kwargs)
+        with explained(f"no {scheduler_class.__name__} can be made", "leave an option out", ConfigurationError):
+            made = scheduler_class.from_config(self.config, **kwargs)  # type: ignore[attr-defined]
+        check_grid(made, min(SHOWN_STEPS, self.config.num_train_timesteps))
+        return made
+
+    def check_stock_process(self) -> None:
+        """Refuse a process that none of diffusers' samplers can run.
+
+        Raises:
+            ConfigurationError: Its network predicts the score, or it has a gamma per pixel, or is another process.
+        """
         target = self.config.prediction_type
         if target not in STOCK_TARGETS:
             raise ConfigurationError(
@@ -251,11 +265,6 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
                 "diffusers' samplers need one noise level per time, told as an integer; this process has a gamma per "
                 "pixel or per datum, or none at all, or tells it otherwise. Sample it with VDMScheduler."
             )
-        check_sampler(scheduler_class, target, kwargs)
-        with explained(f"no {scheduler_class.__name__} can be made", "leave an option out", ConfigurationError):
-            made = scheduler_class.from_config(self.config, **kwargs)  # type: ignore[attr-defined]
-        check_grid(made, min(50, self.config.num_train_timesteps))
-        return made
 
     # ---- the grid ---------------------------------------------------------------------------------------------------
 

@@ -167,6 +167,8 @@ def test_a_shape_of_another_gamma_than_the_schedule_is_refused_where_it_is_train
         VarianceGradient(schedule, gamma)
     with torch.no_grad():
         assert torch.equal(VarianceGradient(schedule, gamma)(t)[0], schedule(t) + 1)
+    schedule.inner.requires_grad_(False)  # then it is not trained
+    assert torch.equal(VarianceGradient(schedule, gamma)(t)[0], schedule(t) + 1)
 
 
 def test_the_shape_is_trained_by_something_in_at_least_one_schedule() -> None:

@@ -47,11 +47,19 @@ def test_what_a_network_takes_by_name() -> None:
     assert named_arguments(tiny_unet()) == ["class_labels"]
 
 
+class Told(nn.Module):
+    def forward(self, sample: Tensor, timestep: Tensor, context: Any = None, return_dict: bool = True) -> Any:
+        return (sample,)
+
+
 def test_a_network_that_can_t_be_told_is_refused_and_one_that_takes_anything_is_not() -> None:
     process = registered.process(Telling(), num_levels=17)
-    with pytest.raises(ConfigurationError, match=naming("Nothing", "context_size", 2)):
-        VDMObjective(Nothing(), process)
-    for network in (Anything(), tiny_unet(context_size=2)):
+    for network in (Nothing(), tiny_unet(), tiny_unet(context_size=3)):
+        with pytest.raises(ConfigurationError, match=naming(type(network).__name__, "context_size", 2)):
+            VDMObjective(network, process)
+    with pytest.raises(ConfigurationError, match=naming("UNetVDMModel", 3)):
+        VDMObjective(tiny_unet(context_size=3), registered.process(LinearSchedule(), num_levels=17))
+    for network in (Anything(), Told(), tiny_unet(context_size=2)):
         assert VDMObjective(network, process).network is network
     assert VDMObjective(Nothing(), registered.process(LinearSchedule(), num_levels=17)).transitions is None
 

@@ -61,20 +61,20 @@ def errors(sampler: Any, ours: VDMScheduler, count: int = 4000) -> tuple[float, 
 
 def samplers(ours: VDMScheduler, name: str) -> Iterator[Any]:
     """Without options, then with each one that is offered, by itself, where it is not what it was."""
-    plain = ours.to_diffusers(getattr(diffusers, name))
-    yield plain
-    for option, values in SHOWN_SAMPLERS[name].options.items():
-        for value in values:
-            if plain.config[option] != value:
-                yield ours.to_diffusers(type(plain), **{option: value})
+    stock = getattr(diffusers, name)
+    yield ours.to_diffusers(stock)
+    yield from (ours.to_diffusers(stock, **choice) for choice in choices(name))
 
 
-def pairs(name: str) -> Iterator[dict[str, Any]]:
-    """Each two options that are offered, at values that are not the sampler's own."""
-    plain = VDMScheduler().to_diffusers(getattr(diffusers, name)).config
-    shown = SHOWN_SAMPLERS[name].options
-    choices = [{option: value} for option, values in shown.items() for value in values if plain[option] != value]
-    yield from (one | other for one, other in combinations(choices, 2) if one.keys() != other.keys())
+def choices(name: str) -> list[dict[str, Any]]:
+    """Each option that is offered, by itself, at each value that is not the sampler's own."""
+    plain, shown = VDMScheduler().to_diffusers(getattr(diffusers, name)).config, SHOWN_SAMPLERS[name].options
+    return [{option: value} for option, values in shown.items() for value in values if plain[option] != value]
+
+
+def pairs(name: str) -> list[dict[str, Any]]:
+    """Each two of them."""
+    return [one | other for one, other in combinations(choices(name), 2) if one.keys() != other.keys()]
 
 
 def row(name: str, target: str) -> str:

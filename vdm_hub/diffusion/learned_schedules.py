@@ -111,7 +111,8 @@ class VarianceGradient:
     def __init__(self, schedule: NoiseSchedule, gamma: Gamma) -> None:
         self._message: Tensor | None = None
         self._schedule, self._gamma = schedule, gamma
-        self._names = schedule.variance_parameters() if torch.is_grad_enabled() else set()
+        trained = {name for name, parameter in schedule.named_parameters() if parameter.requires_grad}
+        self._names = schedule.variance_parameters() & trained if torch.is_grad_enabled() else set()
         if self._names and gamma is not schedule:
             raise ConfigurationError(
                 f"{type(schedule).__name__} binds another gamma than itself, whose variance_parameters "

@@ -27,6 +27,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ class ProbabilityFlow:
             raise unknown_name("dtype", self.dtype, DTYPES)
         whole_number("probes", self.probes)
         whole_number("max_steps", self.max_steps)
-        if not (isinstance(self.tolerance, int | float) and 0 < self.tolerance < 1):
+        if not (isinstance(self.tolerance, Real) and 0 < self.tolerance < 1):
             raise ConfigurationError(f"tolerance is {self.tolerance!r}: give a value between 0 and 1, such as 1e-5.")
 
 

@@ -21,7 +21,7 @@ from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.times import discretise
 from vdm_hub.errors import DataError
 from vdm_hub.fields import whole_number
-from vdm_hub.models.calls import check_takes_context
+from vdm_hub.models.calls import check_context
 
 Batch = Mapping[str, Tensor]
 """``levels``: integers 0..K-1, (B, C, H, W). All else (``class_labels``, ...) is passed to the network by name."""
@@ -103,7 +103,7 @@ class VDMObjective(Objective):
         transitions: T, or ``None`` for continuous time.
 
     Raises:
-        ConfigurationError: The process tells its network a context, and the network takes none.
+        ConfigurationError: The process tells its network a context, and the network takes none, or another.
 
     Attributes:
         integrand: The name of the term that is an integral, or a mean, over times; the others have no time.
@@ -123,7 +123,7 @@ class VDMObjective(Objective):
     def __init__(self, network: nn.Module, process: ForwardProcess, transitions: int | None = None) -> None:
         super().__init__()
         self.transitions = None if transitions is None else whole_number("transitions", transitions)
-        check_takes_context(process, network)
+        check_context(process.context_size, network)
         self.network, self.process = network, process
 
     @property

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -23,38 +22,26 @@ def named_arguments(network: nn.Module) -> list[str] | None:
     >>> named_arguments(UNetVDMModel(8, block_out_channels=(8,), norm_num_groups=4))
     ['class_labels']
     """
-    parameters = list(_parameters(network).values())
+    parameters = list(inspect.signature(network.forward).parameters.values())
     if any(one.kind is one.VAR_KEYWORD for one in parameters):
         return None
     return [one.name for one in parameters[2:] if one.kind is not one.VAR_POSITIONAL and one.name not in _GIVEN]
 
 
-def _parameters(network: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(network.forward).parameters
-
-
-def check_takes_context(process: ForwardProcess, network: nn.Module) -> None:
-    """Refuse a network that can't be told what a process tells it.
-
-    Raises:
-        ConfigurationError: It has no argument ``context``.
-    """
-    takes_any = named_arguments(network) is None
-    if process.context_size is not None and not (takes_any or "context" in _parameters(network)):
-        check_context(process.context_size, network)
-
-
-def check_context(context_size: int | None, network: Any) -> None:
-    """Refuse a network that does not take the context that a process gives.
+def check_context(context_size: int | None, network: nn.Module) -> None:
+    """Refuse a network that can't be told what a process tells it, or that needs to be told what this one does not.
 
     Args:
         context_size: Of the process.
-        network: Any, with a config or without.
+        network: Any; what its forward takes is looked at, and its config, where that says a length.
 
     Raises:
-        ConfigurationError: It takes none, or one of another length.
+        ConfigurationError: It takes no context, or one of another length.
     """
-    taken = getattr(getattr(network, "config", None), "context_size", None)
+    parameters = inspect.signature(network.forward).parameters
+    told = "context" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    unsaid = context_size if told else None
+    taken = getattr(getattr(network, "config", None), "context_size", unsaid)
     if taken != context_size:
         raise ConfigurationError(
             f"the process tells its network {context_size or 'no'} numbers beside the timestep, and "

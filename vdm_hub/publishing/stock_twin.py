@@ -100,7 +100,7 @@ def build_stock_twin(pipeline: VDMPipeline) -> DDPMPipeline:
     """
     _check_network(pipeline.unet)
     scheduler = _own_scheduler(pipeline)
-    scheduler.to_diffusers(DDPMScheduler)  # refuses what no stock sampler can run
+    scheduler.check_stock_process()
     config = scheduler.config
     if scheduler.ends_at_data:
         if config.conditioning != "table":
