@@ -118,6 +118,10 @@ def test_factorised_values_and_gradients_equal_those_of_the_naive_softmax(
     naive = values_and_gradients(lambda z_0, g: -naive_log_likelihood(levels, z_0, g.expand(6, 30), scaling).sum(1))
     for mine, theirs in zip(actual, naive, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10 * float(theirs.abs().max()) + 1e-12)
+    for i, inputs in enumerate(((latent.clone().requires_grad_(), gamma), (latent, gamma.clone().requires_grad_()))):
+        upstream = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+        (alone,) = torch.autograd.grad((upstream * factorised(levels, *inputs, scaling)).sum(), inputs[i])
+        assert torch.equal(alone, actual[1 + i]), "where one of the two is trained alone"
 
 
 @pytest.mark.parametrize("gamma_0", [-13.3, -8.7, -3.0])

@@ -231,7 +231,7 @@ class _FactorisedLogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, levels: Tensor, mean: Tensor, gamma_0: Tensor, scaling: DataScaling) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        needs_gradient = ctx.needs_input_grad[1]  # the mean, z_0 / alpha(gamma_0), depends on both
         nearest = scaling.nearest(mean)
         distance = mean - scaling.encode(nearest, mean.dtype)
         looks = mean.device.type == "cpu" and not torch.compiler.is_compiling()
