@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from naming import naming
 from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
-from vdm_hub import NoiseSchedule, VDMPipeline
+from tiny import tiny_unet
+from vdm_hub import NoiseSchedule, VDMPipeline, VDMScheduler
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.gaussian import alpha, sigma
@@ -227,6 +229,10 @@ def test_data_of_another_shape_are_refused() -> None:
             schedule.bind(torch.zeros(2, 3, 8, 8), schedule.draw_noise(2, None, torch.device("cpu")))
     with pytest.raises(ConfigurationError, match="bind"):
         MulanLatentSchedule([1, 8, 8])(torch.zeros(1))
+    for name, context_size in (("mulan", None), ("mulan_latent", 8)):
+        scheduler = VDMScheduler(noise_schedule={"name": name, "config": {"shape": [1, 4, 4]}}, num_levels=17)
+        with pytest.raises(ConfigurationError, match=naming("(1, 4, 4)", "(1, 8, 8)")):
+            VDMPipeline(tiny_unet(context_size=context_size), scheduler)
     with pytest.raises(ConfigurationError, match="'latent_size': 0"):
         MulanLatentSchedule([1, 8, 8], latent_size=0)
 
