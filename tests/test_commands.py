@@ -54,6 +54,29 @@ def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return call
 
 
+NO_PLACES = {"no such home": "~no-such-user/x", "too long a name": "a" * 300, "too long a path": f"/tmp/{'b' * 300}/x"}
+
+
+@pytest.mark.parametrize("name", NO_PLACES.values(), ids=NO_PLACES.keys())
+def test_a_name_that_nothing_can_have_is_refused_at_every_door(
+    name: str, pipeline: Path, tmp_path: Path, refused: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    publish = ("publish", pipeline.parent, "me/digits", "--dry_run")
+    measured = ("evaluate", pipeline, "--dataset_name", "digits")
+    doors: list[tuple[object, ...]] = [("evaluate", name, "--dataset_name", "digits"), ("sample", name)]
+    doors += [("publish", name, "me/digits", "--dry_run"), ("evaluate", pipeline, "--dataset_name", name)]
+    doors += [(*publish, "--output_dir", name), (*publish, "--evaluation", name)]
+    doors += [(*measured, "--journal", name), (*measured, "--per_image", f"{name}.parquet")]
+    doors += [("sample", pipeline, "--output", f"{name}.png")]
+    for words in doors:
+        assert name[:60] in refused(*words)
+    for option in ("train_data_dir", "dataset_name", "output_dir", "first_stage_from", "resume_from_checkpoint"):
+        first_stage = ("--model", "latent_vdm") if option == "first_stage_from" else ()
+        assert name[:60] in refused("digits", *first_stage, f"--{option}", name, door=train.main)
+    assert contents(tmp_path) == {}
+
+
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
 

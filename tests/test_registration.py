@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import diffusers.pipelines
@@ -17,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import vdm_hub
 from naming import naming
+from vdm_hub.errors import VDMHubError
 from vdm_hub.registration import FORMER_HINTS, INSTALL_HINT, register
 
 PUBLIC = ("AutoencoderKLFirstStage", "HVAEPipeline", "LatentVDMPipeline", "MarkovianHVAE", "NoiseScheduleModel")
@@ -57,6 +59,15 @@ def test_a_name_that_diffusers_has_is_not_overwritten() -> None:
     with pytest.warns(UserWarning, match=naming("diffusers.DDPMPipeline", "vdm_hub.DDPMPipeline")):
         register(vdm_hub, [type("DDPMPipeline", (), {})])
     assert diffusers.DDPMPipeline is DDPMPipeline
+
+
+@pytest.mark.parametrize(
+    "named", [[], ["diffusers", "UNet2DModel"], [None], ["pipeline"], [[], "X"], ["os", "x"]], ids=str
+)
+def test_a_list_in_a_pipeline_s_index_that_names_no_class_is_refused(named: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": named}))
+    with pytest.raises((VDMHubError, OSError), match=naming("model_index.json")):
+        DiffusionPipeline.from_pretrained(tmp_path)
 
 
 PLANTED = """

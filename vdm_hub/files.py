@@ -95,18 +95,33 @@ def destination(path: Path) -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path whose ``~`` is the home folder.
+    """A path whose ``~`` is the home folder; nothing needs to be there.
 
     Raises:
-        ConfigurationError: There is no such home.
+        ConfigurationError: There is no such home, or nothing can have such a name, or it may not be looked at.
 
     >>> expanded("runs/digits")
     PosixPath('runs/digits')
     """
     try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
+        place = Path(path).expanduser()
+        place.exists()
+        return place
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigurationError(f"{path} can't be found ({error}): name another place.") from error
+
+
+def found(name: str) -> Path | None:
+    """The path of a name where something is there; a name that nothing can have is nowhere.
+
+    >>> found("/no/such/folder"), found("a" * 1000), found("~no-such-user/birds")
+    (None, None, None)
+    """
+    try:
+        place = expanded(name)
+    except ConfigurationError:
+        return None
+    return place if place.exists() else None
 
 
 def is_replaceable(mode: int) -> bool:

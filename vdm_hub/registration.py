@@ -12,7 +12,8 @@ names the first that is not there. So a repository's first such entry, which not
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from typing import Any
 import diffusers
 import diffusers.pipelines
 
-from vdm_hub.errors import CheckpointError, MissingFileError, shortened, warn
+from vdm_hub.errors import CheckpointError, MissingFileError, in_one_line, shortened, warn
 from vdm_hub.files import written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, open_files
@@ -93,10 +94,26 @@ def _hand_over(pipelines: Mapping[str, type], library: str) -> None:
                     f"pipeline of diffusers or {library} ({', '.join(pipelines)}) that has these components: it was "
                     f"changed. Save the pipeline again, or download it again."
                 )
+            if isinstance(named, list):
+                # The form in which a file of the pipeline's own names its class: diffusers reads it as it stands.
+                with _in_words(pretrained_model_name_or_path, named):
+                    return own_loader(cls, pretrained_model_name_or_path, **kwargs)
         return own_loader(cls, pretrained_model_name_or_path, **kwargs)
 
     from_pretrained.hands_over = True  # type: ignore[attr-defined]
     diffusers.DiffusionPipeline.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _in_words(source: Any, named: list[Any]) -> Iterator[None]:
+    """What Python says of a list that names no class, as an error of ours."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{source}: {INDEX} names the class {shortened(named)}, and no file of that class is there "
+            f"({in_one_line(error)}): it was changed. Save the pipeline again, or download it again."
+        ) from error
 
 
 def _index(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def lies(draw: st.DrawFn, listing: bytes) -> tuple[str, Callable[[Response], Res
 
 def try_lies(number: int, reader: Reader, draw: Callable[..., Any]) -> Counter[str]:
     """One lie of the server, by every door."""
-    repo = f"me/lie-{number}"
+    repo = f"me/lie-{number:06}"  # of one length, as places in what is listed are drawn
     reader.hub.heal()
     reader.hub.repositories[repo] = Repository()
     reader.hub.repositories[repo].commit("main", "first", reader.sound)

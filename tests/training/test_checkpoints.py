@@ -94,6 +94,16 @@ def test_every_damage_to_every_file_is_found_and_named(name: str, damage: str, t
     assert load_checkpoint(other).state == {"step": 1}
 
 
+@pytest.mark.parametrize("name", FILES[1:3])
+def test_a_file_that_the_manifest_leaves_out_is_found_and_named(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][name]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=naming("manifest", name)):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     "manifest",
     [

@@ -88,6 +88,7 @@ CHANGES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "a recipe without a field": (("recipe", "noise_schedule"), ...),
     "a recipe with a field too many": (("recipe",), {"seed": 0, "learning_rat": 1e-3}),
     "another type in a recipe": (("recipe", "train_batch_size"), "x"),
+    "text for a recipe's steps": (("recipe", "max_train_steps"), "2"),
     "a scale that no run has": (("scaler",), {"scale": 0.0}),
 }
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
 from vdm_hub.diffusers_checkpoints import pipeline_class
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.files import expanded
 from vdm_hub.hub.places import RECIPE, pipeline_folder, run_folder
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
@@ -33,8 +33,9 @@ def load_pipeline(
     Raises:
         VDMHubError: There is none at that place, or it can't be loaded.
     """
-    looks_local = name.startswith((".", "/", "~")) or Path(name).is_dir()
-    folder = pipeline_folder(Path(name).expanduser())
+    place = expanded(name)
+    looks_local = name.startswith((".", "/", "~")) or place.is_dir()
+    folder = pipeline_folder(place)
     if looks_local and not (folder / "model_index.json").is_file():
         raise ConfigurationError(
             f"{name} holds no pipeline (no model_index.json): give a run's folder such as runs/digits, a pipeline's "

@@ -9,7 +9,7 @@ from pathlib import Path
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.loading import check_outputs_apart
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.files import check_writable, destination
+from vdm_hub.files import check_writable, destination, expanded
 from vdm_hub.hub.places import RECIPE, pipeline_folder, run_folder
 from vdm_hub.recipes.arguments import read_recipe
 
@@ -46,7 +46,7 @@ def check_apart_from_training(pipeline: str | Path, outputs: Mapping[str, Path])
     Raises:
         DataError: One of them would be among the images of another run.
     """
-    run = run_folder(pipeline_folder(Path(pipeline).expanduser()))
+    run = run_folder(pipeline_folder(expanded(pipeline)))
     if run is None:
         return
     recipe = read_recipe(run / RECIPE)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vdm_hub.commands.outputs import check_apart_from_training
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.files import expanded
 from vdm_hub.publishing.dry_run import LIST, write_publication
 from vdm_hub.publishing.publishing import publish
 
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Publish, and print what is where."""
+    for name in ("folder", "evaluation", "output_dir"):
+        if (given := getattr(arguments, name)) is not None:
+            setattr(arguments, name, expanded(given))
     if arguments.evaluation is not None and not arguments.evaluation.is_file():
         raise ConfigurationError(f"--evaluation {arguments.evaluation} is no file.")
     if arguments.dry_run:

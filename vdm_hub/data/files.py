@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vdm_hub.errors import DataError, explained, shortened
+from vdm_hub.files import expanded
 
 _READ = "png apng jpg jpeg jpe jfif webp bmp gif tif tiff ppm pgm pbm pnm pfm mpo"
 # Images as well, which are refused by name where they are decoded, so that none is left out unseen.
@@ -98,7 +99,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def lies_in(path: Path, listing: Listing) -> bool:
     """Whether a path, which need not exist, is one of the folders that were listed or lies in one."""
-    resolved = path.expanduser().resolve()
+    resolved = expanded(path).resolve()
     return any(place.exists() and _identity(place) in listing.folders for place in (resolved, *resolved.parents))
 
 

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.files import found
 from vdm_hub.secret_values import masked_values
 from vdm_hub.version import __version__
 
@@ -121,6 +122,6 @@ def public_name(source: str) -> str:
     >>> public_name("uoft-cs/cifar10"), public_name("/home/ada/birds"), public_name("./birds.parquet")
     ('uoft-cs/cifar10', 'birds', 'birds.parquet')
     """
-    path = Path(source).expanduser()
-    local = source.startswith((".", "/", "~")) or source.endswith(".parquet") or path.exists()
-    return path.absolute().name if local else source
+    place = found(source)
+    local = source.startswith((".", "/", "~")) or source.endswith(".parquet") or place is not None
+    return (place or Path(source)).absolute().name if local else source

@@ -19,6 +19,7 @@ from diffusers.optimization import SchedulerType
 from vdm_hub import registry
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.fields import MAX_SEED, check_fields, option, require
+from vdm_hub.files import found
 
 Serialised = NewType("Serialised", str)
 """Text that is a name or a JSON object; in a recipe it may be written as a YAML mapping."""
@@ -102,8 +103,10 @@ def _meaning(field: str, value: Any) -> Any:
     if (kind := registry.SERIALISED_FIELDS.get(field)) is not None:
         name, config, package = registry.parse(kind, value)
         return name, config, package or registry.BUILT_IN_PACKAGE
-    if field in ("train_data_dir", "first_stage_from") or (field == "dataset_name" and Path(value).is_dir()):
-        return Path(value).expanduser().resolve()
+    if field in ("train_data_dir", "first_stage_from", "dataset_name"):
+        place = found(value)
+        local = field != "dataset_name" or (place is not None and place.is_dir())
+        return (place or Path(value)).resolve() if local else value
     return value
 
 

@@ -118,8 +118,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"the checkpoint {path} is damaged: {name} is missing, truncated or altered; {hint}."
             )
-    groups = [Path(name) for name in manifest["files"] if name.endswith(".safetensors")]
-    tensors = {group.stem: load_file(path / group) for group in groups}
+    groups = {file.name for file in entries(path) if file.suffix == ".safetensors"}
+    if unlisted := groups - manifest["files"].keys():
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: its manifest does not list {', '.join(sorted(unlisted))}: start the "
+            f"run again in a new output_dir, or restore it from a copy."
+        )
+    tensors = {Path(group).stem: load_file(path / group) for group in sorted(groups)}
     state = read_json(path / "state.json", max_bytes=_MAX_STATE_BYTES)
     step = state.get("step")
     if type(step) is not int or step != manifest.get("step", step):

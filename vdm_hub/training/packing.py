@@ -111,8 +111,8 @@ def _check_state(state: dict[str, Any], path: Path) -> None:
     """Refuse what no run has written, or what contradicts itself."""
     check_record(_State, state, str(path))
     records.check_history(state["history"], path, state["step"])
+    records.refuse(path, _contradictions(state))  # first, as what follows reads a recipe that is one
     records.check_run(state["provenance"], path, state["recipe"])
-    records.refuse(path, _contradictions(state))
 
 
 def _contradictions(state: dict[str, Any]) -> Iterator[str]:
