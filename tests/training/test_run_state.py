@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from naming import naming
-from runs import LEARNED, UNET, start, weights
+from runs import LEARNED, UNET, configuration, forget_accelerator, start, weights
+from vdm_hub.data.loading import load_data
 from vdm_hub.errors import NonFiniteLossError
 from vdm_hub.likelihood.variational_bound import Bound
-from vdm_hub.training.loop import Run
+from vdm_hub.training.loop import Run, build_accelerator
+from vdm_hub.training.outputs import OutputFolder
 
 SEED, SIZE = 7, 16
 
@@ -148,15 +151,58 @@ def test_counts_are_those_of_the_whole_run(run: Run) -> None:
 
 
 def test_epochs_hold_whole_steps_and_the_batches_are_the_sources(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"max_train_steps": None, "num_train_epochs": 2, "gradient_accumulation_steps": 4}
+    fields: dict[str, Any] = {"max_train_steps": None, "num_train_epochs": 4, "gradient_accumulation_steps": 4}
     run = start(tmp_path / "run", **fields, train_batch_size=48, random_flip=True)
     images = len(run.data.train)
-    assert run.total_steps == 2 * (images // 48 // 4)
+    assert run.total_steps == 4 * (images // 48 // 4) < 4 * (images // 48) // 4
     assert (run.source.seed, run.source.random_flip) == (run.training.seed, True)
     # At least 1,024 images are looked at, in whole batches of the order of the first epoch.
     looked = list(run._first_images())
     assert len(looked) == math.ceil(1024 / 48)
+    exactly = start(tmp_path / "exactly", train_batch_size=64)
+    assert len(list(exactly._first_images())) == 16
     assert torch.equal(looked[0]["levels"], start(tmp_path / "plain", train_batch_size=48).source.batch(0)["levels"])
+
+
+def begun(output: Path, change: Callable[[Accelerator], None], **fields: Any) -> Run:
+    """A run before its first step, of an accelerator to which something was done."""
+    forget_accelerator()
+    chosen, folder = configuration(output, **fields), OutputFolder(configuration(output, **fields))
+    accelerator = build_accelerator(chosen, folder)
+    change(accelerator)
+    return Run(chosen, accelerator, load_data(chosen.data), folder)
+
+
+def test_each_process_reads_its_own_part_of_a_batch_that_all_share(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"max_train_steps": None, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    run = begun(tmp_path / "run", lambda _: as_process(1, 3), **fields, scale_lr=True, lr_warmup_steps=0)
+    assert (run.source.rank, run.source.world_size, run.global_batch_size) == (1, 3, 16 * 2 * 3)
+    assert run.total_steps == 2 * (len(run.data.train) // (16 * 3) // 2)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * 16 * 2 * 3)
+
+
+@pytest.mark.filterwarnings("ignore:Seems like")  # torch's, of a step that is skipped
+def test_a_gradient_that_overflows_a_scaler_skips_the_step_and_lowers_the_scale(tmp_path: Path) -> None:
+    """As with fp16 on a GPU: at so high a scale the first gradients are infinite, and the loss is not."""
+
+    def scale(accelerator: Accelerator) -> None:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+
+    run = begun(tmp_path / "run", scale, lr_warmup_steps=0)
+    before = weights(run)
+    run.optimise(next(run.batches()))
+    assert torch.equal(weights(run), before) and run.step == 1
+    assert run.accelerator.scaler.get_scale() == 2.0**126
+
+
+def test_a_parameter_that_no_gradient_reaches_stays_and_the_others_are_trained(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", lr_warmup_steps=0, adam_weight_decay=0.5)
+    still, *others = run.model.parameters()
+    still.requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in (still, *others)]
+    run.optimise(next(run.batches()))
+    moved = [not torch.equal(*pair) for pair in zip((still, *others), before, strict=True)]
+    assert not moved[0] and any(moved)
 
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
