@@ -9,8 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works from an
 
 import torch
 
-from vdm_hub import VDMPipeline
-from vdm_hub.data.loading import load_split
+from vdm_hub import VDMPipeline, load_split
 
 
 def main() -> None:

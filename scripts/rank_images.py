@@ -14,13 +14,15 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from vdm_hub.command_line import Parser
-from vdm_hub.commands import report_errors
-from vdm_hub.commands.images import load_images
-from vdm_hub.commands.loading import load_pipeline
-from vdm_hub.commands.outputs import check_output
-from vdm_hub.images import images_from_levels
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub import (
+    LikelihoodPipeline,
+    Parser,
+    check_output,
+    images_from_levels,
+    load_images,
+    load_pipeline,
+    report_errors,
+)
 
 SHOWN, MOST = 12, 500
 

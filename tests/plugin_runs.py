@@ -18,7 +18,7 @@ from hub.environments import link_packages, package_folders
 from runs import ROOT, configuration
 from vdm_hub import VDMPipeline
 from vdm_hub.commands import main
-from vdm_hub.training.loop import train
+from vdm_hub.training.loop import train_model
 
 
 def train_a_little(folder: Path, **fields: Any) -> Path:
@@ -26,7 +26,7 @@ def train_a_little(folder: Path, **fields: Any) -> Path:
     measured = {"validation_size": 8, "validation_steps": 4, "num_sample_images": 2, "evaluation_replicates": 1}
     if "train_data_dir" in fields:
         fields |= {"dataset_name": None}
-    report = train(configuration(folder, **measured | fields))
+    report = train_model(configuration(folder, **measured | fields))
     assert report is not None and report.bits_per_dim > 0
     return folder
 

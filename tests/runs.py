@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from vdm_hub.data.loading import load_data
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.recipes.arguments import Configuration
-from vdm_hub.training.loop import Run, build_accelerator, train
+from vdm_hub.training.loop import Run, build_accelerator, train_model
 from vdm_hub.training.outputs import OutputFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def forget_accelerator() -> None:
 
 def train_here(output: Path, **fields: Any) -> LikelihoodReport | None:
     forget_accelerator()
-    return train(configuration(output, **fields))
+    return train_model(configuration(output, **fields))
 
 
 def start(output: Path, **fields: Any) -> Run:

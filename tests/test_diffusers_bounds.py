@@ -16,7 +16,7 @@ from naming import naming
 from tiny import quiet, seeded
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow
+from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 
 

@@ -26,7 +26,7 @@ from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.evaluation.measuring import Stages
 from vdm_hub.hub.records import read_evaluation
 from vdm_hub.likelihood.methods import check_endpoints
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow
+from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.recipes.arguments import parse
 

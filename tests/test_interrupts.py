@@ -52,11 +52,11 @@ def test_ctrl_c_is_one_line_and_status_130_in_every_command(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("module", ["vdm_hub.commands", "vdm_hub.train"])
-def test_ctrl_c_while_libraries_are_imported_is_one_line_too(module: str) -> None:
+def test_ctrl_c_while_libraries_are_imported_is_one_line_too(module: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *(["plugins"] if module.endswith("commands") else ["nothing"])],
+        [sys.executable, "-m", module, *(["plugins"] if module.endswith("commands") else ["digits"])],
         env=environment(),
-        cwd=ROOT,
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -24,7 +24,7 @@ from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.times import stratified_times
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.recipes.arguments import Configuration
-from vdm_hub.training.loop import train
+from vdm_hub.training.loop import train_model
 from vdm_hub.training.setup import build_objective, build_pipeline
 
 PACKAGE, MODULE = "vdm-hub-fakes", "vdm_hub_fakes"
@@ -121,7 +121,7 @@ def trained(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """The pipeline folder of one short run of the training loop for each case."""
     folders = {case: tmp_path_factory.mktemp("runs") / case for case in CASES}
     for case, folder in folders.items():
-        report = train(configuration(case, folder))
+        report = train_model(configuration(case, folder))
         assert report is not None and report.num_images == 360
     return {case: folder / "pipeline" for case, folder in folders.items()}
 

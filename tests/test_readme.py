@@ -89,4 +89,4 @@ def test_shell_line(home: Path, line: str) -> None:
     elif line.startswith("make"):
         assert run(ROOT, f"{line} --dry-run PYTHON={sys.executable}")
     else:
-        run(home, shortened(line) if "vdm_hub.train" in line else line)
+        run(home, shortened(line) if re.search(r"vdm_hub.train|vdm-hub train", line) else line)

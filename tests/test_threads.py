@@ -19,7 +19,7 @@ from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule, dif
 from vdm_hub.diffusion.samplers import SAMPLERS
 from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.per_image import evaluating
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow
+from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.variational_bound import VDMObjective
 
 THREADS, ROUNDS = 4, 3

@@ -18,7 +18,8 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.hub.checks import check_pipeline
-from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, ModelFiles, open_files
+from vdm_hub.hub.places import INDEX
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.scheduler_configs import is_beta_table
 from vdm_hub.scheduling_vdm import VDMScheduler
 

@@ -26,7 +26,7 @@ from vdm_hub.images import levels_from_images
 from vdm_hub.likelihood.decompositions import form_of
 from vdm_hub.likelihood.methods import build_measurement
 from vdm_hub.likelihood.per_image import collect
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow
+from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.models.loading import REMEDY, refuse_pickles

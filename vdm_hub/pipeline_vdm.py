@@ -28,7 +28,8 @@ from vdm_hub.diffusion.noise_schedules import NoiseSchedule, TabulatedSchedule
 from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
 from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, shortened, unknown_name
 from vdm_hub.fields import whole_number
-from vdm_hub.hub.repositories import HUB_ARGUMENTS, INDEX, ModelFiles
+from vdm_hub.hub.places import INDEX
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline

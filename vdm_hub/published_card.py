@@ -11,9 +11,9 @@ from typing import Any
 import huggingface_hub
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 
+from vdm_hub.hub.install_hint import add_install_hint
 from vdm_hub.hub.outgoing import make_public
 from vdm_hub.hub.weights import replacing_weights
-from vdm_hub.registration import add_install_hint
 
 CARD = "README.md"
 

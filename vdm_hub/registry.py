@@ -90,7 +90,7 @@ SERIALISED_FIELDS = {
 }
 """Fields of a config that hold a serialised form, and the kind of it."""
 
-_KIND_WORDS = {kind: (kind[:-2] if kind.endswith("sses") else kind[:-1]).replace("_", " ") for kind in BUILT_INS}
+KIND_WORDS = {kind: (kind[:-2] if kind.endswith("sses") else kind[:-1]).replace("_", " ") for kind in BUILT_INS}
 _NAME = re.compile(r"\w([\w.+-]*\w)?", re.ASCII)
 _DISTRIBUTION_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?")
 
@@ -118,7 +118,7 @@ class Registration:
         """
         if not self.is_allowed:
             raise _not_allowed(self.kind, self.name, [self])
-        whose = f"the {_KIND_WORDS[self.kind]} {self.name!r} of the package {self.package!r}"
+        whose = f"the {KIND_WORDS[self.kind]} {self.name!r} of the package {self.package!r}"
         try:
             loaded = metadata.EntryPoint(self.name, self.target, f"vdm_hub.{self.kind}").load()
         except (Exception, SystemExit) as error:
@@ -197,13 +197,13 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
     known = registrations(kind)
     if not _NAME.fullmatch(name):
         raise ConfigurationError(
-            f"{name!r} is no valid name of a {_KIND_WORDS[kind]}: names hold letters, digits, '_', '-', '.' and '+'. "
+            f"{name!r} is no valid name of a {KIND_WORDS[kind]}: names hold letters, digits, '_', '-', '.' and '+'. "
             f"Known: {', '.join(sorted(r.name for r in known))}."
         )
     if name in BUILT_INS[kind]:
         if package is not None and _normal(package) != BUILT_IN_PACKAGE:
             raise ConfigurationError(
-                f"{name!r} is a built-in {_KIND_WORDS[kind]}, whose name the package {package!r} can't take: leave "
+                f"{name!r} is a built-in {KIND_WORDS[kind]}, whose name the package {package!r} can't take: leave "
                 f"the package out, or rename the plugin's entry point."
             )
         return next(r for r in known if r.name == name)
@@ -213,7 +213,7 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
         if not matching:
             raise _missing(kind, name, package, known)
     if not matching:
-        raise unknown_name(_KIND_WORDS[kind], name, {r.name for r in known})
+        raise unknown_name(KIND_WORDS[kind], name, {r.name for r in known})
     allowed = [r for r in matching if r.is_allowed]
     if not allowed:
         raise _not_allowed(kind, name, matching)
@@ -221,7 +221,7 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
         matching = allowed
         owners = " and ".join(repr(r.package) for r in matching)
         raise ConfigurationError(
-            f"the {_KIND_WORDS[kind]} {name!r} is brought by {owners}: say which with "
+            f"the {KIND_WORDS[kind]} {name!r} is brought by {owners}: say which with "
             f'{{"name": "{name}", "package": "{matching[0].package}"}}, or uninstall one.'
         )
     return allowed[0]
@@ -280,7 +280,7 @@ def resolve(kind: str, serialised: Serialised) -> tuple[type, dict[str, Any]]:
     accepted = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for key in arguments:
         if key not in accepted and not takes_any:
-            raise unknown_name(f"argument of the {_KIND_WORDS[kind]} {parse(kind, serialised)[0]!r}", key, accepted)
+            raise unknown_name(f"argument of the {KIND_WORDS[kind]} {parse(kind, serialised)[0]!r}", key, accepted)
     return cls, arguments
 
 
@@ -306,7 +306,7 @@ def building(kind: str, serialised: Serialised, accepted: Iterable[str]) -> Iter
         raise
     except Exception as error:
         raise ConfigurationError(
-            f"the {_KIND_WORDS[kind]} {shortened(serialised)} can't be built: {in_one_line(error)}. Its arguments "
+            f"the {KIND_WORDS[kind]} {shortened(serialised)} can't be built: {in_one_line(error)}. Its arguments "
             f"are {', '.join(accepted) or 'none'}."
         ) from error
 
@@ -325,10 +325,10 @@ def serialise(kind: str, instance: Any, complete: bool = False) -> Serialised:
     if registration is None:
         known = ", ".join(sorted(r.name for r in registrations(kind)))
         raise ConfigurationError(
-            f"{target} is not registered as a {_KIND_WORDS[kind]}, so no config can name it. Declare it as an entry "
+            f"{target} is not registered as a {KIND_WORDS[kind]}, so no config can name it. Declare it as an entry "
             f"point in the group 'vdm_hub.{kind}' of an installed package. Registered: {known}."
         )
-    config = _json_object(f"{_KIND_WORDS[kind]} {registration.name!r}", instance.to_config())
+    config = _json_object(f"{KIND_WORDS[kind]} {registration.name!r}", instance.to_config())
     parameters = inspect.signature(type(instance)).parameters
     arguments = {k: v for k, v in config.items() if complete or k not in parameters or parameters[k].default != v}
     if registration.package != BUILT_IN_PACKAGE:
@@ -361,7 +361,7 @@ def _is_already(registration: Registration, cls: type) -> bool:
 
 def _parts(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str | None, str | None]:
     """Name, arguments, package and version of a serialised form, checked."""
-    word = _KIND_WORDS.get(kind, kind)
+    word = KIND_WORDS.get(kind, kind)
     if isinstance(serialised, str):
         text = serialised.strip()
         if not text.startswith("{"):
@@ -405,7 +405,7 @@ def _find(kind: str, serialised: Serialised) -> tuple[Registration, dict[str, An
     found = lookup(kind, name, package)
     if saved and found.version and is_older(found.version, saved):
         warn(
-            f"the {_KIND_WORDS[kind]} {name!r} was saved with {found.package} {saved}, and {found.version} is "
+            f"the {KIND_WORDS[kind]} {name!r} was saved with {found.package} {saved}, and {found.version} is "
             f"installed, which may give other results: upgrade {found.package}.",
             OlderPluginWarning,
             stacklevel=3,
@@ -436,7 +436,7 @@ def _normal(package: str) -> str:
 def _not_allowed(kind: str, name: str, found: list[Registration]) -> ConfigurationError:
     owners = " and ".join(sorted(repr(r.package) for r in found))
     return ConfigurationError(
-        f"the {_KIND_WORDS[kind]} {name!r} is brought by {owners}, which {ALLOWED_VARIABLE}="
+        f"the {KIND_WORDS[kind]} {name!r} is brought by {owners}, which {ALLOWED_VARIABLE}="
         f"{os.environ.get(ALLOWED_VARIABLE, '')!r} does not allow: add it there, separated by a comma, or unset it."
     )
 
@@ -444,17 +444,17 @@ def _not_allowed(kind: str, name: str, found: list[Registration]) -> Configurati
 def _missing(kind: str, name: str, package: str, known: list[Registration]) -> MissingPluginError:
     if not _TAKES_PLUGINS:
         return MissingPluginError(
-            f"the {_KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
+            f"the {KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
             f"and code that a repository carries takes no plugins. If you trust it, install vdm_hub "
             f"and that package, from where its author offers it (such as by `pip install {package}`), and load "
             f"with vdm_hub, without trust_remote_code."
         )
     plugins = sorted({r.package for r in known if r.package != BUILT_IN_PACKAGE}) or ["none"]
     return MissingPluginError(
-        f"the {_KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
+        f"the {KIND_WORDS[kind]} {name!r} needs the plugin package {package!r} (as the file claims; unverified), "
         f"which {_state_of(package)}. If you trust it, install it from where its author offers it, such as by "
         f"`pip install {package}`. Installed plugins: "
-        f"{', '.join(plugins)}. {unknown_name(_KIND_WORDS[kind], name, {r.name for r in known})}"
+        f"{', '.join(plugins)}. {unknown_name(KIND_WORDS[kind], name, {r.name for r in known})}"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin  # vdm_hub exports it
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 

@@ -1,21 +1,15 @@
-"""``accelerate launch -m vdm_hub.train RECIPE [--field value ...]``."""
+"""``accelerate launch -m vdm_hub.train RECIPE [--field value ...]``: ``vdm-hub train``, for launchers of modules."""
 
 from __future__ import annotations
 
 import sys
 
-from vdm_hub.commands import report_errors
-from vdm_hub.recipes.arguments import parse
-from vdm_hub.training.loop import train
+from vdm_hub import commands
 
 
 def main() -> int:
     """Train by the command line, and say what came out and where it is."""
-    return report_errors(_main)
-
-
-def _main() -> None:
-    train(parse())
+    return commands.main([commands.TRAIN, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdm_hub import NoiseSchedule
-from vdm_hub.diffusion.noise_schedules import check_endpoints
-from vdm_hub.errors import ConfigurationError
+from vdm_hub import ConfigurationError, NoiseSchedule, check_endpoints
 
 
 class BowedSchedule(NoiseSchedule):

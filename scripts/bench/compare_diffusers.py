@@ -22,7 +22,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from train_step import ON_CPU, SIZES, _split, alternate, bare_network, build_run, training_step
 
-from vdm_hub.training.loop import Run
+from vdm_hub import Run
 
 
 def main() -> None:

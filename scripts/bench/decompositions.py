@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vdm_hub.commands.loading import load_pipeline
-from vdm_hub.data.loading import load_split
-from vdm_hub.likelihood.consistency import transition_profile
-from vdm_hub.likelihood.decompositions import compare_decompositions, decompositions
-from vdm_hub.likelihood.variational_bound import VDMObjective
-from vdm_hub.plots import plot_decompositions
+from vdm_hub import (
+    VDMObjective,
+    compare_decompositions,
+    decompositions,
+    load_pipeline,
+    load_split,
+    plot_decompositions,
+    transition_profile,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

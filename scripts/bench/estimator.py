@@ -25,13 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm_hub import VDMPipeline
-from vdm_hub.data.loading import load_split
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.diffusion.noise_schedules import LinearSchedule
-from vdm_hub.evaluation import measuring
-from vdm_hub.likelihood.estimator import BoundEstimator
-from vdm_hub.likelihood.variational_bound import VDMObjective
+import vdm_hub
+from vdm_hub import BoundEstimator, GaussianProcess, LinearSchedule, Stages, VDMObjective, VDMPipeline, load_split
 
 NOTHING = {"stratified": False, "importance_sampling": False, "control_variate": False}
 BASELINE = "independent uniform times"  # under a linear log-SNR, where time is continuous
@@ -107,11 +102,11 @@ def measure(
     times = techniques.get("times_per_image", 1)
     pilot = 0 if techniques == NOTHING | {"stratified": techniques.get("stratified", True)} else arguments.pilot
     seed = 1000 + repetition
-    report = measuring.measure(
+    report = vdm_hub.measure(
         BoundEstimator(objective, len(levels), seed, pilot_evaluations=pilot, **techniques),
         lambda indices: {"levels": levels[indices], "indices": indices},
         len(levels),
-        measuring.Stages(max(arguments.replicates // times, 2)),
+        Stages(max(arguments.replicates // times, 2)),
         batch_size=arguments.batch_size,
         progress=False,
     )

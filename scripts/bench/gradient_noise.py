@@ -15,9 +15,7 @@ import math
 import numpy as np
 import torch
 
-from vdm_hub import VDMPipeline
-from vdm_hub.data.loading import load_split
-from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub import VDMObjective, VDMPipeline, load_split
 
 
 def main() -> None:

@@ -22,10 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm.auto import tqdm
 
-from vdm_hub.commands.loading import load_pipeline
-from vdm_hub.data.loading import load_split
-from vdm_hub.likelihood.decompositions import compare_decompositions
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub import LikelihoodPipeline, compare_decompositions, load_pipeline, load_split
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNGS = {

@@ -21,9 +21,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from vdm_hub import UNetVDMModel, VDMObjective, VDMScheduler
-from vdm_hub.data.loading import load_split
-from vdm_hub.diffusion.times import stratified_times
+from vdm_hub import UNetVDMModel, VDMObjective, VDMScheduler, load_split, stratified_times
 
 GAMMA_MIN, GAMMA_MAX = -13.3, 5.0
 BETA_MIN, BETA_MAX = 0.1, 20.0

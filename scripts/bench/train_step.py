@@ -30,12 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vdm_hub.data.images import ImageLevels
-from vdm_hub.data.loading import Data
-from vdm_hub.recipes.arguments import parse
-from vdm_hub.training import run_state
-from vdm_hub.training.loop import Run, build_accelerator
-from vdm_hub.training.outputs import OutputFolder
+from vdm_hub import Data, ImageLevels, OutputFolder, Run, build_accelerator, parse
 
 RGB = {"shape": (3, 32, 32), "num_levels": 256, "noise_schedule": "linear", "max_train_steps": 100000}
 SIZES: dict[str, dict[str, Any]] = {
@@ -176,7 +171,7 @@ def breakdown(run: Run, step: Callable[[], object], repeats: int) -> dict[str, f
     timed(run.accelerator, "backward", "backward")
     timed(run, "_clip", "clipping")
     timed(run._stepping, "step", "optimiser")
-    timed(run_state, "step_ema", "moving average")
+    timed(sys.modules[Run.__base__.__module__], "step_ema", "moving average")
     rows = []
     for _ in range(repeats):
         seconds.update(dict.fromkeys(seconds, 0.0))

@@ -40,8 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def random_weights() -> Iterator[None]:
     """Branches that start from zero start at random: the untrained network would be the identity and prove nothing."""
-    from vdm_hub.models import unet_vdm
+    from vdm_hub import UNetVDMModel
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unet_vdm, "_zero", lambda module: module)
+        patch.setattr(sys.modules[UNetVDMModel.forward.__module__], "_zero", lambda module: module)
         yield

@@ -20,7 +20,7 @@ import vdm_hub
 from hub.server import Blob, Call, LoopbackHub, Repository
 from tiny import LEVELS, quiet, randomised, sampled, tiny_pipeline, tiny_unet, tiny_unet_2d
 from vdm_hub import NoiseScheduleModel, VDMPipeline, VDMScheduler
-from vdm_hub.registration import FORMER_HINTS, INSTALL_HINT, add_install_hint
+from vdm_hub.hub.install_hint import FORMER_HINTS, INSTALL_HINT, add_install_hint
 from vdm_hub.version import HOW_TO_INSTALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,7 +242,7 @@ def test_no_text_promises_an_index_where_the_package_is_not() -> None:
         assert not re.search(r"pip install .?vdm-hub|pypi\.org/project/vdm", path.read_text()), path
     for path in (*(root / "vdm_hub").rglob("*.py"), *(root / "vdm_hub").rglob("*.jinja")):
         promise = re.search(r"pip install .?vdm-hub|pypi\.org/project/vdm", path.read_text())
-        assert promise is None or path.name == "registration.py", f"{path}: only what was once published says so"
+        assert promise is None or path.name == "install_hint.py", f"{path}: only what was once published says so"
 
 
 def test_the_hint_is_the_first_entry_is_added_once_and_changes_nothing_else(tmp_path: Path) -> None:

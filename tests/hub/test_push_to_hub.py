@@ -12,7 +12,7 @@ from hub.server import Blob, LoopbackHub, Repository
 from hub.test_idioms import run
 from tiny import sampled, tiny_pipeline
 from vdm_hub import VDMPipeline
-from vdm_hub.registration import INSTALL_HINT
+from vdm_hub.hub.install_hint import INSTALL_HINT
 
 # Not as any YAML writer would put it: rewriting it would show.
 CARD = b"---\nlicense:    apache-2.0\ntags: [a,   'b']\n---\r\n# Mine \xe2\x80\x94 with figures\n\n"

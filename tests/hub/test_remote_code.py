@@ -21,10 +21,10 @@ from naming import naming
 from tiny import tiny_pipeline, tiny_unet_2d
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError
+from vdm_hub.hub.install_hint import add_install_hint
 from vdm_hub.publishing import remote_code, remote_code_reader
 from vdm_hub.publishing.carried_code import PUBLIC_CLASSES, carried_sources, pinned_name
 from vdm_hub.publishing.remote_code import add_remote_code, check_remote_code
-from vdm_hub.registration import add_install_hint
 
 KINDS = (*PIPELINES, "stock network")
 REVISION = "remote-code"

@@ -22,7 +22,7 @@ from tiny import quiet, sampled, tiny_pipeline, tiny_unet_2d
 from vdm_hub import UNetVDMModel, VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError, VDMHubError
 from vdm_hub.hub.json_files import MAX_JSON_BYTES, MAX_JSON_DEPTH
-from vdm_hub.hub.repositories import INDEX
+from vdm_hub.hub.places import INDEX
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SHARDS = "unet/diffusion_pytorch_model.safetensors.index.json"

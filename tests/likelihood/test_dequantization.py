@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vdm_hub.diffusion.levels import SCALINGS, DataScaling
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS, dequantization
+from vdm_hub.likelihood.dequantization import dequantization
+from vdm_hub.likelihood.protocol import DEQUANTIZATIONS
 
 every_kind = pytest.mark.parametrize("kind", sorted(DEQUANTIZATIONS))
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS)

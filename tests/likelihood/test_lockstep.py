@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vdm_hub.likelihood.lockstep import SOLVERS, _in_even_steps, integrate, solver_library
+from vdm_hub.likelihood.lockstep import _in_even_steps, integrate, solver_library
+from vdm_hub.likelihood.protocol import SOLVERS
 
 FIRST, LAST, UNIT = 0.25, 1.75, 2.0**-30
 START = np.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0]])

@@ -28,9 +28,9 @@ from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
 from vdm_hub.likelihood import lockstep
 from vdm_hub.likelihood.dequantization import dequantization
-from vdm_hub.likelihood.lockstep import SOLVERS
 from vdm_hub.likelihood.per_image import image_generator
-from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow, _probes, draw_flow, flow_density
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, _probes, draw_flow, flow_density
+from vdm_hub.likelihood.protocol import SOLVERS, ProbabilityFlow
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.models.unet_vdm import UNetVDMModel
 

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from vdm_hub.recipes.arguments import parse
-from vdm_hub.training.loop import train
+from vdm_hub.training.loop import train_model
 
 Start = Callable[[AcceleratorState, dict[str, Any]], DistributedType]
 _begin = AcceleratorState.__init__
@@ -79,7 +79,7 @@ def main(jobs: list[list[str]]) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         with run_by(engine):
-            train(parse(words))
+            train_model(parse(words))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from runs import ROOT, UNET, forget_accelerator
 from vdm_hub import VDMPipeline
 from vdm_hub.commands import main
 from vdm_hub.recipes.arguments import parse
-from vdm_hub.training.loop import train
+from vdm_hub.training.loop import train_model
 
 CLASSES = ("cat", "dog", "fox", "owl")
 TINY = {"max_train_steps": 6, "train_batch_size": 8, "learning_rate": 1e-3, "report_to": "none", "unet": UNET}
@@ -49,7 +49,7 @@ def words(**fields: Any) -> list[str]:
 
 def run_template(**fields: Any) -> None:
     forget_accelerator()
-    train(parse(["template", *words(**TINY | fields)]))
+    train_model(parse(["template", *words(**TINY | fields)]))
 
 
 def read(path: Path) -> dict[str, Any]:

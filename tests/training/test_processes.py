@@ -165,7 +165,7 @@ class Recording(loop.Run):
 
 
 loop.Run = Recording
-loop.train(parse(sys.argv[2:]))
+loop.train_model(parse(sys.argv[2:]))
 """
 
 

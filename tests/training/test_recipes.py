@@ -11,7 +11,7 @@ from PIL import Image
 
 from runs import forget_accelerator
 from vdm_hub.recipes.arguments import parse, recipes
-from vdm_hub.training.loop import train
+from vdm_hub.training.loop import train_model
 from vdm_hub.training.networks import build_network
 from vdm_hub.training.setup import build_objective
 
@@ -67,7 +67,7 @@ def test_each_small_one_takes_a_step_that_learns(name: str, tmp_path: Path) -> N
     words += ["--validation_steps", "5", "--sample_steps", "0", "--lr_warmup_steps", "0", "--logging_steps", "1"]
     configuration = parse(words)
     forget_accelerator()
-    train(configuration)
+    train_model(configuration)
     forget_accelerator()
     before = build_objective(configuration, SHAPES[name]).network.state_dict()
     after = type(build_network(configuration, SHAPES[name])).from_pretrained(tmp_path / "run" / "pipeline" / "unet")

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from vdm_hub.command_line import Parser
-from vdm_hub.commands import evaluate, plugins, publish, sample
+from vdm_hub.commands import options
+from vdm_hub.commands.interrupts import interruptible_import
 from vdm_hub.errors import Interrupted, VDMHubError, in_one_line, in_words
 from vdm_hub.secret_values import mask
+from vdm_hub.version import __version__
 
-# At exit, a last look for garbage among all that was imported takes two seconds and finds nothing that matters.
-atexit.register(gc.freeze)
-
-COMMANDS = {"evaluate": evaluate, "plugins": plugins, "publish": publish, "sample": sample}
+TRAIN = "train"
+_COMMANDS = (options.recipes, options.explain, options.evaluate, options.sample, options.publish, options.plugins)
+COMMANDS = {declare.__name__: declare for declare in _COMMANDS}
+"""The commands, and what declares the options of each; ``train`` takes the fields of a recipe besides."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``vdm-hub COMMAND ...``; an error that is the user's to mend is one paragraph and exit status 2."""
-    parser = Parser(prog="vdm-hub", description="Variational diffusion models.")
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
-        help_text = (module.__doc__ or "").splitlines()[0]
-        module.add_arguments(subparsers.add_parser(name, help=help_text, description=help_text))
-    arguments = parser.parse_args(argv)
-    return report_errors(lambda: COMMANDS[arguments.command].run(arguments))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == [TRAIN]:
+        return report_errors(lambda: interruptible_import("vdm_hub.commands.train").run(words[1:]))
+    arguments = _parser().parse_args(words)
+    module = interruptible_import(f"vdm_hub.commands.{arguments.command}")
+    return report_errors(partial(module.run, arguments))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="vdm-hub", description="Variational diffusion models: train, measure, publish, load.")
+    parser.add_argument("--version", action="version", version=f"vdm-hub {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(TRAIN, help="Train a model by a recipe: `vdm-hub train RECIPE [--field value ...]`.")
+    for name, declare in COMMANDS.items():
+        said = (declare.__doc__ or "").splitlines()[0]
+        declare(commands.add_parser(name, help=said, description=said))
+    return parser
 
 
 def report_errors(run: Callable[[], object]) -> int:
@@ -40,8 +50,6 @@ def report_errors(run: Callable[[], object]) -> int:
     Warnings are shown as errors are, whatever library they are of.
     """
     warnings.formatwarning = _line_of_warning
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = run()
     except (VDMHubError, OSError) as error:

@@ -15,16 +15,6 @@ from vdm_hub.version import __version__
 _COLUMNS = ("kind", "name", "package", "version", "defined", "status")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``vdm-hub plugins``."""
-    parser.epilog = (
-        "The built-ins are those of the package vdm-hub. Listing imports no plugin; --check does, and puts an "
-        "instance of each under the laws of its kind (vdm_hub.testing)."
-    )
-    parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
-    parser.add_argument("--check", action="store_true", help="import each and run the conformance kit on it")
-
-
 def run(arguments: argparse.Namespace) -> None:
     """List, and check where asked to."""
     registry.allowed_packages()  # a value that is none is said once, and before anything else

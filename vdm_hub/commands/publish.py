@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from vdm_hub.commands.outputs import check_apart_from_training
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.files import expanded
 from vdm_hub.publishing.dry_run import LIST, write_publication
 from vdm_hub.publishing.publishing import publish
-
-_TOKEN_HELP = "The token is the one of `hf auth login`, or HF_TOKEN; it is never an argument."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``vdm-hub publish``."""
-    parser.epilog = _TOKEN_HELP
-    parser.add_argument("folder", type=Path, help="a run's folder, or a pipeline's, such as runs/digits/pipeline")
-    parser.add_argument("repo_id", help="the repository on the Hub, such as me/vdm-digits")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", default="main", help="the branch to publish on (default: main)")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument(
-        "--remote_code", action="store_true", help="also publish the code, for readers who trust it without vdm_hub"
-    )
-    parser.add_argument("--license", help="licence of the weights, as the Hub names it, such as apache-2.0")
-    parser.add_argument("--evaluation", type=Path, help="a file that `vdm-hub evaluate --json` wrote, for the card")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="write what would be sent into a folder, print it, and send nothing"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, help="with --dry_run: where to (default: publication/ beside the pipeline)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="with --dry_run: replace what a former one wrote")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights
 from vdm_hub.likelihood.decompositions import form_of
 from vdm_hub.likelihood.methods import build_measurement
 from vdm_hub.likelihood.per_image import Measurement
-from vdm_hub.likelihood.probability_flow import ProbabilityFlow
+from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, Objective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline

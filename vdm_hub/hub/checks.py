@@ -24,7 +24,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from vdm_hub import registry
 from vdm_hub.errors import CheckpointError, ConfigurationError, MissingFileError, shortened, unknown_name
-from vdm_hub.hub.repositories import CONFIGS, INDEX, ModelFiles
+from vdm_hub.hub.places import INDEX
+from vdm_hub.hub.repositories import CONFIGS, ModelFiles
 from vdm_hub.hub.schemas import check_config, check_fields, type_of_field
 from vdm_hub.hub.weights import WeightFiles, check_weights, weight_files
 

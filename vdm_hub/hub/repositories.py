@@ -19,7 +19,6 @@ from vdm_hub.errors import CheckpointError, ConfigurationError, HubError, shorte
 from vdm_hub.hub.fetching import Listed, fetch, hub_explained, in_cache, is_content
 from vdm_hub.hub.json_files import check_json_size, read_json
 
-INDEX = "model_index.json"
 CONFIGS = ("config.json", "scheduler_config.json")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _LOGGER = logging.getLogger(__name__)

@@ -16,8 +16,6 @@ from vdm_hub.likelihood.per_image import evaluating, image_generator
 from vdm_hub.likelihood.restrictions import DenoisingHVAEObjective, has_linear_encoders
 from vdm_hub.likelihood.variational_bound import Batch, Objective, VDMObjective
 
-FORMS = ("denoising_matching", "consistency", "joint")
-
 _DRAWS = 108  # a stream of draws
 
 

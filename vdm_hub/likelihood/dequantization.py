@@ -103,7 +103,7 @@ class TruncatedNormalDequantization(Dequantization):
         return Dequantized(torch.exp(log_alpha) * x.double() + torch.exp(log_sigma) * eps, log_q, entropy)
 
 
-DEQUANTIZATIONS: dict[str, Dequantization] = {
+_KINDS: dict[str, Dequantization] = {
     "uniform": UniformDequantization(),
     "truncated_normal": TruncatedNormalDequantization(),
 }
@@ -115,9 +115,9 @@ def dequantization(name: str) -> Dequantization:
     >>> type(dequantization("uniform")).__name__
     'UniformDequantization'
     """
-    if name not in DEQUANTIZATIONS:
-        raise unknown_name("dequantization", name, DEQUANTIZATIONS)
-    return DEQUANTIZATIONS[name]
+    if name not in _KINDS:
+        raise unknown_name("dequantization", name, _KINDS)
+    return _KINDS[name]
 
 
 def _log_alpha_sigma(gamma: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,12 +27,8 @@ from vdm_hub.diffusion.gaussian_process import BoundGaussian
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import whole_number
 from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, image_generator
-from vdm_hub.likelihood.probability_flow import (
-    FlowMeasurement,
-    ProbabilityFlow,
-    draw_flow,
-    gaussian_of,
-)
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow, gaussian_of
+from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 

@@ -19,9 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vdm_hub.errors import ConfigurationError
-
-SOLVERS = {"dop853": "DOP853", "rk45": "RK45"}
-"""Adaptive explicit Runge-Kutta methods of Dormand and Prince, of order 8(5, 3) and 5(4), and scipy's names."""
+from vdm_hub.likelihood.protocol import SOLVERS
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Field = Callable[[Array, Array], Array]

@@ -12,10 +12,9 @@ from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.hierarchical import HierarchicalObjective, hierarchical_measurement
 from vdm_hub.likelihood.importance_weighted import ChainsMeasurement, WeightedFlowMeasurement
 from vdm_hub.likelihood.per_image import Measurement
-from vdm_hub.likelihood.probability_flow import FlowMeasurement, ProbabilityFlow
+from vdm_hub.likelihood.probability_flow import FlowMeasurement
+from vdm_hub.likelihood.protocol import METHODS, ProbabilityFlow
 from vdm_hub.likelihood.variational_bound import Objective, VDMObjective
-
-METHODS = ("bound", "ode", "importance_weighted")
 
 
 def build_measurement(

@@ -27,7 +27,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -39,68 +38,17 @@ from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian import broadcast, sigma, sum_dimensions
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.noise_schedules import gamma_and_derivative
-from vdm_hub.errors import ConfigurationError, NonFiniteLossError, unknown_name
-from vdm_hub.fields import whole_number
-from vdm_hub.likelihood.dequantization import DEQUANTIZATIONS, dequantization
-from vdm_hub.likelihood.lockstep import SOLVERS, Array, Trajectory, integrate, solver_library
+from vdm_hub.errors import ConfigurationError, NonFiniteLossError
+from vdm_hub.likelihood.dequantization import dequantization
+from vdm_hub.likelihood.lockstep import Array, Trajectory, integrate, solver_library
 from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, image_generator
+from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
 
-DTYPES = ("float64", "float32")
-"""What the network may compute in."""
-DIVERGENCES = ("rademacher", "gaussian", "exact")
 COARSER = 10
 """Times the tolerance, of the second solution from which a figure's numerical error is estimated."""
 _DEQUANTIZATION_DRAWS, _PROBE_DRAWS, _CONTEXT_DRAWS = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class ProbabilityFlow:
-    """The protocol of a probability-flow likelihood; a report carries it whole.
-
-    Attributes:
-        dequantization: ``truncated_normal`` or ``uniform``: see `vdm_hub.likelihood.dequantization`.
-        divergence: ``rademacher`` or ``gaussian`` probes (Hutchinson: ``E v' J v = tr J``, unbiased), or ``exact``,
-            which costs one backward pass per dimension.
-        probes: How many probes are averaged, each one more backward pass.
-        tolerance: Of a step's error, absolute and relative: of z as the root mean square over dimensions, and of the
-            log-density in nats per dimension, the two added in squares.
-        max_steps: Steps that one datum may take.
-        solver: ``rk45`` or ``dop853``, adaptive methods of Dormand and Prince, of order 5(4) and 8(5, 3), by scipy.
-            The second is for smooth fields: with Fourier features of the input it takes more evaluations.
-        dtype: What the network computes in: ``float64``, or ``float32``, for its own precision. In float32 rounding,
-            amplified by the solver, is an error beside the tolerance's, and figures depend on the batch size by it.
-
-    Raises:
-        ConfigurationError: A name is unknown or a number out of range.
-
-    >>> flow = ProbabilityFlow(divergence="exact")
-    >>> flow.dequantization, flow.tolerance, flow.solver
-    ('truncated_normal', 1e-05, 'rk45')
-    """
-
-    dequantization: str = "truncated_normal"
-    divergence: str = "rademacher"
-    probes: int = 1
-    tolerance: float = 1e-5
-    max_steps: int = 1000
-    solver: str = "rk45"
-    dtype: str = "float64"
-
-    def __post_init__(self) -> None:
-        if self.dequantization not in DEQUANTIZATIONS:
-            raise unknown_name("dequantization", self.dequantization, DEQUANTIZATIONS)
-        if self.divergence not in DIVERGENCES:
-            raise unknown_name("divergence", self.divergence, DIVERGENCES)
-        if self.solver not in SOLVERS:
-            raise unknown_name("solver", self.solver, SOLVERS)
-        if self.dtype not in DTYPES:
-            raise unknown_name("dtype", self.dtype, DTYPES)
-        whole_number("probes", self.probes)
-        whole_number("max_steps", self.max_steps)
-        if not (isinstance(self.tolerance, Real) and 0 < self.tolerance < 1):
-            raise ConfigurationError(f"tolerance is {self.tolerance!r}: give a value between 0 and 1, such as 1e-5.")
 
 
 @dataclass(frozen=True)

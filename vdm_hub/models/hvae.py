@@ -55,7 +55,7 @@ class MarkovianHVAE(CheckedModel, ModelMixin, ConfigMixin):
             both.
         layers_per_block: Residual blocks of each network.
         norm_num_groups: Groups of each normalisation.
-        dropout: Dropout of dropout in each residual block.
+        dropout: Probability of dropout in each residual block.
         data_scaling: Where the K levels lie: see `vdm_hub.diffusion.levels.DataScaling`.
         encoders: T modules, ``q(z_1|x)`` first, in place of the networks.
         decoders: T - 1 modules, ``p(z_1|z_2)`` first.

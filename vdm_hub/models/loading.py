@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # vdm_hub exports it, where diffusers looks
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, explained, shortened

@@ -61,7 +61,7 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
             paper's are 7 and 8, for 256 levels in [-1, 1].
         norm_num_groups: Groups of each normalisation.
         norm_eps: Its epsilon.
-        dropout: Dropout of dropout in each residual block.
+        dropout: Probability of dropout in each residual block.
         attention_levels: Resolutions (indices into ``block_out_channels``) with attention after each block.
         mid_block_attention: Whether there is attention in the middle.
         attention_head_dim: Width of an attention head; ``None`` is a single head.

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from vdm_hub.likelihood.decompositions import FORMS
+from vdm_hub.likelihood.protocol import FORMS
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.publishing.contents import Source
 from vdm_hub.publishing.markdown import markdown, python, render, visible, words

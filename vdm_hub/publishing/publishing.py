@@ -11,9 +11,10 @@ from pathlib import Path
 
 from vdm_hub.errors import CheckpointError, ConfigurationError, PublishError
 from vdm_hub.evaluation.provenance import weights_fingerprint
+from vdm_hub.hub.install_hint import add_install_hint
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.outgoing import make_public, refuse_secrets
-from vdm_hub.hub.repositories import INDEX
+from vdm_hub.hub.places import INDEX
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.pipelines import PIPELINES
@@ -30,7 +31,6 @@ from vdm_hub.publishing.remote_code import add_remote_code, check_remote_code
 from vdm_hub.publishing.repository import MAIN, HubRepository, check_ready
 from vdm_hub.publishing.rungs import rung_of
 from vdm_hub.publishing.stock_twin import build_stock_twin, twin_error
-from vdm_hub.registration import add_install_hint
 from vdm_hub.version import __version__
 
 __all__ = ["Publication", "check_ready", "publish"]

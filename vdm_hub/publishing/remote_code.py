@@ -30,8 +30,10 @@ from torch import Tensor
 from vdm_hub import registry
 from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.files import written_beside
+from vdm_hub.hub.install_hint import HINT_KEY
 from vdm_hub.hub.json_files import read_json
-from vdm_hub.hub.repositories import CONFIGS, INDEX
+from vdm_hub.hub.places import INDEX
+from vdm_hub.hub.repositories import CONFIGS
 from vdm_hub.pipeline_vdm import VDMPipeline
 from vdm_hub.publishing import remote_code_reader
 from vdm_hub.publishing.carried_code import (
@@ -42,7 +44,6 @@ from vdm_hub.publishing.carried_code import (
     pinned_name,
     pipeline_file,
 )
-from vdm_hub.registration import HINT_KEY
 from vdm_hub.version import __version__
 
 _PIPELINE = "pipeline.py"

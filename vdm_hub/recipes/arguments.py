@@ -170,6 +170,11 @@ def recipes() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
+def recipe_text(name: str) -> str:
+    """A recipe of the package, as its file holds it."""
+    return (resources.files("vdm_hub.recipes") / f"{name}.yaml").read_text("utf-8")
+
+
 def load_recipe(recipe: str) -> tuple[str, dict[str, Any], str]:
     """A recipe's name, its fields as they are written, and words for messages that say where they come from.
 
@@ -181,7 +186,7 @@ def load_recipe(recipe: str) -> tuple[str, dict[str, Any], str]:
         ConfigurationError: There is no such recipe, or it is not a YAML mapping.
     """
     if recipe in recipes():
-        text = (resources.files("vdm_hub.recipes") / f"{recipe}.yaml").read_bytes()
+        text: str | bytes = recipe_text(recipe)
         name, where = recipe, f"in the recipe {recipe!r}"
     elif (path := expanded(recipe)).is_file():
         with path.open("rb") as file:
@@ -327,7 +332,7 @@ class _Parser(Parser):
 def _parser() -> _Parser:
     """A parser that collects the text of the fields that are given, and nothing of those that are not."""
     parser = _Parser(
-        usage="accelerate launch -m vdm_hub.train RECIPE [--field value ...]",
+        usage="vdm-hub train RECIPE [--field value ...], or accelerate launch -m vdm_hub.train RECIPE ...",
         description=f"Train a variational diffusion model. RECIPE is one of {', '.join(recipes())}, or the path of a "
         "YAML file that gives any of these fields; the command line overrides it. Mappings are merged, key by key: "
         "`--unet.layers_per_block 3`, or `--unet '{\"layers_per_block\": 3}'`; an empty one takes the recipe's away.",

@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NewType
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from diffusers.optimization import SchedulerType
-
 from vdm_hub import registry
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.fields import MAX_SEED, check_fields, option, require
@@ -32,9 +29,11 @@ MAX_STEPS = 10**8 - 1
 DEFAULT_CLASSES = {"unet": UNET_CLASSES[0], "first_stage": FIRST_STAGE_CLASSES[0], "hvae": FIRST_STAGE_CLASSES[0]}
 """Of the fields that describe networks: the class where none is named."""
 
-TRACKERS = ("none", *sorted(LOGGER_TYPE_TO_CLASS))
-# Of diffusers' schedulers, piecewise_constant alone needs an argument (step_rules) that no field gives.
-LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s is not SchedulerType.PIECEWISE_CONSTANT)
+TRACKERS = ("none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""accelerate's, by name: reading them from it would import torch before a word of a command line is looked at."""
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+"""diffusers' schedulers, but for piecewise_constant, which needs an argument (step_rules) that no field gives."""
 
 # Fields that a resumed run may have otherwise: those that change no step that was taken, nor the data of those to
 # come; and those that a run which diverged is to change.

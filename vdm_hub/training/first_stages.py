@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
-from vdm_hub.hub.repositories import INDEX, ModelFiles, open_files
+from vdm_hub.hub.places import INDEX
+from vdm_hub.hub.repositories import ModelFiles, open_files
 from vdm_hub.models.first_stages import AutoencoderKLFirstStage
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.recipes.arguments import Configuration

@@ -44,7 +44,7 @@ from vdm_hub.training.weights import averages, these_weights
 from vdm_hub.training.zero import has_zero
 
 
-def train(configuration: Configuration) -> LikelihoodReport | None:
+def train_model(configuration: Configuration) -> LikelihoodReport | None:
     """Train, save, sample and measure a VDM as the configuration says.
 
     Returns:

@@ -10,10 +10,7 @@ import torch
 
 from naming import naming
 from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
-from vdm_hub import VDMPipeline, VDMScheduler
-from vdm_hub.data.loading import load_split
-from vdm_hub.errors import ConfigurationError
-from vdm_hub.recipes.arguments import parse
+from vdm_hub import ConfigurationError, VDMPipeline, VDMScheduler, load_split, parse
 from vdm_hub_binomial.binarise import binarise, main
 
 RECIPE = Path(__file__).resolve().parents[1] / "binary_digits.yaml"

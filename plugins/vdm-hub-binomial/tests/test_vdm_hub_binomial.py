@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from naming import naming
-from vdm_hub import VDMScheduler
-from vdm_hub.errors import ConfigurationError
-from vdm_hub.testing import Check, parametrize_with_checks
+from vdm_hub import Check, ConfigurationError, VDMScheduler, parametrize_with_checks
 from vdm_hub_binomial import BinomialProcess, BoundBinomial, kernels
 
 LogOdds = Callable[[Tensor, float], Tensor]

@@ -14,10 +14,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
-from vdm_hub.data.loading import load_split
-from vdm_hub.evaluation.evaluate import evaluate
-from vdm_hub.recipes.arguments import parse
+from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler, evaluate, load_split, parse
 
 SIGMA_DATA = 0.7
 Loss = Callable[[torch.nn.Module, Tensor], Tensor]

@@ -12,13 +12,23 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from torch import Tensor
 
 from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
-from vdm_hub import Parameterization, UNetVDMModel, VDMObjective, VDMPipeline, VDMScheduler, registry
-from vdm_hub.data.loading import load_split
-from vdm_hub.diffusion.conditioning import Conditioning
-from vdm_hub.diffusion.gaussian import alpha, marginal_sample, sigma
-from vdm_hub.diffusion.times import stratified_times
-from vdm_hub.errors import ConfigurationError
-from vdm_hub.testing import Check, parametrize_with_checks
+from vdm_hub import (
+    Check,
+    Conditioning,
+    ConfigurationError,
+    Parameterization,
+    UNetVDMModel,
+    VDMObjective,
+    VDMPipeline,
+    VDMScheduler,
+    alpha,
+    load_split,
+    marginal_sample,
+    parametrize_with_checks,
+    registry,
+    sigma,
+    stratified_times,
+)
 from vdm_hub_flow import EDMNoise, EDMPrediction, FlowPrediction, FlowTime
 
 PACKAGE = "vdm-hub-flow"

@@ -15,16 +15,22 @@ from torch.distributions import Normal, kl_divergence
 from naming import naming
 from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
 from tiny import tiny_unet
-from vdm_hub import NoiseSchedule, VDMPipeline, VDMScheduler
-from vdm_hub.diffusion.conditioning import AffineConditioning
-from vdm_hub.diffusion.decoders import FactorisedDecoder
-from vdm_hub.diffusion.gaussian import alpha, sigma
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.diffusion.levels import DataScaling
-from vdm_hub.diffusion.noise_schedules import LinearSchedule
-from vdm_hub.diffusion.parameterizations import Epsilon
-from vdm_hub.errors import ConfigurationError
-from vdm_hub.testing import Check, parametrize_with_checks
+from vdm_hub import (
+    AffineConditioning,
+    Check,
+    ConfigurationError,
+    DataScaling,
+    Epsilon,
+    FactorisedDecoder,
+    GaussianProcess,
+    LinearSchedule,
+    NoiseSchedule,
+    VDMPipeline,
+    VDMScheduler,
+    alpha,
+    parametrize_with_checks,
+    sigma,
+)
 from vdm_hub_mulan import MulanLatentSchedule, MulanSchedule
 from vdm_hub_mulan.schedules import polynomial
 

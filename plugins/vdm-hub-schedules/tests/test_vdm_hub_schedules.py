@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 import vdm_hub_schedules
-from vdm_hub import VDMScheduler, registry
-from vdm_hub.errors import ConfigurationError
-from vdm_hub.testing import Check, parametrize_with_checks
+from vdm_hub import Check, ConfigurationError, VDMScheduler, parametrize_with_checks, registry
 from vdm_hub_schedules import CutSchedule
 
 CONFIGS: list[tuple[str, dict[str, Any]]] = [

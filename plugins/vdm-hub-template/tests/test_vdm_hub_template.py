@@ -1,6 +1,6 @@
 """The schedule keeps every law that vdm_hub relies on."""
 
-from vdm_hub.testing import Check, parametrize_with_checks
+from vdm_hub import Check, parametrize_with_checks
 from vdm_hub_template import BowedSchedule
 
 

@@ -10,15 +10,10 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 
-from vdm_hub.data.images import Decoder
-from vdm_hub.data.loading import undecoded
-from vdm_hub.data.sources import open_source
-from vdm_hub.errors import VDMHubError
-from vdm_hub.pixels import convert_color, image_from_levels, nearest_levels
+from vdm_hub import VDMHubError, images_from_levels, load_split
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,15 +23,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where to write <split>.parquet")
     parser.add_argument("--splits", nargs="+", default=["train", "test"], help="or slices such as train[:1000]")
     parser.add_argument("--image_column", default="image", help="default: image")
+    parser.add_argument("--label_column", help="keep this column as well; any other is left out")
     given = parser.parse_args(arguments)
     try:
-        for path in binarise(given.source, given.folder, given.splits, given.image_column):
+        for path in binarise(given.source, given.folder, given.splits, given.image_column, given.label_column):
             print(path)
     except VDMHubError as error:
         sys.exit(f"error: {error}")
 
 
-def binarise(source: str, folder: Path, splits: list[str], image_column: str = "image") -> Iterator[Path]:
+def binarise(
+    source: str, folder: Path, splits: list[str], image_column: str = "image", label_column: str | None = None
+) -> Iterator[Path]:
     """Write each split with its images in two grey levels, and give its path.
 
     Raises:
@@ -45,20 +43,14 @@ def binarise(source: str, folder: Path, splits: list[str], image_column: str = "
     folder.mkdir(parents=True, exist_ok=True)
     for split in splits:
         path = folder / f"{split.partition('[')[0]}.parquet"
-        opened = open_source(source)
-        encoded = undecoded(opened, opened.read(split), image_column, split)
-        features = datasets.Features(encoded.features | {image_column: datasets.Image()})
-        told = {"column": image_column, "decoder": Decoder(open_file=opened.open_file)}
-        images = encoded.map(
-            _in_two_levels, with_indices=True, features=features, fn_kwargs=told, load_from_cache_file=False
-        )
-        images.to_parquet(path)
+        grey = load_split(source, split, image_column=image_column, color="grey", label_column=label_column)
+        columns: dict[str, list[object]] = {image_column: images_from_levels((grey.levels > 127).long(), 2, "pil")}
+        features = datasets.Features({image_column: datasets.Image()})
+        if label_column is not None and grey.labels is not None:
+            columns[label_column] = grey.labels.tolist()
+            features[label_column] = datasets.Value("int64")
+        datasets.Dataset.from_dict(columns, features).to_parquet(path)
         yield path
-
-
-def _in_two_levels(row: dict[str, Any], index: int, column: str, decoder: Decoder) -> dict[str, Any]:
-    grey = convert_color(decoder.open(row[column], index), "grey")
-    return {column: image_from_levels(nearest_levels(grey, 2), 2)}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdm_hub import BoundProcess, ForwardProcess, registry
-from vdm_hub.diffusion.draws import Generator, uniform_noise
-from vdm_hub.diffusion.forward_process import Network, Noise
-from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
-from vdm_hub.errors import ConfigurationError
+from vdm_hub import (
+    BoundProcess,
+    ConfigurationError,
+    ForwardProcess,
+    Generator,
+    Network,
+    Noise,
+    broadcast,
+    registry,
+    sum_dimensions,
+    uniform_noise,
+)
 from vdm_hub_binomial import kernels
 
 

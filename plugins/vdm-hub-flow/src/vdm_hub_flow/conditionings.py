@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm_hub.diffusion.conditioning import Conditioning
-from vdm_hub.diffusion.noise_schedules import NoiseSchedule
-from vdm_hub.errors import ConfigurationError
+from vdm_hub import Conditioning, ConfigurationError, NoiseSchedule
 
 
 class FlowTime(Conditioning):

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm_hub import Parameterization
-from vdm_hub.diffusion.gaussian import alpha, sigma
-from vdm_hub.errors import ConfigurationError
+from vdm_hub import ConfigurationError, Parameterization, alpha, sigma
 
 
 class FlowPrediction(Parameterization):

@@ -20,10 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vdm_hub import NoiseSchedule
-from vdm_hub.diffusion.draws import normal_noise
-from vdm_hub.diffusion.noise_schedules import BoundGamma, Gamma, check_endpoints
-from vdm_hub.errors import ConfigurationError
+from vdm_hub import BoundGamma, ConfigurationError, Gamma, NoiseSchedule, check_endpoints, normal_noise
 
 _LINEAR_PART = 0.01
 _SMALLEST = 1e-12  # of the integral, where the largest coefficient is one

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm_hub import NoiseSchedule
-from vdm_hub.diffusion.noise_schedules import check_endpoints
-from vdm_hub.errors import ConfigurationError
+from vdm_hub import ConfigurationError, NoiseSchedule, check_endpoints
 
 _NEAREST_TO_AN_END = 1e-30  # float32 holds no logarithm of much less
 

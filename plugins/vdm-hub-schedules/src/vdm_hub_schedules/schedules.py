@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm_hub.errors import ConfigurationError
+from vdm_hub import ConfigurationError
 from vdm_hub_schedules.cut import CutSchedule
 
 

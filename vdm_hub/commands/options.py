@@ -1,0 +1,216 @@
+"""What each command of ``vdm-hub`` takes. Nothing here imports torch, so that words are answered at once.
+
+The first line of a function's docstring is what ``vdm-hub --help`` says of its command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vdm_hub.likelihood.protocol import DEQUANTIZATIONS, DTYPES, FORMS, METHODS, SOLVERS, ProbabilityFlow
+
+DIVERGENCES = {"hutchinson": "rademacher", "rademacher": "rademacher", "gaussian": "gaussian", "exact": "exact"}
+"""The names of the command line, and those of `ProbabilityFlow`."""
+
+OVERRIDES = {
+    "prediction_type": "what the network predicts: epsilon, sample, v_prediction, score, or a plugin's",
+    "variance_type": "of the reverse steps: fixed_small, fixed_large, learned_range, ...",
+    "data_scaling": "where the levels lie: full, from -1 to 1, or bin_centers",
+    "decoder": "from z_0 to the levels: ddpm or factorised",
+}
+"""What may be said of a checkpoint of diffusers whose config is wrong."""
+
+_EPILOG = (
+    "Exit status: 0; 2 for an error; 3 where --target_standard_error was not reached within the budget (the report is "
+    "printed and written all the same). Under `accelerate launch`, or torchrun, the processes share the images."
+)
+
+
+def recipes(parser: argparse.ArgumentParser) -> None:
+    """List the recipes that come with the package, or print one."""
+    parser.add_argument("recipe", nargs="?", help="print this one, as a file to copy and change")
+
+
+def explain(parser: argparse.ArgumentParser) -> None:
+    """Say what a network, a noise schedule, a process or another part of a recipe is, and what it takes."""
+    parser.add_argument("name", nargs="?", help="a class such as UNetVDMModel, or a name such as learned_monotone")
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """Measure a pipeline's likelihood on a dataset, in bits per dimension."""
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or of diffusers' DDPM family"
+    )
+    parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
+    _add_checkpoint(parser.add_argument_group("a checkpoint of diffusers whose config is wrong"))
+    _add_images(parser.add_argument_group("images"))
+    _add_method(parser.add_argument_group("method"))
+    _add_effort(parser.add_argument_group("effort"))
+    _add_output(parser.add_argument_group("output"))
+
+
+def _add_checkpoint(group: argparse._ArgumentGroup) -> None:
+    for name, what in OVERRIDES.items():
+        group.add_argument(f"--{name}", help=what)
+
+
+def _add_images(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--dataset_name", required=True, help="'digits', a folder, a Parquet file, or a Hub dataset")
+    group.add_argument("--dataset_config_name", help="the configuration of the dataset, where it has several")
+    group.add_argument(
+        "--split",
+        help="the split, such as test or 'test[:1000]'; held_out is what the model's run held out of its training "
+        "split (default: test, or held_out where there is no test split)",
+    )
+    trained = "(default: as the model was trained"
+    group.add_argument("--image_column", help=f"the column that holds the images {trained}, else image)")
+    group.add_argument("--label_column", help="the column of the classes, for a class-conditional network")
+    group.add_argument(
+        "--num_levels", type=int, help="K, the images' levels, for a checkpoint of diffusers (default: 256)"
+    )
+    group.add_argument(
+        "--color", choices=("auto", "grey", "rgb"), help=f"convert the images first {trained}, else auto)"
+    )
+    group.add_argument(
+        "--resolution",
+        type=int,
+        help=f"resize first; such figures can't be compared with published ones {trained}, else as they are)",
+    )
+    group.add_argument("--max_images", type=int, help="evaluate only the first so many images")
+
+
+def _add_method(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--method",
+        default="bound",
+        choices=METHODS,
+        help="the variational bound; the probability-flow ODE; or importance weights, over chains where there are "
+        "--transitions, else over dequantised draws of the ODE (default: bound)",
+    )
+    group.add_argument("--transitions", type=int, help="T, the number of transitions; without it, continuous time")
+    group.add_argument(
+        "--decomposition",
+        choices=FORMS,
+        help="the form of the bound, where the model's has several; of one expectation and other variance",
+    )
+    group.add_argument("--draws", type=int, default=16, help="importance weights: K, draws an image (default: 16)")
+    flow = ProbabilityFlow()
+    group.add_argument(
+        "--dequantization",
+        default=flow.dequantization,
+        choices=DEQUANTIZATIONS,
+        help=f"ODE: from levels to z_0 (default: {flow.dequantization})",
+    )
+    group.add_argument(
+        "--divergence",
+        default="hutchinson",
+        choices=DIVERGENCES,
+        help="ODE: by random probes (hutchinson is rademacher), or exact, one backward pass a dimension "
+        "(default: hutchinson)",
+    )
+    group.add_argument(
+        "--probes", type=int, default=flow.probes, help=f"ODE: probes averaged (default: {flow.probes})"
+    )
+    group.add_argument(
+        "--tolerance", type=float, default=flow.tolerance, help=f"ODE: of a step's error (default: {flow.tolerance:g})"
+    )
+    group.add_argument(
+        "--max_steps", type=int, default=flow.max_steps, help=f"ODE: the most steps (default: {flow.max_steps})"
+    )
+    group.add_argument(
+        "--solver", default=flow.solver, choices=SOLVERS, help=f"ODE: an adaptive method (default: {flow.solver})"
+    )
+    group.add_argument(
+        "--dtype", default=flow.dtype, choices=DTYPES, help=f"ODE: the network's arithmetic (default: {flow.dtype})"
+    )
+
+
+def _add_effort(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--replicates", type=int, default=8, help="independent passes, behind the error (default: 8)")
+    group.add_argument(
+        "--target_standard_error",
+        type=float,
+        help="add replicates until the Monte Carlo error is at most this, in bits/dim",
+    )
+    group.add_argument("--max_replicates", type=int, help="with a target: the most replicates (default: 256)")
+    group.add_argument("--max_evaluations", type=int, help="with a target: the most network evaluations")
+    group.add_argument(
+        "--times_per_image",
+        type=int,
+        default=1,
+        help="the bound: evaluations of each image in each replicate, at stratified times (default: 1)",
+    )
+    group.add_argument(
+        "--pilot_evaluations",
+        type=int,
+        help="the bound: draws, in no figure, that say where times are best drawn; 0 for none (default: twice the "
+        "images, from 256 to 4,096)",
+    )
+    group.add_argument("--batch_size", type=int, default=256, help="images at once; changes no figure (default: 256)")
+    group.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    group.add_argument(
+        "--journal",
+        type=Path,
+        help="a folder that keeps each finished image: the same command with the same folder goes on after a kill",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument("--per_image", type=Path, help="write a Parquet file with a row for each image")
+    group.add_argument("--plot", type=Path, help="write a PNG: bits over t, and the histogram of the images' bits")
+    group.add_argument("--overwrite", action="store_true", help="replace those files, where there are any")
+
+
+def sample(parser: argparse.ArgumentParser) -> None:
+    """Draw samples from a pipeline into one picture."""
+    parser.add_argument(
+        "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or of diffusers' DDPM family"
+    )
+    parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
+    parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
+    parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the PNG to write (default: grid.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output, where there is one")
+    parser.add_argument("--num_inference_steps", type=int, default=250, help="network evaluations (default: 250)")
+    parser.add_argument(
+        "--sampler",
+        default="ancestral",
+        help="of a diffusion: ancestral, the reverse step of its bound, or one by the score: reverse_sde, "
+        "probability_flow, predictor_corrector, annealed_langevin (default: ancestral)",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="images at once (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: 0)")
+
+
+def publish(parser: argparse.ArgumentParser) -> None:
+    """Publish a pipeline to the Hugging Face Hub, with its model card."""
+    parser.epilog = "The token is the one of `hf auth login`, or HF_TOKEN; it is never an argument."
+    parser.add_argument("folder", type=Path, help="a run's folder, or a pipeline's, such as runs/digits/pipeline")
+    parser.add_argument("repo_id", help="the repository on the Hub, such as me/vdm-digits")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", default="main", help="the branch to publish on (default: main)")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument(
+        "--remote_code", action="store_true", help="also publish the code, for readers who trust it without vdm_hub"
+    )
+    parser.add_argument("--license", help="licence of the weights, as the Hub names it, such as apache-2.0")
+    parser.add_argument("--evaluation", type=Path, help="a file that `vdm-hub evaluate --json` wrote, for the card")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="write what would be sent into a folder, print it, and send nothing"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, help="with --dry_run: where to (default: publication/ beside the pipeline)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="with --dry_run: replace what a former one wrote")
+
+
+def plugins(parser: argparse.ArgumentParser) -> None:
+    """List the noise schedules, targets and processes that are installed, and check them."""
+    parser.epilog = (
+        "The built-ins are those of the package vdm-hub. Listing imports no plugin; --check does, and puts an "
+        "instance of each under the laws of its kind (vdm_hub.testing)."
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
+    parser.add_argument("--check", action="store_true", help="import each and run the conformance kit on it")
