@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import sys
@@ -21,15 +22,15 @@ import registered
 from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
 from measured import measured
 from naming import naming
-from plugin_of_law_7 import ContextSchedule
+from plugin_of_law_7 import ContextSchedule, ResamplingProcess
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
-from vdm_hub.likelihood import lockstep
+from vdm_hub.likelihood import lockstep, probability_flow
 from vdm_hub.likelihood.dequantization import dequantization
 from vdm_hub.likelihood.per_image import image_generator
-from vdm_hub.likelihood.probability_flow import FlowMeasurement, _probes, draw_flow, flow_density
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, _probes, draw_flow, flow_density, scalar_gaussian
 from vdm_hub.likelihood.protocol import SOLVERS, ProbabilityFlow
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.models.unet_vdm import UNetVDMModel
@@ -184,9 +185,10 @@ def test_the_flow_depends_on_a_schedule_only_through_its_endpoints() -> None:
     for name in ("linear", "cosine", "learned_monotone"):
         schedule = registered.scalar_schedule(name)
         process = registered.process(schedule, conditioning=AffineConditioning(*schedule.endpoints()))
-        values.append(flow_density(bound_of(process), CorrelatedDenoiser(data, process).bare, z, None).log_density)
-    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(values[2], values[0], rtol=1e-5, atol=1e-5)
+        values.append(flow_density(bound_of(process), CorrelatedDenoiser(data, process).bare, z, None))
+    for other in values[1:]:
+        torch.testing.assert_close(other.log_density, values[0].log_density, rtol=1e-5, atol=1e-5)
+        assert torch.equal(other.steps, values[0].steps), "no step is spent on how steep a schedule is"
 
 
 # ---- the divergence and the solver ----------------------------------------------------------------------------------
@@ -202,7 +204,8 @@ def test_all_sign_vectors_together_are_the_exact_divergence_and_one_alone_is_not
     z = points(4, 3)
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=3)), dtype=torch.float64)
     exact = mixture_flow(z, None)
-    separately = torch.stack([mixture_flow(z, sign.expand(1, 4, 3)) for sign in signs])
+    each = signs.repeat_interleave(4, dim=0)[None]  # every vector for every datum, in one batch
+    separately = mixture_flow(z.repeat(8, 1), each).view(8, 4)
     together = mixture_flow(z, signs[:, None].expand(-1, 4, -1))
     assert float((separately - exact).abs().max()) > 0.1
     torch.testing.assert_close(separately.mean(0), exact, rtol=0, atol=1e-5)
@@ -327,6 +330,7 @@ def test_the_report_says_what_its_terms_are_and_what_they_cost() -> None:
     assert protocol["tolerance"] == 1e-6 and protocol["divergence"] == "exact"
     assert protocol["evaluations_per_solve"] == report.network_evaluations / 8
     assert protocol["steps_max"] >= protocol["steps_mean"] > 5
+    assert protocol["evaluations_per_solve"] > 6 * protocol["steps_mean"], "each step of rk45 takes six"
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 0.1])
@@ -366,6 +370,7 @@ def test_probes_are_signs_or_normals_that_all_draws_of_a_replicate_share() -> No
     assert signs.shape == normals.shape == (2, *shape) and signs.dtype == normals.dtype == torch.float64
     assert sorted(signs.unique().tolist()) == [-1, 1] and abs(float(signs.mean())) < 0.2
     assert abs(float(normals.mean())) < 0.2 and abs(float(normals.std()) - 1) < 0.1
+    assert normals.unique().numel() == normals.numel()
     assert not torch.equal(signs[0], signs[1]) and not torch.equal(normals[0], normals[1])
     assert not torch.equal(signs[:, 0], signs[:, 1])
 
@@ -376,11 +381,13 @@ def test_a_protocol_s_defaults_are_those_of_the_documented_method_and_its_bounds
     assert ProbabilityFlow(probes=1, max_steps=1, tolerance=0.999).max_steps == 1
     with pytest.raises(ConfigurationError, match=naming("tolerance", 1)):
         ProbabilityFlow(tolerance=1.0)
+    assert FlowMeasurement(objective_of()).seed == 0
+    arguments = inspect.signature(flow_density).parameters
+    for name in ("tolerance", "max_steps", "solver"):
+        assert arguments[name].default == getattr(flow, name)
     process, z = registered.process(LinearSchedule(-4.0, 1.0)), points(2, 2)
-    network = ExactDenoiser(ONE_DIMENSION, process).bare
-    plain = flow_density(bound_of(process), network, z, None)
-    same = flow_density(bound_of(process), network, z, None, 1e-5, 1000, "rk45")
-    assert torch.equal(plain.log_density, same.log_density) and plain.evaluations.dtype == torch.float64
+    found = flow_density(bound_of(process), ExactDenoiser(ONE_DIMENSION, process).bare, z, None)
+    assert found.steps.dtype == found.evaluations.dtype == torch.float64
 
 
 class Small(nn.Module):
@@ -432,7 +439,7 @@ def test_the_network_computes_in_float64_unless_the_protocol_says_float32() -> N
     double = measured(measurement, labelled(6, order), 1)
     computed: Any = measurement.model[1]
     assert computed.dtypes == {torch.float64} and seen == set()
-    assert computed.modes == {False}
+    assert computed.modes == {False} and not any(parameter.requires_grad for parameter in computed.parameters())
     assert objective.network.training and objective.network.layers[2].training
     assert {parameter.dtype for parameter in objective.network.parameters()} == {torch.float32}
     single = measured(FlowMeasurement(objective, ProbabilityFlow(dtype="float32")), labelled(6, order), 1)
@@ -549,6 +556,24 @@ def test_a_gamma_per_pixel_has_the_exact_density_of_a_correlated_gaussian() -> N
     torch.testing.assert_close(density.log_density, expected, rtol=0, atol=NATS)
 
 
+def test_a_gamma_per_pixel_flows_from_the_one_end_of_its_schedule_to_the_other() -> None:
+    """Of independent pixels: each is scaled as its marginal's deviation is, wherever the schedule ends."""
+    variance = torch.tensor([0.25, 4.0], dtype=torch.float64)
+    schedule = PerPixelSchedule(-4.0, 1.0, tilt=torch.tensor([1.0, -1.0]), bump=torch.tensor([2.0, -2.0]))
+    process = registered.process(schedule, conditioning=AffineConditioning(-4.0, 1.0))
+    network, z = CorrelatedGaussianDenoiser(variance.diag(), process).bare, points(4, 2)
+    density = flow_density(bound_of(process), network, z, None, tolerance=1e-8)
+
+    def deviation(gamma: Tensor) -> Tensor:
+        alpha, sigma = alpha_sigma(gamma)
+        return (alpha**2 * variance + sigma**2).sqrt()
+
+    ratio = deviation(torch.tensor([1.0, 1.0])) / deviation(torch.tensor([-3.0, -5.0]))
+    base = torch.distributions.Normal(0.0, 1.0).log_prob(ratio * z).sum(1)
+    torch.testing.assert_close(density.base_density, base, rtol=0, atol=1e-6)
+    torch.testing.assert_close(density.volume_change, ratio.log().sum().expand(4), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["uniform", "truncated_normal"])
 def test_a_gamma_per_pixel_is_dequantised_pixel_by_pixel(kind: str) -> None:
     """Each draw's terms against the exact density of that draw, so without Monte Carlo error."""
@@ -572,7 +597,16 @@ def test_a_gamma_per_pixel_is_dequantised_pixel_by_pixel(kind: str) -> None:
     torch.testing.assert_close(found, exact_log_density(covariance, z), rtol=0, atol=NATS)
 
 
-def test_a_latent_of_the_schedule_adds_its_term_and_is_a_function_of_the_image_alone() -> None:
+def test_a_latent_of_the_schedule_adds_its_term_and_is_a_function_of_the_image_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams: list[tuple[int, ...]] = []
+
+    def opened(*key: int) -> torch.Generator:
+        streams.append(key)
+        return image_generator(*key)
+
+    monkeypatch.setattr(probability_flow, "image_generator", opened)
     process = registered.process(ContextSchedule(2), num_levels=LEVELS)
     objective = VDMObjective(ExactDenoiser(ONE_DIMENSION, process), process)
     levels = torch.randint(0, LEVELS, (3, 1, 2, 2), generator=torch.Generator().manual_seed(0))
@@ -580,6 +614,7 @@ def test_a_latent_of_the_schedule_adds_its_term_and_is_a_function_of_the_image_a
         measured(FlowMeasurement(objective, ProbabilityFlow(tolerance=1e-3)), images(levels, size), 1)
         for size in (3, 1)
     )
+    assert len(set(streams)) == 3 * 3, "latent, dequantisation and probes of an image share no draws"
     mean = process.encode(levels, torch.float64).mean((1, 2, 3))
     torch.testing.assert_close(found.terms_per_image["context"][0], 0.5 * (0.5 * mean) ** 2, rtol=0, atol=1e-12)
     for name, term in found.terms_per_image.items():
@@ -614,6 +649,15 @@ def test_a_missing_solver_library_is_named_with_its_install_line(monkeypatch: py
     monkeypatch.setitem(sys.modules, "scipy.integrate", None)  # an import of it now fails as if it were not there
     with pytest.raises(ConfigurationError, match=naming("pip install scipy")):
         FlowMeasurement(objective_of())
+
+
+def test_a_process_of_another_kind_is_refused_by_its_name() -> None:
+    process = registered.process(LinearSchedule(-4.0, 1.0))
+    assert scalar_gaussian(process) is process
+    with pytest.raises(ConfigurationError, match=naming("PerPixelSchedule", "bound")):
+        scalar_gaussian(per_pixel()[0].process)
+    with pytest.raises(ConfigurationError, match=naming("ResamplingProcess", "bound")):
+        FlowMeasurement(VDMObjective(nn.Identity(), ResamplingProcess()))
 
 
 @pytest.mark.parametrize(
