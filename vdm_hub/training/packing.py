@@ -93,7 +93,7 @@ def restore_state(run: RunState, path: Path, checkpoint: Checkpoint) -> None:
         # Weights that fit are not enough: under another process, or with other data, they are another run's.
         before, now = checkpoint.state["provenance"], run.provenance.describe(run.step, run.seconds)
         images = [told["dataset"]["fingerprint"] for told in (before, now)]
-        same = images[0] is not None and images[0] == images[1]
+        same = None not in images and len(set(images)) == 1
         changed = differences(checkpoint.state["recipe"], run.configuration.to_dict(), same_images=same)
         if changed := changed + _other_circumstances(before, now):
             raise ValueError("; ".join(changed))
