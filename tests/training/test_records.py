@@ -22,10 +22,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import vdm_hub
 from runs import LEARNED, contents, environment, finished_run, start, train_here
+from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.loading import load_data
 from vdm_hub.recipes.configuration import DiffusionArguments, Serialised
 from vdm_hub.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from vdm_hub.training.provenance import code_state, git_state, plugin_versions
+from vdm_hub.training.provenance import code_state, describe_split, git_state, plugin_versions
 
 WATCHED: dict[str, Any] = {"logging_steps": 1, "validation_size": 40, "validation_steps": 3, "checkpointing_steps": 4}
 
@@ -145,6 +148,40 @@ def test_batch_parameters_and_held_out_images_are_counted(tmp_path: Path) -> Non
     assert told["augmentation"] == {"random_flip": True, "random_crop": False}
 
 
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_a_run_says_how_its_images_were_cut_and_how_far_it_is(center_crop: bool, tmp_path: Path) -> None:
+    (tmp_path / "birds" / "train").mkdir(parents=True)
+    for index in range(4):
+        pixels = np.full((12, 12), 255 * index // 3, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "birds" / "train" / f"{index}.png")
+    fields: dict[str, Any] = {"dataset_name": None, "test_split": None, "num_levels": 256, "train_batch_size": 4}
+    fields |= {"train_data_dir": str(tmp_path / "birds"), "resolution": 8, "center_crop": center_crop}
+    told = start(tmp_path / "run", **fields).provenance.describe(2, 7.12345)
+    assert told["augmentation"] == {"random_flip": False, "random_crop": not center_crop}
+    assert (told["steps"], told["training_seconds"], told["global_batch_size"]) == (2, 7.123, 4)
+    assert (told["processes"], told["device"], told["dataset"]["name"]) == (1, "cpu", "birds")
+
+
+@pytest.mark.parametrize("asked", [None, "bf16"])
+def test_a_precision_is_part_of_the_command_only_where_the_recipe_does_not_say_it(
+    asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = "accelerate launch --num_processes 1 -m vdm_hub.train recipe.yaml"
+    assert start(tmp_path / "plain").provenance.describe(0, 0.0)["command"] == plain
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    told = start(tmp_path / "run", mixed_precision=asked).provenance.describe(0, 0.0)
+    assert told["mixed_precision"] == "bf16"
+    assert told["command"] == (plain if asked else plain.replace(" -m", " --mixed_precision bf16 -m"))
+
+
+def test_a_split_is_described_with_all_that_was_asked_of_it() -> None:
+    images = load_data(DataArguments(dataset_name="digits", num_levels=17)).train
+    asked = {"resolution": 8, "color": "grey", "image_column": "picture"}
+    told = describe_split(images, DataArguments(dataset_name="digits", dataset_config_name="old", **asked), "train")
+    assert {key: told.get(key) for key in asked} == asked
+    assert (told["name"], told["config"], told["split"]) == ("digits", "old", "train")
+
+
 def test_a_stream_has_no_number_of_images(tmp_path: Path) -> None:
     train_here(tmp_path / "run", streaming=True, evaluation_replicates=1, max_train_steps=1)
     streamed = read(tmp_path / "run" / "run.json")["dataset"]
@@ -243,6 +280,7 @@ def test_the_commit_is_that_of_the_code_wherever_it_is_called_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = code_state()
+    assert here == code_state(Path(vdm_hub.__file__).parent)
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "--quiet", "."], check=True)
     assert code_state() == here and git_state() is None

@@ -178,6 +178,8 @@ def test_each_process_reads_its_own_part_of_a_batch_that_all_share(tmp_path: Pat
     run = begun(tmp_path / "run", lambda _: as_process(1, 3), **fields, scale_lr=True, lr_warmup_steps=0)
     assert (run.source.rank, run.source.world_size, run.global_batch_size) == (1, 3, 16 * 2 * 3)
     assert run.total_steps == 2 * (len(run.data.train) // (16 * 3) // 2)
+    told = run.provenance.describe(0, 0.0)
+    assert (told["processes"], told["global_batch_size"]) == (3, 16 * 2 * 3)
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * 16 * 2 * 3)
 
 

@@ -48,7 +48,7 @@ def build_network(
     name = configuration.model.unet_class
     cls = UNetVDMModel if name == "UNetVDMModel" else getattr(diffusers, name)
     from_data = {
-        "sample_size": shape[1] if shape[1] == shape[2] else list(shape[1:]),
+        "sample_size": _sample_size(*shape[1:]),
         "in_channels": shape[0],
         "out_channels": shape[0],
     }
@@ -80,7 +80,7 @@ def build_described(
     Raises:
         ConfigurationError: An argument is unknown or wrong, or contradicts the data.
     """
-    known = [parameter for parameter in inspect.signature(cls.__init__).parameters if parameter != "self"]
+    known = list(inspect.signature(cls).parameters)
     for key in described:
         if key not in known:
             raise unknown_name(f"argument of {cls.__name__} in {field}", key, known)
@@ -104,12 +104,16 @@ def build_hvae(
 ) -> MarkovianHVAE:
     """The hierarchical VAE that a field of the recipe describes."""
     from_data = {
-        "sample_size": shape[1] if shape[1] == shape[2] else list(shape[1:]),
+        "sample_size": _sample_size(*shape[1:]),
         "in_channels": shape[0],
         "num_levels": configuration.data.num_levels,
     }
     built: MarkovianHVAE = build_described(MarkovianHVAE, field, described, from_data)
     return built
+
+
+def _sample_size(height: int, width: int) -> int | list[int]:
+    return height if height == width else [height, width]
 
 
 def _of_images(from_data: Mapping[str, Any]) -> str:
