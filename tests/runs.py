@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from vdm_hub.data.loading import load_data
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -61,6 +61,12 @@ def forget_accelerator() -> None:
     """accelerate keeps its state for the life of a process; each run here begins as in a new one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def as_process(index: int, number: int) -> None:
+    """What accelerate would say in one process of several."""
+    for state in (AcceleratorState, PartialState):
+        state._shared_state.update(process_index=index, num_processes=number)
 
 
 def train_here(output: Path, **fields: Any) -> LikelihoodReport | None:

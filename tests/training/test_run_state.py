@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from naming import naming
-from runs import LEARNED, UNET, configuration, forget_accelerator, start, weights
+from runs import LEARNED, UNET, as_process, configuration, forget_accelerator, start, weights
 from vdm_hub.data.loading import load_data
 from vdm_hub.errors import NonFiniteLossError
 from vdm_hub.likelihood.variational_bound import Bound
@@ -37,12 +37,6 @@ def as_it_was() -> Iterator[None]:
     yield
     for state, values in kept:
         state._shared_state.update(values)
-
-
-def as_process(index: int, number: int) -> None:
-    """What accelerate would say in one process of several."""
-    for state in (AcceleratorState, PartialState):
-        state._shared_state.update(process_index=index, num_processes=number)
 
 
 @pytest.mark.parametrize("step", [0, 5])
