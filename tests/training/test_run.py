@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm.auto import tqdm
 
 from naming import naming
-from runs import as_process, configuration, contents, forget_accelerator, start, train_here, weights
+from runs import as_process, contents, start, train_here, weights
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import PublishError
 from vdm_hub.evaluation.evaluate import evaluate
@@ -228,7 +228,9 @@ def test_a_signal_after_the_last_step_is_obeyed_at_once(tmp_path: Path, monkeypa
     assert steps(tmp_path / "run") == [1] and not (tmp_path / "run" / "pipeline").exists()
 
 
-def test_several_processes_stop_where_they_have_agreed_and_the_trackers_are_closed(tmp_path: Path) -> None:
+def test_several_processes_stop_where_they_have_agreed_and_the_trackers_are_closed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = saved(tmp_path / "run", 1, report_to="tensorboard", logging_steps=1)
     assert not run.is_asked_to_stop()
     run.stop.received = signal.SIGINT
@@ -242,9 +244,12 @@ def test_several_processes_stop_where_they_have_agreed_and_the_trackers_are_clos
         run.record({"prior": torch.tensor(0.5)}, bar)
         assert not run.is_asked_to_stop()
     assert run.accelerator.trackers
+    as_process(1, 2)
+    capsys.readouterr()
     with pytest.raises(TrainingStopped) as stopped:  # the signal came to another process
         run.leave()
     assert stopped.value.code == 128 + signal.SIGTERM and not run.accelerator.trackers
+    assert capsys.readouterr().err == "", "the main process says it"
 
 
 # ---- processes and publication --------------------------------------------------------------------------------------
@@ -269,9 +274,8 @@ def test_a_process_that_is_not_the_main_one_trains_and_neither_writes_nor_speaks
     loop_builds = loop.build_accelerator
     monkeypatch.setattr(loop, "build_accelerator", build)
     monkeypatch.setattr(loop, "Run", Counted)
-    forget_accelerator()
     fields = EVERYTHING | {"report_to": "none", "resume_from_checkpoint": "latest", "dry_run": dry_run}
-    assert loop.train(configuration(tmp_path / "run", **fields)) is None
+    assert train_here(tmp_path / "run", **fields) is None
     assert contents(tmp_path) == {} and taken == ([] if dry_run else [4, 5])
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
