@@ -43,6 +43,7 @@ from .diffusion.noise_schedules import check_endpoints as check_endpoints
 from .diffusion.noise_schedules import gamma_and_derivative as gamma_and_derivative
 from .diffusion.parameterizations import Epsilon as Epsilon
 from .diffusion.parameterizations import Parameterization as Parameterization
+from .diffusion.reverse_kernel import ReverseKernel as ReverseKernel
 from .diffusion.samplers import SAMPLERS as SAMPLERS
 from .diffusion.samplers import build_sampler as build_sampler
 from .diffusion.times import stratified_times as stratified_times

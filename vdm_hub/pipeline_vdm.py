@@ -33,7 +33,7 @@ from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
 from vdm_hub.images import images_from_levels
 from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
-from vdm_hub.models.calls import check_context, check_gamma_shape, named_arguments
+from vdm_hub.models.calls import check_context, named_arguments
 from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.preprocessing import HeldOutMapping, PreprocessingMapping
@@ -79,7 +79,7 @@ class VDMPipeline(LikelihoodPipeline):
         if isinstance(scheduler, VDMScheduler):
             check_context(scheduler.process.context_size, unet)
             if (shape := _shape_of(unet)) is not None:
-                check_gamma_shape(scheduler.process, shape)
+                scheduler.process.check_shape(shape)
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=weights)
         self._register_images(preprocessing, held_out)
 

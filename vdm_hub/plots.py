@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vdm_hub.data.picture_files import DRAWN
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 from vdm_hub.likelihood.consistency import TransitionProfile
 from vdm_hub.likelihood.report import LikelihoodReport
 
@@ -54,13 +54,12 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
 
 def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
     """Gamma and SNR over t, where there is a scalar gamma, and where over t the bits are spent, where measured."""
-    process = process.diffused
-    scalar = isinstance(process, GaussianProcess) and process.schedule.scalar
+    schedule = process.diffused.scalar_gamma
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 3) if scalar else (5, 3), layout="constrained")
-        axes = figure.subplots(1, 3 if scalar else 1, squeeze=False)[0]
-        if isinstance(process, GaussianProcess) and scalar:
-            _plot_gamma(process, axes)
+        figure = Figure(figsize=(5, 3) if schedule is None else (10, 3), layout="constrained")
+        axes = figure.subplots(1, 1 if schedule is None else 3, squeeze=False)[0]
+        if schedule is not None:
+            _plot_gamma(schedule, axes)
         if report is None or report.times is None:
             axes[-1].set(xlabel="t", title="diffusion term: not measured", xticks=[], yticks=[])
         else:
@@ -195,10 +194,10 @@ def _points(handle: Any) -> int:
     return len((handle if hasattr(handle, "get_xdata") else handle.lines[0]).get_xdata())
 
 
-def _plot_gamma(process: GaussianProcess, axes: np.ndarray) -> None:
+def _plot_gamma(schedule: NoiseSchedule, axes: np.ndarray) -> None:
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
     with torch.no_grad():
-        gamma = process.schedule(t.to(next(process.parameters(), t).device)).cpu()
+        gamma = schedule(t.to(next(schedule.parameters(), t).device)).cpu()
     axes[0].plot(t, gamma)
     axes[0].set(xlabel="t", ylabel="gamma(t) = -log SNR", title="noise schedule")
     axes[1].semilogy(t, torch.exp(-gamma))

@@ -258,9 +258,9 @@ def derived_betas(process: ForwardProcess) -> list[float] | None:
 
     Rounding errors of the float32 betas are fed back into the next one, so that diffusers' cumulative product stays
     within float32's rounding of the true alpha-bar. ``None`` where there is no single noise level per time, or the
-    network reads it as no integer.
+    network reads it as no integer, or the table would hold steps that lead nowhere.
     """
-    if not isinstance(process, GaussianProcess) or not process.schedule.scalar:
+    if not isinstance(process, GaussianProcess) or process.scalar_gamma is None:
         return None
     if not process.conditioning.integer_timesteps:
         return None
@@ -268,6 +268,8 @@ def derived_betas(process: ForwardProcess) -> list[float] | None:
     alpha_bar = torch.sigmoid(-process.conditioning.inverse(steps)).numpy()
     betas, product = [], 1.0
     for target in alpha_bar:
+        if product == 0:  # nothing is left before the table ends, as where a conditioning's own table is shorter
+            return None
         beta = np.float32(1 - target / product)
         product *= float(np.float32(1) - beta)
         betas.append(float(beta))

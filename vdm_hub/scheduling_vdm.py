@@ -21,6 +21,7 @@ from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.parameterizations import Velocity
+from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.errors import ConfigurationError, explained, shortened
 from vdm_hub.fields import whole_number
 from vdm_hub.hub.schemas import Within, check_arguments
@@ -59,10 +60,12 @@ class VDMSchedulerOutput(BaseOutput):
     Attributes:
         prev_sample: ``z_s``, (B, *data).
         pred_original_sample: The estimate of the data behind it, for previews.
+        log_prob: ``log p(z_s|z_t)`` of that draw, (B,), nats, where it was asked for.
     """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
+    log_prob: Tensor | None = None
 
 
 class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
@@ -328,14 +331,15 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         return self.process.time(timesteps)
 
     def _times_of_sigmas(self, sigmas: Any) -> Tensor:
-        if not isinstance(self.process, GaussianProcess) or not self.process.schedule.scalar:
+        schedule = self.process.scalar_gamma
+        if schedule is None:
             raise ConfigurationError("sigmas need a process with one noise level per time: give timesteps instead.")
         given = _descending("sigmas", sigmas)
         given = given[:-1] if len(given) > 1 and given[-1] == 0 else given
-        last, first = (math.exp(gamma / 2) for gamma in self.process.schedule.endpoints())
+        last, first = (math.exp(gamma / 2) for gamma in schedule.endpoints())
         if not bool(((given >= last * 0.999) & (given <= first * 1.001)).all()):
             raise ConfigurationError(f"sigmas {given.tolist()[:5]} leave this schedule's {first:g} to {last:g}.")
-        return self.process.schedule.inverse(2 * torch.log(given))
+        return schedule.inverse(2 * torch.log(given))
 
     @property
     def _bound(self) -> BoundProcess:
@@ -392,7 +396,8 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         generator: Generator = None,
         return_dict: bool = True,
         process: BoundProcess | None = None,
-    ) -> VDMSchedulerOutput | tuple[Tensor, Tensor | None]:
+        return_log_prob: bool = False,
+    ) -> VDMSchedulerOutput | tuple[Tensor | None, ...]:
         """Draw ``z_s`` from ``q(z_s|z_t, x_hat)``: from one grid point to the next.
 
         Args:
@@ -402,13 +407,81 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             generator: One, or a list with one per datum.
             return_dict: Whether to return a `VDMSchedulerOutput` or a tuple in its order.
             process: The process bound to this chain, where it carries a context (as `VDMPipeline` does).
+            return_log_prob: Whether to return `transition_log_prob` of the draw, held fixed, as the last of a tuple.
         """
+        kernel = self._kernel(sample, model_output, timestep, process) if return_log_prob else None
+        output: tuple[Tensor | None, ...]
         if self._ends_as_ddpm:
             output = self._ddpm_step(model_output, timestep, sample, generator)
         else:
             s, t = (time_tensor(time, sample) for time in self._interval(timestep))
             output = (process or self._bound).reverse_step(model_output, sample, s, t, generator)
+        if kernel is not None:
+            assert output[0] is not None
+            output = (*output, kernel.log_prob(_double(output[0].detach())))
         return VDMSchedulerOutput(*output) if return_dict else output
+
+    def transition_log_prob(
+        self,
+        prev_sample: Tensor,
+        sample: Tensor,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        process: BoundProcess | None = None,
+    ) -> Tensor:
+        """``log p(z_s|z_t)`` of one step of the sampler, per datum, (B,), nats, in float64.
+
+        It is a function of the prediction that autograd differentiates: the policy's log-probability, where a sampler
+        is trained by reinforcement (Black et al., arXiv 2305.13301, eq. 4 to 7).
+
+        Args:
+            prev_sample: ``z_s``, as `step` drew it, (B, *data).
+            sample: ``z_t``, likewise.
+            model_output: The network's prediction at ``z_t``, in the terms of `prediction_type`.
+            timestep: As for `step`, on the same grid.
+            process: As for `step`.
+
+        Raises:
+            ConfigurationError: The process's reverse step is not Gaussian; or it is the last of DDPM's chain, which
+                ends at the data without a draw.
+
+        Example:
+            >>> import torch
+            >>> scheduler = VDMScheduler()
+            >>> scheduler.set_timesteps(4)
+            >>> z_t, output = torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8, requires_grad=True)
+            >>> drawn = scheduler.step(output, scheduler.timesteps[0], z_t, return_log_prob=True)
+            >>> again = scheduler.transition_log_prob(drawn.prev_sample, z_t, output, scheduler.timesteps[0])
+            >>> torch.equal(drawn.log_prob, again), again.requires_grad
+            (True, True)
+        """
+        kernel = self._kernel(sample, model_output, timestep, process)
+        return kernel.log_prob(_double(prev_sample))
+
+    def _kernel(
+        self, sample: Tensor, model_output: Tensor, timestep: float | Tensor, process: BoundProcess | None
+    ) -> ReverseKernel:
+        """``p(z_s|z_t)`` of the step that starts at a timestep, in float64."""
+        s, t = self._ddpm_interval(timestep) if self._ends_as_ddpm else self._interval(timestep)
+        bound = process or self._bound
+        if self.clipping is not None:
+            clipped = self.build_process()
+            clipped.clipping = self.clipping  # type: ignore[assignment]
+            bound = clipped.bind(None, {})[1]
+        z_t, output = _double(sample), _double(model_output)
+        return bound.reverse_kernel(output, z_t, time_tensor(s, z_t), time_tensor(t, z_t))[1]
+
+    def _ddpm_interval(self, timestep: float | Tensor) -> tuple[float, float]:
+        """``(s, t)`` of a step of diffusers' own chain."""
+        assert self._ddpm is not None
+        before = int(self._ddpm.previous_timestep(int(timestep)))
+        if before < 0:
+            raise ConfigurationError(
+                f"the step from timestep {int(timestep)} is the last of DDPM's chain, which ends at the data without "
+                f"a draw, so it has no density: leave it out."
+            )
+        last = self.config.num_train_timesteps - 1
+        return before / last, int(timestep) / last
 
     def _ddpm_step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
         """Diffusers' own step on its own table: bitwise DDPM."""
@@ -468,6 +541,10 @@ def _descending(name: str, values: Any) -> Tensor:
 def time_tensor(time: float, sample: Tensor) -> Tensor:
     """A time, (), in float64 where it can be."""
     return torch.tensor(time, dtype=torch.float64, device=_double_device(sample))
+
+
+def _double(sample: Tensor) -> Tensor:
+    return sample.to(_double_device(sample)).double()
 
 
 def _double_device(sample: Tensor) -> torch.device:

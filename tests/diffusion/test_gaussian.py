@@ -13,6 +13,7 @@ from torch import Tensor
 import registered
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.noise_schedules import gamma_and_derivative
+from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 
 GAMMA = st.floats(-13.3, 13.0)
 STEP = st.floats(0.01, 10.0)
@@ -125,7 +126,7 @@ def test_a_step_is_the_posteriors_mean_and_deviation_for_every_shape_of_gamma() 
     t = s + torch.linspace(0.1, 2, 4, dtype=torch.float64)
     for shape in ((4,), (4, 2, 3)):
         wide = [gamma.reshape(4, 1, 1).expand(4, 2, 3) if len(shape) > 1 else gamma for gamma in (s, t)]
-        drawn = gaussian.posterior_step(z, x, *wide, eps)
+        drawn = ReverseKernel.from_data(z, x, *wide).sample(eps)
         for i in range(4):
             weight_z, weight_x, variance = gaussian.posterior(s[i], t[i])
             torch.testing.assert_close(drawn[i], weight_z * z[i] + weight_x * x[i] + variance.sqrt() * eps[i])

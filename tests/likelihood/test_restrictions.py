@@ -18,6 +18,7 @@ from tiny import seeded, tiny_unet
 from vdm_hub import HVAEObjective, MarkovianHVAE, VDMObjective
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
+from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.diffusion.reverse_variances import reverse_variance
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.decompositions import compare_decompositions, decompositions
@@ -52,7 +53,7 @@ def chain_latents(objective: VDMObjective) -> list[Tensor]:
     gammas = process.schedule(torch.arange(transitions + 1, dtype=torch.float64) / transitions).double()
     latents = [gaussian.marginal_sample(x, gammas[-1], normal())]
     for i in range(transitions, 0, -1):
-        latents.insert(0, gaussian.posterior_step(latents[0], x, gammas[i - 1], gammas[i], normal()))
+        latents.insert(0, ReverseKernel.from_data(latents[0], x, gammas[i - 1], gammas[i]).sample(normal()))
     return latents
 
 

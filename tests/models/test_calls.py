@@ -15,7 +15,7 @@ from tiny import tiny_unet
 from vdm_hub.diffusion.noise_schedules import BoundGamma, LinearSchedule
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.variational_bound import VDMObjective
-from vdm_hub.models.calls import check_context, check_gamma_shape, named_arguments
+from vdm_hub.models.calls import check_context, named_arguments
 
 
 class Telling(LinearSchedule):
@@ -73,12 +73,12 @@ def test_context_has_one_length(told: int | None, taken: int | None) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 1, 8), (1, 8, 1), (1,), (1, 8)])
 def test_a_gamma_per_pixel_or_the_same_along_some_dimension_fits(shape: tuple[int, ...]) -> None:
-    check_gamma_shape(per_pixel(*shape), (1, 8, 8))
+    per_pixel(*shape).check_shape((1, 8, 8))
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 8), (1, 8, 7), (1, 8, 8, 8), (8, 8)])
 def test_a_gamma_for_other_pixels_is_refused(shape: tuple[int, ...]) -> None:
     state = torch.get_rng_state()
     with pytest.raises(ConfigurationError, match=naming(shape, "(1, 8, 8)")):
-        check_gamma_shape(per_pixel(*shape), (1, 8, 8))
+        per_pixel(*shape).check_shape((1, 8, 8))
     assert torch.equal(torch.get_rng_state(), state)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vdm_hub.diffusion.draws import Generator
+from vdm_hub.diffusion.noise_schedules import NoiseSchedule
+from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.errors import ConfigurationError
 
 Network = Callable[..., Tensor]
@@ -75,6 +77,16 @@ class BoundProcess(ABC):
         ``output`` is the prediction at ``z_t``.
         """
 
+    def reverse_kernel(self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, ReverseKernel]:
+        """The estimate of the data, and ``p(z_s|z_t)`` as an object, of which `reverse_step` is a draw.
+
+        Raises:
+            ConfigurationError: The reverse step is not Gaussian.
+        """
+        raise ConfigurationError(
+            f"the reverse step of {type(self).__name__} is not Gaussian, so it has no kernel: draw from it by step()."
+        )
+
     @abstractmethod
     def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
         """Levels from ``p(x|z_0)``, int64."""
@@ -90,6 +102,18 @@ class ForwardProcess(nn.Module, ABC):
     def context_size(self) -> int | None:
         """Length of the vector that the network is told beside the timestep; ``None`` where there is none."""
         return None
+
+    @property
+    def scalar_gamma(self) -> NoiseSchedule | None:
+        """The noise schedule of a Gaussian process of the data with one gamma a time; ``None`` for any other."""
+        return None
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse data of a shape, without the batch, that the process is not made for.
+
+        Raises:
+            ConfigurationError: Naming both shapes.
+        """
 
     @classmethod
     @abstractmethod

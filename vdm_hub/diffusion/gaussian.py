@@ -67,12 +67,6 @@ def posterior(gamma_s: Tensor, gamma_t: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return weight_z, alpha_s * c, torch.sigmoid(gamma_s) * c
 
 
-def posterior_step(z_t: Tensor, x: Tensor, gamma_s: Tensor, gamma_t: Tensor, eps: Tensor) -> Tensor:
-    """A draw from ``q(z_s|z_t, x)`` by the standard normal ``eps``."""
-    weight_z, weight_x, variance = posterior(broadcast(gamma_s, z_t), broadcast(gamma_t, z_t))
-    return weight_z * z_t + weight_x * x + variance.sqrt() * eps
-
-
 def kl_divergence(mean_q: Tensor, variance_q: Tensor, mean_p: Tensor, variance_p: Tensor) -> Tensor:
     """Elementwise KL of two diagonal Gaussians in nats: ``1/2 (ln(v_p/v_q) + (v_q + (m_q - m_p)^2) / v_p - 1)``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vdm_hub.diffusion.learned_schedules import VarianceGradient
 from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.diffusion.noise_schedules import DiscreteBetasSchedule, Gamma, NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Parameterization
+from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.diffusion.reverse_variances import PosteriorVariance, ReverseVariance, reverse_variance
 from vdm_hub.errors import ConfigurationError
 
@@ -93,6 +94,23 @@ class GaussianProcess(ForwardProcess):
     def carried_schedule(self) -> NoiseSchedule | None:
         published = self.schedule.bake()
         return published if published.state_dict() else None
+
+    @property
+    def scalar_gamma(self) -> NoiseSchedule | None:
+        return self.schedule if self.schedule.scalar else None
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        if self.scalar_gamma is not None:
+            return
+        device = next((one.device for one in self.parameters()), torch.device("cpu"))
+        noise = self.draw_context((1, *shape), torch.Generator().manual_seed(0), device)
+        gamma = self.schedule.bind(None, noise)[1](torch.full((1,), 0.5, dtype=torch.float64, device=device))
+        own = tuple(gamma.shape[1:])
+        if len(own) > len(shape) or any(one not in (1, size) for one, size in zip(own, shape, strict=False)):
+            raise ConfigurationError(
+                f"{type(self.schedule).__name__} has a gamma for each pixel of {own}, and the network takes "
+                f"{tuple(shape)}: give the schedule the shape of the network's data."
+            )
 
     def encode(self, levels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.scaling.encode(levels, dtype)
@@ -269,14 +287,27 @@ class BoundGaussian(BoundProcess):
     def reverse_step(
         self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
+        x_hat, kernel = self.reverse_kernel(output, z_t, s, t)
+        eps = normal_noise(z_t.shape, generator, z_t.device, z_t.dtype)
+        return kernel.sample(eps).to(z_t.dtype), x_hat.to(z_t.dtype)
+
+    def reverse_kernel(self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, ReverseKernel]:
         gamma_s, gamma_t = self._gamma(s, z_t), self._gamma(t, z_t)
         x_hat = self.process.x_hat(output, z_t, gamma_t)
-        eps = normal_noise(z_t.shape, generator, z_t.device, z_t.dtype)
-        if not self.process.variance.is_posterior:
-            prediction = self.process.split(output, z_t)[1]
-            levels = broadcast(gamma_s, z_t), broadcast(gamma_t, z_t)
-            eps = eps * torch.exp(-0.5 * self.process.variance.log_ratio(prediction, *levels))
-        return gaussian.posterior_step(z_t, x_hat, gamma_s, gamma_t, eps).to(z_t.dtype), x_hat.to(z_t.dtype)
+        ratio = self._variance_ratio(self.process.split(output, z_t)[1], z_t, gamma_s, gamma_t)
+        return x_hat, ReverseKernel.from_data(z_t, x_hat, gamma_s, gamma_t, ratio)
+
+    def predict_kernel(self, network: Network, z_t: Tensor, gamma_s: Tensor, gamma_t: Tensor) -> ReverseKernel:
+        """``p(z_s|z_t)`` from the network, at two gammas: see `predict_noise`."""
+        eps_hat, prediction = self.predict_noise(network, z_t, gamma_t)
+        ratio = self._variance_ratio(prediction, z_t, gamma_s, gamma_t)
+        return ReverseKernel.from_noise(z_t, eps_hat, gamma_s, gamma_t, ratio)
+
+    def _variance_ratio(self, prediction: Tensor, z_t: Tensor, gamma_s: Tensor, gamma_t: Tensor) -> Tensor | None:
+        """``log(v_q / v_p)``, or ``None`` where it is zero."""
+        if self.process.variance.is_posterior:
+            return None
+        return self.process.variance.log_ratio(prediction, broadcast(gamma_s, z_t), broadcast(gamma_t, z_t))
 
     def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
         gamma_0 = self._at(0.0, z_0)

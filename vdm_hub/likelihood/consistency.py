@@ -26,6 +26,7 @@ from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
 from vdm_hub.diffusion.gaussian_process import BoundGaussian
+from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.diffusion.times import discretise
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.per_image import CountedNetwork, evaluating, image_generator
@@ -113,18 +114,12 @@ class ConsistencyObjective(VDMObjective):
             )
         )
         origin = torch.where(broadcast(s > 0, x), gaussian.marginal_sample(x, gamma_r, noise["previous"].double()), x)
-        e = noise["current"].double()
-        z_s = gain * origin + variance.sqrt() * e
+        q = ReverseKernel(gain * origin, variance.sqrt())
+        z_s = q.sample(noise["current"].double())
         step, step_variance = (broadcast(value, x) for value in gaussian.transition(gamma_s, gamma_t))
         z_t = step * z_s + step_variance.sqrt() * noise["next"].double()
-        eps_hat, prediction = BoundGaussian(process, process.schedule).predict_noise(network, z_t, gamma_t)
-        level_s, level_t = broadcast(gamma_s, x), broadcast(gamma_t, x)
-        c = -torch.expm1(level_s - level_t)
-        mean = gaussian.alpha(level_s) / gaussian.alpha(level_t) * (z_t - c * gaussian.sigma(level_t) * eps_hat)
-        log_variance = torch.log(torch.sigmoid(level_s) * c)
-        log_variance = log_variance - process.variance.log_ratio(prediction, level_s, level_t)
-        error = (z_s - mean) ** 2 * torch.exp(-log_variance)
-        return 0.5 * sum_dimensions(error + log_variance - e**2 - variance.log())
+        p = BoundGaussian(process, process.schedule).predict_kernel(network, z_t, gamma_s, gamma_t)
+        return q.log_prob(z_s) - p.log_prob(z_s)
 
     def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         """That of `VDMObjective`, and of the steps of a chain."""

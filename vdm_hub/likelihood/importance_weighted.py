@@ -23,7 +23,7 @@ from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
-from vdm_hub.diffusion.gaussian_process import BoundGaussian
+from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import whole_number
 from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, image_generator
@@ -157,12 +157,8 @@ def chain_terms(
     r"""``-log w`` of one chain per image in three named terms, (B,), nats, float64.
 
     The chain is drawn from the end, ``q(z_1|x) prod q(z_s|z_t, x)``, the same joint as the forward one (Luo eq. 47).
-    With ``z_s = mu_q + sd e`` and ``r = v_q / v_p`` (one for a VDM's own reverse step),
-
-        log q(z_s|z_t, x) - log p(z_s|z_t) = 1/2 (r |e - d|^2 - |e|^2 - ln r),
-        d = sqrt(expm1(gamma_t - gamma_s)) (eps - eps_hat),
-
-    whose expectation over e is the transition KL of the denoising-matching form (VDM eq. 13).
+    The expectation of ``log q(z_s|z_t, x) - log p(z_s|z_t)`` over z_s is the transition KL of the denoising-matching
+    form (VDM eq. 13).
 
     Args:
         objective: The model, with a finite number of transitions.
@@ -187,9 +183,11 @@ def chain_terms(
         z, prior = _last_latent(x, gamma, normal())
         diffusion = torch.zeros_like(prior)
         for time in times[:-1].flip(0):
-            e, gamma_s = normal(), bound.gamma(time.expand(len(x)))
-            diffusion += _log_ratio(bound, network, z, x, gamma_s, gamma, e)
-            z, gamma = gaussian.posterior_step(z, x, gamma_s, gamma, e), gamma_s
+            gamma_s = bound.gamma(time.expand(len(x)))
+            q = ReverseKernel.from_data(z, x, gamma_s, gamma)
+            p = bound.predict_kernel(network, z, gamma_s, gamma)
+            z, gamma = q.sample(normal()), gamma_s
+            diffusion += q.log_prob(z) - p.log_prob(z)
         level = broadcast(gamma, x)
         eps = (z - gaussian.alpha(level) * x) / gaussian.sigma(level)
         reconstruction = bound.reconstruction(levels, x, {"reconstruction": eps}, network)
@@ -201,27 +199,6 @@ def _last_latent(x: Tensor, gamma: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]
     z = gaussian.marginal_sample(x, gamma, eps)
     log_variance = torch.nn.functional.logsigmoid(broadcast(gamma, x))
     return z, sum_dimensions(0.5 * (z**2 - eps**2 - log_variance))
-
-
-def _log_ratio(
-    bound: BoundGaussian,
-    network: CountedNetwork,
-    z_t: Tensor,
-    x: Tensor,
-    gamma_s: Tensor,
-    gamma_t: Tensor,
-    e: Tensor,
-) -> Tensor:
-    """``log q(z_s|z_t, x) - log p(z_s|z_t)`` at the z_s that the noise e draws: see `chain_terms`."""
-    level_s, level_t = broadcast(gamma_s, z_t), broadcast(gamma_t, z_t)
-    eps = (z_t - gaussian.alpha(level_t) * x) / gaussian.sigma(level_t)
-    eps_hat, prediction = bound.predict_noise(network, z_t, gamma_t)
-    shift = torch.expm1(level_t - level_s).sqrt() * (eps - eps_hat)
-    variance = bound.process.variance
-    if variance.is_posterior:
-        return sum_dimensions(0.5 * shift**2 - e * shift)
-    log_ratio = variance.log_ratio(prediction, level_s, level_t)
-    return 0.5 * sum_dimensions(log_ratio.exp() * (e - shift) ** 2 - e**2 - log_ratio)
 
 
 def weighted(draws: list[Terms]) -> tuple[Terms, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError, shortened, unknown_name
 from vdm_hub.fields import MAX_SEED, whole_number
 from vdm_hub.likelihood.estimator import BoundEstimator
@@ -84,15 +83,15 @@ def check_endpoints(process: ForwardProcess) -> None:
     Raises:
         ConfigurationError: gamma(0) or gamma(1) is not finite.
     """
-    process = process.diffused
-    if not isinstance(process, GaussianProcess) or not process.schedule.scalar:
+    schedule = process.diffused.scalar_gamma
+    if schedule is None:
         return
     device = next((parameter.device for parameter in process.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        ends = process.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)).tolist()
+        ends = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)).tolist()
     for time, gamma in zip((0, 1), ends, strict=True):
         if not abs(gamma) < float("inf"):
             raise ConfigurationError(
-                f"{type(process.schedule).__name__} has gamma({time}) = {gamma}, and a bound needs finite endpoints: "
+                f"{type(schedule).__name__} has gamma({time}) = {gamma}, and a bound needs finite endpoints: "
                 f"cut the schedule in t where it passes, say, gamma = -13.3 and 5."
             )

@@ -93,7 +93,7 @@ def scalar_gaussian(process: ForwardProcess) -> GaussianProcess:
     Raises:
         ConfigurationError: It is another process, or its gamma differs between pixels or data.
     """
-    if gaussian_of(process).schedule.scalar:
+    if gaussian_of(process).scalar_gamma is not None:
         return gaussian_of(process)
     raise ConfigurationError(
         f"{type(gaussian_of(process).schedule).__name__} has a gamma of its own for each pixel, and this form of the "
@@ -160,8 +160,8 @@ def flow_density(
 
 def _path(bound: BoundGaussian) -> tuple[tuple[float, float], Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """The interval to integrate over, and gamma and its rate there: in gamma itself, or where it has many, in t."""
-    schedule = bound.process.schedule
-    if not schedule.scalar:
+    schedule = bound.process.scalar_gamma
+    if schedule is None:
         return (0.0, 1.0), partial(gamma_and_derivative, bound.gamma)
     return schedule.endpoints(), lambda gamma: (gamma, torch.ones_like(gamma))
 

@@ -24,6 +24,7 @@ from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.gaussian import sum_dimensions
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.hierarchical import HierarchicalObjective
 from vdm_hub.likelihood.per_image import CountedNetwork, Terms
@@ -66,12 +67,8 @@ class ReverseStep(nn.Module):
         process = scalar_gaussian(self.objective.process)
         gamma_s, gamma_t = process.schedule(z.new_tensor([self.s, self.t], dtype=torch.float64)).double()
         network = CountedNetwork(self.objective.network, {})
-        bound = process.bind(None, {})[1]
-        eps_hat, prediction = bound.predict_noise(network, z, gamma_t)
-        c = -torch.expm1(gamma_s - gamma_t)
-        mean = gaussian.alpha(gamma_s) / gaussian.alpha(gamma_t) * (z - c * gaussian.sigma(gamma_t) * eps_hat)
-        ratio = torch.exp(-process.variance.log_ratio(prediction, gamma_s, gamma_t))
-        return mean, (torch.sigmoid(gamma_s) * c * ratio).expand_as(z).sqrt()
+        kernel = process.bind(None, {})[1].predict_kernel(network, z, gamma_s, gamma_t)
+        return kernel.mean, kernel.scale.expand_as(z)
 
 
 class FactorisedLevels(nn.Module):
@@ -175,10 +172,8 @@ class DenoisingHVAEObjective(HierarchicalObjective):
             precision = encoder.gain**2 / encoder.variance + 1 / spread
             mean = (encoder.gain / encoder.variance * z + before / spread * x) / precision
             p = model.decode(t - 1, z)
-            q_variance = (1 / precision).expand_as(mean)
-            terms[f"denoising_{t}"] = sum_dimensions(
-                gaussian.kl_divergence(mean, q_variance, p.mean.double(), p.scale.double() ** 2)
-            )
+            q = ReverseKernel(mean, precision.rsqrt())
+            terms[f"denoising_{t}"] = q.kl(ReverseKernel(p.mean.double(), p.scale.double()))
         zero, one = torch.zeros_like(x), torch.ones_like(x)
         prior = gaussian.kl_divergence(gain * x, variance.expand_as(x), zero, one)
         return terms | {"prior": sum_dimensions(prior)}

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 
 MOST_CELLS = 512
@@ -45,8 +44,7 @@ class TimeGrid:
     @classmethod
     def of(cls, process: ForwardProcess, transitions: int | None, cells: int = MOST_CELLS) -> TimeGrid:
         """The cells that suit a process: one a transition, or whole numbers of them where there are many."""
-        process = process.diffused
-        schedule = process.schedule if isinstance(process, GaussianProcess) and process.schedule.scalar else None
+        schedule = process.diffused.scalar_gamma
         if transitions is None:
             return _continuous(schedule, cells)
         steps = torch.arange(transitions + 1, dtype=torch.float64)

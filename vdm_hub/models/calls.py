@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError
 
 _GIVEN = ("sample", "timestep", "return_dict", "context")  # by whoever calls the network
@@ -46,28 +42,4 @@ def check_context(context_size: int | None, network: nn.Module) -> None:
         raise ConfigurationError(
             f"the process tells its network {context_size or 'no'} numbers beside the timestep, and "
             f"{type(network).__name__} takes {taken or 'none'}: use UNetVDMModel with context_size={context_size}."
-        )
-
-
-@torch.no_grad()
-def check_gamma_shape(process: ForwardProcess, shape: Sequence[int]) -> None:
-    """Refuse a schedule with a gamma for each pixel of data of another shape.
-
-    Args:
-        process: Any; only a Gaussian one has such a schedule.
-        shape: Of a datum, as the network takes it.
-
-    Raises:
-        ConfigurationError: Naming both shapes.
-    """
-    if not isinstance(process, GaussianProcess) or process.schedule.scalar:
-        return
-    device = next((one.device for one in process.parameters()), torch.device("cpu"))
-    noise = process.draw_context((1, *shape), torch.Generator().manual_seed(0), device)
-    gamma = process.schedule.bind(None, noise)[1](torch.full((1,), 0.5, dtype=torch.float64, device=device))
-    own = tuple(gamma.shape[1:])
-    if len(own) > len(shape) or any(one not in (1, size) for one, size in zip(own, shape, strict=False)):
-        raise ConfigurationError(
-            f"{type(process.schedule).__name__} has a gamma for each pixel of {own}, and the network takes "
-            f"{tuple(shape)}: give the schedule the shape of the network's data."
         )

@@ -9,7 +9,6 @@ from functools import singledispatch
 from markupsafe import Markup
 
 from vdm_hub import registry
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.pipeline_hvae import HVAEPipeline
@@ -144,7 +143,7 @@ def _process(pipeline: VDMPipeline) -> Markup:
     if "noise_schedule" not in gaussian.fields():  # a process without gamma has none, nor a target
         return markdown("{}, {} levels.", described, gaussian.num_levels)
     described += markdown(", noise schedule {}{}", code(schedule), carried)
-    if isinstance(gaussian, GaussianProcess) and gaussian.schedule.scalar:
-        least, most = (float(gamma) for gamma in gaussian.schedule.endpoints())
+    if gaussian.scalar_gamma is not None:
+        least, most = (float(gamma) for gamma in gaussian.scalar_gamma.endpoints())
         described += markdown(" with log SNR from {} to {}", f"{-least:.2f}", f"{-most:.2f}")
     return markdown("{}, target {}, {} levels.", described, code(target), gaussian.num_levels)
