@@ -176,6 +176,10 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint_and_sets_a_damaged_one_asi
     capsys.readouterr()
     run.resume()
     assert run.step == 1 and re.search(naming("step-00000001", "logging_steps"), capsys.readouterr().out)
+    as_process(1, 1)
+    run.resume()
+    assert run.step == 1 and capsys.readouterr().out == "", "the main process says it"
+    as_process(0, 1)
     run.said = "how the latents are scaled"
     with pytest.warns(UserWarning, match=naming("damaged-step-00000002")):
         run.announce()
@@ -263,6 +267,7 @@ def test_a_process_that_is_not_the_main_one_trains_and_neither_writes_nor_speaks
 
     class Counted(loop.Run):
         def save(self) -> None:
+            assert not is_locked(self.folder.lock), "the main process keeps the folder"
             taken.append(self.step)
             super().save()
 
@@ -275,6 +280,7 @@ def test_a_process_that_is_not_the_main_one_trains_and_neither_writes_nor_speaks
     monkeypatch.setattr(loop, "build_accelerator", build)
     monkeypatch.setattr(loop, "Run", Counted)
     fields = EVERYTHING | {"report_to": "none", "resume_from_checkpoint": "latest", "dry_run": dry_run}
+    fields |= {"lr_warmup_steps": 9}  # of which the main process says that the run ends before
     assert train_here(tmp_path / "run", **fields) is None
     assert contents(tmp_path) == {} and taken == ([] if dry_run else [4, 5])
     printed = capfd.readouterr()
