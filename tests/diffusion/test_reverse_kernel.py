@@ -47,7 +47,9 @@ def test_data_and_noise_give_one_kernel_whose_density_and_divergence_are_those_o
     torch.testing.assert_close(q.mean, by_noise.mean, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(q.scale, by_noise.scale, **EXACT)
     p = ReverseKernel.from_noise(z_t, 0.9 * eps, gamma_s, gamma_t, torch.full_like(x, 0.3))
-    z_s = q.sample(normal(2, 3, 2, 4))
+    noise = normal(2, 3, 2, 4)
+    z_s = q.sample(noise)
+    torch.testing.assert_close((z_s - q.mean) / q.scale, noise, rtol=1e-9, atol=1e-9)  # a difference, over 1e-4
     ours, torchs = p, Independent(Normal(p.mean, p.scale.expand_as(p.mean)), 2)
     torch.testing.assert_close(ours.log_prob(z_s), torchs.log_prob(z_s), **EXACT)
     other = Independent(Normal(q.mean, q.scale.expand_as(q.mean)), 2)
