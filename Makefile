@@ -36,12 +36,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(RUN)/python -c "$$QUICK_PROCESSES"
 	@touch $@
 
-# Beside what is installed, for the tests that ask for it: within, it would speak in all that imports accelerate.
-$(VENV)/deepspeed: $(VENV)/.installed tests/training/deepspeed.txt
-	rm -rf $@
-	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps $(PIP_ARGS) --target $@ -r tests/training/deepspeed.txt
-	@touch $@
-
 install: $(VENV)/.installed  ## Create .venv and install vdm_hub with its test and quality tools.
 
 quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, and load it again (about 2 minutes).
@@ -52,7 +46,7 @@ install-plugins: install  ## Install the packages in plugins/, from where they a
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(addprefix -e ,$(PLUGINS))
 
 # The core's tests run without any plugin, also where some are installed; afterwards all are.
-test: install $(VENV)/deepspeed  ## Run the tests: the core's without plugins, then the plugins'.
+test: install  ## Run the tests: the core's without plugins, then the plugins'.
 	$(RUN)/pip uninstall -qq --yes $(notdir $(PLUGINS))
 	$(RUN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(MAKE) test-plugins

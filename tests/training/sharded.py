@@ -1,7 +1,7 @@
-"""Trainings one after the other, by DDP, FSDP2 or ZeRO-2, on CPUs: ``torchrun ... sharded.py JOBS.json``.
+"""Trainings one after the other, by DDP or FSDP2, on CPUs: ``torchrun ... sharded.py JOBS.json``.
 
-accelerate knows FSDP2 and DeepSpeed on accelerators only. Everything but that choice is its own here: its plugins and
-its preparation, torch's ``fully_shard`` and DeepSpeed's engine, over gloo.
+accelerate knows FSDP2 on accelerators only. Everything but that choice is its own here: its plugin and its
+preparation, and torch's ``fully_shard`` over gloo.
 """
 
 from __future__ import annotations
@@ -33,23 +33,7 @@ def _fsdp2(state: AcceleratorState, _: dict[str, Any]) -> DistributedType:
     return DistributedType.FSDP
 
 
-def _zero2(state: AcceleratorState, fields: dict[str, Any]) -> DistributedType:
-    """As with scripts/accelerate/deepspeed_zero2.yaml."""
-    import deepspeed
-
-    if deepspeed.comm.comm.cdb is not None:  # by the job before
-        deepspeed.comm.comm.cdb = None
-        deepspeed.utils.groups._release_process_group_references()
-    # It would build a kernel of its own for one host's memory; gloo is what is at work elsewhere.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    plugin = fields["deepspeed_plugin"]
-    plugin.set_mixed_precision(fields["mixed_precision"] or "no")
-    plugin.select(_from_accelerator_state=True)
-    state.deepspeed_plugins = plugin
-    return DistributedType.DEEPSPEED
-
-
-ENGINES: dict[str, Start | None] = {"ddp": None, "fsdp2": _fsdp2, "zero2": _zero2}
+ENGINES: dict[str, Start | None] = {"ddp": None, "fsdp2": _fsdp2}
 
 
 @contextmanager
@@ -64,7 +48,6 @@ def run_by(engine: str) -> Iterator[None]:
             state.distributed_type = PartialState._shared_state["distributed_type"] = start(state, fields)
 
     AcceleratorState.__init__ = begin  # type: ignore[method-assign]
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(engine == "zero2").lower()
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ WRONG = [
     ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "perhaps", {}, "perhaps"),
     ("ACCELERATE_USE_FSDP", "true", {}, "ACCELERATE_USE_FSDP"),  # of one process, which shards nothing
     ("ACCELERATE_USE_FSDP", "1", {}, "ACCELERATE_USE_FSDP"),
-    ("ACCELERATE_USE_DEEPSPEED", "True", {}, ""),
+    ("ACCELERATE_USE_DEEPSPEED", "True", {}, "fsdp2.yaml"),
     ("ACCELERATE_USE_DEEPSPEED", "1", {}, "ACCELERATE_USE_DEEPSPEED"),
     ("ACCELERATE_USE_MEGATRON_LM", "true", {}, "ACCELERATE_USE_MEGATRON_LM"),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", {}, "ACCELERATE_USE_PARALLELISM_CONFIG"),

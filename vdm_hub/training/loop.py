@@ -41,7 +41,6 @@ from vdm_hub.training.shards import gathered
 from vdm_hub.training.signals import StopSignals, TrainingStopped
 from vdm_hub.training.tracking import Trackers
 from vdm_hub.training.weights import averages, these_weights
-from vdm_hub.training.zero import has_zero
 
 
 def train_model(configuration: Configuration) -> LikelihoodReport | None:
@@ -228,7 +227,7 @@ class Run(RunState):
         """Write a checkpoint of everything that the next step depends on."""
         self.losses.check_losses()
         self.losses.check_weights(self.step, self.model)
-        if not (self.accelerator.is_main_process or is_sharded(self.accelerator) or has_zero(self.accelerator)):
+        if not (self.accelerator.is_main_process or is_sharded(self.accelerator)):
             return
         self.seconds, self._clock = self.seconds + time.perf_counter() - self._clock, time.perf_counter()
         tensors, state = pack_state(self)

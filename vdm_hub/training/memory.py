@@ -23,7 +23,6 @@ from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.networks import sketched
 from vdm_hub.training.processes import is_sharded, whole_number
 from vdm_hub.training.setup import build_objective
-from vdm_hub.training.zero import has_zero
 
 _FLOAT = 4  # bytes: weights and all that belongs to them are float32, whatever the network computes in
 _IMAGES = 2  # on which what a batch keeps is counted
@@ -80,13 +79,13 @@ def needed(configuration: Configuration, shape: tuple[int, int, int], accelerato
     counts = {name: sum(map(Tensor.numel, part.parameters())) for name, part in objective.parts.items()}
     every, trained = sum(counts.values()), sum(p.numel() for p in objective.parameters() if p.requires_grad)
     moments = 0.5 if training.optimizer == "adamw_8bit" else 2
-    shares = accelerator.num_processes
-    average = every / (shares if is_sharded(accelerator) else 1) if training.use_ema else 0
-    gradients = trained * (1 + moments) / (shares if is_sharded(accelerator) or has_zero(accelerator) else 1)
+    shares = accelerator.num_processes if is_sharded(accelerator) else 1
+    average = every / shares if training.use_ema else 0
+    gradients = trained * (1 + moments) / shares
     kept = _kept(objective, shape) * training.train_batch_size // _IMAGES
     return Needs(
         {name: count for name, count in counts.items() if count},
-        every * _FLOAT // (shares if is_sharded(accelerator) else 1),
+        every * _FLOAT // shares,
         int((gradients + average) * _FLOAT),
         kept,
         int(kept * _least(training, accelerator)),

@@ -14,7 +14,6 @@ from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.shards import sharded_like
-from vdm_hub.training.zero import ZeroOptimizer
 
 _ELSEWHERE = {"adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}
 # What the recipe sets anew when a run goes on; the other numbers in the groups are state, as Prodigy's d.
@@ -64,7 +63,7 @@ def _optimizer_class(name: str) -> Any:
         ) from error
 
 
-def pack_state(optimizer: torch.optim.Optimizer | ZeroOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of an optimiser as tensors named ``<parameter>.<moment>``, and the numbers beside them.
 
     bitsandbytes nests what is quantised: ``<parameter>.<its marker>.<moment>``.
@@ -84,9 +83,7 @@ def pack_state(optimizer: torch.optim.Optimizer | ZeroOptimizer) -> tuple[dict[s
     return tensors, {"parameters": numbers, "groups": [_numbers(group) for group in state_dict["param_groups"]]}
 
 
-def unpack_state(
-    optimizer: torch.optim.Optimizer | ZeroOptimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-) -> None:
+def unpack_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     """Give an optimiser the state of `pack_state`; its settings, such as the weight decay, stay those of now."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *numbers["parameters"].items()]:
@@ -108,7 +105,7 @@ def unpack_state(
     load_state(optimizer, {"state": state, "param_groups": groups})
 
 
-def load_state(optimizer: torch.optim.Optimizer | ZeroOptimizer, state_dict: dict[str, Any]) -> None:
+def load_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Load an optimiser's state, each moment laid out in memory as its parameter is.
 
     Fused kernels on CPUs take that for granted: beside a channels-last weight, a contiguous moment would be read in

@@ -16,7 +16,6 @@ from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.outputs import OutputFolder
 from vdm_hub.training.shards import check_shards
-from vdm_hub.training.zero import check_zero, has_zero
 
 
 def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Accelerator:
@@ -50,8 +49,6 @@ def build_accelerator(configuration: Configuration, folder: OutputFolder) -> Acc
     refuse_engine(accelerator.distributed_type)
     if is_sharded(accelerator):
         check_shards(accelerator, training)
-    if has_zero(accelerator):
-        check_zero(accelerator, training)
     if launched != accelerator.num_processes:
         raise ConfigurationError(
             f"{launched} processes were launched, but accelerate runs {accelerator.num_processes} each on its own: "
@@ -89,7 +86,7 @@ def _told(training: TrainingArguments) -> str:
 def check_environment(training: TrainingArguments, environment: Mapping[str, str]) -> None:
     """Refuse variables by which accelerate would train otherwise than the recipe says, or would ignore a wish.
 
-    A precision that the recipe leaves open is the launcher's; what DeepSpeed's own variables say is `check_zero`'s.
+    A precision that the recipe leaves open is the launcher's.
 
     Raises:
         ConfigurationError: Naming the variable, its value and the field.
@@ -119,11 +116,12 @@ def check_environment(training: TrainingArguments, environment: Mapping[str, str
             # Some are read in the midst of a step.
             with explained(f"{variable} is {value!r} in the environment", "say true or false", ConfigurationError):
                 str_to_bool(value)
-    for variable in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        if _is_true(environment, variable):
+    for engine in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if _is_true(environment, variable := f"ACCELERATE_USE_{engine}"):
             raise ConfigurationError(
-                f"{variable} is {environment[variable]!r} in the environment, which shards networks of other kinds "
-                f"only: take it out, or use FSDP2 (scripts/accelerate/fsdp2.yaml) or DDP (ddp.yaml)."
+                f"{variable} is {environment[variable]!r} in the environment, an engine that is not supported: take "
+                f"it out, and use FSDP2 (scripts/accelerate/fsdp2.yaml), which shards weights, gradients and moments, "
+                f"or DDP (ddp.yaml)."
             )
 
 
@@ -146,23 +144,20 @@ def _check_built(accelerator: Accelerator, training: TrainingArguments) -> None:
         raise ConfigurationError("mixed_precision is fp16, which accelerate ignores on a CPU: use bf16, or no.")
     if accelerator.device.type == "meta":
         raise ConfigurationError("ACCELERATE_TORCH_DEVICE is 'meta', on which nothing is computed: take it out.")
-    engines = {"ACCELERATE_USE_FSDP": is_sharded(accelerator), "ACCELERATE_USE_DEEPSPEED": has_zero(accelerator)}
-    for variable, is_so in engines.items():
-        if _is_true(os.environ, variable) and not is_so:
-            raise ConfigurationError(
-                f"{variable} is {os.environ[variable]!r} in the environment, and accelerate runs "
-                f"{accelerator.distributed_type.value} on {accelerator.num_processes} x {accelerator.device.type}, "
-                f"which shards nothing: take it out, or start several processes on GPUs."
-            )
+    variable = "ACCELERATE_USE_FSDP"
+    if _is_true(os.environ, variable) and not is_sharded(accelerator):
+        raise ConfigurationError(
+            f"{variable} is {os.environ[variable]!r} in the environment, and accelerate runs "
+            f"{accelerator.distributed_type.value} on {accelerator.num_processes} x {accelerator.device.type}, which "
+            f"shards nothing: take it out, or start several processes on GPUs."
+        )
     found = {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,
     }
     for field, value in found.items():
         wanted = getattr(training, field)
-        if wanted not in (None, value) and not has_zero(
-            accelerator
-        ):  # whose precision is autocast's: see `check_zero`
+        if wanted not in (None, value):
             raise ConfigurationError(
                 f"{field} is {wanted!r} in the recipe, and accelerate made it {value!r}: look at what its environment "
                 f"says, or run `accelerate config`."
@@ -178,12 +173,12 @@ def refuse_engine(kind: DistributedType) -> None:
     """Refuse an engine under which the moving average and the checkpoints would be those of one process's shards.
 
     Raises:
-        ConfigurationError: It is Megatron-LM.
+        ConfigurationError: It is DeepSpeed or Megatron-LM.
     """
-    if kind == DistributedType.MEGATRON_LM:
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigurationError(
-            f"accelerate was configured for {kind.value}, which shards networks of its own kinds only. Use FSDP2 "
-            f"(scripts/accelerate/fsdp2.yaml), or MULTI_GPU (ddp.yaml)."
+            f"accelerate was configured for {kind.value}, which is not supported. Use FSDP2 "
+            f"(scripts/accelerate/fsdp2.yaml), which shards weights, gradients and moments, or MULTI_GPU (ddp.yaml)."
         )
 
 

@@ -18,7 +18,6 @@ from vdm_hub.evaluation.provenance import describe_images, library_versions
 from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import DiffusionArguments
-from vdm_hub.training.zero import precision
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -56,7 +55,7 @@ class Provenance:
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "global_batch_size": batch,
             "device": _device(accelerator.device),
-            "mixed_precision": precision(accelerator),
+            "mixed_precision": accelerator.mixed_precision,
             "parameters": self._parameters,
         }
 
@@ -139,8 +138,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def _command(configuration: Configuration, accelerator: Accelerator) -> str:
     """With the recipe that lies beside; a precision that the launcher chose is no part of that recipe."""
-    chosen = configuration.training.mixed_precision is None and precision(accelerator) != "no"
-    flag = f" --mixed_precision {precision(accelerator)}" if chosen else ""
+    chosen = configuration.training.mixed_precision is None and accelerator.mixed_precision != "no"
+    flag = f" --mixed_precision {accelerator.mixed_precision}" if chosen else ""
     return f"accelerate launch --num_processes {accelerator.num_processes}{flag} -m vdm_hub.train recipe.yaml"
 
 

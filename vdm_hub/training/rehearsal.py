@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.training.run_state import RunState
 from vdm_hub.training.shards import own_part
-from vdm_hub.training.zero import has_zero
 
 _MIB = 2**20
 _REPETITIONS = 5
@@ -80,8 +79,7 @@ def _bytes(run: RunState) -> int:
     averages = [] if run.ema is None else run.ema.shadow_params
     weights = list(run.model.parameters())
     gradients = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]  # of their sizes
-    copies = gradients if has_zero(run.accelerator) else []  # ZeRO's, of this process's part
-    kept = [*weights, *gradients, *copies, *moments, *averages]
+    kept = [*weights, *gradients, *moments, *averages]
     parts = [own_part(tensor) for tensor in kept if isinstance(tensor, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in parts)
 

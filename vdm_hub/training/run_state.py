@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ from vdm_hub.training.provenance import Provenance
 from vdm_hub.training.setup import build_objective, count_steps, learning_rate, repeated_blocks
 from vdm_hub.training.shards import average_gradients, plan_shards, whole
 from vdm_hub.training.weights import build_ema, step_ema
-from vdm_hub.training.zero import gradient_norm, has_zero, prepare_zero
 
 _LOOKED_AT = 1024  # training images, from which a model may take how its latents are distributed
 
@@ -65,9 +63,8 @@ class RunState:
         self._replicated: list[torch.nn.Parameter] = []
         if is_sharded(accelerator):
             self._replicated = plan_shards(accelerator, self.model, repeated_blocks(self.model))
-        prepare: Callable[..., Any] = prepare_zero if has_zero(accelerator) else Accelerator.prepare
         with explained("accelerate can't prepare the run", "look at its ACCELERATE_ variables", ConfigurationError):
-            self.objective, self.optimizer = prepare(accelerator, self.model, optimizer)
+            self.objective, self.optimizer = accelerator.prepare(self.model, optimizer)
         # accelerate's wrapper looks for a package on the disk in each step, and does more only with fp16.
         wrapped = accelerator.scaler is None and isinstance(self.optimizer, AcceleratedOptimizer)
         self._stepping = self.optimizer.optimizer if wrapped else self.optimizer
@@ -129,9 +126,7 @@ class RunState:
         return terms
 
     def _clip(self) -> Tensor:
-        """Clip the gradient, and its norm before that; DeepSpeed has done so, and taken the step."""
-        if has_zero(self.accelerator):
-            return gradient_norm(self.accelerator)
+        """Clip the gradient, and its norm before that."""
         average_gradients(self.accelerator, self._replicated)
         limit = math.inf if self.training.max_grad_norm is None else self.training.max_grad_norm
         if self.accelerator.device.type != "cpu" or is_sharded(self.accelerator):
