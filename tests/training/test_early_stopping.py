@@ -62,7 +62,7 @@ def test_one_that_is_loaded_goes_on_as_the_one_that_was_saved(
 
 @pytest.mark.parametrize("patience", [None, 1])
 def test_the_best_weights_are_copies_and_kept_only_with_patience(patience: int | None) -> None:
-    model, stopping = torch.nn.Linear(2, 1), EarlyStopping(patience)
+    model, stopping = torch.nn.Linear(2, 1), EarlyStopping(patience, 0.0)
     assert (stopping.best_step, stopping.waited, stopping.is_over) == (0, 0, False)
     stopping.keep(model)
     kept = {name: value.detach().clone() for name, value in model.named_parameters()}

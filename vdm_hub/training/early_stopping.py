@@ -22,7 +22,7 @@ class EarlyStopping:
     (True, 2.5, 1)
     """
 
-    def __init__(self, patience: int | None = None, threshold: float = 0.0) -> None:
+    def __init__(self, patience: int | None, threshold: float) -> None:
         self.patience, self.threshold = patience, threshold
         self.best, self.best_step, self.waited = math.inf, 0, 0
         self.weights: dict[str, Tensor] = {}
