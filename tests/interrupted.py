@@ -49,9 +49,11 @@ def main() -> None:
     """One after the other; a command is at work when its file ``until`` is there, or when it shows its progress."""
     import torch
 
-    import vdm_hub.commands
-    import vdm_hub.publishing.publishing
-    import vdm_hub.train  # noqa: F401 - what takes seconds, once for all
+    import vdm_hub.commands.evaluate
+    import vdm_hub.commands.publish
+    import vdm_hub.commands.sample
+    import vdm_hub.train
+    import vdm_hub.training.loop  # noqa: F401 - what takes seconds, once for all
 
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
 from vdm_hub.errors import (
     ConfigurationError,
     MissingPluginError,
@@ -32,7 +35,6 @@ from vdm_hub.errors import (
     unknown_name,
     warn,
 )
-from vdm_hub.version import is_older
 
 Serialised = str | dict[str, Any]
 
@@ -141,7 +143,7 @@ class Registration:
         if self.package == BUILT_IN_PACKAGE:
             return True
         allowed = allowed_packages()
-        return allowed is None or _normal(self.package) in allowed
+        return allowed is None or canonicalize_name(self.package) in allowed
 
 
 def allowed_packages() -> set[str] | None:
@@ -160,7 +162,7 @@ def allowed_packages() -> set[str] | None:
                 f"{ALLOWED_VARIABLE} holds {name!r}, no name of a distribution: give names separated by commas, "
                 f"nothing to load no plugin, or unset it to load any that is installed."
             )
-    return {_normal(name) for name in names}
+    return {canonicalize_name(name) for name in names}
 
 
 def registrations(kind: str) -> list[Registration]:
@@ -177,7 +179,9 @@ def registrations(kind: str) -> list[Registration]:
         about = point.dist.metadata if point.dist else None
         # Damaged metadata may lack both.
         package, version = (about["Name"] or "unknown", about["Version"]) if about else ("unknown", None)
-        found.setdefault((point.name, _normal(package)), Registration(kind, point.name, point.value, package, version))
+        found.setdefault(
+            (point.name, canonicalize_name(package)), Registration(kind, point.name, point.value, package, version)
+        )
     return built_in + list(found.values())
 
 
@@ -201,7 +205,7 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
             f"Known: {', '.join(sorted(r.name for r in known))}."
         )
     if name in BUILT_INS[kind]:
-        if package is not None and _normal(package) != BUILT_IN_PACKAGE:
+        if package is not None and canonicalize_name(package) != BUILT_IN_PACKAGE:
             raise ConfigurationError(
                 f"{name!r} is a built-in {KIND_WORDS[kind]}, whose name the package {package!r} can't take: leave "
                 f"the package out, or rename the plugin's entry point."
@@ -209,7 +213,7 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
         return next(r for r in known if r.name == name)
     matching = [r for r in known if r.name == name and r.package != BUILT_IN_PACKAGE]
     if package is not None:
-        matching = [r for r in matching if _normal(r.package) == _normal(package)]
+        matching = [r for r in matching if canonicalize_name(r.package) == canonicalize_name(package)]
         if not matching:
             raise _missing(kind, name, package, known)
     if not matching:
@@ -429,8 +433,16 @@ def _json_object(whose: str, config: Any) -> dict[str, Any]:
     return read
 
 
-def _normal(package: str) -> str:
-    return re.sub(r"[-_.]+", "-", package).lower()
+def is_older(version: str, than: str) -> bool:
+    """Whether one version comes before another; what is no version (PEP 440) is neither older nor newer.
+
+    >>> is_older("1.9", "1.10"), is_older("1.0rc1", "1.0"), is_older("1.0.post1", "1.0"), is_older("1.0", "newest")
+    (True, True, False, False)
+    """
+    try:
+        return Version(version) < Version(than)
+    except InvalidVersion:
+        return False
 
 
 def _not_allowed(kind: str, name: str, found: list[Registration]) -> ConfigurationError:

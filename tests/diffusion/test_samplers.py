@@ -153,7 +153,7 @@ def test_steps_that_diverge_are_refused(make: Any, message: Any) -> None:
 
 def test_so_few_evaluations_that_no_step_can_be_taken_are_refused() -> None:
     pipe = tiny_pipeline()
-    with pytest.raises(ConfigurationError, match=naming("num_inference_steps", 1, "ProbabilityFlow", 2)):
+    with pytest.raises(ConfigurationError, match=naming("num_inference_steps", 1, "ProbabilityFlowODE", 2)):
         pipe(num_inference_steps=1, sampler="probability_flow")
     for steps in (0, -5):
         with pytest.raises((ConfigurationError, ValueError)):

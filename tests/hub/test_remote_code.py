@@ -32,6 +32,7 @@ PROVIDED = {
     "torch",
     "diffusers",
     "numpy",
+    "packaging",  # of huggingface_hub
     "PIL",
     "safetensors",
     "huggingface_hub",

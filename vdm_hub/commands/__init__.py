@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from vdm_hub.command_line import Parser
-from vdm_hub.commands import options
+from vdm_hub.commands import interrupts, options
 from vdm_hub.commands.interrupts import interruptible_import
 from vdm_hub.errors import Interrupted, VDMHubError, in_one_line, in_words
 from vdm_hub.secret_values import mask
@@ -50,6 +50,7 @@ def report_errors(run: Callable[[], object]) -> int:
     Warnings are shown as errors are, whatever library they are of.
     """
     warnings.formatwarning = _line_of_warning
+    interrupts.heed()
     try:
         status = run()
     except (VDMHubError, OSError) as error:

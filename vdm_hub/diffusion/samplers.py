@@ -55,7 +55,7 @@ class ReverseSDE(Sampler):
         return mean + ((sde.diffusion_squared(z, t) * dt).sqrt() * _noise(z, generator)).to(z.dtype)
 
 
-class ProbabilityFlow(Sampler):
+class ProbabilityFlowODE(Sampler):
     """Heun's method, of second order, on the probability-flow ODE (SDE eq. 13); no noise after the prior's."""
 
     evaluations = 2
@@ -133,7 +133,7 @@ class AnnealedLangevin(Sampler):
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "reverse_sde": ReverseSDE,
-    "probability_flow": ProbabilityFlow,
+    "probability_flow": ProbabilityFlowODE,
     "predictor_corrector": PredictorCorrector,
     "annealed_langevin": AnnealedLangevin,
 }

@@ -16,7 +16,7 @@ from vdm_hub.likelihood.protocol import FORMS
 from vdm_hub.likelihood_pipeline import LikelihoodPipeline
 from vdm_hub.publishing.contents import Source
 from vdm_hub.publishing.markdown import markdown, python, render, visible, words
-from vdm_hub.publishing.rungs import plugin_packages, rung_of
+from vdm_hub.publishing.wording import plugin_packages, wording_of
 from vdm_hub.version import HOW_TO_INSTALL, __version__
 
 TASK = "unconditional-image-generation"
@@ -86,7 +86,7 @@ def _metadata(source: Source, pipeline: LikelihoodPipeline, edition: Edition) ->
         license=_line(edition.license),
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=[*rung_of(pipeline).tags, *_TAGS, *map(visible, plugin_packages(pipeline))],
+        tags=[*wording_of(pipeline).tags, *_TAGS, *map(visible, plugin_packages(pipeline))],
         datasets=_hub_datasets(source.recipe),
         model_name=edition.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
@@ -139,8 +139,8 @@ def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> di
     channels, height, width = pipeline.image_shape
     kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
     on_main = edition.revision == "main"
-    steps, rung = recipe.get("num_inference_steps", 250), rung_of(pipeline)
-    drawn = f"Drawn with {steps} network evaluations each, not selected." if rung.steps else "Not selected."
+    steps, wording = recipe.get("num_inference_steps", 250), wording_of(pipeline)
+    drawn = f"Drawn with {steps} network evaluations each, not selected." if wording.steps else "Not selected."
     revision_words = [] if on_main else ["--revision", edition.revision]
     return {
         "name": edition.repo_id.split("/")[-1],
@@ -151,9 +151,9 @@ def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> di
         "images": f"{height}x{width} {kind} images",
         "shape_text": f"{height}x{width} pixels, {kind}",
         "levels": pipeline.num_levels,
-        "rung": rung,
+        "wording": wording,
         "pipeline": type(pipeline).__name__,
-        "steps_argument": _steps_argument(pipeline, steps) if rung.steps else "",
+        "steps_argument": _steps_argument(pipeline, steps) if wording.steps else "",
         "samples_text": drawn if recipe else "",
         "dataset": _dataset(recipe, run),
         "bound": _bound(source, pipeline, edition),

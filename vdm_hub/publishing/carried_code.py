@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vdm_hub import registry
 from vdm_hub.errors import CheckpointError
-from vdm_hub.publishing import carrier
+from vdm_hub.publishing import package_from_text
 from vdm_hub.version import __version__
 
 PACKAGE = "vdm_hub"
@@ -48,7 +48,7 @@ space after each dot (diffusers takes the usual form for the name of a file to f
 imported under the name above. No other package, installed or carried, is touched.
 """
 
-{carrier}
+{loader}
 
 
 SOURCES = {{
@@ -75,7 +75,7 @@ if "{name}" not in sys.modules:
 
 def pinned_name() -> str:
     """The name under which this code is imported, such as ``vdm_hub_0_1_0_3f2a9c81``: other code has another name."""
-    content = json.dumps([__version__, _PIPELINE, _COMPONENT, _carrier(), carried_sources()], sort_keys=True)
+    content = json.dumps([__version__, _PIPELINE, _COMPONENT, _loader(), carried_sources()], sort_keys=True)
     version = re.sub(r"\W+", "_", __version__)
     return f"{PACKAGE}_{version}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
@@ -84,7 +84,7 @@ def pinned_name() -> str:
 def pipeline_file() -> str:
     """The text of ``pipeline.py``."""
     sections = (f"    {module!r}: {_quoted(text)},\n" for module, text in carried_sources().items())
-    return _PIPELINE.format(version=__version__, name=pinned_name(), carrier=_carrier(), sources="".join(sections))
+    return _PIPELINE.format(version=__version__, name=pinned_name(), loader=_loader(), sources="".join(sections))
 
 
 def component_file() -> str:
@@ -162,9 +162,9 @@ def _with_relative_imports(module: str, text: str, is_package: bool, imports: It
     return "".join(lines)
 
 
-def _carrier() -> str:
+def _loader() -> str:
     """The loader's source, without the text above it."""
-    text, _ = _source(carrier.__name__.removeprefix(f"{PACKAGE}."))
+    text, _ = _source(package_from_text.__name__.removeprefix(f"{PACKAGE}."))
     docstring = ast.parse(text).body[0]
     return "".join(text.splitlines(keepends=True)[docstring.end_lineno :]).strip()
 

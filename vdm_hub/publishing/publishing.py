@@ -29,8 +29,8 @@ from vdm_hub.publishing.contents import (
 )
 from vdm_hub.publishing.remote_code import add_remote_code, check_remote_code
 from vdm_hub.publishing.repository import MAIN, HubRepository, check_ready
-from vdm_hub.publishing.rungs import rung_of
 from vdm_hub.publishing.stock_twin import build_stock_twin, twin_error
+from vdm_hub.publishing.wording import wording_of
 from vdm_hub.version import __version__
 
 __all__ = ["Publication", "check_ready", "publish"]
@@ -194,7 +194,7 @@ def _add_twin(pipeline: LikelihoodPipeline, folders: dict[str, Path], edition: E
     """Save the twin where there can be one; the edition then knows its error, or why there is none."""
     if type(pipeline) is not VDMPipeline:
         del folders[TWIN_BRANCH]
-        return replace(edition, no_twin=rung_of(pipeline).no_twin)
+        return replace(edition, no_twin=wording_of(pipeline).no_twin)
     try:
         twin = build_stock_twin(pipeline)
     except ConfigurationError as reason:

@@ -26,14 +26,14 @@ from vdm_hub.likelihood.variational_bound import Objective
 from vdm_hub.plots import save_grid
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import allowed_changes
+from vdm_hub.training.checkpoint_state import pack_state, restore_state
 from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
+from vdm_hub.training.dry_run import describe_run
 from vdm_hub.training.memory import needed, refuse_what_cannot_fit
 from vdm_hub.training.opening import describe, without_effect
 from vdm_hub.training.outputs import OutputFolder, Validation, publish_locally, results, sample_images
-from vdm_hub.training.packing import pack_state, restore_state
 from vdm_hub.training.processes import build_accelerator, is_sharded
 from vdm_hub.training.publishing import check_publishing, publish_run
-from vdm_hub.training.rehearsal import rehearse
 from vdm_hub.training.resuming import Start, find_start, not_saved
 from vdm_hub.training.run_state import RunState
 from vdm_hub.training.setup import build_objective, build_pipeline
@@ -75,7 +75,7 @@ def _train(configuration: Configuration, accelerator: Accelerator, folder: Outpu
         print("".join(f"note: {words}.\n" for words in without_effect(configuration, run.total_steps)), end="")
     run.resume()
     if configuration.training.dry_run:
-        run.rehearse()
+        run.try_dry()
         return None
     run.announce()  # the first that is written: whatever is refused before leaves everything as it was
     started, first_step = time.perf_counter(), run.step
@@ -322,9 +322,9 @@ class Run(RunState):
         with these_weights(model, instead or weights):
             yield model
 
-    def rehearse(self) -> None:
+    def try_dry(self) -> None:
         """`--dry_run`: a step, and what the run will need; nothing is written."""
-        said = rehearse(self)
+        said = describe_run(self)
         if self.accelerator.is_main_process:
             print(f"{said}\ndry run: nothing was written to {self.folder.path}.")
         self.trackers.close()

@@ -31,7 +31,7 @@ from vdm_hub.training.setup import build_objective, count_steps, learning_rate, 
 from vdm_hub.training.shards import average_gradients, plan_shards, whole
 from vdm_hub.training.weights import build_ema, step_ema
 
-_LOOKED_AT = 1024  # training images, from which a model may take how its latents are distributed
+_IMAGES_TO_PREPARE = 1024  # training images, from which a model may take how its latents are distributed
 
 
 class RunState:
@@ -85,7 +85,7 @@ class RunState:
         """The same however many processes there are, so that all models come to the same scale of their latents."""
         size = self.training.train_batch_size
         first = training_batches(self.data.train, size, seed=self.training.seed).batches()
-        return (to_device(batch, self.accelerator.device) for batch in islice(first, -(-_LOOKED_AT // size)))
+        return (to_device(batch, self.accelerator.device) for batch in islice(first, -(-_IMAGES_TO_PREPARE // size)))
 
     def is_last(self) -> bool:
         """Whether the last step has been taken, or held-out bits/dim have stopped falling."""

@@ -19,7 +19,7 @@ _MIB = 2**20
 _REPETITIONS = 5
 
 
-def rehearse(run: RunState) -> str:
+def describe_run(run: RunState) -> str:
     """Take the first step, and take it again for its time, as only the first pays for memory and compilation.
 
     Returns:

@@ -32,7 +32,7 @@ _HIERARCHY = Markup(
 
 
 @dataclass(frozen=True)
-class Rung:
+class Wording:
     """One model's place on the ladder, in words for a card.
 
     Attributes:
@@ -53,7 +53,7 @@ class Rung:
 
 
 @singledispatch
-def rung_of(pipeline: LikelihoodPipeline) -> Rung:
+def wording_of(pipeline: LikelihoodPipeline) -> Wording:
     """The words for a pipeline.
 
     Raises:
@@ -62,9 +62,9 @@ def rung_of(pipeline: LikelihoodPipeline) -> Rung:
     raise ConfigurationError(f"{type(pipeline).__name__} is no pipeline that has a card: publish one of vdm_hub.")
 
 
-@rung_of.register
-def _(pipeline: VDMPipeline) -> Rung:
-    return Rung(
+@wording_of.register
+def _(pipeline: VDMPipeline) -> Wording:
+    return Wording(
         kind="A variational diffusion model (VDM)",
         tags=("variational-diffusion", "vdm"),
         structure=markdown("{} {}", _network(pipeline), _process(pipeline)),
@@ -72,11 +72,11 @@ def _(pipeline: VDMPipeline) -> Rung:
     )
 
 
-@rung_of.register
-def _(pipeline: LatentVDMPipeline) -> Rung:
+@wording_of.register
+def _(pipeline: LatentVDMPipeline) -> Wording:
     stage = pipeline.first_stage
     latents = "x".join(map(str, pipeline.latent_shape))
-    return Rung(
+    return Wording(
         kind="A latent variational diffusion model (a VDM of an autoencoder's latents)",
         tags=("variational-diffusion", "vdm", "latent-diffusion"),
         structure=markdown(
@@ -96,12 +96,12 @@ def _(pipeline: LatentVDMPipeline) -> Rung:
     )
 
 
-@rung_of.register
-def _(pipeline: HVAEPipeline) -> Rung:
+@wording_of.register
+def _(pipeline: HVAEPipeline) -> Wording:
     model = pipeline.hvae
     shapes = ", ".join("x".join(map(str, shape)) for shape in model.latent_shapes)
     one = model.depth == 1
-    return Rung(
+    return Wording(
         kind="A variational autoencoder (VAE)"
         if one
         else f"A hierarchical variational autoencoder (HVAE) with {model.depth} latents",
