@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import torch
 
 from vdm_hub import VDMHubError, images_from_levels, load_split
 
@@ -44,7 +45,9 @@ def binarise(
     for split in splits:
         path = folder / f"{split.partition('[')[0]}.parquet"
         grey = load_split(source, split, image_column=image_column, color="grey", label_column=label_column)
-        columns: dict[str, list[object]] = {image_column: images_from_levels((grey.levels > 127).long(), 2, "pil")}
+        columns: dict[str, list[object]] = {
+            image_column: images_from_levels((torch.stack([*grey.levels]) > 127).long(), 2, "pil")
+        }
         features = datasets.Features({image_column: datasets.Image()})
         if label_column is not None and grey.labels is not None:
             columns[label_column] = grey.labels.tolist()
