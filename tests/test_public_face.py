@@ -13,9 +13,11 @@ import pytest
 
 import vdm_hub
 from runs import ROOT, environment
+from vdm_hub import registry
 
 PUBLIC = sorted(vdm_hub.__all__)
 RUNNABLE = {"vdm_hub.train"}  # what launchers of modules start
+NAMED = re.compile(r"(?<![\w/])vdm_hub\.((?!py\b)\w+(?:\.\w+)*)")
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "accelerate", "datasets", "huggingface_hub")
 
 
@@ -52,6 +54,14 @@ def test_docs_plugins_scripts_and_cards_import_nothing_deeper() -> None:
     deeper = [one for one in found if one[1] != "vdm_hub" and one[1] not in RUNNABLE]
     unknown = [one for one in found if one[1] == "vdm_hub" and not set(one[2]) <= {*PUBLIC, "__version__"}]
     assert not deeper and not unknown
+
+
+def test_texts_name_nothing_deeper() -> None:
+    """Public names, what is run by ``-m``, and the groups of entry points."""
+    known = {*PUBLIC, "train", "commands", *registry.BUILT_INS, "lock"}  # .vdm_hub.lock: a file of a run
+    named = [(place, one) for place, text in sources() if not place.endswith(".py") for one in NAMED.findall(text)]
+    assert len(named) > 20
+    assert not [one for one in named if one[1] not in known]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

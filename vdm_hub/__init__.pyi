@@ -32,6 +32,7 @@ from .diffusion.gaussian import prior_kl as prior_kl
 from .diffusion.gaussian import sigma as sigma
 from .diffusion.gaussian import sum_dimensions as sum_dimensions
 from .diffusion.gaussian_process import GaussianProcess as GaussianProcess
+from .diffusion.learned_schedules import VarianceGradient as VarianceGradient
 from .diffusion.latent_process import LatentProcess as LatentProcess
 from .diffusion.levels import DataScaling as DataScaling
 from .diffusion.noise_schedules import BoundGamma as BoundGamma
@@ -99,7 +100,12 @@ from .scheduling_vdm import SchedulerMixin as SchedulerMixin
 from .scheduling_vdm import VDMScheduler as VDMScheduler
 from .scheduling_vdm import VDMSchedulerOutput as VDMSchedulerOutput
 from .testing.checks import Check as Check
+from .testing.checks import check_conditioning as check_conditioning
+from .testing.checks import check_forward_process as check_forward_process
+from .testing.checks import check_parameterization as check_parameterization
+from .testing.checks import check_schedule as check_schedule
 from .testing.checks import parametrize_with_checks as parametrize_with_checks
+from .testing.laws import LawViolation as LawViolation
 from .training.loop import Run as Run
 from .training.loop import train_model as train_model
 from .training.outputs import OutputFolder as OutputFolder

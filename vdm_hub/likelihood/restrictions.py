@@ -151,7 +151,7 @@ class DenoisingHVAEObjective(HierarchicalObjective):
         if not has_linear_encoders(model):
             raise ConfigurationError(
                 "the denoising-matching form needs q(z_s|z_t, x) in closed form, which learned encoders do not have: "
-                "use HVAEObjective, or linear Gaussian encoders (see vdm_hub.likelihood.restrictions)."
+                "use HVAEObjective, or the linear Gaussian encoders of vdm_hub.as_hierarchical_vae."
             )
 
     def terms(self, levels: Tensor, noise: Sequence[Tensor]) -> Terms:

@@ -177,7 +177,7 @@ def _check_draws(levels: Tensor, times: Tensor, num_levels: int) -> None:
     if low < 0 or high >= num_levels:
         raise DataError(
             f"the batch holds levels {low} to {high}, and the process knows 0 to {num_levels - 1}: give its "
-            f"num_levels to VDMScheduler, or map the pixels to levels with vdm_hub.images.levels_from_images."
+            f"num_levels to VDMScheduler, or map the pixels to levels with vdm_hub.levels_from_images."
         )
     if not bool(((times >= 0) & (times <= 1)).all()):
         raise DataError(f"times run from {float(times.min()):g} to {float(times.max()):g}: give values in [0, 1].")
