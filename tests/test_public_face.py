@@ -14,6 +14,8 @@ import pytest
 import vdm_hub
 from runs import ROOT, environment
 from vdm_hub import registry
+from vdm_hub.commands import main
+from vdm_hub.registration import CLASSES
 
 PUBLIC = sorted(vdm_hub.__all__)
 RUNNABLE = {"vdm_hub.train"}  # what launchers of modules start
@@ -70,6 +72,28 @@ def test_a_public_name_is_there_and_has_words(name: str) -> None:
     assert name in dir(vdm_hub)
     if isinstance(value, type) or inspect.isfunction(value):  # an alias of a type has none
         assert (value.__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def explained() -> list[type]:
+    """What ``vdm-hub explain`` has an answer for, of this package."""
+    kinds = [registry.registrations(kind) for kind in registry.BUILT_INS]
+    classes = [one.load() for kind in kinds for one in kind if one.package == registry.BUILT_IN_PACKAGE]
+    return [*(getattr(vdm_hub, name) for name in CLASSES), *classes]
+
+
+@pytest.mark.parametrize("cls", explained(), ids=lambda cls: cls.__name__)
+def test_every_argument_that_a_recipe_may_give_is_explained(cls: type) -> None:
+    arguments = (inspect.getdoc(cls) or "").partition("Args:")[2].partition("Example:")[0]
+    unsaid = [name for name in inspect.signature(cls).parameters if not re.search(rf"\b{name}\b", arguments)]
+    assert not unsaid
+
+
+def test_explain_prints_every_meaning_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "LearnedMonotoneSchedul"]) == 2 and "did you mean" in capsys.readouterr().err
+    assert main(["explain"]) == 0 and "learned_monotone" in capsys.readouterr().out
+    assert main(["explain", "learned_monotone"]) == 0
+    shown = capsys.readouterr().out
+    assert "LearnedMonotoneSchedule(gamma_min=-13.3, gamma_max=5.0, hidden_features=1024)" in shown
 
 
 def answered(script: str) -> str:

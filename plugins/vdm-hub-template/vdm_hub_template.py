@@ -12,6 +12,11 @@ from vdm_hub import ConfigurationError, NoiseSchedule, check_endpoints
 class BowedSchedule(NoiseSchedule):
     """``gamma(t) = gamma_min + (gamma_max - gamma_min) (t + bow t (1 - t))``: linear log-SNR, bowed.
 
+    Args:
+        bow: How far the middle lies from the straight line; between -1 and 1.
+        gamma_min: gamma(0), minus the log-SNR of the least noisy latent.
+        gamma_max: gamma(1), that of the noisiest.
+
     >>> BowedSchedule(bow=0.5).endpoints()
     (-13.3, 5.0)
     """

@@ -45,6 +45,11 @@ class Conditioning(ABC):
 class AffineConditioning(Conditioning):
     """``tau = (T-1) (gamma - gamma_min) / (gamma_max - gamma_min)`` with constants that never follow a schedule.
 
+    Args:
+        gamma_min: Where the timestep is 0.
+        gamma_max: Where the timestep is T - 1.
+        num_train_timesteps: T.
+
     >>> AffineConditioning()(torch.tensor([-13.3, 5.0]))
     tensor([  0., 999.])
     """
@@ -80,6 +85,9 @@ class AffineConditioning(Conditioning):
 
 class TableConditioning(Conditioning):
     """Interpolation through ``(gamma_i, i)``: the integer timesteps that a network trained on a beta table knows.
+
+    Args:
+        gammas: Entry i is the gamma whose timestep is i; strictly increasing.
 
     >>> TableConditioning([-5.0, 0.0, 5.0])(torch.tensor([-5.0, 2.5]))
     tensor([0.0000, 1.5000])

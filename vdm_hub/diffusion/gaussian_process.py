@@ -28,6 +28,15 @@ from vdm_hub.errors import ConfigurationError
 class GaussianProcess(ForwardProcess):
     """``q(z_t|x) = N(alpha_t x, sigma_t^2 I)``, its posterior as the reverse step, and its bound (VDM).
 
+    Args:
+        schedule: gamma(t).
+        parameterization: What the network predicts.
+        conditioning: What the network reads of gamma.
+        decoder: ``p(x|z_0)``.
+        scaling: How levels become real numbers.
+        num_train_timesteps: The range of the timesteps of stock samplers.
+        variance: That of the reverse step; the posterior's where not given.
+
     Attributes:
         variance: That of the reverse step; a table of betas may ask for another than the posterior's.
         clipping: What is done to every estimate of the data before it is used: ``None`` unless it was set, as a model

@@ -17,6 +17,10 @@ _MOST_HIDDEN = 65_536
 class LearnedLinearSchedule(NoiseSchedule):
     """``gamma(t) = (1-t) gamma_min + t gamma_max`` with both endpoints trained by the bound (VDM section 4.1).
 
+    Args:
+        gamma_min: gamma(0) at the start of training.
+        gamma_max: gamma(1), likewise.
+
     >>> schedule = LearnedLinearSchedule(-8.0, 5.0)
     >>> sorted(name for name, _ in schedule.named_parameters()), schedule.bake().to_config()
     (['gamma_max', 'gamma_min'], {'gammas': [-8.0, 5.0]})
@@ -47,6 +51,11 @@ class LearnedMonotoneSchedule(NoiseSchedule):
     ``s`` is ``l_1(t) + l_3(sigmoid(l_2(l_1(t))))`` with positive weights, normalised so that s(0) = 0 and s(1) = 1:
     whatever the shape learns, the endpoints stay where the bound put them. The endpoints are trained by the bound, the
     shape by the variance of its estimator (VDM App. I.2).
+
+    Args:
+        gamma_min: gamma(0) at the start of training.
+        gamma_max: gamma(1), likewise.
+        hidden_features: Units of the network s.
     """
 
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, hidden_features: int = 1024) -> None:

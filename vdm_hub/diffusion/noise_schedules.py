@@ -179,6 +179,10 @@ def check_endpoints(name: str, gamma_min: float, gamma_max: float) -> None:
 class LinearSchedule(NoiseSchedule):
     """``gamma(t) = (1-t) gamma_min + t gamma_max``: linear log-SNR (VDM section 4 and fig. 4b).
 
+    Args:
+        gamma_min: gamma(0), minus the log-SNR of the least noisy latent.
+        gamma_max: gamma(1), that of the noisiest.
+
     >>> LinearSchedule(-13.3, 5.0)(torch.tensor([0.0, 0.5, 1.0]))
     tensor([-13.3000,  -4.1500,   5.0000])
     """
@@ -203,6 +207,10 @@ class CosineSchedule(NoiseSchedule):
 
     The cosine schedule of Nichol and Dhariwal (arXiv 2102.09672, eq. 17, without its offset) has infinite log-SNR at
     both ends; ``u_0`` and ``u_1`` are the times where it passes ``gamma_min`` and ``gamma_max``.
+
+    Args:
+        gamma_min: gamma(0), minus the log-SNR of the least noisy latent.
+        gamma_max: gamma(1), that of the noisiest.
 
     >>> [round(v, 6) for v in CosineSchedule(-13.3, 5.0).endpoints()]
     [-13.3, 5.0]
@@ -236,6 +244,9 @@ class TabulatedSchedule(NoiseSchedule):
     """A monotone cubic (Fritsch and Butland, SIAM J. Sci. Stat. Comput. 5, 1984) through equally spaced ``gammas``.
 
     It is how a learned schedule is published: knots in the JSON config, float64, exact at the knots.
+
+    Args:
+        gammas: The knots, strictly increasing, from t = 0 to t = 1; at least two.
 
     >>> TabulatedSchedule([-5.0, 0.0, 5.0])(torch.tensor([0.0, 0.25, 0.5, 1.0]))
     tensor([-5.0000, -2.5000,  0.0000,  5.0000])
@@ -316,6 +327,9 @@ class DiscreteBetasSchedule(NoiseSchedule):
     ``abar`` is diffusers' own float32 cumulative product, so gamma is that of the noise its schedulers really add.
     Between the T latents a monotone cubic interpolates. A table whose last alpha-bar is zero (zero terminal SNR) is
     given 2^-24 there, as diffusers' Euler schedulers do, or half of the one before where that is less.
+
+    Args:
+        betas: The table, each above 0 and at most 1; at least two.
 
     >>> schedule = DiscreteBetasSchedule(torch.linspace(1e-4, 0.02, 1000).tolist())
     >>> [round(v, 3) for v in schedule.endpoints()]

@@ -25,6 +25,9 @@ class NoiseScheduleModel(CheckedModel, ModelMixin, ConfigMixin):
     vdm_hub, whichever plugin the schedule comes from. Casting the pipeline to half precision leaves the schedule
     alone: gamma in bfloat16 has two digits.
 
+    Args:
+        noise_schedule: The serialised form of a schedule with weights.
+
     >>> import torch
     >>> model = NoiseScheduleModel({"name": "learned_linear", "config": {"gamma_min": -8.0}})
     >>> model.to(torch.bfloat16).dtype, model.schedule.gamma_min.dtype

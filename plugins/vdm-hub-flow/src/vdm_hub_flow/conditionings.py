@@ -15,6 +15,9 @@ class FlowTime(Conditioning):
 
     diffusers' flow-matching schedulers give their networks ``sigma * num_train_timesteps`` with u for sigma.
 
+    Args:
+        num_train_timesteps: T.
+
     >>> FlowTime()(torch.tensor([-2.0, 0.0]))
     tensor([268.9414, 500.0000])
     """
