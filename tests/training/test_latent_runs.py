@@ -93,7 +93,7 @@ def test_an_autoencoder_kl_is_trained_from_its_description(tmp_path: Path) -> No
     pipe = LatentVDMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.latent_shape == (2, 8, 8)
     # And what came of it is a first stage to go on from.
-    again = start(tmp_path / "again", model="latent_vdm", first_stage_from=str(tmp_path / "run" / "pipeline"))
+    again = start(tmp_path / "again", model="latent_vdm", first_stage_from=str(tmp_path / "run"))
     assert isinstance(again.model.process.first_stage, AutoencoderKLFirstStage)
 
 

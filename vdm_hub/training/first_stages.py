@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from vdm_hub.errors import ConfigurationError, unknown_name
-from vdm_hub.hub.places import INDEX
+from vdm_hub.files import expanded
+from vdm_hub.hub.places import INDEX, pipeline_folder
 from vdm_hub.hub.repositories import ModelFiles, open_files
 from vdm_hub.models.first_stages import AutoencoderKLFirstStage
 from vdm_hub.models.hvae import MarkovianHVAE
@@ -54,6 +55,7 @@ def _trained(
     configuration: Configuration, shape: tuple[int, int, int], source: str
 ) -> tuple[nn.Module, list[nn.Parameter]]:
     """It, and what of it is new: an autoencoder of diffusers has no scale of a likelihood."""
+    source = str(pipeline_folder(expanded(source)))
     files = open_files(source)
     folder, name = _find(files)
     if name not in _TRAINED:
@@ -97,7 +99,7 @@ def _find(files: ModelFiles) -> tuple[str, str]:
     if "config.json" not in files:
         raise ConfigurationError(
             f"{files.name} holds neither a pipeline ({INDEX}) nor a model (config.json): give first_stage_from a "
-            f"folder such as runs/digits_vae/pipeline, or a Hub id."
+            f"folder such as runs/digits_vae, or a Hub id."
         )
     return "", str(files.read_json("config.json").get("_class_name"))
 
