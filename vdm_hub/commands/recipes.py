@@ -25,8 +25,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _summary(text: str) -> str:
     r"""The first clause of the comment that a recipe begins with.
 
-    >>> _summary("# MNIST: digits\n# by hand. Slow.\nseed: 1\n")
-    'MNIST: digits by hand'
+    >>> _summary("# MNIST: digits\n# by hand (LeCun et al. 1998). Slow.\nseed: 1\n")
+    'MNIST: digits by hand (LeCun et al. 1998)'
     """
     comment = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
-    return re.split(r"[.;](?:\s|$)", comment)[0]
+    return re.split(r"\.(?=\s+[A-Z]|$)|;", comment)[0]
