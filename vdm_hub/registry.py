@@ -24,7 +24,7 @@ from importlib import metadata
 from typing import Any
 
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from vdm_hub.errors import (
     ConfigurationError,
@@ -441,7 +441,7 @@ def is_older(version: str, than: str) -> bool:
     """
     try:
         return Version(version) < Version(than)
-    except InvalidVersion:
+    except ValueError:  # InvalidVersion is one, and so is a number of more digits than Python reads
         return False
 
 
