@@ -10,11 +10,15 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from diffusers.optimization import SchedulerType
 
 import vdm_hub
 from runs import ROOT, environment
 from vdm_hub import registry
 from vdm_hub.commands import main
+from vdm_hub.likelihood import dequantization, protocol
+from vdm_hub.recipes import configuration
 from vdm_hub.registration import CLASSES
 
 PUBLIC = sorted(vdm_hub.__all__)
@@ -94,6 +98,18 @@ def test_explain_prints_every_meaning_of_a_name(capsys: pytest.CaptureFixture[st
     assert main(["explain", "learned_monotone"]) == 0
     shown = capsys.readouterr().out
     assert "LearnedMonotoneSchedule(gamma_min=-13.3, gamma_max=5.0, hidden_features=1024)" in shown
+
+
+def test_names_that_are_kept_apart_from_torch_are_those_of_the_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tables by which words are answered at once: each is what the library, or the code that imports torch, has."""
+    schedulers = {one.value for one in SchedulerType} - {"piecewise_constant"}
+    assert set(configuration.LR_SCHEDULERS) == schedulers
+    assert set(configuration.TRACKERS) == {"none", *LOGGER_TYPE_TO_CLASS}
+    assert set(protocol.DEQUANTIZATIONS) == set(dequantization._KINDS)
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("ancestral", *vdm_hub.SAMPLERS))
 
 
 def answered(script: str) -> str:

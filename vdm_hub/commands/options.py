@@ -210,7 +210,7 @@ def plugins(parser: argparse.ArgumentParser) -> None:
     """List the noise schedules, targets and processes that are installed, and check them."""
     parser.epilog = (
         "The built-ins are those of the package vdm-hub. Listing imports no plugin; --check does, and puts an "
-        "instance of each under the laws of its kind (vdm_hub.testing)."
+        "instance of each under the laws of its kind."
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
     parser.add_argument("--check", action="store_true", help="import each and run the conformance kit on it")

@@ -33,7 +33,7 @@ _HIERARCHY = Markup(
 
 @dataclass(frozen=True)
 class Wording:
-    """One model's place on the ladder, in words for a card.
+    """What a card says of one kind of model.
 
     Attributes:
         kind: What the model is, with its article.

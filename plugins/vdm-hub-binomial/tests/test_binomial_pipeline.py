@@ -111,6 +111,17 @@ def test_the_recipe_of_the_readme_is_valid() -> None:
     assert configuration.data.num_levels == 2 and "binomial" in configuration.diffusion.forward_process
 
 
+def test_binarising_keeps_a_label_column_and_says_what_it_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["digits", str(tmp_path), "--splits", "test[:8]", "--label_column", "label"])
+    assert "image and label" in capsys.readouterr().out
+    grey = load_split("digits", "test[:8]", label_column="label")
+    binary = load_split(str(tmp_path / "test.parquet"), "train", num_levels=2, label_column="label")
+    assert torch.equal(torch.as_tensor(binary.levels), (torch.as_tensor(grey.levels) > 127).to(torch.uint8))
+    assert grey.labels is not None and binary.labels is not None and torch.equal(binary.labels, grey.labels)
+
+
 def test_binarising_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="'picture'"):
         main(["digits", str(tmp_path / "out"), "--image_column", "picture"])

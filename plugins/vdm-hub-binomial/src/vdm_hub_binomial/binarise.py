@@ -1,7 +1,8 @@
 """Images of two levels from any others: ``python -m vdm_hub_binomial.binarise digits runs/binary-digits``.
 
 A pixel is 1 where it is nearer to white than to black. The folder holds a Parquet file for each split, which
-``--train_data_dir`` and ``vdm-hub evaluate`` read, with ``--num_levels 2``.
+``--train_data_dir`` and ``vdm-hub evaluate`` read, with ``--num_levels 2``. Of other columns it keeps the one that
+``--label_column`` names, and says so.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         for path in binarise(given.source, given.folder, given.splits, given.image_column, given.label_column):
-            print(path)
+            print(f"{path}: {' and '.join(filter(None, (given.image_column, given.label_column)))}, no other column")
     except VDMHubError as error:
         sys.exit(f"error: {error}")
 
