@@ -1,7 +1,7 @@
 """Mutation testing: one small change of the code at a time, and whether a test fails.
 
     python scripts/mutants.py                                  # all modules of tests/mutants.toml
-    python scripts/mutants.py vdm_hub/training/weights.py      # one
+    python scripts/mutants.py vdm_hub/training/parts/weights.py      # one
 
 The changes are mutmut's, and three kinds of our own: a statement left out, a condition that always or never holds, one
 reduction for another. Strings, refusals and what is printed are left alone, as no number or step depends on them. Each

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiny import quiet, seeded
 from vdm_hub.data.loading import load_split
-from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.objectives.variational_bound import VDMObjective
 
 K, T = 17, 20
 BETAS = {"num_train_timesteps": T, "beta_start": 0.005, "beta_end": 0.5}

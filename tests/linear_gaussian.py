@@ -14,7 +14,7 @@ from exact_denoisers import ExactDenoiser, Mixture
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.objectives.variational_bound import VDMObjective
 
 VARIANCE, SHAPE = 0.1, (1, 4, 4)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vdm_hub.evaluation.measuring import Stages, measure
-from vdm_hub.likelihood.per_image import Measurement
+from vdm_hub.likelihood.measurement import Measurement
 from vdm_hub.likelihood.report import LikelihoodReport
 
 

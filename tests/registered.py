@@ -10,9 +10,9 @@ import torch
 from vdm_hub import registry
 from vdm_hub.diffusion.conditioning import Conditioning
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Parameterization
+from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.testing.installed import example_config
 
 

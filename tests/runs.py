@@ -19,7 +19,7 @@ from vdm_hub.data.loading import load_data
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.loop import Run, build_accelerator, train_model
-from vdm_hub.training.outputs import OutputFolder
+from vdm_hub.training.state.outputs import OutputFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 UNET = {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4}
@@ -78,7 +78,7 @@ def start(output: Path, **fields: Any) -> Run:
     """A run before its first step."""
     forget_accelerator()
     chosen, folder = configuration(output, **fields), OutputFolder(configuration(output, **fields))
-    return Run(chosen, build_accelerator(chosen, folder), load_data(chosen.data), folder)
+    return Run(chosen, build_accelerator(chosen, folder.path, folder.logs), load_data(chosen.data), folder)
 
 
 def environment(**changes: str) -> dict[str, str]:

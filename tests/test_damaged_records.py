@@ -19,10 +19,10 @@ from hub.damage import LEAVES, damaged_bytes, damaged_header, damaged_json
 from hub.publications import write_run
 from hub.test_fuzz import QUIET, Door, refused_or_loaded
 from vdm_hub.evaluation.journal import Journal
-from vdm_hub.likelihood.per_image import Measured, Results
+from vdm_hub.likelihood.measurement import Measured, Results
 from vdm_hub.publishing.contents import read_source
 from vdm_hub.recipes.arguments import parse
-from vdm_hub.training.checkpoints import load_checkpoint, save_checkpoint
+from vdm_hub.training.state.checkpoints import load_checkpoint, save_checkpoint
 
 RECIPE = {"dataset_name": "digits", "num_levels": 17, "max_train_steps": 3, "unet": {"layers_per_block": 1}, "seed": 1}
 KEY = {"weights": "sha256:0", "method": "bound"}

@@ -25,7 +25,7 @@ from vdm_hub.diffusion.times import stratified_times
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.loop import train_model
-from vdm_hub.training.setup import build_objective, build_pipeline
+from vdm_hub.training.parts.setup import build_objective, build_pipeline
 
 PACKAGE, MODULE = "vdm-hub-fakes", "vdm_hub_fakes"
 ENTRY_POINTS = f"""

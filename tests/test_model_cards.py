@@ -16,7 +16,7 @@ from vdm_hub.publishing.card import Edition, render_card
 from vdm_hub.publishing.contents import PICTURES, Source
 from vdm_hub.publishing.stock_twin import build_stock_twin
 from vdm_hub.recipes.arguments import Configuration, parse
-from vdm_hub.training.setup import build_objective, build_pipeline
+from vdm_hub.training.parts.setup import build_objective, build_pipeline
 
 CARDS = sorted((Path(__file__).resolve().parents[1] / "model_cards").iterdir())
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from tiny import tiny_pipeline
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.likelihood.consistency import transition_profile
-from vdm_hub.likelihood.decompositions import decompositions
+from vdm_hub.likelihood.profiles import transition_profile
 from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.objectives.decompositions import decompositions
 from vdm_hub.plots import (
     _plot_bits,
     _plot_course,

@@ -18,8 +18,8 @@ from runs import ROOT, environment
 from vdm_hub import registry
 from vdm_hub.commands import main
 from vdm_hub.likelihood import dequantization, protocol
+from vdm_hub.pipelines.registration import CLASSES
 from vdm_hub.recipes import configuration
-from vdm_hub.registration import CLASSES
 
 PUBLIC = sorted(vdm_hub.__all__)
 RUNNABLE = {"vdm_hub.train"}  # what launchers of modules start

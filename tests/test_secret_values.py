@@ -32,11 +32,11 @@ from vdm_hub.errors import (
     shortened,
     warn,
 )
+from vdm_hub.errors.secret_values import find_secret, mask, masked_values
 from vdm_hub.evaluation.provenance import describe_images
 from vdm_hub.hub.outgoing import refuse_secrets
 from vdm_hub.publishing.dry_run import write_publication
 from vdm_hub.recipes.arguments import Configuration, parse
-from vdm_hub.secret_values import find_secret, mask, masked_values
 from vdm_hub.training.tracking import Trackers
 
 # The whole text, and the part of it that nobody may see.

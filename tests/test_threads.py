@@ -18,9 +18,9 @@ from tiny import randomised, sampled, seeded, tiny_pipeline, tiny_unet
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule, differentiated, gamma_and_derivative
 from vdm_hub.diffusion.samplers import SAMPLERS
 from vdm_hub.likelihood.estimator import BoundEstimator
-from vdm_hub.likelihood.per_image import evaluating
 from vdm_hub.likelihood.protocol import ProbabilityFlow
-from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.models.calls import evaluating
+from vdm_hub.objectives.variational_bound import VDMObjective
 
 THREADS, ROUNDS = 4, 3
 

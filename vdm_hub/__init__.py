@@ -6,7 +6,7 @@ names are those of ``__init__.pyi``, and each is imported when it is first asked
 
 import lazy_loader
 
-from vdm_hub.registration import register
+from vdm_hub.pipelines.registration import register
 from vdm_hub.version import __version__ as __version__
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

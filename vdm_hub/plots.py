@@ -19,7 +19,7 @@ from torch import Tensor
 from vdm_hub.data.picture_files import DRAWN
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
-from vdm_hub.likelihood.consistency import TransitionProfile
+from vdm_hub.likelihood.profiles import TransitionProfile
 from vdm_hub.likelihood.report import LikelihoodReport
 
 _BINS = 40

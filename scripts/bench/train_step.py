@@ -107,7 +107,7 @@ def build_run(size: str, fields: list[str]) -> Run:
     configuration = parse(words + fields)
     images = torch.randint(0, levels, (1024, *shape), dtype=torch.uint8)
     folder = OutputFolder(configuration)
-    accelerator = build_accelerator(configuration, folder)
+    accelerator = build_accelerator(configuration, folder.path, folder.logs)
     return Run(configuration, accelerator, Data(ImageLevels(images, shape, levels), None, None), folder)
 
 

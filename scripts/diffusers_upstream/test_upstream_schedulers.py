@@ -6,8 +6,8 @@ import unittest
 from typing import Any
 
 import torch
-from tests.schedulers import test_scheduler_ddpm, test_schedulers
 
+from tests.schedulers import test_scheduler_ddpm, test_schedulers
 from vdm_hub import VDMScheduler
 
 

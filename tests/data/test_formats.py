@@ -17,9 +17,9 @@ from PIL import Image
 from image_folders import folder_of, greys, parquet_of, picture, read, refused
 from naming import naming
 from vdm_hub.data.images import Decoder
+from vdm_hub.data.levels import levels_from_images
 from vdm_hub.data.loading import load_split
 from vdm_hub.errors import DataError
-from vdm_hub.images import levels_from_images
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
 RGB, GREY = Image.fromarray(NOISE), Image.fromarray(NOISE[..., 0])

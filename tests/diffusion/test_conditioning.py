@@ -12,11 +12,11 @@ from vdm_hub import registry
 from vdm_hub.diffusion.conditioning import AffineConditioning, TableConditioning
 from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.diffusion.noise_schedules import DiscreteBetasSchedule, LinearSchedule
 from vdm_hub.diffusion.parameterizations import Epsilon
+from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.scheduler_configs import derived_betas
+from vdm_hub.schedulers.configs import derived_betas
 
 every_conditioning = pytest.mark.parametrize("name", registered.names("conditionings"))
 every_schedule = pytest.mark.parametrize("schedule", registered.names("noise_schedules"))

@@ -18,7 +18,7 @@ import registered
 from vdm_hub.diffusion import decoders
 from vdm_hub.diffusion.decoders import DDPMDecoder, FactorisedDecoder
 from vdm_hub.diffusion.draws import uniform_noise
-from vdm_hub.diffusion.levels import SCALINGS, DataScaling
+from vdm_hub.diffusion.scaling import SCALINGS, DataScaling
 
 every_decoder = pytest.mark.parametrize("name", registered.names("decoders"))
 every_gamma = pytest.mark.parametrize("gamma_0", [-13.3, -8.7, -3.0, 5.0])

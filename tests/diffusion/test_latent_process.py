@@ -15,12 +15,13 @@ from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess, describe_latents
-from vdm_hub.diffusion.levels import DataScaling
+from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.consistency import ConsistencyObjective
-from vdm_hub.likelihood.decompositions import compare_decompositions, decompositions
+from vdm_hub.likelihood.comparison import compare_decompositions
 from vdm_hub.likelihood.estimator import BoundEstimator
-from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.objectives.consistency import ConsistencyObjective
+from vdm_hub.objectives.decompositions import decompositions
+from vdm_hub.objectives.variational_bound import VDMObjective
 
 K, VARIANCE = 9, 1.7
 SCALING = DataScaling("bin_centers", K)

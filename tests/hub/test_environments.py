@@ -89,7 +89,7 @@ def test_every_way_of_installing_vdm_hub_is_left_out(tmp_path: Path) -> None:
         "__editable___vdm_hub_0_1_0_finder.py": "",
         "easy-install.pth": f"{elsewhere}\n{checkout}\n",
         "other.pth": f"# a comment\n\nimport os\n{elsewhere}\n",
-        "hook.pth": "import vdm_hub.registration\n",
+        "hook.pth": "import vdm_hub.pipelines.registration\n",
         "six.py": "",
     }
     for name, text in texts.items():

@@ -18,7 +18,7 @@ from hub.server import LoopbackHub
 from naming import naming
 from vdm_hub import HVAEPipeline, LatentVDMPipeline, MarkovianHVAE
 from vdm_hub.errors import CheckpointError, ConfigurationError
-from vdm_hub.pipelines import PIPELINES
+from vdm_hub.pipelines.by_name import PIPELINES
 from vdm_hub.publishing.contents import published_recipe
 from vdm_hub.publishing.dry_run import write_publication
 

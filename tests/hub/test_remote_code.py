@@ -375,8 +375,10 @@ def test_the_carried_sources_are_complete_and_need_nothing_that_diffusers_does_n
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 unknown = {name.split(".")[0] for name in names} - PROVIDED - sys.stdlib_module_names
                 assert not unknown, f"{module} imports {unknown}"
-    assert not {"training", "data", "publishing", "evaluation", "commands"} & {
-        module.split(".")[0] for module in sources
+    rooms = {module.split(".")[0] for module in sources}
+    assert not {"training", "recipes", "publishing", "evaluation", "commands"} & rooms
+    assert {module for module in sources if module.startswith("data.")} == {
+        f"data.{name}" for name in ("levels", "pixels", "preprocessing")
     }
     assert set(PUBLIC_CLASSES.values()) <= set(sources)
 

@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from vdm_hub.diffusion.levels import SCALINGS, DataScaling
+from vdm_hub.diffusion.scaling import SCALINGS, DataScaling
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.dequantization import dequantization
 from vdm_hub.likelihood.protocol import DEQUANTIZATIONS

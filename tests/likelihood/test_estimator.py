@@ -30,16 +30,17 @@ from measured import measured
 from naming import naming
 from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.conditioning import AffineConditioning
+from vdm_hub.diffusion.draws import image_generator
 from vdm_hub.diffusion.noise_schedules import CosineSchedule, DiscreteBetasSchedule, LinearSchedule, TabulatedSchedule
 from vdm_hub.diffusion.reverse_variances import reverse_variance
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
-from vdm_hub.likelihood.consistency import ConsistencyObjective
 from vdm_hub.likelihood.estimator import _NOISE, BoundEstimator, _Draws
-from vdm_hub.likelihood.per_image import Batches as BatchesOf
-from vdm_hub.likelihood.per_image import Measured, image_generator
+from vdm_hub.likelihood.measurement import Batches as BatchesOf
+from vdm_hub.likelihood.measurement import Measured
 from vdm_hub.likelihood.proposals import Proposal
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
+from vdm_hub.objectives.consistency import ConsistencyObjective
+from vdm_hub.objectives.variational_bound import Batch, VDMObjective
 
 LEVELS, REPLICATES, PILOT = images(150), 16, 400
 TECHNIQUES = [

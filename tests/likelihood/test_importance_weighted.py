@@ -28,7 +28,7 @@ from vdm_hub.likelihood.importance_weighted import (
 )
 from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow
 from vdm_hub.likelihood.protocol import ProbabilityFlow
-from vdm_hub.likelihood.variational_bound import VDMObjective
+from vdm_hub.objectives.variational_bound import VDMObjective
 
 LEVELS, FIRST, LAST = 5, -1.5, 3.0
 VARIANCE = 0.2

@@ -22,11 +22,11 @@ from vdm_hub.fields import MAX_SEED
 from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.hierarchical import HierarchicalChains, HierarchicalMeasurement
 from vdm_hub.likelihood.importance_weighted import ChainsMeasurement, WeightedFlowMeasurement
+from vdm_hub.likelihood.measurement import Measurement
 from vdm_hub.likelihood.methods import build_measurement, check_endpoints
-from vdm_hub.likelihood.per_image import Measurement
 from vdm_hub.likelihood.probability_flow import FlowMeasurement
 from vdm_hub.likelihood.protocol import ProbabilityFlow
-from vdm_hub.likelihood.variational_bound import Objective
+from vdm_hub.objectives.variational_bound import Objective
 
 FLOW = ProbabilityFlow(tolerance=1e-3)
 

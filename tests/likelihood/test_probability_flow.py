@@ -24,16 +24,16 @@ from measured import measured
 from naming import naming
 from plugin_of_law_7 import ContextSchedule, ResamplingProcess
 from vdm_hub.diffusion.conditioning import AffineConditioning
-from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
+from vdm_hub.diffusion.draws import image_generator
+from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess, scalar_gaussian
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
 from vdm_hub.likelihood import lockstep, probability_flow
 from vdm_hub.likelihood.dequantization import dequantization
-from vdm_hub.likelihood.per_image import image_generator
-from vdm_hub.likelihood.probability_flow import FlowMeasurement, _probes, draw_flow, flow_density, scalar_gaussian
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, _probes, draw_flow, flow_density
 from vdm_hub.likelihood.protocol import SOLVERS, ProbabilityFlow
-from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.models.unet_vdm import UNetVDMModel
+from vdm_hub.objectives.variational_bound import VDMObjective
 
 NATS = 1e-4
 FIRST, LAST = -7.0, 30.0  # so late an end that nothing of the data is left in z_1

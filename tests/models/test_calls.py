@@ -14,8 +14,8 @@ from naming import naming
 from tiny import tiny_unet
 from vdm_hub.diffusion.noise_schedules import BoundGamma, LinearSchedule
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.variational_bound import VDMObjective
 from vdm_hub.models.calls import check_context, named_arguments
+from vdm_hub.objectives.variational_bound import VDMObjective
 
 
 class Telling(LinearSchedule):

@@ -16,9 +16,9 @@ from vdm_hub.diffusion.forward_process import Network, Noise
 from vdm_hub.diffusion.gaussian import alpha, broadcast, sigma
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule
-from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.diffusion.noise_schedules import Gamma, LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Epsilon, Parameterization, Score
+from vdm_hub.diffusion.scaling import DataScaling
 
 # ---- noise schedules ------------------------------------------------------------------------------------------------
 

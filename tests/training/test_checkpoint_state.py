@@ -15,9 +15,9 @@ from hub.damage import changed
 from naming import naming
 from runs import LEARNED, UNET, start, weights
 from vdm_hub.errors import CheckpointError
-from vdm_hub.training.checkpoint_state import pack_state, restore_state
-from vdm_hub.training.checkpoints import Checkpoint
 from vdm_hub.training.loop import Run
+from vdm_hub.training.state.checkpoint_state import pack_state, restore_state
+from vdm_hub.training.state.checkpoints import Checkpoint
 
 STEPS = 3
 WHOLE: dict[str, Any] = {"noise_schedule": LEARNED, "unet": UNET | {"dropout": 0.2}, "ema_max_decay": 0.9}

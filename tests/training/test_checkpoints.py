@@ -21,7 +21,7 @@ from naming import naming
 from runs import ROOT, contents, environment
 from vdm_hub.errors import CheckpointError, OutputError
 from vdm_hub.files import entries
-from vdm_hub.training.checkpoints import (
+from vdm_hub.training.state.checkpoints import (
     checkpoints,
     find_checkpoint,
     load_checkpoint,
@@ -29,7 +29,7 @@ from vdm_hub.training.checkpoints import (
     strangers,
     tidy,
 )
-from vdm_hub.training.resuming import find_start
+from vdm_hub.training.state.resuming import find_start
 
 FILES = ("manifest.json", "objective.safetensors", "optimizer.safetensors", "state.json")
 
@@ -136,7 +136,7 @@ def test_latest_and_paths(tmp_path: Path) -> None:
 WRITE_FOR_EVER = """
 import itertools, sys, torch
 from pathlib import Path
-from vdm_hub.training.checkpoints import save_checkpoint
+from vdm_hub.training.state.checkpoints import save_checkpoint
 for step in itertools.count(1):
     tensors = {name: {"weight": torch.full((1_000_000,), float(step))} for name in ("objective", "ema", "optimizer")}
     save_checkpoint(Path(sys.argv[1]), step, tensors, {"step": step}, keep=2)
@@ -240,7 +240,7 @@ def test_a_kill_within_safetensors_own_writing_leaves_nothing(tmp_path: Path) ->
     """safetensors writes to a name of its own, too, and renames: what a kill leaves of it was written by the run."""
     folder = tmp_path / "checkpoints"
     words = (
-        "import sys, pathlib, torch; from vdm_hub.training.checkpoints import save_checkpoint\n"
+        "import sys, pathlib, torch; from vdm_hub.training.state.checkpoints import save_checkpoint\n"
         "[save_checkpoint(pathlib.Path(sys.argv[1]), step, {'ema': {'w': torch.zeros(10_000_000)}}, {}, keep=1)"
         " for step in range(1, 1000)]"
     )

@@ -19,8 +19,8 @@ from naming import naming
 from runs import configuration, contents, environment, recipe, train_here
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
 from vdm_hub.recipes.arguments import parse
-from vdm_hub.training.checkpoints import checkpoints
-from vdm_hub.training.outputs import OutputFolder
+from vdm_hub.training.state.checkpoints import checkpoints
+from vdm_hub.training.state.outputs import OutputFolder
 
 AT_ONCE = str(Path(__file__).with_name("at_once.py"))
 

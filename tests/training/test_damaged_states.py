@@ -20,10 +20,10 @@ from naming import naming
 from runs import start, train_here
 from vdm_hub.errors import MAX_MESSAGE, CheckpointError, VDMHubError
 from vdm_hub.hub.json_files import parse_json
-from vdm_hub.training.checkpoint_state import restore_state
-from vdm_hub.training.checkpoints import Checkpoint, checkpoints, load_checkpoint, save_checkpoint
 from vdm_hub.training.loop import Run
-from vdm_hub.training.resuming import find_start
+from vdm_hub.training.state.checkpoint_state import restore_state
+from vdm_hub.training.state.checkpoints import Checkpoint, checkpoints, load_checkpoint, save_checkpoint
+from vdm_hub.training.state.resuming import find_start
 
 FIELDS: dict[str, Any] = {"validation_size": 40, "validation_steps": 1, "early_stopping_patience": 9}
 FIELDS |= {"max_train_steps": 2, "logging_steps": 1, "checkpointing_steps": 1, "lr_scheduler": "constant"}

@@ -12,7 +12,7 @@ from naming import naming
 from runs import TINY, train_here
 from vdm_hub.errors import DataError
 from vdm_hub.recipes.arguments import Configuration
-from vdm_hub.training.outputs import OutputFolder
+from vdm_hub.training.state.outputs import OutputFolder
 
 OF_A_FOLDER: dict[str, Any] = {"dataset_name": None, "test_split": None, "num_levels": 256, "train_batch_size": 2}
 

@@ -15,8 +15,8 @@ from naming import naming
 from runs import SHIM, TORCHRUN, configuration, contents, python, recipe, start, train_here
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
-from vdm_hub.training.early_stopping import EarlyStopping
+from vdm_hub.training.parts.early_stopping import EarlyStopping
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 # At this learning rate the first steps help and later ones undo it, so the best weights are not the last ones.
 PATIENT: dict[str, Any] = {

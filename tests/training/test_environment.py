@@ -9,8 +9,8 @@ import pytest
 
 from runs import configuration, contents, forget_accelerator, train_here
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.outputs import OutputFolder
-from vdm_hub.training.processes import build_accelerator
+from vdm_hub.training.parts.processes import build_accelerator
+from vdm_hub.training.state.outputs import OutputFolder
 
 WRONG = [
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {}, "gradient_accumulation_steps"),
@@ -82,7 +82,7 @@ def test_what_agrees_with_the_recipe_is_taken(
     monkeypatch.setenv(variable, value)
     forget_accelerator()
     chosen = configuration(tmp_path / "run", **fields)
-    accelerator = build_accelerator(chosen, OutputFolder(chosen))
+    accelerator = build_accelerator(chosen, (folder := OutputFolder(chosen)).path, folder.logs)
     assert accelerator.gradient_accumulation_steps == chosen.training.gradient_accumulation_steps
     assert accelerator.mixed_precision == precision
     assert accelerator.state.dynamo_plugin.backend == "NO"

@@ -22,8 +22,8 @@ from naming import naming
 from runs import configuration, contents, train_here
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, NonFiniteLossError, VDMHubError
 from vdm_hub.training import loop
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from vdm_hub.training.outputs import OutputFolder
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from vdm_hub.training.state.outputs import OutputFolder
 
 STEPPED: dict[str, Any] = {"checkpointing_steps": 2, "max_train_steps": 6, "logging_steps": 1}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vdm_hub.training.history import History
+from vdm_hub.training.state.history import History
 
 
 def test_what_is_added_is_one_more_row_of_its_part_and_nothing_else_changes() -> None:

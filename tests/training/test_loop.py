@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from runs import LEARNED, contents, start, train_here, weights
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, VDMHubError
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
-from vdm_hub.training.setup import build_pipeline
+from vdm_hub.training.parts.setup import build_pipeline
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 ACCUMULATED = {"noise_schedule": LEARNED, "gradient_accumulation_steps": 2, "train_batch_size": 8}
 VARIANTS = {

@@ -11,8 +11,8 @@ import torch
 from naming import naming
 from vdm_hub.errors import NonFiniteLossError
 from vdm_hub.recipes.configuration import TrainingArguments
-from vdm_hub.training.checkpoints import save_checkpoint
-from vdm_hub.training.losses import GRADIENT_NORM, LossWatch
+from vdm_hub.training.state.checkpoints import save_checkpoint
+from vdm_hub.training.state.losses import GRADIENT_NORM, LossWatch
 
 
 def watch(folder: Path, *losses: float, norm: float = 1.0) -> None:

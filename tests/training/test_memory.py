@@ -86,7 +86,9 @@ def test_lower_precision_and_compilation_lower_what_is_refused(tmp_path: Path) -
 def test_what_cannot_fit_is_refused_before_memory_is_taken(
     fields: dict[str, Any], dry_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vdm_hub.training.run_state.training_batches", lambda *args, **more: pytest.fail("too late"))
+    monkeypatch.setattr(
+        "vdm_hub.training.state.run_state.training_batches", lambda *args, **more: pytest.fail("too late")
+    )
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with pytest.raises(ConfigurationError, match=naming("MiB", "train_batch_size")):
         train_here(tmp_path / "run", dry_run=dry_run, **fields)

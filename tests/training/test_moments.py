@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vdm_hub.training.optimizers import load_state, pack_state, unpack_state
+from vdm_hub.training.parts.optimizers import load_state, pack_state, unpack_state
 
 MADE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),

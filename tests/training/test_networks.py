@@ -11,7 +11,7 @@ import torch
 from naming import naming
 from runs import UNET, configuration
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.networks import build_hvae, build_network, sketched
+from vdm_hub.training.parts.networks import build_hvae, build_network, sketched
 
 ATTENTIVE = {"_class_name": "UNet2DModel", "block_out_channels": [8, 8], "norm_num_groups": 4}
 ATTENTIVE |= {"down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]}

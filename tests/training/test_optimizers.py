@@ -16,7 +16,7 @@ from runs import LEARNED, contents, start, train_here
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.recipes.arguments import FIELDS
 from vdm_hub.recipes.configuration import TrainingArguments
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 # bitsandbytes keeps moments of fewer than 4,096 values in 32 bits.
 WIDE = {"block_out_channels": [32], "layers_per_block": 1, "norm_num_groups": 4}

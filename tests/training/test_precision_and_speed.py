@@ -21,14 +21,14 @@ from vdm_hub import UNetVDMModel, VDMPipeline
 from vdm_hub.diffusion import decoders
 from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.diffusion.levels import DataScaling
+from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.variational_bound import Bound, VDMObjective
+from vdm_hub.objectives.variational_bound import Bound, VDMObjective
 from vdm_hub.recipes.arguments import Configuration
-from vdm_hub.training import setup
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
-from vdm_hub.training.losses import LossWatch
-from vdm_hub.training.processes import refuse_engine
+from vdm_hub.training.parts import setup
+from vdm_hub.training.parts.processes import refuse_engine
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
+from vdm_hub.training.state.losses import LossWatch
 
 UNETS: dict[str, dict[str, Any]] = {
     "UNetVDMModel": UNET | {"_class_name": "UNetVDMModel", "dropout": 0.0},

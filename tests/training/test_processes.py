@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from runs import LAUNCH, LEARNED, ROOT, TORCHRUN, contents, environment, finished_run, python, recipe, train_here
 from vdm_hub import VDMPipeline
 from vdm_hub.recipes.arguments import parse
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vdm_hub import plain_yaml
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.recipes import plain_yaml
 from vdm_hub.recipes.arguments import parse
 
 BASE = "dataset_name: digits\nmax_train_steps: 5\n"

@@ -12,8 +12,8 @@ from PIL import Image
 from runs import forget_accelerator
 from vdm_hub.recipes.arguments import parse, recipes
 from vdm_hub.training.loop import train_model
-from vdm_hub.training.networks import build_network
-from vdm_hub.training.setup import build_objective
+from vdm_hub.training.parts.networks import build_network
+from vdm_hub.training.parts.setup import build_objective
 
 SHAPES = {
     "cifar10": (3, 32, 32),

@@ -27,8 +27,8 @@ from runs import LEARNED, contents, environment, finished_run, start, train_here
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.loading import load_data
 from vdm_hub.recipes.configuration import DiffusionArguments, Serialised
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from vdm_hub.training.provenance import code_state, describe_split, git_state, plugin_versions
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from vdm_hub.training.state.provenance import code_state, describe_split, git_state, plugin_versions
 
 WATCHED: dict[str, Any] = {"logging_steps": 1, "validation_size": 40, "validation_steps": 3, "checkpointing_steps": 4}
 

@@ -24,10 +24,10 @@ from vdm_hub.errors import PublishError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import is_locked
 from vdm_hub.training import loop
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
 from vdm_hub.training.loop import Run
-from vdm_hub.training.setup import build_pipeline
+from vdm_hub.training.parts.setup import build_pipeline
 from vdm_hub.training.signals import TrainingStopped
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 WATCHED: dict[str, Any] = {"validation_size": 40, "validation_images": 24, "eval_batch_size": 8, "transitions": 10}
 WATCHED |= {"early_stopping_patience": 5, "validation_steps": 2, "max_train_samples": 200, "lr_warmup_steps": 0}

@@ -18,9 +18,9 @@ from naming import naming
 from runs import LEARNED, UNET, as_process, configuration, forget_accelerator, start, weights
 from vdm_hub.data.loading import load_data
 from vdm_hub.errors import NonFiniteLossError
-from vdm_hub.likelihood.variational_bound import Bound
+from vdm_hub.objectives.variational_bound import Bound
 from vdm_hub.training.loop import Run, build_accelerator
-from vdm_hub.training.outputs import OutputFolder
+from vdm_hub.training.state.outputs import OutputFolder
 
 SEED, SIZE = 7, 16
 
@@ -162,7 +162,7 @@ def begun(output: Path, change: Callable[[Accelerator], None], **fields: Any) ->
     """A run before its first step, of an accelerator to which something was done."""
     forget_accelerator()
     chosen, folder = configuration(output, **fields), OutputFolder(configuration(output, **fields))
-    accelerator = build_accelerator(chosen, folder)
+    accelerator = build_accelerator(chosen, folder.path, folder.logs)
     change(accelerator)
     return Run(chosen, accelerator, load_data(chosen.data), folder)
 

@@ -15,7 +15,7 @@ from vdm_hub import HVAEPipeline, MarkovianHVAE
 from vdm_hub.commands.__main__ import main
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.recipes.arguments import parse
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 SMALL = {"latent_shapes": [[2, 4, 4], [4]], "depth": 2, "block_out_channels": [8], "norm_num_groups": 4}
 HVAE: dict[str, Any] = {"model": "hvae", "hvae": SMALL, "unet": {}, "noise_schedule": "linear"}

@@ -19,9 +19,9 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 from runs import LEARNED, ROOT, TORCHRUN, configuration, python, recipe
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.pipelines import PIPELINES
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
-from vdm_hub.training.shards import check_shards
+from vdm_hub.pipelines.by_name import PIPELINES
+from vdm_hub.training.parts.shards import check_shards
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 SCRIPT = str(ROOT / "tests" / "training" / "sharded.py")
 # Adam's first steps are signs of gradients, which rounding may turn at zero: so its epsilon is large.

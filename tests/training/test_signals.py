@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from runs import ROOT, TORCHRUN, contents, environment, recipe, train_here
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
 from vdm_hub.training.signals import StopSignals, TrainingStopped
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 LONG: dict[str, Any] = {"max_train_steps": 100_000, "checkpointing_steps": 5, "checkpoints_total_limit": 2}
 DOOR = ("-m", "vdm_hub.train")

@@ -14,7 +14,7 @@ import torch
 
 from runs import start
 from vdm_hub.recipes.arguments import parse
-from vdm_hub.training.weights import averages
+from vdm_hub.training.parts.weights import averages
 
 STEPS = 5
 KEPT_FROM_DECAY = "gamma_"  # the schedule's endpoints

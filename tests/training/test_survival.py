@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runs import LEARNED, ROOT, contents, environment, recipe
-from vdm_hub.training.checkpoints import checkpoints, load_checkpoint
+from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 HARNESS = str(Path(__file__).with_name("kills.py"))
 FIELDS: dict[str, Any] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runs import configuration
-from vdm_hub.training.weights import averages, build_ema, step_ema, these_weights
+from vdm_hub.training.parts.weights import averages, build_ema, step_ema, these_weights
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from vdm_hub.command_line import Parser
 from vdm_hub.commands import interrupts, options
 from vdm_hub.commands.interrupts import interruptible_import
 from vdm_hub.errors import Interrupted, VDMHubError, in_one_line, in_words
-from vdm_hub.secret_values import mask
+from vdm_hub.errors.secret_values import mask
+from vdm_hub.recipes.command_line import Parser
 from vdm_hub.version import __version__
 
 TRAIN = "train"

@@ -23,7 +23,7 @@ from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.plots import plot_likelihood
 
 NOT_REACHED = 3

@@ -11,8 +11,8 @@ import diffusers
 import vdm_hub
 from vdm_hub import registry
 from vdm_hub.errors import unknown_name
+from vdm_hub.pipelines.registration import CLASSES
 from vdm_hub.recipes.configuration import FIRST_STAGE_CLASSES, UNET_CLASSES
-from vdm_hub.registration import CLASSES
 
 NETWORKS = tuple(dict.fromkeys((*UNET_CLASSES, *FIRST_STAGE_CLASSES, *CLASSES)))
 """The networks that a recipe may name, and all else that is saved with a model."""

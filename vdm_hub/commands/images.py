@@ -9,12 +9,12 @@ from typing import Any
 from vdm_hub.data.held_out import SPLIT, names_held_out
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import load_split
+from vdm_hub.data.pixels import Color
+from vdm_hub.data.preprocessing import HeldOut
 from vdm_hub.data.sources import UnknownColumnError, UnknownSplitError
 from vdm_hub.errors import DataError
 from vdm_hub.evaluation.provenance import describe_images
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
-from vdm_hub.pixels import Color
-from vdm_hub.preprocessing import HeldOut
+from vdm_hub.pipelines.base import LikelihoodPipeline
 
 _AS_THEY_ARE: dict[str, Any] = {"resolution": None, "color": "auto", "image_column": "image"}
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import torch
 
-from vdm_hub.diffusers_checkpoints import pipeline_class
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.files import expanded
 from vdm_hub.hub.places import RECIPE, pipeline_folder, run_folder
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
-from vdm_hub.pipeline_vdm import VDMPipeline
-from vdm_hub.pipelines import PIPELINES
+from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.pipelines.by_name import PIPELINES
+from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.recipes.arguments import read_recipe
+from vdm_hub.schedulers.diffusers_checkpoints import pipeline_class
 
 
 def load_pipeline(

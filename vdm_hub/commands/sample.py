@@ -12,7 +12,7 @@ from vdm_hub.diffusion.samplers import ANCESTRAL, build_sampler
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
-from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.plots import save_grid
 
 

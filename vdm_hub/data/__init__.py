@@ -1,1 +1,1 @@
-"""Images as levels: loading, checking, batching. It knows nothing of models."""
+"""From a dataset to batches of levels: sources, decoding, loading. It knows nothing of models."""

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vdm_hub.data.labels import holds_labels, read_labels
+from vdm_hub.data.preprocessing import HeldOut
 from vdm_hub.errors import DataError, in_one_line, warn
-from vdm_hub.preprocessing import HeldOut
 
 SPLIT = "held_out"
 """What the held-out images are called, where a split is named."""

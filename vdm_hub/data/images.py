@@ -18,9 +18,17 @@ from PIL.Image import Image
 from torch import Tensor
 
 from vdm_hub.data.picture_files import FORMATS, check_one_picture, check_palette, check_size, check_values
+from vdm_hub.data.pixels import (
+    Color,
+    Levels,
+    check_depth,
+    convert_color,
+    levels_from_image,
+    load_pixels,
+    nearest_levels,
+)
 from vdm_hub.data.sources import Opener, check_memory
 from vdm_hub.errors import DataError, in_one_line
-from vdm_hub.pixels import Color, Levels, check_depth, convert_color, levels_from_image, load_pixels, nearest_levels
 
 Size: TypeAlias = tuple[int, int]
 """(W, H), as Pillow has it."""

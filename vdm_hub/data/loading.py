@@ -17,6 +17,8 @@ from vdm_hub.data.held_out import choose_again, count, hold_out, names_held_out
 from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all
 from vdm_hub.data.labels import read_labels
 from vdm_hub.data.overlaps import overlaps
+from vdm_hub.data.pixels import Color
+from vdm_hub.data.preprocessing import HeldOut
 from vdm_hub.data.sources import (
     AnyDataset,
     Source,
@@ -29,8 +31,6 @@ from vdm_hub.data.sources import (
 )
 from vdm_hub.data.summaries import Use, summary_of
 from vdm_hub.errors import DataError, warn
-from vdm_hub.pixels import Color
-from vdm_hub.preprocessing import HeldOut
 
 Images: TypeAlias = ImageLevels | ImageStream
 

@@ -1,1 +1,1 @@
-"""Floor 1, the mathematics: forward processes, noise schedules, targets, decoders and times. It imports only torch."""
+"""The mathematics: forward processes, noise schedules, targets, decoders and times. It imports only torch."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vdm_hub.diffusion.draws import uniform_noise
 from vdm_hub.diffusion.gaussian import alpha, broadcast, marginal_sample, sum_dimensions
-from vdm_hub.diffusion.levels import DataScaling
+from vdm_hub.diffusion.scaling import DataScaling
 
 Predict = Callable[[], Tensor]
 

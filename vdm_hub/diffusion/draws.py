@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,3 +46,14 @@ def _draw(
     if len(generator) != shape[0]:
         raise ValueError(f"a list of {len(generator)} generators was given for a batch of {shape[0]}: give one each.")
     return torch.cat([one((1, *shape[1:]), source) for source in generator])
+
+
+def image_generator(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of its key alone: (seed, replicate, image, ...).
+
+    >>> draws = [float(torch.rand((), generator=image_generator(0, 0, image))) for image in (1, 1, 2)]
+    >>> draws[0] == draws[1], draws[0] == draws[2]
+    (True, False)
+    """
+    (state,) = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))

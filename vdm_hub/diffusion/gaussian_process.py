@@ -17,11 +17,11 @@ from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess, Network, Noise
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
 from vdm_hub.diffusion.learned_schedules import VarianceGradient
-from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.diffusion.noise_schedules import DiscreteBetasSchedule, Gamma, NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Parameterization
 from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.diffusion.reverse_variances import PosteriorVariance, ReverseVariance, reverse_variance
+from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.errors import ConfigurationError
 
 
@@ -345,3 +345,31 @@ def _weighted(weight: Tensor, error: Tensor) -> Tensor:
     if weight.ndim < 2:
         return 0.5 * weight * sum_dimensions(error)
     return 0.5 * sum_dimensions(weight * error)
+
+
+def gaussian_of(process: ForwardProcess) -> GaussianProcess:
+    """The process, where it is Gaussian, of the data themselves.
+
+    Raises:
+        ConfigurationError: It is another.
+    """
+    if isinstance(process, GaussianProcess):
+        return process
+    raise ConfigurationError(
+        f"{type(process).__name__} is not a Gaussian process of the data, which this likelihood needs: ask for the "
+        f"variational bound instead (method='bound')."
+    )
+
+
+def scalar_gaussian(process: ForwardProcess) -> GaussianProcess:
+    """The process, where one gamma a time describes it.
+
+    Raises:
+        ConfigurationError: It is another process, or its gamma differs between pixels or data.
+    """
+    if gaussian_of(process).scalar_gamma is not None:
+        return gaussian_of(process)
+    raise ConfigurationError(
+        f"{type(gaussian_of(process).schedule).__name__} has a gamma of its own for each pixel, and this form of the "
+        f"bound needs one gamma per time: ask for the variational bound as it is trained (method='bound')."
+    )

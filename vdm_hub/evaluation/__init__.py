@@ -1,1 +1,1 @@
-"""The bound of a model over a whole dataset."""
+"""The likelihood of a model over a whole dataset: several processes, and a journal that survives kills."""

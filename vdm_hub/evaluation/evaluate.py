@@ -20,13 +20,13 @@ from vdm_hub.evaluation.journal import Journal, check_evaluation_journal
 from vdm_hub.evaluation.measuring import Stages, measure
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights_fingerprint
-from vdm_hub.likelihood.decompositions import form_of
+from vdm_hub.likelihood.measurement import Measurement
 from vdm_hub.likelihood.methods import build_measurement
-from vdm_hub.likelihood.per_image import Measurement
 from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Batch, Objective
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub.objectives.decompositions import form_of
+from vdm_hub.objectives.variational_bound import Batch, Objective
+from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.version import __version__
 
 _EXAMINED = 1024  # images, whose latents are looked at
@@ -75,7 +75,7 @@ def evaluate(
         flow: The protocol of a probability flow.
         draws: K, of ``importance_weighted``.
         decomposition: The form of the bound, where the model's has several: see
-            `vdm_hub.likelihood.decompositions.decompositions`. Its own, which it trains on, where not given.
+            `vdm_hub.objectives.decompositions.decompositions`. Its own, which it trains on, where not given.
         times_per_image: Of ``bound``: evaluations of each image in each replicate, at stratified times.
         pilot_evaluations: Of ``bound``: see `vdm_hub.likelihood.estimator.BoundEstimator`.
         target_standard_error: Add replicates until the Monte Carlo standard error is at most this, in bits/dim.

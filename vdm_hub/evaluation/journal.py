@@ -27,7 +27,7 @@ from vdm_hub.errors import CheckpointError, OutputError, explained
 from vdm_hub.files import check_writable, destination, entries, remove, written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.schemas import check_record
-from vdm_hub.likelihood.per_image import Measured, Results
+from vdm_hub.likelihood.measurement import Measured, Results
 
 MODELS = ("unclipped", "clipped")
 """What an evaluation measures: each has a journal of its own, in a folder of its name."""

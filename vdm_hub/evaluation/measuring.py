@@ -15,10 +15,11 @@ from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.evaluation.journal import Journal
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.fields import within
-from vdm_hub.likelihood.per_image import Measurement, Results, evaluating
+from vdm_hub.likelihood.measurement import Measurement, Results
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.stages import FEWEST_REPLICATES, next_replicates
-from vdm_hub.likelihood.variational_bound import Batch
+from vdm_hub.models.calls import evaluating
+from vdm_hub.objectives.variational_bound import Batch
 
 Take = Callable[[Tensor], Batch]
 """The images with these indices, as the network's batch."""

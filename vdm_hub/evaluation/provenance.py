@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.errors.secret_values import masked_values
 from vdm_hub.files import found
-from vdm_hub.secret_values import masked_values
 from vdm_hub.version import __version__
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface-hub", "safetensors", "numpy")

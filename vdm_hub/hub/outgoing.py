@@ -12,9 +12,9 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects  
 from PIL import Image
 
 from vdm_hub.errors import PublishError, explained
+from vdm_hub.errors.secret_values import find_secret, find_secret_in_bytes
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import INDEX
-from vdm_hub.secret_values import find_secret, find_secret_in_bytes
 
 _PARSERS: Mapping[str, Callable[[str], object]] = {".json": json.loads, ".yaml": yaml.safe_load}
 

@@ -1,1 +1,1 @@
-"""Floor 2, the quantities: the variational bound and what is reported of it."""
+"""What evaluation measures: likelihood methods, their estimators, and the report."""

@@ -17,16 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vdm_hub.diffusion.draws import image_generator
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.times import times_of_data
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.fields import whole_number
 from vdm_hub.likelihood.control_variates import ControlVariate, fit_coefficients
 from vdm_hub.likelihood.image_features import StatisticsCollector
-from vdm_hub.likelihood.per_image import Batches, Measured, Measurement, check_finite, evaluating, image_generator
+from vdm_hub.likelihood.measurement import Batches, Measured, Measurement, check_finite
 from vdm_hub.likelihood.proposals import Proposal, fit_proposal
 from vdm_hub.likelihood.time_grid import TimeGrid
-from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
+from vdm_hub.models.calls import evaluating
+from vdm_hub.objectives.variational_bound import Batch, VDMObjective
 
 _NOISE, _TIMES, _PILOT_NOISE, _PILOT_TIMES = 101, 102, 103, 104  # streams of draws that share no key
 _FEWEST_PILOT, _MOST_PILOT = 256, 4096

@@ -20,17 +20,19 @@ import torch
 from torch import Tensor
 
 from vdm_hub.diffusion import gaussian
-from vdm_hub.diffusion.draws import normal_noise
+from vdm_hub.diffusion.draws import image_generator, normal_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
+from vdm_hub.diffusion.gaussian_process import gaussian_of
 from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import whole_number
-from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, image_generator
-from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow, gaussian_of
+from vdm_hub.likelihood.measurement import Measured, Measurement
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow
 from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
+from vdm_hub.models.calls import CountedNetwork
+from vdm_hub.objectives.variational_bound import Batch, Terms, VDMObjective
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:

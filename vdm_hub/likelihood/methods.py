@@ -8,12 +8,13 @@ from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError, shortened, unknown_name
 from vdm_hub.fields import MAX_SEED, whole_number
 from vdm_hub.likelihood.estimator import BoundEstimator
-from vdm_hub.likelihood.hierarchical import HierarchicalObjective, hierarchical_measurement
+from vdm_hub.likelihood.hierarchical import hierarchical_measurement
 from vdm_hub.likelihood.importance_weighted import ChainsMeasurement, WeightedFlowMeasurement
-from vdm_hub.likelihood.per_image import Measurement
+from vdm_hub.likelihood.measurement import Measurement
 from vdm_hub.likelihood.probability_flow import FlowMeasurement
 from vdm_hub.likelihood.protocol import METHODS, ProbabilityFlow
-from vdm_hub.likelihood.variational_bound import Objective, VDMObjective
+from vdm_hub.objectives.hierarchical import HierarchicalObjective
+from vdm_hub.objectives.variational_bound import Objective, VDMObjective
 
 
 def build_measurement(

@@ -33,18 +33,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vdm_hub.diffusion.draws import normal_noise, uniform_noise
+from vdm_hub.diffusion.draws import image_generator, normal_noise, uniform_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian import broadcast, sigma, sum_dimensions
-from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
+from vdm_hub.diffusion.gaussian_process import BoundGaussian, gaussian_of
 from vdm_hub.diffusion.noise_schedules import gamma_and_derivative
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
 from vdm_hub.likelihood.dequantization import dequantization
 from vdm_hub.likelihood.lockstep import Array, Trajectory, integrate, solver_library
-from vdm_hub.likelihood.per_image import CountedNetwork, Measured, Measurement, Terms, image_generator
+from vdm_hub.likelihood.measurement import Measured, Measurement
 from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Batch, VDMObjective
+from vdm_hub.models.calls import CountedNetwork
+from vdm_hub.objectives.variational_bound import Batch, Terms, VDMObjective
 
 COARSER = 10
 """Times the tolerance, of the second solution from which a figure's numerical error is estimated."""
@@ -71,34 +72,6 @@ class FlowDensity:
     def log_density(self) -> Tensor:
         """``log p_0(z_0)``, (B,), nats."""
         return self.base_density + self.volume_change
-
-
-def gaussian_of(process: ForwardProcess) -> GaussianProcess:
-    """The process, where it is Gaussian, of the data themselves.
-
-    Raises:
-        ConfigurationError: It is another.
-    """
-    if isinstance(process, GaussianProcess):
-        return process
-    raise ConfigurationError(
-        f"{type(process).__name__} is not a Gaussian process of the data, which this likelihood needs: ask for the "
-        f"variational bound instead (method='bound')."
-    )
-
-
-def scalar_gaussian(process: ForwardProcess) -> GaussianProcess:
-    """The process, where one gamma a time describes it.
-
-    Raises:
-        ConfigurationError: It is another process, or its gamma differs between pixels or data.
-    """
-    if gaussian_of(process).scalar_gamma is not None:
-        return gaussian_of(process)
-    raise ConfigurationError(
-        f"{type(gaussian_of(process).schedule).__name__} has a gamma of its own for each pixel, and this form of the "
-        f"bound needs one gamma per time: ask for the variational bound as it is trained (method='bound')."
-    )
 
 
 def flow_density(

@@ -13,7 +13,7 @@ from vdm_hub.fields import whole_number
 
 METHODS = ("bound", "ode", "importance_weighted")
 FORMS = ("denoising_matching", "consistency", "joint")
-"""Of the bound: see `vdm_hub.likelihood.decompositions`."""
+"""Of the bound: see `vdm_hub.objectives.decompositions`."""
 DEQUANTIZATIONS = ("uniform", "truncated_normal")
 """From levels to z_0: see `vdm_hub.likelihood.dequantization`."""
 SOLVERS = {"dop853": "DOP853", "rk45": "RK45"}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vdm_hub.errors import ConfigurationError
 
@@ -43,3 +47,63 @@ def check_context(context_size: int | None, network: nn.Module) -> None:
             f"the process tells its network {context_size or 'no'} numbers beside the timestep, and "
             f"{type(network).__name__} takes {taken or 'none'}: use UNetVDMModel with context_size={context_size}."
         )
+
+
+_BEING_EVALUATED: dict[nn.Module, int] = {}  # parts that were in training mode, and by how many they are evaluated
+
+
+_MODES = threading.Lock()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``eval`` mode, every submodule put back afterwards: by the last, where several threads share one."""
+    with _MODES:
+        parts = [part for part in module.modules() if part.training or part in _BEING_EVALUATED]
+        for part in parts:
+            _BEING_EVALUATED[part] = _BEING_EVALUATED.get(part, 0) + 1
+            part.training = False
+    try:
+        yield
+    finally:
+        with _MODES:
+            for part in parts:
+                _BEING_EVALUATED[part] -= 1
+                if not _BEING_EVALUATED[part]:
+                    del _BEING_EVALUATED[part]
+                    part.training = True
+
+
+class CountedNetwork:
+    """A network as float64 code sees it: called in its own precision, its calls counted per datum.
+
+    Args:
+        network: Any module called as ``network(sample, timestep, return_dict=False, **conditioning)[0]``.
+        batch: What it is conditioned on, besides ``levels`` and ``indices``.
+    """
+
+    def __init__(self, network: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        self.network, self.evaluations = network, 0
+        floating = {tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()}
+        # Half precisions get float32: the pipeline's network converts by itself, after its Fourier features.
+        self._dtype = torch.float64 if not floating or torch.float64 in floating else torch.float32
+        given = {name: value for name, value in batch.items() if name not in ("levels", "indices")}
+        self._arguments = self._in_its_precision(given)
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
+        """The network's raw output, of the sample's dtype."""
+        self.evaluations += sample.shape[0]
+        arguments = self._arguments | self._in_its_precision(context)
+        output: Tensor = self.network(
+            sample.to(self._dtype), timestep.to(self._dtype), return_dict=False, **arguments
+        )[0]
+        return output.to(sample.dtype)
+
+    def _in_its_precision(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: value.to(self._dtype) if value.is_floating_point() else value for name, value in arguments.items()
+        }
+
+    def per_image(self, images: int) -> Tensor:
+        """The calls so far, of each image of the batch, (B,): all images of a batch are called together."""
+        return torch.full((images,), self.evaluations / images, dtype=torch.float64)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.gaussian import alpha
-from vdm_hub.diffusion.levels import DataScaling
+from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.hub.schemas import Size, Within, check_arguments, fields_of_class
 from vdm_hub.models.hvae import Normal
@@ -33,7 +33,7 @@ class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
         autoencoder_config: That of the `AutoencoderKL`, as its ``config.json`` has it.
         sample_size: Side of the images, or (height, width).
         num_levels: K.
-        data_scaling: Where the K levels lie: see `vdm_hub.diffusion.levels.DataScaling`.
+        data_scaling: Where the K levels lie: see `vdm_hub.diffusion.scaling.DataScaling`.
         initial_scale: ``s_c`` before training, on a range of the data from -1 to 1.
 
     Raises:

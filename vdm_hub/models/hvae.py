@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vdm_hub.diffusion.draws import Generator, uniform_noise
 from vdm_hub.diffusion.gaussian import sum_dimensions
-from vdm_hub.diffusion.levels import DataScaling
+from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.hub.schemas import Count, Depth, Dropout, Size, Within, check_arguments
 from vdm_hub.models.hvae_networks import GaussianNetwork, LevelNetwork, Shape
@@ -56,7 +56,7 @@ class MarkovianHVAE(CheckedModel, ModelMixin, ConfigMixin):
         layers_per_block: Residual blocks of each network.
         norm_num_groups: Groups of each normalisation.
         dropout: Probability of dropout in each residual block.
-        data_scaling: Where the K levels lie: see `vdm_hub.diffusion.levels.DataScaling`.
+        data_scaling: Where the K levels lie: see `vdm_hub.diffusion.scaling.DataScaling`.
         encoders: T modules, ``q(z_1|x)`` first, in place of the networks.
         decoders: T - 1 modules, ``p(z_1|z_2)`` first.
         level_decoder: ``p(x|z_1)``.

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from vdm_hub.likelihood.protocol import FORMS
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
+from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.publishing.contents import Source
 from vdm_hub.publishing.markdown import markdown, python, render, visible, words
 from vdm_hub.publishing.wording import plugin_packages, wording_of

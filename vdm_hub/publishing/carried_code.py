@@ -19,8 +19,8 @@ PACKAGE = "vdm_hub"
 PUBLIC_CLASSES = {
     "NoiseScheduleModel": "models.noise_schedule_model",
     "UNetVDMModel": "models.unet_vdm",
-    "VDMPipeline": "pipeline_vdm",
-    "VDMScheduler": "scheduling_vdm",
+    "VDMPipeline": "pipelines.vdm",
+    "VDMScheduler": "schedulers.vdm",
 }
 """What a model_index.json may name of this package, and where it is."""
 
@@ -98,7 +98,7 @@ def component_file() -> str:
 def carried_sources() -> dict[str, str]:
     """The modules that `PUBLIC_CLASSES` and the built-in names need, by name: their sources, with relative imports.
 
-    >>> {"", "pipeline_vdm", "diffusion", "diffusion.gaussian"} <= carried_sources().keys()
+    >>> {"", "pipelines.vdm", "diffusion", "diffusion.gaussian"} <= carried_sources().keys()
     True
     """
     built_in = (target.partition(":")[0] for targets in registry.BUILT_INS.values() for target in targets.values())

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vdm_hub import plain_yaml
 from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.evaluation.provenance import public_name
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import INDEX, RECIPE, pipeline_folder, run_folder
 from vdm_hub.hub.records import read_evaluation, read_history, read_run
+from vdm_hub.recipes import plain_yaml
 from vdm_hub.recipes.arguments import read_recipe
 
 _COMPONENT_FILE = re.compile(r"(scheduler_)?config\.json|diffusion_pytorch_model[\w.-]*\.(json|safetensors)")

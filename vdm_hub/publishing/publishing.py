@@ -15,9 +15,9 @@ from vdm_hub.hub.install_hint import add_install_hint
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.outgoing import make_public, refuse_secrets
 from vdm_hub.hub.places import INDEX
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
-from vdm_hub.pipeline_vdm import VDMPipeline
-from vdm_hub.pipelines import PIPELINES
+from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.pipelines.by_name import PIPELINES
+from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.publishing.card import Edition, render_card
 from vdm_hub.publishing.contents import (
     Source,

@@ -34,7 +34,7 @@ from vdm_hub.hub.install_hint import HINT_KEY
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import CONFIGS
-from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.publishing import remote_code_reader
 from vdm_hub.publishing.carried_code import (
     PACKAGE,

@@ -15,13 +15,13 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
+from vdm_hub.data.levels import images_from_levels
 from vdm_hub.diffusion.draws import normal_noise
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.images import images_from_levels
-from vdm_hub.pipeline_vdm import VDMPipeline
-from vdm_hub.scheduler_configs import DDPM_KEYS, derived_betas
-from vdm_hub.scheduling_vdm import VDMScheduler, time_tensor
+from vdm_hub.pipelines.vdm import VDMPipeline
+from vdm_hub.schedulers.configs import DDPM_KEYS, derived_betas
+from vdm_hub.schedulers.vdm import VDMScheduler, time_tensor
 
 # VDM's process in DDPM's words. The variance of its reverse step is the posterior's; it clips nothing; and only
 # "trailing" starts at the noisiest level, where the prior is, and ends within one step of the cleanest.

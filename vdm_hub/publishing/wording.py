@@ -10,10 +10,10 @@ from markupsafe import Markup
 
 from vdm_hub import registry
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood_pipeline import LikelihoodPipeline
-from vdm_hub.pipeline_hvae import HVAEPipeline
-from vdm_hub.pipeline_latent_vdm import LatentVDMPipeline
-from vdm_hub.pipeline_vdm import VDMPipeline
+from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.pipelines.hvae import HVAEPipeline
+from vdm_hub.pipelines.latent_vdm import LatentVDMPipeline
+from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.publishing.markdown import code, markdown
 
 _VDM_PAPER = Markup(

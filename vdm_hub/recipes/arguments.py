@@ -20,12 +20,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar, Union
 
-from vdm_hub import plain_yaml, registry
-from vdm_hub.command_line import Parser
+from vdm_hub import registry
 from vdm_hub.data.arguments import DataArguments, Share
 from vdm_hub.errors import ConfigurationError, shortened, unknown_name, warn
 from vdm_hub.fields import require
 from vdm_hub.files import expanded
+from vdm_hub.recipes import plain_yaml
+from vdm_hub.recipes.command_line import Parser
 from vdm_hub.recipes.configuration import (
     DEFAULT_CLASSES,
     DiffusionArguments,

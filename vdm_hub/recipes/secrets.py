@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.secret_values import find_secret
+from vdm_hub.errors.secret_values import find_secret
 
 _REMEDY = (
     "what stands on a command line is seen by other processes and stays in the shell's history, and what stands in a "

@@ -17,9 +17,9 @@ from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.gaussian import alpha, sigma
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
-from vdm_hub.diffusion.levels import DataScaling
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.diffusion.parameterizations import Epsilon, Parameterization
+from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.testing.laws import Laws, require
 from vdm_hub.testing.subjects import (
     GAMMAS,

@@ -1,1 +1,1 @@
-"""Training: configuration, data, the loop, checkpoints."""
+"""Training: the loop, what a run is made of, and what it keeps."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels
-from vdm_hub.training.run_state import RunState
-from vdm_hub.training.shards import own_part
+from vdm_hub.training.parts.shards import own_part
+from vdm_hub.training.state.run_state import RunState
 
 _MIB = 2**20
 _REPETITIONS = 5

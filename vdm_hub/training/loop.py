@@ -22,25 +22,25 @@ from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.likelihood.variational_bound import Objective
+from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.plots import save_grid
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import allowed_changes
-from vdm_hub.training.checkpoint_state import pack_state, restore_state
-from vdm_hub.training.checkpoints import find_checkpoint, save_checkpoint
 from vdm_hub.training.dry_run import describe_run
 from vdm_hub.training.memory import needed, refuse_what_cannot_fit
 from vdm_hub.training.opening import describe, without_effect
-from vdm_hub.training.outputs import OutputFolder, Validation, publish_locally, results, sample_images
-from vdm_hub.training.processes import build_accelerator, is_sharded
+from vdm_hub.training.parts.processes import build_accelerator, is_sharded
+from vdm_hub.training.parts.setup import build_objective, build_pipeline
+from vdm_hub.training.parts.shards import gathered
+from vdm_hub.training.parts.weights import averages, these_weights
 from vdm_hub.training.publishing import check_publishing, publish_run
-from vdm_hub.training.resuming import Start, find_start, not_saved
-from vdm_hub.training.run_state import RunState
-from vdm_hub.training.setup import build_objective, build_pipeline
-from vdm_hub.training.shards import gathered
 from vdm_hub.training.signals import StopSignals, TrainingStopped
+from vdm_hub.training.state.checkpoint_state import pack_state, restore_state
+from vdm_hub.training.state.checkpoints import find_checkpoint, save_checkpoint
+from vdm_hub.training.state.outputs import OutputFolder, Validation, publish_locally, results, sample_images
+from vdm_hub.training.state.resuming import Start, find_start, not_saved
+from vdm_hub.training.state.run_state import RunState
 from vdm_hub.training.tracking import Trackers
-from vdm_hub.training.weights import averages, these_weights
 
 
 def train_model(configuration: Configuration) -> LikelihoodReport | None:
@@ -55,7 +55,7 @@ def train_model(configuration: Configuration) -> LikelihoodReport | None:
         TrainingStopped: SIGTERM or SIGINT came; the checkpoint of the last step is written.
     """
     folder = OutputFolder(configuration)
-    accelerator = build_accelerator(configuration, folder)
+    accelerator = build_accelerator(configuration, folder.path, folder.logs)
     if not accelerator.is_main_process:
         return _train(configuration, accelerator, folder)
     with StopSignals(before_first_step=True), folder.reserved(configuration):

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError, in_one_line
-from vdm_hub.likelihood.hierarchical import HVAEObjective
-from vdm_hub.likelihood.variational_bound import Objective, VDMObjective
 from vdm_hub.models.hvae import MarkovianHVAE
+from vdm_hub.objectives.hierarchical import HVAEObjective
+from vdm_hub.objectives.variational_bound import Objective, VDMObjective
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
-from vdm_hub.training.networks import sketched
-from vdm_hub.training.processes import is_sharded, whole_number
-from vdm_hub.training.setup import build_objective
+from vdm_hub.training.parts.networks import sketched
+from vdm_hub.training.parts.processes import is_sharded, processes_said
+from vdm_hub.training.parts.setup import build_objective
 
 _FLOAT = 4  # bytes: weights and all that belongs to them are float32, whatever the network computes in
 _IMAGES = 2  # on which what a batch keeps is counted
@@ -98,7 +98,7 @@ def refuse_what_cannot_fit(needs: Needs, accelerator: Accelerator) -> None:
     Raises:
         ConfigurationError: With both figures, and the fields that decide.
     """
-    beside = whole_number("LOCAL_WORLD_SIZE")
+    beside = processes_said("LOCAL_WORLD_SIZE")
     everything = needs.weights + needs.training + needs.fewest
     on_gpu = accelerator.device.type == "cuda"
     host = beside * (needs.weights if on_gpu else everything) + _in_use()  # networks are built on the host

@@ -7,7 +7,7 @@ import shlex
 from vdm_hub.errors import PublishError, in_one_line
 from vdm_hub.publishing.publishing import check_ready, publish
 from vdm_hub.recipes.arguments import Configuration
-from vdm_hub.training.outputs import OutputFolder
+from vdm_hub.training.state.outputs import OutputFolder
 
 
 def check_publishing(configuration: Configuration) -> None:

@@ -13,7 +13,7 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from vdm_hub.errors import ConfigurationError, in_one_line, warn
-from vdm_hub.secret_values import masked_values
+from vdm_hub.errors.secret_values import masked_values
 
 
 class Trackers:

@@ -1,0 +1,203 @@
+r"""The variational bound in named terms, and the objective that trains on it.
+
+``-log p(x) <= KL(q(z_1|x) || p(z_1)) + E[-log p(x|z_0)] + L_diffusion`` (VDM eq. 11; Luo eq. 58, the
+denoising-matching form). With T transitions ``L_diffusion`` is T times the mean transition KL (VDM eq. 13); with
+infinitely many, the integral of its rate (VDM eq. 17).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdm_hub.diffusion.draws import Generator
+from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
+from vdm_hub.diffusion.times import discretise
+from vdm_hub.errors import DataError
+from vdm_hub.fields import whole_number
+from vdm_hub.models.calls import check_context
+
+Terms = dict[str, Tensor]
+"""By name, each per datum, (B,), in nats."""
+
+Batch = Mapping[str, Tensor]
+"""``levels``: integers 0..K-1, (B, C, H, W). All else (``class_labels``, ...) is passed to the network by name."""
+
+
+@dataclass
+class Bound:
+    """An upper bound on ``-log p(x)`` as named terms, each per datum, (B,), in nats.
+
+    >>> Bound({"prior": torch.tensor([1.0]), "diffusion": torch.tensor([2.0])}, dimensions=3).total
+    tensor([3.])
+    """
+
+    terms: dict[str, Tensor]
+    dimensions: int
+
+    @property
+    def total(self) -> Tensor:
+        """The bound per datum in nats, (B,)."""
+        return torch.stack(list(self.terms.values())).sum(0)
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean bound over the batch in bits per dimension, what training minimises."""
+        return self.total.mean() / (self.dimensions * math.log(2))
+
+    def bits_per_dim(self) -> dict[str, Tensor]:
+        """Each term per datum in bits per dimension."""
+        return {name: term / (self.dimensions * math.log(2)) for name, term in self.terms.items()}
+
+
+class Objective(nn.Module, ABC):
+    """Network, process and encoders in one module, so that accelerate prepares one; every draw comes in explicitly.
+
+    Attributes:
+        transitions: T, or ``None`` for continuous time, and where there is no time.
+    """
+
+    transitions: int | None = None
+
+    @property
+    @abstractmethod
+    def body(self) -> nn.Module:
+        """The network, or all of them: what is compiled, checkpointed and counted."""
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """All modules by what they are: those that are counted and, the ``schedule``, not decayed."""
+        return {"network": self.body}
+
+    def prepare(self, batches: Iterable[Batch]) -> str | None:
+        """See `ForwardProcess.prepare`."""
+        return None
+
+    @abstractmethod
+    def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
+        """The bound of one batch at one time per datum.
+
+        Args:
+            batch: See `Batch`.
+            times: In [0, 1), (B,); not read where there is no time.
+            noise: Base noise, as `draw_noise` gives it.
+        """
+
+    @abstractmethod
+    def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """The base noise that one `forward` on this batch needs."""
+
+
+class VDMObjective(Objective):
+    """The bound of a variational diffusion model.
+
+    Everything but the body of the network runs in float32, outside autocast: at gamma = -13.3 the noise would vanish
+    in bfloat16.
+
+    Args:
+        network: Any module called as ``network(sample, timestep, return_dict=False, **conditioning)[0]``.
+        process: The forward process, with its schedule's parameters.
+        transitions: T, or ``None`` for continuous time.
+
+    Raises:
+        ConfigurationError: The process tells its network a context, and the network takes none, or another.
+
+    Attributes:
+        integrand: The name of the term that is an integral, or a mean, over times; the others have no time.
+
+    >>> from vdm_hub import UNetVDMModel, VDMScheduler
+    >>> unet = UNetVDMModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    >>> objective = VDMObjective(unet, VDMScheduler(num_levels=17).process)
+    >>> batch = {"levels": torch.zeros(2, 1, 8, 8, dtype=torch.long)}
+    >>> noise = objective.draw_noise(batch, torch.Generator().manual_seed(0))
+    >>> bound = objective(batch, torch.tensor([0.25, 0.75]), noise)
+    >>> {name: tuple(term.shape) for name, term in bound.terms.items()}
+    {'reconstruction': (2,), 'prior': (2,), 'diffusion': (2,)}
+    """
+
+    integrand: str = "diffusion"
+
+    def __init__(self, network: nn.Module, process: ForwardProcess, transitions: int | None = None) -> None:
+        super().__init__()
+        self.transitions = None if transitions is None else whole_number("transitions", transitions)
+        check_context(process.context_size, network)
+        self.network, self.process = network, process
+
+    @property
+    def body(self) -> nn.Module:
+        """The network."""
+        return self.network
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The network, and those of the process."""
+        return {"network": self.network} | self.process.parts
+
+    def prepare(self, batches: Iterable[Batch]) -> str | None:
+        """See `ForwardProcess.prepare`."""
+        return self.process.prepare(batch["levels"] for batch in batches)
+
+    def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
+        """The terms ``reconstruction``, ``prior`` and ``diffusion``, and those that the process adds."""
+        levels = batch["levels"]
+        _check_draws(levels, times, self.process.num_levels)
+        network = _OutsideIslands(self.network, levels.device.type, _network_arguments(batch))
+        with torch.autocast(levels.device.type, enabled=False):
+            x = self.process.encode(levels)
+            extras, bound = self.process.bind(x, noise)
+            terms = {
+                "reconstruction": bound.reconstruction(levels, x, noise, network),
+                "prior": bound.prior_kl(x),
+                "diffusion": self._diffusion(bound, x, times, noise, network),
+            }
+        return Bound(terms | extras, dimensions=levels[0].numel())
+
+    def _diffusion(self, bound: Any, x: Tensor, times: Tensor, noise: Noise, network: Any) -> Tensor:
+        if self.transitions is None:
+            rate: Tensor = bound.kl_rate(x, times, noise, network)
+            return rate
+        s, t = discretise(times, self.transitions)
+        kl: Tensor = bound.transition_kl(x, s, t, noise, network)
+        return self.transitions * kl
+
+    def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """See `ForwardProcess.draw_noise`."""
+        levels = batch["levels"]
+        return self.process.draw_noise(tuple(levels.shape), generator, levels.device)
+
+
+def _check_draws(levels: Tensor, times: Tensor, num_levels: int) -> None:
+    """Refuse what no bound exists for; on a CPU only, where looking costs no synchronisation, and not compiled."""
+    if levels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = int(levels.min()), int(levels.max())
+    if low < 0 or high >= num_levels:
+        raise DataError(
+            f"the batch holds levels {low} to {high}, and the process knows 0 to {num_levels - 1}: give its "
+            f"num_levels to VDMScheduler, or map the pixels to levels with vdm_hub.levels_from_images."
+        )
+    if not bool(((times >= 0) & (times <= 1)).all()):
+        raise DataError(f"times run from {float(times.min()):g} to {float(times.max()):g}: give values in [0, 1].")
+
+
+def _network_arguments(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in ("levels", "indices")}
+
+
+class _OutsideIslands:
+    """Calls the network under the autocast that was in force outside the float32 islands."""
+
+    def __init__(self, network: nn.Module, device_type: str, arguments: dict[str, Tensor]) -> None:
+        self._network, self._device_type, self._arguments = network, device_type, arguments
+        self._enabled = torch.is_autocast_enabled(device_type)
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
+        with torch.autocast(self._device_type, enabled=self._enabled):  # its dtype holds within the islands
+            output: Tensor = self._network(sample, timestep, return_dict=False, **self._arguments, **context)[0]
+        return output

@@ -1,0 +1,419 @@
+"""What every pipeline of the ladder offers: a likelihood, samples, and what measuring and publishing ask of it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from vdm_hub.data.levels import levels_from_images
+from vdm_hub.data.preprocessing import HeldOut, Preprocessing
+from vdm_hub.diffusion.draws import Generator
+from vdm_hub.diffusion.forward_process import ForwardProcess
+from vdm_hub.errors import ConfigurationError, DataError, explained, shortened, unknown_name
+from vdm_hub.fields import whole_number
+from vdm_hub.hub.checks import already_checked, check_pipeline
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
+from vdm_hub.hub.schemas import check_arguments
+from vdm_hub.hub.weights import check_finite
+from vdm_hub.likelihood.measurement import collect
+from vdm_hub.likelihood.methods import build_measurement
+from vdm_hub.likelihood.protocol import ProbabilityFlow
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.models.loading import REMEDY, refuse_pickles
+from vdm_hub.objectives.decompositions import form_of
+from vdm_hub.objectives.variational_bound import Objective
+from vdm_hub.pipelines.published_card import KeepsPublishedCard
+
+_LOADING = (
+    *("torch_dtype", "dtype", "variant", "use_safetensors", "device_map", "max_memory", "low_cpu_mem_usage"),
+    *("offload_folder", "offload_state_dict", "disable_mmap", "quantization_config", "proxies", "trust_remote_code"),
+    *("custom_pipeline", "custom_revision", "load_connected_pipeline", "use_onnx", "use_flashpack"),
+    *("provider", "sess_options", "provider_options"),
+)
+"""What `DiffusionPipeline.from_pretrained` takes besides components; it ignores all else."""
+
+
+class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
+    """A generative model of K-level images that knows their likelihood, on whichever rung of the ladder."""
+
+    _left_out_where_none = ("preprocessing", "held_out")
+    """What a pipeline's index says only where it is known."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images become its levels, a copy; ``None`` where nothing is known of that."""
+        return copy.deepcopy(self.config.get("preprocessing"))
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """How its test images were held out of the training split, a copy; ``None`` where none were."""
+        return copy.deepcopy(self.config.get("held_out"))
+
+    def _register_images(self, preprocessing: Mapping[str, Any] | None, held_out: Mapping[str, Any] | None) -> None:
+        """Keep what is known in the pipeline's own config: mappings, as a list there is the class of a component."""
+        images = {"preprocessing": preprocessing, "held_out": held_out}
+        check_arguments(type(self), images)
+        if preprocessing is not None:
+            self._check_preprocessing(preprocessing)
+        self.register_to_config(**{name: copy.deepcopy(known) for name, known in images.items() if known is not None})
+
+    def _check_preprocessing(self, preprocessing: Mapping[str, Any]) -> None:
+        """Refuse images that are not the model's, before any is read."""
+        channels, height, width = self.image_shape
+        side = preprocessing["resolution"] or height
+        needed = {"grey": 1, "rgb": 3}.get(preprocessing["color"], channels)
+        read = {"num_levels": preprocessing["num_levels"], "shape": (needed, side, side if side != height else width)}
+        own = {"num_levels": self.num_levels, "shape": self.image_shape}
+        if read != own:
+            raise ConfigurationError(
+                f"preprocessing is {shortened(dict(preprocessing), 200)}: that makes images of shape {read['shape']} "
+                f"(channels, height, width) and {read['num_levels']} levels, and the model's are of {own['shape']} "
+                f"and {own['num_levels']} levels: give the preprocessing that it was trained with."
+            )
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of its images."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of what a sample starts from, without the batch; the images', unless a rung says otherwise."""
+        return self.image_shape
+
+    @property
+    @abstractmethod
+    def num_levels(self) -> int:
+        """K, the levels of its images."""
+
+    @property
+    def process(self) -> ForwardProcess | None:
+        """What corrupts the images; ``None`` where nothing does, as in a hierarchical VAE."""
+        return None
+
+    @property
+    def num_classes(self) -> int | None:
+        """The classes that it is conditioned on; ``None`` for an unconditional model."""
+        return None
+
+    @property
+    def _takes_labels(self) -> bool:
+        """Whether labels may be given: networks of a user's own may read them though their config says nothing."""
+        return self.num_classes is not None
+
+    @property
+    @abstractmethod
+    def main_model(self) -> ModelMixin:
+        """The component that the model is named by."""
+
+    @property
+    def _named_arguments(self) -> list[str] | None:
+        """What its network takes by name from a user, ``None`` for anything."""
+        return []
+
+    @property
+    def device_of_latents(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self._execution_device
+        return device
+
+    @abstractmethod
+    def objective(self, transitions: int | None = None) -> Objective:
+        """The bound of this pipeline as a module.
+
+        Args:
+            transitions: T, or ``None`` for continuous time.
+
+        Raises:
+            ConfigurationError: The model has no such transitions.
+        """
+
+    def clipped_objective(self, transitions: int | None) -> Objective | None:
+        """The bound of the model that its sampler makes of it by clipping, where it does."""
+        return None
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """All that decides a likelihood besides the weights, as plain JSON."""
+
+    def notes(self, transitions: int | None) -> list[str]:
+        """What a reader of its bound must know, one sentence each."""
+        return []
+
+    def examine(self, levels: Tensor) -> tuple[dict[str, Any], list[str]]:
+        """What is to be known of a model on these images beside its bound: details for the report, and notes."""
+        return {}, []
+
+    @abstractmethod
+    def sample(
+        self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000, **arguments: Any
+    ) -> Tensor:
+        """Samples in [0, 1], (B, C, H, W).
+
+        Args:
+            batch_size: How many.
+            generator: One, or a list with one per image.
+            num_inference_steps: Evaluations of the network, where the model may take more or fewer.
+            arguments: Of the pipeline's own ``__call__``.
+        """
+
+    def _batch_shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
+        """Of what a sample starts from, given or drawn: ``latents`` decide how many, where 1 is asked for."""
+        batch_size = whole_number("batch_size", batch_size)
+        if latents is not None and not (isinstance(latents, Tensor) and latents.is_floating_point()):
+            what = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+            raise ConfigurationError(f"latents are {what}: give a tensor of floating-point numbers.")
+        shape = (batch_size, *self.latent_shape) if latents is None else tuple(latents.shape)
+        if shape[1:] != self.latent_shape:
+            raise ConfigurationError(f"latents have shape {shape}; the model needs (B, *{self.latent_shape}).")
+        if latents is not None and not (len(latents) and bool(latents.isfinite().all())):
+            fault = "have a value that is not finite" if len(latents) else "are none"
+            raise ConfigurationError(f"latents of shape {shape} {fault}: give finite ones, or leave them out.")
+        if batch_size not in (1, shape[0]):
+            raise ConfigurationError(f"batch_size is {batch_size}, and {shape[0]} latents were given: leave it out.")
+        each = [generator] if generator is None or isinstance(generator, torch.Generator) else generator
+        if not isinstance(each, Sequence) or not all(one is None or isinstance(one, torch.Generator) for one in each):
+            raise ConfigurationError(
+                f"generator is {shortened(generator)}: give a torch.Generator, or a list with one for each image."
+            )
+        if each is generator and (len(each) != shape[0] or None in each):
+            raise ConfigurationError(f"{len(each)} generators for {shape[0]} images: give one each, or just one.")
+        return shape
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load from a folder or a Hub id, with all arguments of `DiffusionPipeline.from_pretrained`.
+
+        Files and configs are checked before any weight is read, and weights before they are used: only safetensors are
+        read, of exactly the network that the config describes, and everything is of one commit and as it is listed.
+
+        Raises:
+            MissingPluginError: The pipeline needs a plugin that is not installed; the message says which.
+            ConfigurationError: A config names what nobody knows, or the name is neither a folder nor a Hub id.
+            CheckpointError: A file is damaged, or not what was saved, or should not be where it is.
+            HubError: There is no such repository, or it can't be reached.
+        """
+        refuse_pickles(kwargs)
+        trusts_code = bool(kwargs.get("trust_remote_code"))
+        if not trusts_code:  # its own class may take others
+            cls._check_loading(kwargs)
+        files = open_files(
+            pretrained_model_name_or_path, **{key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        )
+        check_pipeline(files, cls, kwargs, kwargs.get("variant"), trusts_code)
+        if trusts_code:  # the repository's own code chooses what it reads
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs | dict(files.pinned))
+        return cls._from_checked(files, kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A pipeline of another's components, which both then share: see `DiffusionPipeline.from_pipe`.
+
+        Args:
+            pipeline: Any pipeline that has them.
+            kwargs: Components and arguments of this class that take the place of the other's. Without ``dtype``, the
+                weights keep their type.
+
+        Raises:
+            ConfigurationError: The other lacks a component, or has one that this class would leave out; an argument
+                is none of this class's, or takes a component away.
+
+        Example:
+            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> unet = UNetVDMModel(8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
+            >>> VDMPipeline.from_pipe(pipe, scheduler=VDMScheduler(num_levels=256)).unet is pipe.unet
+            True
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ConfigurationError(f"from_pipe got {shortened(pipeline)}: give a pipeline.")
+        takes, options = cls._get_signature_keys(cls)
+        required = {name for name in takes if name not in cls._optional_components}
+        parts = {name: part for name, part in pipeline.components.items() if part is not None}
+        known = {*takes, *options, "dtype", "torch_dtype"}
+        for name, value in kwargs.items():
+            if name not in known:
+                raise unknown_name(f"argument of {cls.__name__}.from_pipe", name, known)
+            if value is None and name in required:
+                raise ConfigurationError(f"{name} is None: leave it out, and the other pipeline's is taken.")
+        missing = sorted(required - parts.keys() - kwargs.keys())
+        left_out = sorted(parts.keys() - set(takes))
+        if missing or left_out:
+            wrong = (
+                f"has no {', '.join(missing)}" if missing else f"has {', '.join(left_out)}, which would be left out"
+            )
+            raise ConfigurationError(
+                f"a {type(pipeline).__name__} {wrong}; a {cls.__name__} is made of {', '.join(sorted(required))}. "
+                f"Give a pipeline of these, or what is missing by name."
+            )
+        # Given by name: diffusers asks for the very class of an annotation, and here any model called alike will do.
+        dtype = next((part.dtype for part in parts.values() if isinstance(part, ModelMixin)), None)
+        return super().from_pipe(pipeline, **{"dtype": dtype} | parts | kwargs)
+
+    @classmethod
+    def _check_loading(cls, arguments: Mapping[str, Any]) -> None:
+        """Refuse an argument that would be ignored, and one that would drop what was saved."""
+        own = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        known = [*own, *HUB_ARGUMENTS, *_LOADING]
+        for name, value in arguments.items():
+            if name not in known:
+                raise unknown_name(f"argument of {cls.__name__}.from_pretrained", name, known)
+            replaced = name in cls._optional_components and arguments.get("scheduler") is not None
+            if name in own and value is None and not replaced:
+                raise ConfigurationError(
+                    f"{name} is None: leave it out, and what was saved is loaded; or give one of your own."
+                )
+
+    @classmethod
+    def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
+        """The pipeline of files that were checked; ``arguments`` are what the reader gave besides."""
+        with explained(f"{files.name} can't be loaded", REMEDY), already_checked(files.folder):
+            pipeline = super().from_pretrained(files.folder, **arguments)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name not in arguments:
+                check_finite(f"{files.name}/{name}", part)
+        pipeline.register_to_config(_name_or_path=files.name)
+        return pipeline
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        images: Any,
+        method: str = "bound",
+        transitions: int | None = None,
+        replicates: int = 8,
+        seed: int = 0,
+        class_labels: Tensor | Sequence[int] | None = None,
+        *,
+        flow: ProbabilityFlow | None = None,
+        draws: int = 16,
+        decomposition: str | None = None,
+        times_per_image: int = 1,
+        pilot_evaluations: int | None = None,
+        batch_size: int = 256,
+        **network_arguments: Tensor,
+    ) -> LikelihoodReport:
+        """The log-likelihood of some images, per image and on average; the report says whether it is a bound.
+
+        Args:
+            images: PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) as the pipeline returns them (in [0, 1], on
+                the K levels), or integer tensors of levels.
+            method: ``bound``, the variational lower bound; ``ode``, the likelihood of the probability-flow ODE;
+                ``importance_weighted``, over ``draws`` whole chains where there is a number of transitions, or a
+                hierarchy of latents, else over dequantised draws of the probability flow.
+            transitions: T, or ``None`` for continuous time.
+            replicates: Independent estimates per image, behind the standard error.
+            seed: Of all draws: an image's noise is a function of it, the replicate and the image's index; its time
+                also of how many images there are, over which times are stratified.
+            class_labels: Class of each image, (B,).
+            flow: The protocol of the probability flow: dequantisation, divergence, tolerance.
+            draws: K, of ``importance_weighted``.
+            decomposition: The form of the bound, where the model's has several: ``denoising_matching``,
+                ``consistency`` or ``joint``; see `vdm_hub.objectives.decompositions.decompositions`.
+            times_per_image: Of ``bound``: evaluations of each image in each replicate, at stratified times.
+            pilot_evaluations: Of ``bound``: draws, in no result, from which it learns where times are best drawn and
+                what may be subtracted; 0 for none. As many as images, from 256 to 4,096, where not given.
+            batch_size: Images at once, at most.
+            network_arguments: Passed to the network by name, each (B, ...).
+
+        Raises:
+            DataError: A pixel is none of the K levels, or the images' shape is not the network's.
+            ConfigurationError: The method is unknown, or the model has no such likelihood.
+            NonFiniteLossError: A term of an image is NaN or infinite; the message names both.
+
+        Example:
+            >>> import torch
+            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> unet = UNetVDMModel(
+            ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+            ...     norm_num_groups=4,
+            ... )
+            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
+            >>> report = pipe.log_likelihood(torch.zeros(3, 1, 8, 8))
+            >>> report.log_likelihood.shape, report.per_image.shape, report.is_bound  # nats, bits/dim
+            (torch.Size([3]), torch.Size([3]), True)
+        """
+        batch_size, replicates = whole_number("batch_size", batch_size), whole_number("replicates", replicates)
+        levels = levels_from_images(images, self.num_levels)
+        if tuple(levels.shape[1:]) != self.image_shape:
+            raise DataError(
+                f"the images are {tuple(levels.shape[1:])} (channels, height, width); the network's are "
+                f"{self.image_shape}: resize or convert them first."
+            )
+        whole = {"levels": levels.to(self.device_of_latents), "indices": torch.arange(levels.shape[0])}
+        self._check_arguments(network_arguments, levels.shape[0])
+        whole |= network_arguments | self._labels(class_labels, levels.shape[0])
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            parts = torch.arange(levels.shape[0]).split(batch_size)
+            return ({name: value[part.to(value.device)] for name, value in whole.items()} for part in parts)
+
+        effort: dict[str, Any] = {"times_per_image": times_per_image, "pilot_evaluations": pilot_evaluations}
+
+        def measured(objective: Objective) -> LikelihoodReport:
+            count, objective = levels.shape[0], form_of(objective, decomposition, method)
+            measurement = build_measurement(objective, count, method, flow=flow, draws=draws, seed=seed, **effort)
+            return collect(measurement, batches, count, replicates)
+
+        report, clipped = measured(self.objective(transitions)), self.clipped_objective(transitions)
+        if clipped is not None:
+            report = report.with_clipped(lambda: measured(clipped))
+        details, notes = self.examine(whole["levels"])
+        report.details |= details
+        return report.with_notes([*self.notes(transitions), *notes])
+
+    def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
+        """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
+        return self.log_likelihood(images, **kwargs)
+
+    def _check_arguments(self, given: Mapping[str, Any], batch_size: int) -> None:
+        """Refuse arguments that no one takes, and those for a network that are not one for each image."""
+        flow = sorted(
+            given.keys() & {field.name for field in fields(ProbabilityFlow)} - {*(self._named_arguments or ())}
+        )
+        if flow:
+            raise ConfigurationError(f"{flow[0]} is the probability flow's: give flow=ProbabilityFlow({flow[0]}=...).")
+        self._check_names(given, LikelihoodPipeline.log_likelihood)
+        for name, value in given.items():
+            if not isinstance(value, Tensor) or value.shape[:1] != (batch_size,):
+                what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shortened(value)
+                raise ConfigurationError(
+                    f"{name}, for the network, is {what}: give a tensor of one entry for each of {batch_size} images."
+                )
+
+    def _check_names(self, given: Iterable[str], function: Callable[..., Any]) -> None:
+        """Refuse names that neither a function of this pipeline nor its network takes."""
+        taken = self._named_arguments
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+        for name in given:
+            if taken is not None and name not in taken:
+                raise unknown_name(f"argument of {type(self).__name__} or its network", name, {*known, *taken})
+
+    def _labels(self, class_labels: Tensor | Sequence[int] | None, batch_size: int) -> dict[str, Tensor]:
+        classes = self.num_classes
+        if class_labels is None:
+            if classes is not None:
+                raise ConfigurationError(f"class_labels is None, and the network knows {classes} classes: give them.")
+            return {}
+        if not self._takes_labels:
+            raise ConfigurationError("class_labels were given, and the network knows no classes: leave them out.")
+        with explained("class_labels are no numbers", "give one whole number for each image", ConfigurationError):
+            labels = torch.as_tensor(class_labels, device=self.device_of_latents)
+        if labels.shape[:1] != (batch_size,) or (classes is not None and labels.ndim != 1):
+            raise ConfigurationError(f"{tuple(labels.shape)} class labels for {batch_size} images: give one each.")
+        if classes is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise ConfigurationError(f"class_labels are {labels.dtype}: give whole numbers from 0 to {classes - 1}.")
+        if classes is not None and not bool(((labels >= 0) & (labels < classes)).all()):
+            first = labels[(labels < 0) | (labels >= classes)][0].item()
+            raise ConfigurationError(f"class_labels hold {first}: give whole numbers from 0 to {classes - 1}.")
+        return {"class_labels": labels if classes is None else labels.long()}

@@ -1,0 +1,427 @@
+"""`VDMPipeline`: samples from a variational diffusion model, and its likelihood."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+
+from vdm_hub.data.levels import images_from_levels
+from vdm_hub.data.preprocessing import HeldOutMapping, PreprocessingMapping
+from vdm_hub.diffusion.draws import Generator
+from vdm_hub.diffusion.forward_process import ForwardProcess, Network
+from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
+from vdm_hub.diffusion.noise_schedules import NoiseSchedule, TabulatedSchedule
+from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
+from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, shortened, unknown_name
+from vdm_hub.fields import whole_number
+from vdm_hub.hub.places import INDEX
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
+from vdm_hub.models.calls import check_context, named_arguments
+from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
+from vdm_hub.models.unet_vdm import UNetVDMModel
+from vdm_hub.objectives.variational_bound import VDMObjective
+from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.registry import Serialised
+from vdm_hub.schedulers.configs import check_grid
+from vdm_hub.schedulers.diffusers_checkpoints import (
+    Source,
+    notes_on_bound,
+    scheduler_of_pipeline,
+    scheduler_of_repository,
+)
+from vdm_hub.schedulers.vdm import VDMScheduler, time_tensor
+
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+class VDMPipeline(LikelihoodPipeline):
+    """A variational diffusion model: call it for samples, ask it for a likelihood.
+
+    The scheduler given is kept as it is, so a stock sampler may be swapped in
+    (``pipe.scheduler = pipe.scheduler.to_diffusers(UniPCMultistepScheduler)``). Likelihoods are always those of the
+    VDM that the scheduler's config describes.
+
+    Args:
+        unet: The network: `UNetVDMModel`, diffusers' `UNet2DModel`, or any model called alike.
+        scheduler: `VDMScheduler`, or a stock scheduler made from its config.
+        noise_schedule: For schedules that have weights at inference; made from the scheduler's where that has some, so
+            that they are saved.
+        preprocessing: How images become the model's levels, as `vdm_hub.data.preprocessing.Preprocessing` has it.
+        held_out: How its test images were held out, as `vdm_hub.data.preprocessing.HeldOut` has it.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _optional_components = ["noise_schedule"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        noise_schedule: NoiseScheduleModel | None = None,
+        preprocessing: PreprocessingMapping | None = None,
+        held_out: HeldOutMapping | None = None,
+    ) -> None:
+        super().__init__()
+        self._steps_of: dict[int | None, int] = {}  # by thread, and of the last call
+        weights = _weights_of_schedule(scheduler) if noise_schedule is None else noise_schedule
+        if isinstance(scheduler, VDMScheduler):
+            check_context(scheduler.process.context_size, unet)
+            if (shape := _shape_of(unet)) is not None:
+                scheduler.process.check_shape(shape)
+        self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=weights)
+        self._register_images(preprocessing, held_out)
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        source: Source,
+        num_levels: int = 256,
+        *,
+        data_scaling: str | None = None,
+        decoder: Serialised | None = None,
+        prediction_type: Serialised | None = None,
+        variance_type: str | None = None,
+        **arguments: Any,
+    ) -> VDMPipeline:
+        """A diffusers checkpoint of the DDPM family as a VDM: its samples bit for bit, and now its likelihood.
+
+        Network, process (its very table of betas), data scaling (``full``: levels from -1 to 1) and decoder (``ddpm``,
+        DDPM eq. 13) and the reverse steps' variance, fixed or learned, are taken over. Samples are DDPM's own steps
+        with all that the config asks of them. ``transitions=num_train_timesteps - 1`` measures the very chain of Ho et
+        al. (DDPM eq. 5). Where the sampler clips its estimates, the bound is that of the unclipped model; with a
+        number of transitions the clipped one's is reported beside it.
+
+        Args:
+            source: A folder, a Hub id, or a pipeline in memory: a `DDPMPipeline`, a `DDIMPipeline` or another one of
+                an unconditional ``unet`` and a ``scheduler`` with betas.
+            num_levels: K, how many levels the images have that it was trained on.
+            data_scaling: Where those levels lie, if not from -1 to 1.
+            decoder: How levels follow from the first latent, if not as in DDPM.
+            prediction_type: What the network predicts, if its config is wrong about it.
+            variance_type: The reverse steps' variance, if the config is wrong about it: ``fixed_small``,
+                ``fixed_large``, ``learned_range``, ...
+            arguments: ``revision``, ``variant``, ``dtype``, ``token``, ``cache_dir``, ``local_files_only``, ...
+
+        Raises:
+            ConfigurationError: It is a model of another kind: latent, conditioned on text, of flow matching, EDM or
+                VE; or its weights are not in safetensors.
+            CheckpointError: A file is damaged, belongs to another network, or should not be where it is.
+            OSError: There is no such repository, or it can't be reached.
+
+        Example:
+            >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+            >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+            >>> size = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,)}
+            >>> unet = UNet2DModel(**size, **blocks, layers_per_block=1, norm_num_groups=4)
+            >>> pipe = VDMPipeline.from_diffusers(DDPMPipeline(unet, DDPMScheduler()), num_levels=17)
+            >>> pipe.scheduler.config.decoder, pipe.process.num_levels
+            ('ddpm', 17)
+        """
+        fields = {"num_levels": num_levels, "data_scaling": data_scaling, "decoder": decoder}
+        fields |= {"prediction_type": prediction_type, "variance_type": variance_type}
+        if isinstance(source, DiffusionPipeline):
+            return cls(source.unet, scheduler_of_pipeline(source, fields, arguments))
+        cls._check_loading(arguments)
+        scheduler, files = scheduler_of_repository(source, fields, arguments)
+        others = {key: value for key, value in arguments.items() if key not in HUB_ARGUMENTS}
+        pipeline: VDMPipeline = cls._from_checked(files, others | {"scheduler": scheduler, "use_safetensors": True})
+        return pipeline
+
+    @classmethod
+    def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
+        pipeline = super()._from_checked(files, arguments)
+        saved = files.read_json(INDEX).get("noise_schedule") not in (None, [None, None])
+        loaded = arguments.get("noise_schedule") is not None or (saved and "noise_schedule" not in arguments)
+        if pipeline.noise_schedule is not None and not loaded:
+            raise CheckpointError(
+                f"{files.name} has the noise schedule {shortened(pipeline.scheduler.config.noise_schedule)}, which is "
+                f"learned, and no component noise_schedule that holds its weights: it is incomplete. Save the "
+                f"pipeline again, or download it again, or give a noise_schedule."
+            )
+        return pipeline
+
+    @property
+    def process(self) -> ForwardProcess:
+        """The forward process of the scheduler's config, on the pipeline's device."""
+        scheduler = self._vdm_scheduler
+        if self.noise_schedule is None:
+            return scheduler.process.to(self._execution_device)
+        own, said = self.noise_schedule.schedule, getattr(scheduler.process, "schedule", None)
+        published = said.bake() if isinstance(said, NoiseSchedule) else said
+        if not isinstance(said, TabulatedSchedule) and type(own) not in (type(said), type(published)):
+            raise ConfigurationError(
+                f"the scheduler's noise_schedule is {shortened(scheduler.config.noise_schedule)}, and the pipeline's "
+                f"component noise_schedule holds a {type(own).__name__}: give the scheduler that was saved with it, "
+                f"or make a new pipeline of the network and this scheduler."
+            )
+        return scheduler.build_process(own)
+
+    @property
+    def _vdm_scheduler(self) -> VDMScheduler:
+        if isinstance(self.scheduler, VDMScheduler):
+            return self.scheduler
+        scheduler: VDMScheduler = VDMScheduler.from_config(self.scheduler.config)
+        return scheduler
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of this thread's sampling under way, or of the last one; callbacks compare their index with it."""
+        return self._steps_of.get(threading.get_ident(), self._steps_of.get(None, len(self.scheduler.timesteps)))
+
+    # ---- samples ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 1000,
+        latents: Tensor | None = None,
+        class_labels: Tensor | Sequence[int] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        sampler: str | Sampler = ANCESTRAL,
+        **network_arguments: Any,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample images: z_1 from the prior, ``num_inference_steps`` reverse steps, then ``p(x|z_0)``.
+
+        Args:
+            batch_size: How many images.
+            generator: One, or a list with one per image; images then do not depend on the batch they are in.
+            num_inference_steps: Evaluations of the network.
+            latents: z_1, (B, C, H, W), instead of a draw.
+            class_labels: Class of each image, (B,), for class-conditional networks.
+            output_type: ``pil``, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W), the last two in [0, 1]; ``latent`` is
+                what the last step left, (B, C, H, W), not decoded.
+            return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end: Called as ``callback(pipe, step, timestep, {"latents": ...})``; it may return changed
+                latents.
+            callback_on_step_end_tensor_inputs: Which tensors the callback gets; there is only ``latents``.
+            sampler: ``ancestral``, the scheduler's own steps; or, by the score, ``reverse_sde``, ``probability_flow``,
+                ``predictor_corrector``, ``annealed_langevin``, or one of `vdm_hub.diffusion.samplers`. Those that
+                evaluate the network several times a step take so many steps fewer.
+            network_arguments: Passed to the network by name.
+
+        Example:
+            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> unet = UNetVDMModel(
+            ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+            ...     norm_num_groups=4,
+            ... )
+            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> pipe(batch_size=2, num_inference_steps=4, output_type="pt").images.shape
+            torch.Size([2, 1, 8, 8])
+        """
+        if output_type not in _OUTPUT_TYPES:
+            raise unknown_name("output_type", output_type, _OUTPUT_TYPES)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ConfigurationError(f"callback_on_step_end is {shortened(callback_on_step_end)}: give a function.")
+        if (asked := callback_on_step_end_tensor_inputs) not in ((), [], ("latents",), ["latents"]):
+            raise ConfigurationError(f"the callback asks for {shortened(asked)}; only ['latents'] can be given.")
+        self._check_names(network_arguments, type(self).__call__)
+        process, device = self.process, self._execution_device
+        shape = self._batch_shape(batch_size, latents, generator)
+        _, bound = process.bind(None, process.draw_context(shape, generator, device))
+        network = self._network(network_arguments | self._labels(class_labels, shape[0]))
+        by_score = self._score_sampler(sampler, bound)
+        scheduler = self._scheduler_of_call(num_inference_steps, by_score)
+        if latents is None:
+            latents = bound.prior_sample(shape, generator, device)
+        latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+        latents = latents * scheduler.init_noise_sigma
+        is_vdm = isinstance(scheduler, VDMScheduler)
+        for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            if by_score is not None:
+                assert isinstance(bound, BoundGaussian)
+                s, t = (time_tensor(scheduler.times[j], latents) for j in (i + 1, i))
+                latents = by_score.step(partial(bound.score, network), bound.sde, latents, s, t, generator)
+            elif is_vdm:
+                output = bound.predict(network, latents, time_tensor(scheduler.times[i], latents))
+                latents = scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
+            else:
+                output = network(scheduler.scale_model_input(latents, timestep), timestep)
+                extra = {"generator": generator} if _takes_generator(scheduler) else {}
+                latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+            if callback_on_step_end is not None:
+                latents = (callback_on_step_end(self, i, timestep, {"latents": latents}) or {}).get("latents", latents)
+        if output_type == "latent":
+            images = latents
+        else:
+            _check_finite(latents)
+            decodes = by_score is not None or (is_vdm and not scheduler.ends_at_data)
+            levels = bound.decode(latents, network, generator) if decodes else process.quantise(latents)
+            images = images_from_levels(levels, process.num_levels, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def sample(
+        self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000, **arguments: Any
+    ) -> Tensor:
+        """`VDMPipeline.__call__` with tensors."""
+        arguments |= {"num_inference_steps": num_inference_steps, "output_type": "pt"}
+        source: Any = generator
+        samples: Tensor = self(batch_size, source, return_dict=False, **arguments)[0]
+        return samples
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the network's images."""
+        shape = _shape_of(self.unet)
+        if shape is None:
+            raise ConfigurationError("the network's config has no sample_size: give the size of the images there.")
+        return shape
+
+    @property
+    def num_levels(self) -> int:
+        """K, of the scheduler's config."""
+        return self.process.num_levels
+
+    @property
+    def num_classes(self) -> int | None:
+        """The classes that the network is conditioned on."""
+        classes: int | None = self.unet.config.get("num_class_embeds")
+        return classes
+
+    @property
+    def _takes_labels(self) -> bool:
+        config = self.unet.config
+        return "num_class_embeds" not in config or any(config.get(k) for k in ("num_class_embeds", "class_embed_type"))
+
+    @property
+    def main_model(self) -> ModelMixin:
+        """The network."""
+        return self.unet
+
+    @property
+    def _named_arguments(self) -> list[str] | None:
+        return named_arguments(self.unet)
+
+    def _scheduler_of_call(self, num_inference_steps: int, sampler: Sampler | None) -> Any:
+        """A scheduler of this call's own on its grid: threads that share the pipeline share no step."""
+        scheduler = copy.deepcopy(self.scheduler)
+        most = None if isinstance(scheduler, VDMScheduler) else len(scheduler)
+        steps = _steps(whole_number("num_inference_steps", num_inference_steps, most=most), sampler)
+        if not isinstance(scheduler, VDMScheduler):
+            check_grid(scheduler, steps)
+        scheduler.set_timesteps(steps, device=self._execution_device)
+        self._steps_of[threading.get_ident()] = self._steps_of[None] = len(scheduler.timesteps)
+        return scheduler
+
+    def _score_sampler(self, sampler: str | Sampler, bound: Any) -> Sampler | None:
+        """The sampler, where it is another than the scheduler's own."""
+        by_score = build_sampler(sampler)
+        if by_score is not None and not (
+            isinstance(bound, BoundGaussian) and isinstance(self.scheduler, VDMScheduler)
+        ):
+            raise ConfigurationError(
+                f"sampler {type(by_score).__name__} needs the score of a Gaussian process and a VDMScheduler; this "
+                f"pipeline has {type(bound).__name__} and {type(self.scheduler).__name__}: leave it out."
+            )
+        return by_score
+
+    def _network(self, arguments: dict[str, Any]) -> Network:
+        """The network in its own precision; latents stay in float32."""
+        unet = _InOwnPrecision(self.unet)
+        return lambda sample, timestep, **context: unet(sample, timestep, return_dict=False, **arguments, **context)[0]
+
+    # ---- likelihood -------------------------------------------------------------------------------------------------
+
+    def objective(self, transitions: int | None = None) -> VDMObjective:
+        """The bound of this pipeline as a module."""
+        return VDMObjective(_InOwnPrecision(self.unet), self.process, transitions)
+
+    def clipped_objective(self, transitions: int | None) -> VDMObjective | None:
+        """The same where every estimate of the data is clipped as the checkpoint's sampler does, if it does.
+
+        A clipped predictor is another model, with a bound and a likelihood of its own, in continuous time as well.
+        ``None`` where the sampler does not clip.
+        """
+        scheduler = self._vdm_scheduler
+        if scheduler.clipping is None:
+            return None
+        process = scheduler.build_process().to(self._execution_device)
+        assert isinstance(process, GaussianProcess)
+        process.clipping = scheduler.clipping
+        return VDMObjective(_InOwnPrecision(self.unet), process, transitions)
+
+    def description(self) -> dict[str, Any]:
+        """The scheduler's config."""
+        return {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+
+    def notes(self, transitions: int | None) -> list[str]:
+        """What the scheduler's config says and the bound's process does otherwise."""
+        return notes_on_bound(self.scheduler.config, transitions)
+
+
+class _InOwnPrecision(nn.Module):
+    """The network in its own precision; all around it stays in float32."""
+
+    unet: ModelMixin
+
+    def __init__(self, unet: ModelMixin) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
+        # UNetVDMModel takes float32 at any precision: its Fourier features read bits that float16 does not have.
+        given = sample if isinstance(self.unet, UNetVDMModel) else sample.to(self.unet.dtype)
+        return (self.unet(given, timestep, **arguments)[0].to(sample.dtype),)
+
+
+def _shape_of(unet: ModelMixin) -> tuple[int, int, int] | None:
+    """Channels, height and width that a network takes, if its config says so."""
+    size = unet.config.get("sample_size")
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(unet.config.in_channels), int(height), int(width)
+
+
+def _weights_of_schedule(scheduler: SchedulerMixin) -> NoiseScheduleModel | None:
+    schedule = getattr(getattr(scheduler, "process", None), "schedule", None)
+    if not isinstance(schedule, nn.Module) or not any(True for _ in schedule.parameters()):
+        return None
+    return NoiseScheduleModel.from_schedule(cast(NoiseSchedule, schedule))
+
+
+def _steps(num_inference_steps: int, sampler: Sampler | None) -> int:
+    """Steps of so many evaluations of the network in all."""
+    if sampler is None:
+        return num_inference_steps
+    if num_inference_steps < sampler.evaluations:
+        raise ConfigurationError(
+            f"num_inference_steps is {num_inference_steps}, and one step of {type(sampler).__name__} takes "
+            f"{sampler.evaluations} evaluations of the network: give at least so many."
+        )
+    return num_inference_steps // sampler.evaluations
+
+
+def _check_finite(latents: Tensor) -> None:
+    if not bool(latents.isfinite().all()):
+        broken = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        raise NonFiniteLossError(
+            f"the latents of {len(broken)} of {len(latents)} images (the first: {broken[0]}) are not finite after "
+            f"the last step: look at the model's weights, or take smaller steps."
+        )
+
+
+def _takes_generator(scheduler: Any) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
+VDMPipeline.__module__ = "vdm_hub"

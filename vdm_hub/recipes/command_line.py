@@ -1,0 +1,71 @@
+"""The parser of every command line: each option is given once and in full, and each word is one that a path may be."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from vdm_hub.errors import in_words, shortened
+from vdm_hub.errors.secret_values import mask
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose complaints are as readable as all other messages.
+
+    An option that is given twice is refused with both of its values, also in two spellings.
+
+    Args:
+        options: As `argparse.ArgumentParser` takes them.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.given: dict[str, str] = {}
+        for name, action in {None: _Store, "store_true": _StoreTrue, "store_false": _StoreFalse}.items():
+            self.register("action", name, action)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As for argparse; each word is looked at first."""
+        words: Sequence[str] = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if "\0" in word or not _is_unicode(word):
+                self.error(f"{shortened(word)} on the command line is not UTF-8, or has a zero byte: give another")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end with status 2."""
+        super().error(in_words(mask(message)))
+
+
+class _Once(argparse.Action):
+    """Sets its value, and no second one."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        said = str(option_string) if values == [] else f"{option_string} {values}"
+        if option_string is not None and self.dest in parser.given:
+            both = f"{shortened(parser.given[self.dest])} and {shortened(said)}"
+            parser.error(f"{option_string} is given twice, as {both}: give it once")
+        parser.given[self.dest] = said
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _Store(_Once, argparse._StoreAction):
+    """``--seed 1``."""
+
+
+class _StoreTrue(_Once, argparse._StoreTrueAction):
+    """``--json``."""
+
+
+class _StoreFalse(_Once, argparse._StoreFalseAction):
+    """``--no_use_ema``."""
+
+
+def _is_unicode(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

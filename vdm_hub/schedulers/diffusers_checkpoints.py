@@ -1,0 +1,220 @@
+"""A checkpoint of diffusers' DDPM family as the network and the process of a VDM.
+
+Nothing of a repository is used before it was looked at: first the list of components, then the scheduler's and the
+network's configs, and only then are weights downloaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.hub.checks import check_pipeline
+from vdm_hub.hub.places import INDEX
+from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
+from vdm_hub.schedulers.configs import is_beta_table
+from vdm_hub.schedulers.vdm import VDMScheduler
+
+Source: TypeAlias = str | os.PathLike[str] | DiffusionPipeline
+
+OWN_PIPELINE = "VDMPipeline"
+_PARTS = {"unet", "scheduler"}
+_ARGUMENTS = (*HUB_ARGUMENTS, "dtype", "variant")
+_AUTOENCODERS = {"autoencoder", "first_stage", "image_vae", "movq", "vae", "vqgan", "vqvae"}
+_OTHER_VARIANCES = ("fixed_large", "fixed_large_log", "learned", "learned_range")
+
+
+def pipeline_class(source: str | os.PathLike[str], revision: str | None = None) -> str:
+    """The class that a folder's or a repository's model_index.json names, at a revision of it.
+
+    Raises:
+        ConfigurationError: There is no model_index.json.
+        OSError: There is no such repository.
+    """
+    return str(_read(open_files(source, revision=revision), INDEX).get("_class_name"))
+
+
+def scheduler_of_pipeline(
+    pipeline: DiffusionPipeline, overrides: Mapping[str, Any], arguments: Collection[str] = ()
+) -> VDMScheduler:
+    """The `VDMScheduler` of a stock pipeline in memory, whose network is one that it can be given to.
+
+    Args:
+        pipeline: A pipeline of diffusers.
+        overrides: Fields of the `VDMScheduler` that the stock config does not know, or knows wrongly.
+        arguments: What else the caller was given; none of it means anything here.
+
+    Raises:
+        ConfigurationError: The pipeline is no unconditional pixel-space model of the DDPM family.
+    """
+    if arguments:
+        raise ConfigurationError(f"{', '.join(sorted(arguments))} is for folders and Hub ids, not for a pipeline.")
+    name = type(pipeline).__name__
+    _check_components(name, name, {key for key, part in pipeline.components.items() if part is not None})
+    scheduler = _scheduler(name, pipeline.scheduler.config, overrides)
+    _check_network(name, type(pipeline.unet), pipeline.unet.config, scheduler)
+    return scheduler
+
+
+def scheduler_of_repository(
+    source: str | os.PathLike[str], overrides: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> tuple[VDMScheduler, ModelFiles]:
+    """The same of a folder or a Hub id; and its files, checked, of one commit.
+
+    Args:
+        source: A folder, or a Hub id.
+        overrides: Fields of the `VDMScheduler` that the stock config does not know, or knows wrongly.
+        arguments: ``revision``, ``token``, ``variant``, ``dtype``, ...
+
+    Raises:
+        ConfigurationError: The pipeline is no unconditional pixel-space model of the DDPM family, or its weights are
+            not in safetensors.
+        OSError: There is no such repository.
+    """
+    unknown = set(arguments) - set(_ARGUMENTS)
+    if unknown:
+        raise ConfigurationError(
+            f"from_diffusers knows no {', '.join(sorted(unknown))}: it takes num_levels, data_scaling, decoder, "
+            f"prediction_type, variance_type, {', '.join(_ARGUMENTS)}."
+        )
+    files = open_files(source, **{key: value for key, value in arguments.items() if key in HUB_ARGUMENTS})
+    index = _read(files, INDEX)
+    components = {key: value for key, value in index.items() if _is_component(key, value)}
+    _check_components(files.name, str(index.get("_class_name")), set(components))
+    network = _network_class(files.name, *components["unet"])
+    made: list[VDMScheduler] = []
+
+    def accept() -> None:
+        made.append(_scheduler(files.name, _read(files, "scheduler/scheduler_config.json"), overrides))
+        _check_network(files.name, network, _read(files, "unet/config.json"), made[0])
+
+    check_pipeline(files, None, variant=arguments.get("variant"), accept=accept)
+    return made[0], files
+
+
+def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) -> list[str]:
+    """Which model a DDPM-family config's bound is that of, where its sampler asks for another, one sentence each.
+
+    A clipped estimate of the data is another model: the bound is that of the network unclipped, and the clipped one's
+    is reported beside it. So is a number of transitions that the checkpoint was not made for.
+
+    >>> notes_on_bound({"noise_schedule": "linear", "clip_sample": True})  # VDMScheduler's own steps never clip
+    []
+    """
+    schedule = config.get("noise_schedule")
+    is_table = "beta_schedule" in config if schedule is None else is_beta_table(schedule)
+    if not is_table or config.get("final_sigmas_type", "zero") != "zero":
+        return []
+    notes = []
+    clips = [key for key in ("clip_sample", "thresholding") if config.get(key)]
+    if clips:
+        notes.append(
+            f"the sampler clips its estimates ({clips[0]}=True); the bound is that of the model unclipped, and beside "
+            f"it stands that of the clipped one."
+        )
+    own = int(config.get("num_train_timesteps", 1000)) - 1
+    if transitions not in (None, own):
+        between = " Between its betas the table is interpolated." if own % transitions else ""
+        notes.append(
+            f"{transitions} transitions are not the checkpoint's own chain, which has {own} (the first of its betas "
+            f"is the decoder's).{between}"
+        )
+    variance = config.get("variance_type")
+    if variance in _OTHER_VARIANCES:
+        if transitions is None:
+            notes.append(
+                f"the sampler draws with another variance than the posterior's (variance_type={variance!r}); in "
+                f"continuous time the bound is the same for both."
+            )
+        else:
+            notes.append(f"the reverse steps have the checkpoint's own variance (variance_type={variance!r}).")
+    if config.get("rescale_betas_zero_snr") or (config.get("trained_betas") or [0])[-1] == 1:
+        notes.append("the last SNR is zero, gamma infinite there; the bound starts from alpha_bar = 2^-24 instead.")
+    return notes
+
+
+# ---- what is taken over, and what not -------------------------------------------------------------------------------
+
+
+def _read(files: ModelFiles, path: str) -> dict[str, Any]:
+    if path not in files:
+        raise ConfigurationError(f"{files.name} holds no pipeline that could be taken over: it has no {path}.")
+    return files.read_json(path)
+
+
+def _is_component(key: str, value: Any) -> bool:
+    """Whether an entry of model_index.json is a component that is there, ``[library, class]``."""
+    return not key.startswith("_") and isinstance(value, list) and len(value) == 2 and None not in value
+
+
+def _network_class(source: str, library: object, name: object) -> Any:
+    network = getattr(diffusers, str(name), None) if library == "diffusers" else None
+    if not (isinstance(network, type) and issubclass(network, ModelMixin)):
+        raise ConfigurationError(
+            f"the network of {source} is {name!r} of {library!r}: only diffusers' own classes are taken over, such as "
+            f"UNet2DModel. Build the network yourself and give VDMPipeline(unet, VDMScheduler.from_config(...))."
+        )
+    return network
+
+
+def _check_components(source: str, pipeline: str, components: set[str]) -> None:
+    if pipeline == OWN_PIPELINE:
+        raise ConfigurationError(f"{source} is a VDMPipeline already: load it with VDMPipeline.from_pretrained.")
+    if components == _PARTS:
+        return
+    listed = ", ".join(sorted(components)) or "no components"
+    if components & _AUTOENCODERS:
+        reason = "it diffuses the latents of an autoencoder, and a bound on those is none on the images"
+    elif any(key.startswith(("text_", "tokenizer", "transformer", "prior")) for key in components):
+        reason = "it is conditioned on text, or its network is a transformer with other inputs"
+    else:
+        reason = "it is made of other parts"
+    raise ConfigurationError(
+        f"{source} is a {pipeline} ({listed}), and {reason}: from_diffusers takes an unconditional model of images, a "
+        f"pipeline of unet and scheduler alone, such as a DDPMPipeline or a DDIMPipeline."
+    )
+
+
+def _check_network(source: str, network: type, config: Mapping[str, Any], scheduler: VDMScheduler) -> None:
+    parameters = list(inspect.signature(network.forward).parameters.values())  # type: ignore[attr-defined]
+    needed = [p.name for p in parameters[3:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if needed:
+        raise ConfigurationError(
+            f"the network of {source}, {network.__name__}, needs {', '.join(needed)} beside image and timestep: "
+            f"from_diffusers takes networks of an unconditional model, such as UNet2DModel."
+        )
+    channels, outputs, variance = config.get("in_channels"), config.get("out_channels"), scheduler.config.variance_type
+    learned = str(variance).startswith("learned")
+    if outputs != (1 + learned) * (channels or 0):
+        predicts = " (the second half predicts a variance)" if outputs == 2 * (channels or 0) else ""
+        raise ConfigurationError(
+            f"the network of {source} has {channels} input and {outputs} output channels{predicts}, and its "
+            f"variance_type is {variance!r}: a learned variance takes twice the channels, a fixed one as many. Give "
+            f"the variance_type that it was trained with, such as learned_range."
+        )
+
+
+def _scheduler(source: str, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> VDMScheduler:
+    """The `VDMScheduler` of a stock config; processes of other families it refuses itself."""
+    if config.get("use_flow_sigmas"):
+        raise ConfigurationError(
+            f"the scheduler of {source} has use_flow_sigmas=True, flow matching, which no table of betas describes: "
+            f"build a VDMScheduler with a noise_schedule and prediction_type that match the network."
+        )
+    given = {key: value for key, value in overrides.items() if value is not None}
+    scheduler: VDMScheduler = VDMScheduler.from_config(config, **given)
+    if scheduler.config.prediction_type == "epsilon" and bool(torch.as_tensor(scheduler.alphas_cumprod)[-1] == 0):
+        raise ConfigurationError(
+            f"the betas of {source} end at an SNR of zero (rescale_betas_zero_snr, or a last beta of 1): gamma is "
+            f"infinite there, and a network that predicts the noise says nothing of the data. Such betas need a "
+            f"network with the target v_prediction or sample; if it is one, give prediction_type."
+        )
+    return scheduler

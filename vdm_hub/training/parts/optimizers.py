@@ -1,0 +1,134 @@
+"""Optimisers, and their state as named tensors and numbers, which safetensors and JSON hold."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.objectives.variational_bound import Objective
+from vdm_hub.recipes.configuration import TrainingArguments
+from vdm_hub.training.parts.shards import sharded_like
+
+_ELSEWHERE = {"adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}
+# What the recipe sets anew when a run goes on; the other numbers in the groups are state, as Prodigy's d.
+_OF_THE_RECIPE = {"lr", "initial_lr", "eps", "weight_decay"}
+
+
+def build_optimizer(objective: Objective, arguments: TrainingArguments, learning_rate: float) -> torch.optim.Optimizer:
+    """The recipe's optimiser.
+
+    The noise schedule's parameters are not decayed, as zero is no better a log-SNR than any, nor are biases where
+    ``decay_biases`` is false.
+
+    Raises:
+        ConfigurationError: Its package is not installed.
+    """
+    named = dict(objective.named_parameters())
+    kept = {id(parameter) for parameter in objective.parts.get("schedule", nn.Module()).parameters()}
+    if not arguments.decay_biases:
+        kept |= {id(parameter) for name, parameter in named.items() if name.rpartition(".")[2] == "bias"}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in named.values() if id(p) not in kept]},
+        {"params": [p for p in named.values() if id(p) in kept], "weight_decay": 0.0},
+    ]
+    fused = {"fused": True} if arguments.optimizer == "adamw" else {}
+    optimizer: torch.optim.Optimizer = _optimizer_class(arguments.optimizer)(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        weight_decay=arguments.adam_weight_decay,
+        eps=arguments.adam_epsilon,
+        **fused,
+    )
+    return optimizer
+
+
+def _optimizer_class(name: str) -> Any:
+    if name == "adamw":
+        return torch.optim.AdamW
+    module, cls = _ELSEWHERE[name]
+    package = module.partition(".")[0]
+    try:
+        return getattr(importlib.import_module(module), cls)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"optimizer is {name!r}, and the package {package} can't be imported ({error}): `pip install {package}`, "
+            f"or choose adamw."
+        ) from error
+
+
+def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of an optimiser as tensors named ``<parameter>.<moment>``, and the numbers beside them.
+
+    bitsandbytes nests what is quantised: ``<parameter>.<its marker>.<moment>``.
+
+    >>> parameter = torch.nn.Parameter(torch.ones(2))
+    >>> optimizer = torch.optim.AdamW([parameter])
+    >>> parameter.sum().backward()
+    >>> optimizer.step()
+    >>> tensors, numbers = pack_state(optimizer)
+    >>> sorted(tensors), numbers
+    (['0.exp_avg', '0.exp_avg_sq', '0.step'], {'parameters': {}, 'groups': [{}]})
+    """
+    state_dict = optimizer.state_dict()
+    values = _flat(state_dict["state"])
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in values.items() if name not in tensors}
+    return tensors, {"parameters": numbers, "groups": [_numbers(group) for group in state_dict["param_groups"]]}
+
+
+def unpack_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Give an optimiser the state of `pack_state`; its settings, such as the weight decay, stay those of now."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *numbers["parameters"].items()]:
+        index, *outer, name = key.split(".")
+        values = state.setdefault(int(index), {})
+        for part in outer:
+            values = values.setdefault(part, {})
+        if name in values:
+            raise ValueError(f"the optimiser's state has {key} twice")
+        values[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    if unknown := state.keys() - {index for group in groups for index in group["params"]}:
+        raise ValueError(f"the optimiser's state is of parameters {sorted(unknown)[:4]}, which there are not")
+    for group, saved in zip(groups, numbers["groups"], strict=True):
+        own = _numbers(group).keys()  # Prodigy adds some as it steps
+        if own - saved.keys() or saved.keys() & (group.keys() - own):
+            raise ValueError(f"the optimiser's numbers are {sorted(saved)}, and were {sorted(own)}")
+        group.update(saved)
+    load_state(optimizer, {"state": state, "param_groups": groups})
+
+
+def load_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load an optimiser's state, each moment laid out in memory as its parameter is.
+
+    Fused kernels on CPUs take that for granted: beside a channels-last weight, a contiguous moment would be read in
+    the wrong order, without an error.
+    """
+    optimizer.load_state_dict(state_dict)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(sharded_like(value, parameter))
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        flat |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    """Those that JSON can hold; an infinite one is a setting, such as Prodigy's growth_rate."""
+    numbers = {name: value for name, value in group.items() if type(value) in (int, float) and math.isfinite(value)}
+    return {name: value for name, value in numbers.items() if name not in _OF_THE_RECIPE}

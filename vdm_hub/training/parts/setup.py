@@ -1,0 +1,190 @@
+"""From a configuration to the parts of a run: network, process, objective, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import singledispatch
+from typing import Any
+
+import torch
+
+from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.preprocessing import HeldOut, Preprocessing
+from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.latent_process import LatentProcess
+from vdm_hub.errors import ConfigurationError
+from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
+from vdm_hub.models.unet_vdm import UNetVDMModel
+from vdm_hub.objectives.hierarchical import HierarchicalObjective, HVAEObjective
+from vdm_hub.objectives.variational_bound import Objective, VDMObjective
+from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.pipelines.hvae import HVAEPipeline
+from vdm_hub.pipelines.latent_vdm import LatentVDMPipeline
+from vdm_hub.pipelines.vdm import VDMPipeline
+from vdm_hub.recipes.arguments import Configuration
+from vdm_hub.recipes.configuration import TrainingArguments
+from vdm_hub.schedulers.vdm import VDMScheduler
+from vdm_hub.training.parts.first_stages import build_first_stage
+from vdm_hub.training.parts.networks import build_hvae, build_network
+
+COMPILER = "inductor"
+# UNetVDMModel's own repeated block; UNet2DModel names none, and these two are nearly all of it.
+_REPEATED_BLOCKS = (*UNetVDMModel._repeated_blocks, "ResnetBlock2D", "Attention")
+
+
+def build_scheduler(configuration: Configuration) -> VDMScheduler:
+    """The scheduler whose config describes the process at the start of training."""
+    diffusion = configuration.diffusion
+    return VDMScheduler(
+        num_train_timesteps=diffusion.num_train_timesteps,
+        noise_schedule=diffusion.noise_schedule,
+        prediction_type=diffusion.prediction_type,
+        conditioning=diffusion.conditioning,
+        num_levels=configuration.data.num_levels,
+        data_scaling=diffusion.data_scaling,
+        decoder=diffusion.decoder,
+        forward_process=diffusion.forward_process,
+    )
+
+
+def build_objective(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
+    """All that is trained in one module, initialised from the run's seed."""
+    torch.manual_seed(configuration.training.seed)
+    objective = _BUILDERS[configuration.model.model](configuration, shape)
+    speed_up(objective, configuration.training)
+    return objective
+
+
+def _build_vdm(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
+    process = build_scheduler(configuration).build_process()
+    network = build_network(configuration, shape, context_size=process.context_size)
+    return VDMObjective(network, process, configuration.diffusion.transitions)
+
+
+def _build_hvae(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
+    return HVAEObjective(build_hvae(configuration, shape, "hvae", configuration.model.hvae_config))
+
+
+def _build_latent_vdm(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
+    gaussian = build_scheduler(configuration).build_process()
+    if not isinstance(gaussian, GaussianProcess):
+        raise ConfigurationError(
+            f"forward_process is {configuration.diffusion.forward_process!r}, and latents are diffused by gaussian."
+        )
+    process = LatentProcess(build_first_stage(configuration, shape), gaussian)
+    process.normalises = configuration.model.scale_latents
+    process.frozen = configuration.model.freeze_first_stage
+    network = build_network(configuration, process.latent_shape((1,))[1:], False, process.context_size)
+    return VDMObjective(network, process, configuration.diffusion.transitions)
+
+
+_BUILDERS: dict[str, Callable[[Configuration, tuple[int, int, int]], Objective]] = {
+    "vdm": _build_vdm,
+    "hvae": _build_hvae,
+    "latent_vdm": _build_latent_vdm,
+}
+
+
+def speed_up(objective: Objective, arguments: TrainingArguments) -> None:
+    """Memory layout, gradient checkpointing and compilation, all in place: the names of the weights stay as they are.
+
+    Compiled whole, network and bound are one graph while training; what evaluates or samples calls the network alone,
+    which then is not compiled, and so is not compiled anew for each size of a batch.
+    """
+    network: Any = objective.body
+    if arguments.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if arguments.gradient_checkpointing:
+        if not getattr(network, "_supports_gradient_checkpointing", False):
+            raise ConfigurationError(f"{type(network).__name__} knows no gradient checkpointing: leave it out.")
+        network.enable_gradient_checkpointing()
+    if arguments.compile == "whole":
+        objective.compile(backend=COMPILER)
+    elif arguments.compile == "regional":
+        for block in network.modules():
+            if type(block).__name__ in _REPEATED_BLOCKS:
+                block.compile(backend=COMPILER, fullgraph=True)
+
+
+def repeated_blocks(objective: Objective) -> list[str]:
+    """The classes of blocks that a network repeats: what is compiled, or sharded, each for itself."""
+    return sorted({type(block).__name__ for block in objective.modules()} & set(_REPEATED_BLOCKS))
+
+
+@singledispatch
+def build_pipeline(
+    objective: Objective, preprocessing: Preprocessing | None = None, held_out: HeldOut | None = None
+) -> LikelihoodPipeline:
+    """The pipeline of an objective as it is now.
+
+    A learned schedule is baked into the scheduler's config, or carried with its weights where no config can hold it.
+
+    Args:
+        objective: All that was trained.
+        preprocessing: How the images that it was trained on became levels.
+        held_out: How its test images were held out of them.
+    """
+    raise ConfigurationError(f"{type(objective).__name__} belongs to no pipeline.")
+
+
+@build_pipeline.register
+def _(objective: HierarchicalObjective, preprocessing: Any = None, held_out: Any = None) -> HVAEPipeline:
+    return HVAEPipeline(objective.model, preprocessing, held_out)
+
+
+@build_pipeline.register
+def _(objective: VDMObjective, preprocessing: Any = None, held_out: Any = None) -> VDMPipeline:
+    process = objective.process
+    carried = process.carried_schedule()
+    parts: dict[str, Any] = {
+        "unet": objective.network,
+        "scheduler": VDMScheduler(**process.fields()),
+        "noise_schedule": None if carried is None else NoiseScheduleModel.from_schedule(carried),
+        "preprocessing": preprocessing,
+        "held_out": held_out,
+    }
+    if isinstance(process, LatentProcess):
+        return LatentVDMPipeline(process.first_stage, **parts, latent_scaling=process.scaling())
+    return VDMPipeline(**parts)
+
+
+def describe_preprocessing(arguments: DataArguments) -> Preprocessing:
+    """What a run does to its images, for its pipeline."""
+    return {
+        "resolution": arguments.resolution,
+        "center_crop": arguments.center_crop,
+        "color": arguments.color,
+        "num_levels": arguments.num_levels,
+        "image_column": arguments.image_column,
+    }
+
+
+def count_steps(arguments: TrainingArguments, steps_per_epoch: int | None) -> int:
+    """The optimiser steps of a run, from the batches of an epoch; ``None`` for a stream, whose length is not known.
+
+    Raises:
+        ConfigurationError: Epochs of a stream; or one optimiser step would see an image twice.
+
+    >>> count_steps(TrainingArguments(num_train_epochs=3, gradient_accumulation_steps=2), steps_per_epoch=5)
+    7
+    """
+    accumulation = arguments.gradient_accumulation_steps
+    if steps_per_epoch is not None and accumulation > steps_per_epoch:
+        raise ConfigurationError(
+            f"gradient_accumulation_steps is {accumulation}, and an epoch has {steps_per_epoch} batches: one "
+            f"optimiser step would see images twice. Set it to at most {steps_per_epoch}, or train_batch_size "
+            f"to fewer."
+        )
+    if arguments.max_train_steps is not None:
+        return arguments.max_train_steps
+    if steps_per_epoch is None:
+        raise ConfigurationError("a streamed dataset does not know its length: give max_train_steps, not epochs.")
+    return (arguments.num_train_epochs or 0) * steps_per_epoch // accumulation
+
+
+def learning_rate(arguments: TrainingArguments, processes: int) -> float:
+    """AdamW's learning rate, scaled where the recipe says so."""
+    rate = arguments.learning_rate
+    if arguments.scale_lr:
+        rate *= arguments.train_batch_size * arguments.gradient_accumulation_steps * processes
+    return rate
