@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from vdm_hub import (
+    CommandLineParser,
     LikelihoodPipeline,
-    Parser,
     check_output,
     images_from_levels,
     load_images,
@@ -68,7 +68,7 @@ def draw(path: Path, groups: dict[str, tuple[Tensor, Tensor]]) -> None:
 
 def main() -> int:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id")
     parser.add_argument("dataset", help="images of the kind that the model was trained on")
     parser.add_argument("--outliers", help="images of another kind, of the same shape and levels")

@@ -15,7 +15,7 @@ from PIL import Image
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.images import ImageLevels, ImageStream
-from vdm_hub.data.loading import Data, load_data
+from vdm_hub.data.loading import RunData, load_data
 from vdm_hub.errors import DataError
 
 
@@ -58,7 +58,7 @@ def parquet_of(path: Path, rows: list[Any], **columns: list[Any]) -> Path:
     return path
 
 
-def read(folder: Path | str, **arguments: Any) -> Data:
+def read(folder: Path | str, **arguments: Any) -> RunData:
     return load_data(DataArguments(train_data_dir=str(folder), **{"test_split": None} | arguments))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm_hub.evaluation.measuring import Stages, measure
+from vdm_hub.evaluation.measuring import ReplicateStages, measure_images
 from vdm_hub.likelihood.measurement import Measurement
 from vdm_hub.likelihood.report import LikelihoodReport
 
@@ -20,11 +20,11 @@ def measured(
     parts = list(batches())
     order = torch.cat([part["indices"] for part in parts]).argsort()
     whole = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
-    return measure(
+    return measure_images(
         measurement,
         lambda indices: {name: value[indices] for name, value in whole.items()},
         len(order),
-        Stages(replicates, **{"max_replicates": max(256, replicates)} | stages),
+        ReplicateStages(replicates, **{"max_replicates": max(256, replicates)} | stages),
         batch_size=len(parts[0]["indices"]),
         progress=False,
     )

@@ -73,7 +73,7 @@ class ResamplingProcess(ForwardProcess):
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], schedule: nn.Module | None = None) -> ResamplingProcess:
-        _, arguments, _ = registry.parse("forward_processes", fields["forward_process"])
+        _, arguments, _ = registry.parse_serialised("forward_processes", fields["forward_process"])
         return cls(fields["num_levels"], fields["num_train_timesteps"], **arguments)
 
     def to_config(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from vdm_hub.data.loading import load_data
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.recipes.arguments import Configuration
-from vdm_hub.training.loop import Run, build_accelerator, train_model
+from vdm_hub.training.loop import TrainingRun, build_accelerator, train_model
 from vdm_hub.training.state.outputs import OutputFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,11 +74,11 @@ def train_here(output: Path, **fields: Any) -> LikelihoodReport | None:
     return train_model(configuration(output, **fields))
 
 
-def start(output: Path, **fields: Any) -> Run:
+def start(output: Path, **fields: Any) -> TrainingRun:
     """A run before its first step."""
     forget_accelerator()
     chosen, folder = configuration(output, **fields), OutputFolder(configuration(output, **fields))
-    return Run(chosen, build_accelerator(chosen, folder.path, folder.logs), load_data(chosen.data), folder)
+    return TrainingRun(chosen, build_accelerator(chosen, folder.path, folder.logs), load_data(chosen.data), folder)
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -124,5 +124,5 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def weights(run: Run) -> torch.Tensor:
+def weights(run: TrainingRun) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])

@@ -21,7 +21,7 @@ from hub.test_fuzz import QUIET, Door, refused_or_loaded
 from vdm_hub.evaluation.journal import Journal
 from vdm_hub.likelihood.measurement import Measured, Results
 from vdm_hub.publishing.contents import read_source
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 from vdm_hub.training.state.checkpoints import load_checkpoint, save_checkpoint
 
 RECIPE = {"dataset_name": "digits", "num_levels": 17, "max_train_steps": 3, "unet": {"layers_per_block": 1}, "seed": 1}
@@ -39,7 +39,7 @@ def journal_of(folder: Path) -> list[float]:
 
 DOORS: dict[str, Door] = {
     "run": Door("read_source", lambda folder: read_source(folder / "run")),
-    "recipe": Door("parse", lambda folder: parse([str(folder / "recipe.yaml")])),
+    "recipe": Door("parse_recipe", lambda folder: parse_recipe([str(folder / "recipe.yaml")])),
     "checkpoint": Door("load_checkpoint", lambda folder: load_checkpoint(folder / "step-00000003")),
     "journal": Door("Journal", journal_of),
 }

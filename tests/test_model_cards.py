@@ -15,7 +15,7 @@ from vdm_hub.errors import ConfigurationError
 from vdm_hub.publishing.card import Edition, render_card
 from vdm_hub.publishing.contents import PICTURES, Source
 from vdm_hub.publishing.stock_twin import build_stock_twin
-from vdm_hub.recipes.arguments import Configuration, parse
+from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.training.parts.setup import build_objective, build_pipeline
 
 CARDS = sorted((Path(__file__).resolve().parents[1] / "model_cards").iterdir())
@@ -49,7 +49,7 @@ def test_every_picture_and_file_that_it_links_is_there(card: Path) -> None:
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_its_recipe_is_the_one_that_is_shipped(card: Path) -> None:
     published = Configuration.from_dict(yaml.safe_load((card / "recipe.yaml").read_text())).to_dict()
-    shipped = parse([card.name.removeprefix("vdm-")]).to_dict()
+    shipped = parse_recipe([card.name.removeprefix("vdm-")]).to_dict()
     differing = {key for key in shipped if shipped[key] != published[key]}
     # where a run writes and reports is no part of the recipe
     assert differing <= {"recipe", "output_dir", "resume_from_checkpoint", "report_to"}

@@ -36,7 +36,7 @@ from vdm_hub.errors.secret_values import find_secret, mask, masked_values
 from vdm_hub.evaluation.provenance import describe_images
 from vdm_hub.hub.outgoing import refuse_secrets
 from vdm_hub.publishing.dry_run import write_publication
-from vdm_hub.recipes.arguments import Configuration, parse
+from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.training.tracking import Trackers
 
 # The whole text, and the part of it that nobody may see.
@@ -217,13 +217,16 @@ def test_a_recipe_holds_none(secret: str, hidden: str, tmp_path: Path) -> None:
     for fields in ({"dataset_name": secret}, {"image_column": secret}, {"recipe": secret}, nested, as_key):
         path = tmp_path / "mine.yaml"
         path.write_text(yaml.safe_dump({"dataset_name": "digits", "max_train_steps": 1} | fields))
-        for attempt in (lambda path=path: parse([str(path)]), lambda fields=fields: Configuration.from_dict(fields)):
+        for attempt in (
+            lambda path=path: parse_recipe([str(path)]),
+            lambda fields=fields: Configuration.from_dict(fields),
+        ):
             with pytest.raises(ConfigurationError) as refused:
                 attempt()
             assert "hf auth login" in str(refused.value) and hidden not in str(refused.value)
     for words in (["--train_data_dir", secret], ["--unet", json.dumps(as_key["unet"])], ["--unet", escaped]):
         with pytest.raises(ConfigurationError) as refused:
-            parse(["digits", *words])
+            parse_recipe(["digits", *words])
         assert "hf auth login" in str(refused.value) and hidden not in str(refused.value)
 
 

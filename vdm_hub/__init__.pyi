@@ -5,13 +5,13 @@
 from . import registry as registry
 
 # Images, runs and commands.
-from .recipes.command_line import Parser as Parser
+from .recipes.command_line import CommandLineParser as CommandLineParser
 from .commands import report_errors as report_errors
 from .commands.images import load_images as load_images
 from .commands.loading import load_pipeline as load_pipeline
 from .commands.outputs import check_output as check_output
 from .data.images import ImageLevels as ImageLevels
-from .data.loading import Data as Data
+from .data.loading import RunData as RunData
 from .data.loading import load_split as load_split
 from .diffusion.conditioning import AffineConditioning as AffineConditioning
 from .diffusion.conditioning import Conditioning as Conditioning
@@ -63,8 +63,8 @@ from .errors import VDMHubError as VDMHubError
 
 # What training minimises, and what evaluation measures.
 from .evaluation.evaluate import evaluate as evaluate
-from .evaluation.measuring import Stages as Stages
-from .evaluation.measuring import measure as measure
+from .evaluation.measuring import ReplicateStages as ReplicateStages
+from .evaluation.measuring import measure_images as measure_images
 from .data.levels import images_from_levels as images_from_levels
 from .data.levels import levels_from_images as levels_from_images
 from .likelihood.profiles import transition_profile as transition_profile
@@ -76,7 +76,7 @@ from .objectives.hierarchical import joint_terms as joint_terms
 from .objectives.hierarchical import log_density as log_density
 from .objectives.hierarchical import standard_kl as standard_kl
 from .likelihood.lockstep import Trajectory as Trajectory
-from .likelihood.lockstep import integrate as integrate
+from .likelihood.lockstep import integrate_ode as integrate_ode
 from .likelihood.probability_flow import FlowMeasurement as FlowMeasurement
 from .likelihood.protocol import ProbabilityFlow as ProbabilityFlow
 from .likelihood.report import LikelihoodReport as LikelihoodReport
@@ -95,7 +95,7 @@ from .pipelines.latent_vdm import LatentVDMPipeline as LatentVDMPipeline
 from .pipelines.vdm import VDMPipeline as VDMPipeline
 from .plots import plot_decompositions as plot_decompositions
 from .plots import save_grid as save_grid
-from .recipes.arguments import parse as parse
+from .recipes.arguments import parse_recipe as parse_recipe
 from .schedulers.vdm import SchedulerMixin as SchedulerMixin
 from .schedulers.vdm import VDMScheduler as VDMScheduler
 from .schedulers.vdm import VDMSchedulerOutput as VDMSchedulerOutput
@@ -106,7 +106,7 @@ from .testing.checks import check_parameterization as check_parameterization
 from .testing.checks import check_schedule as check_schedule
 from .testing.checks import parametrize_with_checks as parametrize_with_checks
 from .testing.laws import LawViolation as LawViolation
-from .training.loop import Run as Run
+from .training.loop import TrainingRun as TrainingRun
 from .training.loop import train_model as train_model
 from .training.state.outputs import OutputFolder as OutputFolder
 from .training.parts.processes import build_accelerator as build_accelerator

@@ -231,7 +231,7 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
     return allowed[0]
 
 
-def parse(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str | None]:
+def parse_serialised(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str | None]:
     """``(name, arguments, package)`` of a serialised form, checked."""
     return _parts(kind, serialised)[:3]
 
@@ -284,7 +284,9 @@ def resolve(kind: str, serialised: Serialised) -> tuple[type, dict[str, Any]]:
     accepted = [name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for key in arguments:
         if key not in accepted and not takes_any:
-            raise unknown_name(f"argument of the {KIND_WORDS[kind]} {parse(kind, serialised)[0]!r}", key, accepted)
+            raise unknown_name(
+                f"argument of the {KIND_WORDS[kind]} {parse_serialised(kind, serialised)[0]!r}", key, accepted
+            )
     return cls, arguments
 
 

@@ -22,7 +22,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from train_step import ON_CPU, SIZES, _split, alternate, bare_network, build_run, training_step
 
-from vdm_hub import Run
+from vdm_hub import TrainingRun
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         print(f"{name:<24}{theirs * 1e3:>9.1f} ms{ours * 1e3:>9.1f} ms{ratio:>8.3f}", flush=True)
 
 
-def diffusers_step(run: Run) -> Callable[[], object]:
+def diffusers_step(run: TrainingRun) -> Callable[[], object]:
     """The body of the loop of diffusers' example, on a copy of the run's network."""
     training, accelerator, network = run.training, run.accelerator, bare_network(run)
     device = accelerator.device

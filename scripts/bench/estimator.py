@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 import vdm_hub
-from vdm_hub import BoundEstimator, GaussianProcess, LinearSchedule, Stages, VDMObjective, VDMPipeline, load_split
+from vdm_hub import (
+    BoundEstimator,
+    GaussianProcess,
+    LinearSchedule,
+    ReplicateStages,
+    VDMObjective,
+    VDMPipeline,
+    load_split,
+)
 
 NOTHING = {"stratified": False, "importance_sampling": False, "control_variate": False}
 BASELINE = "independent uniform times"  # under a linear log-SNR, where time is continuous
@@ -102,11 +110,11 @@ def measure(
     times = techniques.get("times_per_image", 1)
     pilot = 0 if techniques == NOTHING | {"stratified": techniques.get("stratified", True)} else arguments.pilot
     seed = 1000 + repetition
-    report = vdm_hub.measure(
+    report = vdm_hub.measure_images(
         BoundEstimator(objective, len(levels), seed, pilot_evaluations=pilot, **techniques),
         lambda indices: {"levels": levels[indices], "indices": indices},
         len(levels),
-        Stages(max(arguments.replicates // times, 2)),
+        ReplicateStages(max(arguments.replicates // times, 2)),
         batch_size=arguments.batch_size,
         progress=False,
     )

@@ -25,12 +25,12 @@ from vdm_hub import (
     FlowMeasurement,
     LikelihoodReport,
     ProbabilityFlow,
-    Stages,
+    ReplicateStages,
     Trajectory,
     VDMPipeline,
-    integrate,
+    integrate_ode,
     load_split,
-    measure,
+    measure_images,
 )
 
 REFERENCE = ProbabilityFlow(tolerance=1e-7)
@@ -53,7 +53,7 @@ def main() -> None:
         batches: Any = lambda indices: {"levels": levels[indices].long(), "indices": indices}  # noqa: E731
         started = time.process_time()
         measurement = _Once(pipeline.objective(), flow)
-        found = measure(measurement, batches, len(levels), Stages(1), batch_size=size, progress=False)
+        found = measure_images(measurement, batches, len(levels), ReplicateStages(1), batch_size=size, progress=False)
         return found, time.process_time() - started
 
     reference = report(REFERENCE, len(levels))[0].bits_per_dim
@@ -62,12 +62,12 @@ def main() -> None:
     for name, solve, solver, dtype, alone in _cases():
         for tolerance in arguments.tolerances:
             flow = replace(REFERENCE, tolerance=tolerance, solver=solver, dtype=dtype)
-            INSIDE.integrate = solve
+            INSIDE.integrate_ode = solve
             size = 1 if alone else len(levels)
             found, seconds = report(flow, size)
             other, _ = report(flow, 1 + len(levels) - size) if not alone else (found, 0.0)
             by_batches = (found.per_image - other.per_image).abs().max()
-            INSIDE.integrate = solve
+            INSIDE.integrate_ode = solve
             coarser = report(replace(flow, tolerance=10 * tolerance), size)[0]
             stated = (found.per_image - coarser.per_image).abs().mean()
             evaluations = found.details["probability_flow"]["evaluations_per_solve"]
@@ -90,11 +90,11 @@ class _Once(FlowMeasurement):
 def _cases() -> Iterator[tuple[str, Any, str, str, bool]]:
     """Name, function, scipy's method, arithmetic, and whether it takes one image at a time."""
     for dtype in ("float64", "float32"):
-        yield "scipy dop853", integrate, "dop853", dtype, False
-        yield "scipy rk45", integrate, "rk45", dtype, False
+        yield "scipy dop853", integrate_ode, "dop853", dtype, False
+        yield "scipy rk45", integrate_ode, "rk45", dtype, False
         if importlib.util.find_spec("torchode"):
             yield "torchode tsit5", _torchode, "rk45", dtype, False
-    yield "scipy dop853, one image at a time", integrate, "dop853", "float64", True
+    yield "scipy dop853, one image at a time", integrate_ode, "dop853", "float64", True
     if importlib.util.find_spec("torchdiffeq"):
         yield "torchdiffeq dopri8, one image at a time", _torchdiffeq("dopri8"), "dop853", "float64", True
         yield "torchdiffeq dopri5, one image at a time", _torchdiffeq("dopri5"), "rk45", "float64", True

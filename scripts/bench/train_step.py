@@ -2,8 +2,8 @@
 
 ``python scripts/bench/train_step.py`` prints a row and a breakdown per size. The bare step is the network alone on
 tensors that are there: forward, squared error, backward, AdamW. The training step is the library's own
-`Run.optimise`, with data, times, noise, schedule, bound, clipping, EMA and learning rate. Both alternate, and the
-ratio of each pair is taken, so that a machine whose speed drifts gives the same answer.
+`TrainingRun.optimise`, with data, times, noise, schedule, bound, clipping, EMA and learning rate. Both alternate, and
+the ratio of each pair is taken, so that a machine whose speed drifts gives the same answer.
 
 What follows ``--`` is passed on as fields of the recipe, for every size, such as
 ``-- --gradient_checkpointing true --compile regional --mixed_precision bf16 --channels_last true``.
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vdm_hub import Data, ImageLevels, OutputFolder, Run, build_accelerator, parse
+from vdm_hub import ImageLevels, OutputFolder, RunData, TrainingRun, build_accelerator, parse_recipe
 
 RGB = {"shape": (3, 32, 32), "num_levels": 256, "noise_schedule": "linear", "max_train_steps": 100000}
 SIZES: dict[str, dict[str, Any]] = {
@@ -97,27 +97,27 @@ def measure(size: str, pairs: int, fields: list[str]) -> dict[str, Any]:
     }
 
 
-def build_run(size: str, fields: list[str]) -> Run:
+def build_run(size: str, fields: list[str]) -> TrainingRun:
     """A run of that size on random images, before its first step."""
     chosen = dict(SIZES[size])
     shape, levels = chosen.pop("shape", (1, 8, 8)), chosen.get("num_levels", 17)
     words = ["digits", "--output_dir", tempfile.mkdtemp(), "--report_to", "none"]
     for key, value in chosen.items():
         words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    configuration = parse(words + fields)
+    configuration = parse_recipe(words + fields)
     images = torch.randint(0, levels, (1024, *shape), dtype=torch.uint8)
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder.path, folder.logs)
-    return Run(configuration, accelerator, Data(ImageLevels(images, shape, levels), None, None), folder)
+    return TrainingRun(configuration, accelerator, RunData(ImageLevels(images, shape, levels), None, None), folder)
 
 
-def training_step(run: Run) -> Callable[[], object]:
+def training_step(run: TrainingRun) -> Callable[[], object]:
     """The library's own."""
     batches = run.batches()
     return lambda: run.optimise(next(batches))
 
 
-def bare_network(run: Run) -> nn.Module:
+def bare_network(run: TrainingRun) -> nn.Module:
     """A copy of the network, compiled as the run's own is."""
     network = copy.deepcopy(run.model.network).train()
     if run.training.compile == "whole":
@@ -125,7 +125,7 @@ def bare_network(run: Run) -> nn.Module:
     return network
 
 
-def bare_step(run: Run) -> Callable[[], object]:
+def bare_step(run: TrainingRun) -> Callable[[], object]:
     """Forward, squared error, backward and AdamW, on tensors that are there."""
     network, device = bare_network(run), run.accelerator.device
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
@@ -143,7 +143,7 @@ def bare_step(run: Run) -> Callable[[], object]:
     return step
 
 
-def breakdown(run: Run, step: Callable[[], object], repeats: int) -> dict[str, float]:
+def breakdown(run: TrainingRun, step: Callable[[], object], repeats: int) -> dict[str, float]:
     """Median milliseconds of each part of a training step; on a GPU it waits after each, which the steps do not."""
     device, seconds = run.accelerator.device, dict.fromkeys(("objective", "network forward"), 0.0)
 
@@ -171,7 +171,7 @@ def breakdown(run: Run, step: Callable[[], object], repeats: int) -> dict[str, f
     timed(run.accelerator, "backward", "backward")
     timed(run, "_clip", "clipping")
     timed(run._stepping, "step", "optimiser")
-    timed(sys.modules[Run.__base__.__module__], "step_ema", "moving average")
+    timed(sys.modules[TrainingRun.__base__.__module__], "step_ema", "moving average")
     rows = []
     for _ in range(repeats):
         seconds.update(dict.fromkeys(seconds, 0.0))

@@ -17,7 +17,7 @@ from vdm_hub.evaluation.journal import Journal
 from vdm_hub.hub.outgoing import refuse_secrets
 from vdm_hub.hub.repositories import open_files
 from vdm_hub.likelihood.measurement import Measured, Results
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 from vdm_hub.recipes.plain_yaml import load
 
 EVALUATE = ("evaluate", "nowhere/at-all", "--dataset_name", "digits")
@@ -56,12 +56,14 @@ TWICE: dict[str, tuple[list[str], list[str]]] = {
 def test_a_recipe_is_told_nothing_twice(what: str) -> None:
     words, named = TWICE[what]
     with pytest.raises(ConfigurationError) as caught:
-        parse(["digits", *words])
+        parse_recipe(["digits", *words])
     assert "twice" in str(caught.value) and all(word in str(caught.value) for word in named)
 
 
 def test_keys_beside_each_other_are_no_doubles() -> None:
-    parse(["digits", "--unet.dropout", "0.1", "--unet.layers_per_block", "1", "--unet", '{"norm_num_groups": 4}'])
+    parse_recipe(
+        ["digits", "--unet.dropout", "0.1", "--unet.layers_per_block", "1", "--unet", '{"norm_num_groups": 4}']
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_a_word_that_no_path_can_be_is_refused(word: str, capsys: pytest.Capture
     assert "UTF-8" in refused(capsys, "sample", word)
     assert "UTF-8" in refused(capsys, *EVALUATE[:2], "--dataset_name", word)
     with pytest.raises(ConfigurationError, match="UTF-8"):
-        parse(["digits", "--output_dir", word])
+        parse_recipe(["digits", "--output_dir", word])
 
 
 NUMBERS = (

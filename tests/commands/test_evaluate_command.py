@@ -23,12 +23,12 @@ from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.evaluation.measuring import Stages
+from vdm_hub.evaluation.measuring import ReplicateStages
 from vdm_hub.hub.records import read_evaluation
 from vdm_hub.likelihood.methods import check_endpoints
 from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 
 ODE = ("--tolerance", "0.3", "--max_images", "2", "--replicates", "2")
 METHODS: dict[str, tuple[str, ...]] = {
@@ -144,13 +144,13 @@ def test_stages_never_more_than_double_and_end_at_the_budget() -> None:
         passes = torch.linspace(-1, 1, replicates, dtype=torch.float64)[:, None].expand(-1, 3) * scale
         return LikelihoodReport({"diffusion": passes}, None, dimensions=1, network_evaluations=3 * replicates)
 
-    stages = Stages(8, target=1e-3, max_replicates=50)
+    stages = ReplicateStages(8, target=1e-3, max_replicates=50)
     assert (
         stages.next(after(8, 1.0)) == 16 and stages.next(after(40, 1.0)) == 50 and stages.next(after(50, 1.0)) is None
     )
     assert stages.next(after(8, 0.0)) is None
     error = after(8, 1.0).standard_error
-    assert Stages(8, target=error / 1.2, max_replicates=50).next(after(8, 1.0)) == 12  # 8 x 1.2^2 = 11.5
+    assert ReplicateStages(8, target=error / 1.2, max_replicates=50).next(after(8, 1.0)) == 12  # 8 x 1.2^2 = 11.5
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_an_output_that_would_be_among_the_images_is_refused_by_every_command(
     run = tmp_path / "run"
     shutil.copytree(folder, run / "pipeline")
     (run / "recipe.yaml").write_text(
-        parse(["template", "--train_data_dir", str(trained), "--dataset_name", "none"]).to_yaml()
+        parse_recipe(["template", "--train_data_dir", str(trained), "--dataset_name", "none"]).to_yaml()
     )
     before = everything(tmp_path)
     for place in (measured, trained / "class"):

@@ -22,7 +22,7 @@ from naming import naming
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.batches import ShuffledBatches, StreamedBatches, evaluation_batches, training_batches
 from vdm_hub.data.digits import digits
-from vdm_hub.data.images import Decoder, ImageLevels, ImageStream
+from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream
 from vdm_hub.data.loading import load_data, load_split
 from vdm_hub.data.pixels import image_from_levels, levels_from_image, pixel_values
 from vdm_hub.errors import DataError
@@ -338,7 +338,7 @@ def test_a_stream_is_divided_alike_whatever_its_shards(
             yield from ({"number": number} for number in shard)
 
     dataset = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": shards})
-    stream = ImageStream(dataset, "number", (1, 1, 1), 256, Decoder(), shuffle_buffer_size=7)
+    stream = ImageStream(dataset, "number", (1, 1, 1), 256, ImageReader(), shuffle_buffer_size=7)
 
     def numbers(batch: int, rank: int, world: int, parts: int) -> list[list[int]]:
         source = StreamedBatches(stream, batch, seed=seed % 2**32, rank=rank, world_size=world, accumulation=parts)

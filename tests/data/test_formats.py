@@ -16,7 +16,7 @@ from PIL import Image
 
 from image_folders import folder_of, greys, parquet_of, picture, read, refused
 from naming import naming
-from vdm_hub.data.images import Decoder
+from vdm_hub.data.images import ImageReader
 from vdm_hub.data.levels import levels_from_images
 from vdm_hub.data.loading import load_split
 from vdm_hub.errors import DataError
@@ -341,19 +341,19 @@ def test_a_palette_that_is_just_long_enough_is_read() -> None:
         "a.bmp": bitmap(bytes([7, 8, 9, 0, 4, 5, 6, 0]), 0, 1),
     }
     for content in whole.values():
-        assert Decoder(color="rgb").decode(content).tolist() == [[[9, 6]], [[8, 5]], [[7, 4]]]
+        assert ImageReader(color="rgb").decode(content).tolist() == [[[9, 6]], [[8, 5]], [[7, 4]]]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_more_pixels_than_are_read_are_refused_with_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=naming("image 3", "12,000 x 12,000", "89,478,485")):
-        Decoder().decode(png(12_000, 12_000, 1, 0, bytes(12_000 * 1_501)), 3)
+        ImageReader().decode(png(12_000, 12_000, 1, 0, bytes(12_000 * 1_501)), 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 29)
     for name in ("a.png", "a.bmp", "a.ppm"):
         with pytest.raises(DataError, match="6 pixels"):
-            Decoder().decode(READ[name]())
+            ImageReader().decode(READ[name]())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
-    assert Decoder().decode(READ["a.png"]()).shape == (3, 6, 5)
+    assert ImageReader().decode(READ["a.png"]()).shape == (3, 6, 5)
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -423,7 +423,7 @@ def test_any_bytes_are_an_image_or_one_paragraph(name: str, data: st.DataObject)
         content[place] = data.draw(st.integers(0, 255))
     cut = data.draw(st.one_of(st.none(), st.integers(0, len(content))))
     try:
-        levels = Decoder(color="rgb").decode(bytes(content[:cut]), 7)
+        levels = ImageReader(color="rgb").decode(bytes(content[:cut]), 7)
     except DataError as error:
         assert "image 7" in str(error) and "\n" not in str(error) and len(str(error)) <= 1000
     else:

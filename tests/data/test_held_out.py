@@ -18,9 +18,9 @@ from image_folders import png, refused
 from naming import naming
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.held_out import choose_again, hold_out, label_column
-from vdm_hub.data.loading import Data, load_data, load_split
+from vdm_hub.data.loading import RunData, load_data, load_split
 from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 
 
 def class_folders(root: Path, **classes: int) -> Path:
@@ -34,7 +34,7 @@ def class_folders(root: Path, **classes: int) -> Path:
     return root
 
 
-def load(root: Path, **arguments: Any) -> Data:
+def load(root: Path, **arguments: Any) -> RunData:
     return load_data(DataArguments(train_data_dir=str(root), **arguments))
 
 
@@ -207,11 +207,11 @@ def test_what_leaves_nothing_to_train_on_is_refused(four: Path, size: float) -> 
 
 def test_a_share_is_written_as_a_number_or_as_an_integer() -> None:
     for text, value in (("0.1", 0.1), ("1e-1", 0.1), ("256", 256), ("1", 1), ("1e2", 100), ("0", 0)):
-        found = parse(["digits", "--test_size", text]).data.test_size
+        found = parse_recipe(["digits", "--test_size", text]).data.test_size
         assert found == value and isinstance(found, type(value)), text
     for text in ("1.0", "many", "2.5", "-3", "true"):
         with pytest.raises(ConfigurationError, match="test_size"):
-            parse(["digits", "--test_size", text])
+            parse_recipe(["digits", "--test_size", text])
 
 
 def test_corrupt_images_are_left_out_of_both_parts_and_the_choice_stays(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from image_folders import folder_of, greys, parquet_of, png, read, refused
-from vdm_hub.data.images import Decoder
+from vdm_hub.data.images import ImageReader
 from vdm_hub.data.loading import load_split, undecoded
 from vdm_hub.data.sources import HubDataset, Source, UnknownSplitError
 
@@ -94,8 +94,8 @@ def test_parquet_files_of_different_columns_are_refused(tmp_path: Path) -> None:
 
 def images_of(source: Source, split: str, streaming: bool) -> list[int]:
     dataset = undecoded(source, source.read(split, streaming=streaming), "image", split)
-    decoder = Decoder(open_file=source.open_file)
-    return [int(decoder.decode(row["image"])[0, 0, 0]) for row in dataset]
+    reader = ImageReader(open_file=source.open_file)
+    return [int(reader.decode(row["image"])[0, 0, 0]) for row in dataset]
 
 
 @both

@@ -16,7 +16,7 @@ from PIL import Image
 from naming import naming
 from runs import finished_run
 from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
-from vdm_hub.data.images import Decoder, ImageLevels, ImageStream
+from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream
 from vdm_hub.data.loading import load_split
 from vdm_hub.data.pixels import image_from_levels
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
@@ -86,7 +86,7 @@ def test_a_stream_gives_what_memory_gives_and_only_what_is_needed_is_read(
     features = datasets.Features({"image": datasets.Image()})
     dataset = datasets.IterableDataset.from_generator(rows, features=features)
     encoded = dataset.cast_column("image", datasets.Image(decode=False))
-    stream = ImageStream(encoded, "image", (1, 8, 8), 17, Decoder(17))
+    stream = ImageStream(encoded, "image", (1, 8, 8), 17, ImageReader(17))
     streamed = evaluate(pipeline, stream, replicates=1, batch_size=8, max_images=20, progress=False)
     held = evaluate(pipeline, images, replicates=1, batch_size=8, max_images=20, progress=False)
     assert streamed.num_images == held.num_images == 20

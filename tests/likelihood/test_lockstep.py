@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vdm_hub.likelihood.lockstep import _in_even_steps, integrate, solver_library
+from vdm_hub.likelihood.lockstep import _in_even_steps, integrate_ode, solver_library
 from vdm_hub.likelihood.protocol import SOLVERS
 
 FIRST, LAST, UNIT = 0.25, 1.75, 2.0**-30
@@ -21,12 +21,12 @@ def decay(times: Any, states: Any) -> Any:
 
 
 def ended(field: Any, *, tolerance: float = 100 * UNIT, max_steps: int = 100, solver: str = "rk45") -> Any:
-    """What `integrate` gave or raised; a thread that waits for something that never comes fails the test."""
+    """What `integrate_ode` gave or raised; a thread that waits for something that never comes fails the test."""
     found: list[Any] = []
 
     def run() -> None:
         try:
-            found.append(integrate(field, START, (FIRST, LAST), tolerance, max_steps, solver))
+            found.append(integrate_ode(field, START, (FIRST, LAST), tolerance, max_steps, solver))
         except Exception as error:
             found.append(error)
 

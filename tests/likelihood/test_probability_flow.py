@@ -467,7 +467,7 @@ def test_a_solver_at_the_edge_of_its_stability_does_not_amplify_rounding() -> No
         return float(np.abs(end(field(1e-14)) - end(field(0.0))).max())
 
     def ours(field: Any) -> Any:
-        return lockstep.integrate(field, np.full((1, 8), 0.3), (0.0, 5.0), 1e-3, 5000, "rk45")[0].state
+        return lockstep.integrate_ode(field, np.full((1, 8), 0.3), (0.0, 5.0), 1e-3, 5000, "rk45")[0].state
 
     def plain(field: Any) -> Any:
         start = np.full(8, 0.3)

@@ -19,7 +19,7 @@ def train(words: list[str], log: Path) -> None:
     from vdm_hub import train as door
     from vdm_hub.training import loop
 
-    class Waiting(loop.Run):
+    class Waiting(loop.TrainingRun):
         def optimise(self, batches):  # type: ignore[no-untyped-def]
             if self.step == 1:
                 log.with_suffix(".waits").touch()
@@ -27,7 +27,7 @@ def train(words: list[str], log: Path) -> None:
                     time.sleep(0.01)
             return super().optimise(batches)
 
-    loop.Run = Waiting  # type: ignore[misc]
+    loop.TrainingRun = Waiting  # type: ignore[misc]
     for number, name in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log.with_suffix(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = ["train", *words]

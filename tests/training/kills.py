@@ -66,14 +66,14 @@ def train(arguments: list[str], run: Path) -> None:
     from vdm_hub import train as door
     from vdm_hub.training import loop
 
-    class Marked(loop.Run):
+    class Marked(loop.TrainingRun):
         def optimise(self, batches):  # type: ignore[no-untyped-def]
             terms = super().optimise(batches)
             with marker(run).open("ab") as steps:
                 steps.write(b".")
             return terms
 
-    loop.Run = Marked  # type: ignore[misc]
+    loop.TrainingRun = Marked  # type: ignore[misc]
     sys.argv = ["train", *arguments]
     sys.exit(door.main())
 

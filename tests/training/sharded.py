@@ -17,7 +17,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 from vdm_hub.training.loop import train_model
 
 Start = Callable[[AcceleratorState, dict[str, Any]], DistributedType]
@@ -62,7 +62,7 @@ def main(jobs: list[list[str]]) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         with run_by(engine):
-            train_model(parse(words))
+            train_model(parse_recipe(words))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.errors import ConfigurationError, MissingPluginError
-from vdm_hub.recipes.arguments import FIELDS, GROUPS, Configuration, load_recipe, parse, recipes
+from vdm_hub.recipes.arguments import FIELDS, GROUPS, Configuration, load_recipe, parse_recipe, recipes
 from vdm_hub.recipes.configuration import TrainingArguments
 
 MINIMAL = {"dataset_name": "digits", "max_train_steps": 5}
@@ -27,7 +27,7 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
 
 def refused(argv: list[str]) -> str:
     with pytest.raises((ConfigurationError, MissingPluginError)) as error:
-        parse(argv)
+        parse_recipe(argv)
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -35,10 +35,10 @@ def refused(argv: list[str]) -> str:
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(recipe: str, tmp_path: Path) -> None:
-    configuration = parse([recipe])
+    configuration = parse_recipe([recipe])
     assert configuration.recipe == recipe
     assert configuration.training.output_dir == f"runs/{recipe}"
-    assert parse([write(tmp_path, configuration.to_yaml())]) == configuration
+    assert parse_recipe([write(tmp_path, configuration.to_yaml())]) == configuration
     assert Configuration.from_dict(configuration.to_dict()) == configuration
 
 
@@ -63,23 +63,23 @@ def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(recipe: str, tm
 def test_yaml_is_inverted_by_parsing(tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]) -> None:
     configuration = Configuration.from_dict(MINIMAL | values, recipe="drawn")
     path = write(tmp_path_factory.mktemp("recipe"), configuration.to_yaml())
-    assert parse([path]) == configuration
+    assert parse_recipe([path]) == configuration
 
 
 def test_the_command_line_overrides_the_recipe_in_either_spelling() -> None:
-    configuration = parse(
+    configuration = parse_recipe(
         ["--seed", "3", "digits", "--learning_rate=1e-4", "--train-batch-size", "7", "--random_flip", "--no_use_ema"]
     )
     training = configuration.training
     assert (training.seed, training.learning_rate, training.train_batch_size, training.use_ema) == (3, 1e-4, 7, False)
     assert configuration.data.random_flip is True
     assert configuration.data.num_levels == 17, "what is not given stays the recipe's"
-    assert parse(["digits", "--use_ema", "false"]).training.use_ema is False
-    assert parse(["digits", "--validation_images", "none"]).training.validation_images is None
+    assert parse_recipe(["digits", "--use_ema", "false"]).training.use_ema is False
+    assert parse_recipe(["digits", "--validation_images", "none"]).training.validation_images is None
 
 
 def test_a_field_on_the_command_line_takes_the_place_of_its_alternative() -> None:
-    configuration = parse(["digits", "--num_train_epochs", "2", "--train_data_dir", "pictures"])
+    configuration = parse_recipe(["digits", "--num_train_epochs", "2", "--train_data_dir", "pictures"])
     assert (configuration.training.max_train_steps, configuration.training.num_train_epochs) == (None, 2)
     assert (configuration.data.dataset_name, configuration.data.train_data_dir) == (None, "pictures")
     assert "max_train_steps" in refused(["digits", "--num_train_epochs", "2", "--max_train_steps", "2"])
@@ -92,7 +92,7 @@ def test_yaml_scalars_become_what_the_field_says(tmp_path: Path) -> None:
         "mixed_precision: no\nuse_ema: no\nscale_lr: 'true'\ndataset_config_name: null\n"
         "noise_schedule:\n  name: linear\n  config: {gamma_min: -8, gamma_max: 5e0}\n",
     )
-    configuration = parse([path])
+    configuration = parse_recipe([path])
     training = configuration.training
     assert training.max_train_steps == 1000 and isinstance(training.max_train_steps, int)
     assert (training.learning_rate, training.adam_epsilon, training.max_grad_norm) == (1e-4, 1e-7, 1.0)
@@ -176,7 +176,7 @@ def test_a_recipe_without_dataset_or_length_is_refused(tmp_path: Path) -> None:
 
 def test_help_explains_every_field_with_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parse(["digits", "--seed", "77", "--help"])
+        parse_recipe(["digits", "--seed", "77", "--help"])
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for group in GROUPS:
@@ -192,7 +192,7 @@ def test_fields_are_unique_over_the_groups() -> None:
 
 
 def test_a_recipe_may_give_some_fields_only(tmp_path: Path) -> None:
-    configuration = parse([write(tmp_path, "num_train_epochs: 1\n"), "--dataset_name", "cifar10"])
+    configuration = parse_recipe([write(tmp_path, "num_train_epochs: 1\n"), "--dataset_name", "cifar10"])
     assert configuration.data == DataArguments(dataset_name="cifar10")
     assert configuration.training == TrainingArguments(num_train_epochs=1, output_dir="runs/mine")
 
@@ -256,7 +256,9 @@ def test_a_token_is_no_value_of_any_field() -> None:
 
 
 def test_publishing_is_asked_for_in_the_words_of_diffusers() -> None:
-    training = parse(["digits", "--push_to_hub", "--hub_model_id", "me/vdm-digits", "--hub_private_repo"]).training
+    training = parse_recipe(
+        ["digits", "--push_to_hub", "--hub_model_id", "me/vdm-digits", "--hub_private_repo"]
+    ).training
     assert (training.push_to_hub, training.hub_repository, training.hub_private_repo) == (True, "me/vdm-digits", True)
-    assert parse(["digits", "--push_to_hub"]).training.hub_repository == "digits"
-    assert parse(["digits"]).training.push_to_hub is False
+    assert parse_recipe(["digits", "--push_to_hub"]).training.hub_repository == "digits"
+    assert parse_recipe(["digits"]).training.push_to_hub is False

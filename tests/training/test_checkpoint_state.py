@@ -15,7 +15,7 @@ from hub.damage import changed
 from naming import naming
 from runs import LEARNED, UNET, start, weights
 from vdm_hub.errors import CheckpointError
-from vdm_hub.training.loop import Run
+from vdm_hub.training.loop import TrainingRun
 from vdm_hub.training.state.checkpoint_state import pack_state, restore_state
 from vdm_hub.training.state.checkpoints import Checkpoint
 
@@ -28,7 +28,7 @@ WHOLE |= {"validation_size": 16, "validation_steps": 2, "early_stopping_patience
 class Packed:
     """A run after its third step, and its state as a checkpoint gives it back."""
 
-    run: Run
+    run: TrainingRun
     checkpoint: Checkpoint
 
 
@@ -54,7 +54,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     return packed(tmp_path_factory.mktemp("packed") / "run", use_ema=False)
 
 
-def restored(run: Run, checkpoint: Checkpoint, state: dict[str, Any] | None = None) -> Run:
+def restored(run: TrainingRun, checkpoint: Checkpoint, state: dict[str, Any] | None = None) -> TrainingRun:
     path = run.folder.checkpoints / f"step-{STEPS:08d}"
     restore_state(run, path, Checkpoint(checkpoint.tensors, state or checkpoint.state))
     return run

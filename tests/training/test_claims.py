@@ -18,7 +18,7 @@ import pytest
 from naming import naming
 from runs import configuration, contents, environment, recipe, train_here
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 from vdm_hub.training.state.checkpoints import checkpoints
 from vdm_hub.training.state.outputs import OutputFolder
 
@@ -80,7 +80,7 @@ def test_of_three_seeds_at_once_one_runs_and_two_say_why_not(tmp_path: Path) -> 
     with started(tmp_path, *([str(made), "--seed", str(seed)] for seed in range(3))) as process:
         winner = check_one_ran(ends(process), "runs/tiny")
     run = tmp_path / "runs" / "tiny"
-    assert parse([str(run / "recipe.yaml")]).training.seed == winner
+    assert parse_recipe([str(run / "recipe.yaml")]).training.seed == winner
     assert len(checkpoints(run / "checkpoints")) == 3
     assert not [name for name in contents(tmp_path / "runs") if Path(name).name.startswith(".")]
 

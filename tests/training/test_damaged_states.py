@@ -20,7 +20,7 @@ from naming import naming
 from runs import start, train_here
 from vdm_hub.errors import MAX_MESSAGE, CheckpointError, VDMHubError
 from vdm_hub.hub.json_files import parse_json
-from vdm_hub.training.loop import Run
+from vdm_hub.training.loop import TrainingRun
 from vdm_hub.training.state.checkpoint_state import restore_state
 from vdm_hub.training.state.checkpoints import Checkpoint, checkpoints, load_checkpoint, save_checkpoint
 from vdm_hub.training.state.resuming import find_start
@@ -33,7 +33,7 @@ FIELDS |= {"max_train_steps": 2, "logging_steps": 1, "checkpointing_steps": 1, "
 class Saved:
     """A run that is to go on, and its last checkpoint."""
 
-    run: Run
+    run: TrainingRun
     path: Path
     checkpoint: Checkpoint
 

@@ -18,7 +18,7 @@ from PIL import Image
 from runs import ROOT, UNET, forget_accelerator
 from vdm_hub import VDMPipeline
 from vdm_hub.commands import main
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 from vdm_hub.training.loop import train_model
 
 CLASSES = ("cat", "dog", "fox", "owl")
@@ -49,7 +49,7 @@ def words(**fields: Any) -> list[str]:
 
 def run_template(**fields: Any) -> None:
     forget_accelerator()
-    train_model(parse(["template", *words(**TINY | fields)]))
+    train_model(parse_recipe(["template", *words(**TINY | fields)]))
 
 
 def read(path: Path) -> dict[str, Any]:

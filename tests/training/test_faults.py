@@ -64,14 +64,14 @@ def files_end_at(size: int) -> Iterator[None]:
 
 
 def full_while_saving(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    class Full(loop.Run):
+    class Full(loop.TrainingRun):
         def save(self) -> None:
             if self.step not in steps:
                 return super().save()
             with files_end_at(4096):
                 return super().save()
 
-    monkeypatch.setattr(loop, "Run", Full)
+    monkeypatch.setattr(loop, "TrainingRun", Full)
 
 
 def test_a_periodic_checkpoint_that_does_not_fit_is_a_warning(
@@ -122,7 +122,7 @@ def test_a_file_system_without_room(calm: Path, tmp_path: Path, monkeypatch: pyt
     if mounted.returncode != 0:
         pytest.skip("no right to mount")
 
-    class Filling(loop.Run):
+    class Filling(loop.TrainingRun):
         def save(self) -> None:
             ballast = disk / "ballast"
             if self.step == 4:
@@ -131,7 +131,7 @@ def test_a_file_system_without_room(calm: Path, tmp_path: Path, monkeypatch: pyt
             super().save()
             ballast.unlink(missing_ok=True)
 
-    monkeypatch.setattr(loop, "Run", Filling)
+    monkeypatch.setattr(loop, "TrainingRun", Filling)
     try:
         with pytest.warns(UserWarning, match=naming("step 4", "No space left on device")):
             train_here(disk / "run", **STEPPED)
@@ -221,13 +221,13 @@ def test_a_shard_that_is_lost_is_named_and_the_run_goes_on_later(
     train_here(tmp_path / "calm", **fields)
     saved = {path: path.read_bytes() for path in (tmp_path / "data").iterdir()}
 
-    class Losing(loop.Run):
+    class Losing(loop.TrainingRun):
         def save(self) -> None:
             super().save()
             for path in saved:
                 path.unlink(missing_ok=True) if what == "vanishes" else path.write_bytes(saved[path][:50])
 
-    monkeypatch.setattr(loop, "Run", Losing)
+    monkeypatch.setattr(loop, "TrainingRun", Losing)
     with pytest.raises(DataError, match="stream") as caught:
         train_here(tmp_path / "run", **fields)
     assert "resume_from_checkpoint latest" in str(caught.value)
@@ -274,14 +274,14 @@ def test_a_tracker_that_dies_is_dropped_with_one_warning(
 ) -> None:
     """TensorBoard's folder becomes a file, at which its writer fails."""
 
-    class Losing(loop.Run):
+    class Losing(loop.TrainingRun):
         def save(self) -> None:
             super().save()
             if self.folder.logs.is_dir():
                 shutil.rmtree(self.folder.logs)
                 self.folder.logs.write_text("no folder")
 
-    monkeypatch.setattr(loop, "Run", Losing)
+    monkeypatch.setattr(loop, "TrainingRun", Losing)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train_here(tmp_path / "run", **STEPPED, report_to="tensorboard")

@@ -11,7 +11,7 @@ import pytest
 
 from naming import naming
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.recipes.arguments import Configuration, parse
+from vdm_hub.recipes.arguments import Configuration, parse_recipe
 
 UNET = {"_class_name": "UNetVDMModel", "block_out_channels": [32, 64], "layers_per_block": 3, "dropout": 0.1}
 BOTH = {"name": "linear", "config": {"gamma_min": -8.0, "gamma_max": 5.0}}
@@ -38,7 +38,7 @@ def unet(configuration: Configuration) -> Any:
 def quietly(argv: list[str]) -> Configuration:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return parse(argv)
+        return parse_recipe(argv)
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,12 @@ def test_names_take_all_away_and_their_arguments_are_merged(
 def test_another_class_takes_no_arguments_over_and_says_so(tmp_path: Path) -> None:
     path = made(tmp_path, {"name": "learned_linear", "config": {"gamma_min": -8.0}})
     with pytest.warns(UserWarning, match=naming("UNet2DModel", "block_out_channels", "dropout", "layers_per_block")):
-        assert unet(parse([path, "--unet", '{"_class_name": "UNet2DModel"}'])) == {"_class_name": "UNet2DModel"}
+        assert unet(parse_recipe([path, "--unet", '{"_class_name": "UNet2DModel"}'])) == {"_class_name": "UNet2DModel"}
     with pytest.warns(UserWarning, match=r"noise_schedule .*linear.*learned_linear.*config"):
-        found = parse([path, "--noise_schedule", '{"name": "linear", "config": {"gamma_max": 4}}'])
+        found = parse_recipe([path, "--noise_schedule", '{"name": "linear", "config": {"gamma_max": 4}}'])
     assert json.loads(found.diffusion.noise_schedule) == {"name": "linear", "config": {"gamma_max": 4}}
     with pytest.warns(UserWarning, match="noise_schedule"):
-        parse([path, "--noise_schedule.name", "cosine"])
+        parse_recipe([path, "--noise_schedule.name", "cosine"])
 
 
 def test_an_empty_mapping_takes_the_recipe_s_away(tmp_path: Path) -> None:
@@ -104,7 +104,9 @@ def test_an_empty_mapping_takes_the_recipe_s_away(tmp_path: Path) -> None:
     latent = quietly(["digits_latent", "--first_stage", "{}", "--first_stage_from", "runs/vae/pipeline"])
     assert latent.model.first_stage_config == {}
     merged = quietly(["digits_latent", "--first_stage.dropout", "0.2", "--hvae", "{}"])
-    assert merged.model.first_stage_config == parse(["digits_latent"]).model.first_stage_config | {"dropout": 0.2}
+    assert merged.model.first_stage_config == parse_recipe(["digits_latent"]).model.first_stage_config | {
+        "dropout": 0.2
+    }
 
 
 def test_fields_that_the_recipe_is_silent_on_are_begun(tmp_path: Path) -> None:
@@ -137,5 +139,5 @@ def test_fields_that_the_recipe_is_silent_on_are_begun(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_mistake_is_refused_in_one_paragraph(words: list[str], named: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        parse([made(tmp_path), *words])
+        parse_recipe([made(tmp_path), *words])
     assert named in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000

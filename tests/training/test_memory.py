@@ -100,7 +100,7 @@ def test_what_cannot_fit_is_refused_before_memory_is_taken(
 def test_a_dry_run_shows_its_arguments_and_its_needs_also_where_it_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vdm_hub.recipes.arguments import parse
+    from vdm_hub.recipes.arguments import parse_recipe
 
     (tmp_path / "again.yaml").write_text("")
     for fields in ({}, {"unet": {"block_out_channels": [1 << 16]}}):
@@ -110,7 +110,7 @@ def test_a_dry_run_shows_its_arguments_and_its_needs_also_where_it_is_refused(
             assert fields
         said = capsys.readouterr().out
         (tmp_path / "again.yaml").write_text(said.partition("\n\n")[0])
-        again = parse([str(tmp_path / "again.yaml")])
+        again = parse_recipe([str(tmp_path / "again.yaml")])
         assert again == configuration(tmp_path / "run", dry_run=True, seed=7, **fields)
         assert re.search(r"parameters +[\d,]+ of network", said) and "MiB" in said
         assert said.index("seed: 7") < said.index("parameters ")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from runs import LAUNCH, LEARNED, ROOT, TORCHRUN, contents, environment, finished_run, python, recipe, train_here
 from vdm_hub import VDMPipeline
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 
@@ -60,7 +60,7 @@ def test_a_launched_run_leaves_everything_that_was_promised() -> None:
 
 def test_the_recipe_that_is_left_is_the_one_that_was_run() -> None:
     run, _ = finished_run()
-    configuration = parse([str(run / "recipe.yaml")])
+    configuration = parse_recipe([str(run / "recipe.yaml")])
     assert configuration.recipe == "digits"
     assert configuration.training.output_dir == str(run)
     assert configuration.training.max_train_steps == 6
@@ -144,13 +144,13 @@ import torch
 
 from vdm_hub.data.loading import load_data
 from vdm_hub.training import loop
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 
 folder = Path(sys.argv[1])
 seen = []
 
 
-class Recording(loop.Run):
+class Recording(loop.TrainingRun):
     def optimise(self, batches):
         noise = [self._noise(batch, part)["marginal"] for part, batch in enumerate(batches)]
         times = [self._times(part) for part in range(len(batches))]
@@ -164,8 +164,8 @@ class Recording(loop.Run):
         return super().finish()
 
 
-loop.Run = Recording
-loop.train_model(parse(sys.argv[2:]))
+loop.TrainingRun = Recording
+loop.train_model(parse_recipe(sys.argv[2:]))
 """
 
 
@@ -270,7 +270,7 @@ from vdm_hub import train
 from vdm_hub.training import loop
 
 
-class Poisoned(loop.Run):
+class Poisoned(loop.TrainingRun):
     def _noise(self, batch, part):
         noise = super()._noise(batch, part)
         if self.step == 2 and self.accelerator.process_index == 1:
@@ -278,6 +278,6 @@ class Poisoned(loop.Run):
         return noise
 
 
-loop.Run = Poisoned
+loop.TrainingRun = Poisoned
 sys.exit(train.main())
 """

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.recipes import plain_yaml
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 
 BASE = "dataset_name: digits\nmax_train_steps: 5\n"
 
@@ -28,7 +28,7 @@ def recipe(folder: Path, content: str | bytes) -> list[str]:
 
 def refused(argv: list[str]) -> str:
     with pytest.raises(ConfigurationError) as error:
-        parse(argv)
+        parse_recipe(argv)
     message = str(error.value)
     assert "\n" not in message and len(message) < 1000
     return message
@@ -62,7 +62,7 @@ def test_a_scalar_is_what_the_core_schema_of_yaml_1_2_says(text: str, value: Any
 def test_an_integer_is_read_alike_at_both_doors(door: str, line: str, value: int, tmp_path: Path) -> None:
     word = line.partition(": ")[2].strip("'")
     argv = recipe(tmp_path, BASE + line) if door == "recipe" else [*recipe(tmp_path, BASE), "--seed", word]
-    assert parse(argv).training.seed == value
+    assert parse_recipe(argv).training.seed == value
 
 
 @pytest.mark.parametrize("word", ["1_000", "1:30", "1,000", "0b11", "\u0661\u0662", " 5 5", "1e400", "0x", "--5"])
@@ -129,7 +129,7 @@ def test_what_a_recipe_has_no_place_for_is_refused_at_once(content: str | bytes,
 def test_utf_8_with_a_mark_is_read(tmp_path: Path) -> None:
     text = BASE + "output_dir: caf\u00e9\n"
     for content in (text.encode(), text.encode("utf-8-sig"), text.replace("\n", "\r\n").encode()):
-        assert parse(recipe(tmp_path, content)).training.output_dir == "caf\u00e9"
+        assert parse_recipe(recipe(tmp_path, content)).training.output_dir == "caf\u00e9"
 
 
 def test_the_longest_recipe_is_read_in_seconds_and_a_pipe_is_none(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_the_longest_recipe_is_read_in_seconds_and_a_pipe_is_none(tmp_path: Path
     text = f"{BASE}noise_schedule: {{name: tabulated, config: {{gammas: {gammas}}}}}\n"
     assert len(text) < plain_yaml.MAX_BYTES
     began = time.monotonic()
-    parse(recipe(tmp_path, text))
+    parse_recipe(recipe(tmp_path, text))
     assert time.monotonic() - began < 20
     os.mkfifo(tmp_path / "pipe.yaml")
     assert "pipe.yaml" in refused([str(tmp_path / "pipe.yaml")])
@@ -146,7 +146,7 @@ def test_the_longest_recipe_is_read_in_seconds_and_a_pipe_is_none(tmp_path: Path
 def test_home_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe(tmp_path, BASE)
-    assert parse(["~/mine.yaml"]).recipe == "mine"
+    assert parse_recipe(["~/mine.yaml"]).recipe == "mine"
     assert "nobody-of-this-name" in refused(["~nobody-of-this-name/mine.yaml"])
 
 

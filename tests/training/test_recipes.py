@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from runs import forget_accelerator
-from vdm_hub.recipes.arguments import parse, recipes
+from vdm_hub.recipes.arguments import parse_recipe, recipes
 from vdm_hub.training.loop import train_model
 from vdm_hub.training.parts.networks import build_network
 from vdm_hub.training.parts.setup import build_objective
@@ -35,7 +35,7 @@ def test_these_are_all() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_each_builds_its_network_and_process(name: str) -> None:
-    recipe = parse([name])
+    recipe = parse_recipe([name])
     is_vdm = recipe.model.model == "vdm"
     with torch.device("meta" if is_vdm else "cpu"):  # some are large
         network = build_network(recipe, SHAPES[name]) if is_vdm else build_objective(recipe, SHAPES[name]).body
@@ -45,7 +45,7 @@ def test_each_builds_its_network_and_process(name: str) -> None:
 def test_the_network_of_the_paper_has_its_size() -> None:
     """The CIFAR-10 network of the reference code: 30.58 million parameters."""
     with torch.device("meta"):
-        network = build_network(parse(["cifar10"]), (3, 32, 32))
+        network = build_network(parse_recipe(["cifar10"]), (3, 32, 32))
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == 30.58
 
 
@@ -65,7 +65,7 @@ def test_each_small_one_takes_a_step_that_learns(name: str, tmp_path: Path) -> N
     words += ["--image_column", "image", "--test_split", "none", "--max_train_steps", "5", "--train_batch_size", "2"]
     words += ["--num_sample_images", "0", "--compile", "none", "--report_to", "none", "--validation_size", "2"]
     words += ["--validation_steps", "5", "--sample_steps", "0", "--lr_warmup_steps", "0", "--logging_steps", "1"]
-    configuration = parse(words)
+    configuration = parse_recipe(words)
     forget_accelerator()
     train_model(configuration)
     forget_accelerator()

@@ -24,7 +24,7 @@ from vdm_hub.errors import PublishError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import is_locked
 from vdm_hub.training import loop
-from vdm_hub.training.loop import Run
+from vdm_hub.training.loop import TrainingRun
 from vdm_hub.training.parts.setup import build_pipeline
 from vdm_hub.training.signals import TrainingStopped
 from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
@@ -154,7 +154,7 @@ def test_samples_are_drawn_where_images_are_asked_for(count: int, tmp_path: Path
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def saved(folder: Path, *at: int, **fields: Any) -> Run:
+def saved(folder: Path, *at: int, **fields: Any) -> TrainingRun:
     run = start(folder, **fields)
     run.announce()
     batches = run.batches()
@@ -205,14 +205,14 @@ def test_a_run_without_a_checkpoint_begins_and_says_so_where_one_was_asked_for(
 def test_a_signal_is_obeyed_after_the_step_and_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Signalled(loop.Run):
+    class Signalled(loop.TrainingRun):
         def optimise(self, batches: Any) -> Any:
             assert is_locked(self.folder.lock)
             if self.step == 1:
                 os.kill(os.getpid(), signal.SIGINT)
             return super().optimise(batches)
 
-    monkeypatch.setattr(loop, "Run", Signalled)
+    monkeypatch.setattr(loop, "TrainingRun", Signalled)
     with pytest.raises(TrainingStopped) as stopped:
         train_here(tmp_path / "run")
     assert stopped.value.code == 128 + signal.SIGINT and steps(tmp_path / "run") == [2]
@@ -221,12 +221,12 @@ def test_a_signal_is_obeyed_after_the_step_and_its_checkpoint(
 
 
 def test_a_signal_after_the_last_step_is_obeyed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Signalled(loop.Run):
+    class Signalled(loop.TrainingRun):
         def finish(self) -> Any:
             os.kill(os.getpid(), signal.SIGTERM)
             return super().finish()
 
-    monkeypatch.setattr(loop, "Run", Signalled)
+    monkeypatch.setattr(loop, "TrainingRun", Signalled)
     with pytest.raises(TrainingStopped):
         train_here(tmp_path / "run", max_train_steps=1)
     assert steps(tmp_path / "run") == [1] and not (tmp_path / "run" / "pipeline").exists()
@@ -265,7 +265,7 @@ def test_a_process_that_is_not_the_main_one_trains_and_neither_writes_nor_speaks
 ) -> None:
     taken: list[int] = []
 
-    class Counted(loop.Run):
+    class Counted(loop.TrainingRun):
         def save(self) -> None:
             assert not is_locked(self.folder.lock), "the main process keeps the folder"
             taken.append(self.step)
@@ -278,7 +278,7 @@ def test_a_process_that_is_not_the_main_one_trains_and_neither_writes_nor_speaks
 
     loop_builds = loop.build_accelerator
     monkeypatch.setattr(loop, "build_accelerator", build)
-    monkeypatch.setattr(loop, "Run", Counted)
+    monkeypatch.setattr(loop, "TrainingRun", Counted)
     fields = EVERYTHING | {"report_to": "none", "resume_from_checkpoint": "latest", "dry_run": dry_run}
     fields |= {"lr_warmup_steps": 9}  # of which the main process says that the run ends before
     assert train_here(tmp_path / "run", **fields) is None

@@ -19,14 +19,14 @@ from runs import LEARNED, UNET, as_process, configuration, forget_accelerator, s
 from vdm_hub.data.loading import load_data
 from vdm_hub.errors import NonFiniteLossError
 from vdm_hub.objectives.variational_bound import Bound
-from vdm_hub.training.loop import Run, build_accelerator
+from vdm_hub.training.loop import TrainingRun, build_accelerator
 from vdm_hub.training.state.outputs import OutputFolder
 
 SEED, SIZE = 7, 16
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     folder = tmp_path_factory.mktemp("run") / "run"
     return start(folder, seed=SEED, train_batch_size=SIZE, gradient_accumulation_steps=3, noise_schedule=LEARNED)
 
@@ -40,7 +40,9 @@ def as_it_was() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("step", [0, 5])
-def test_times_are_one_grid_over_all_micro_batches_at_an_offset_of_the_seed_and_the_step(run: Run, step: int) -> None:
+def test_times_are_one_grid_over_all_micro_batches_at_an_offset_of_the_seed_and_the_step(
+    run: TrainingRun, step: int
+) -> None:
     run.step = step
     total = 3 * SIZE
     u = np.random.default_rng([SEED, step]).random()
@@ -50,7 +52,7 @@ def test_times_are_one_grid_over_all_micro_batches_at_an_offset_of_the_seed_and_
 
 
 def test_all_processes_together_draw_what_one_with_as_many_micro_batches_does(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: TrainingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.step = 2
     batch = next(run.source.batches())
@@ -66,7 +68,7 @@ def test_all_processes_together_draw_what_one_with_as_many_micro_batches_does(
     assert [run._place(part) for part in range(3)] == [1, 3, 5]
 
 
-def test_each_micro_batch_of_each_step_has_noise_and_dropout_of_its_own(run: Run) -> None:
+def test_each_micro_batch_of_each_step_has_noise_and_dropout_of_its_own(run: TrainingRun) -> None:
     """By their seeds, which numpy's SeedSequence spreads: the first word for the noise, the second for dropout."""
     batch = next(run.source.batches())
     for run.step in (0, 3):
@@ -79,7 +81,7 @@ def test_each_micro_batch_of_each_step_has_noise_and_dropout_of_its_own(run: Run
             assert torch.equal(dropped, torch.rand(4, generator=torch.Generator().manual_seed(int(second))))
 
 
-def test_a_step_returns_the_mean_terms_of_its_micro_batches_and_counts_one(run: Run) -> None:
+def test_a_step_returns_the_mean_terms_of_its_micro_batches_and_counts_one(run: TrainingRun) -> None:
     run.step = 0
     run.model.eval()
     batches = next(run.batches())
@@ -98,7 +100,7 @@ def test_a_step_returns_the_mean_terms_of_its_micro_batches_and_counts_one(run: 
 
 
 @pytest.mark.parametrize("part", ["model", "body"])
-def test_a_step_is_taken_in_training_mode(run: Run, part: str) -> None:
+def test_a_step_is_taken_in_training_mode(run: TrainingRun, part: str) -> None:
     (run.model if part == "model" else run.model.body).eval()
     run.optimise(next(run.batches()))
     assert run.model.training and run.model.body.training
@@ -114,7 +116,7 @@ def test_dropout_depends_on_the_step_and_not_on_what_was_drawn_before(tmp_path: 
     assert torch.equal(*after)
 
 
-def test_micro_batches_go_on_where_the_step_says(run: Run) -> None:
+def test_micro_batches_go_on_where_the_step_says(run: TrainingRun) -> None:
     run.step = 4
     source = run.source.batches(start_step=12)
     batches = run.batches()
@@ -139,7 +141,7 @@ def test_a_run_ends_when_its_patience_does(tmp_path: Path) -> None:
     assert run.is_last() and next(run.batches(), None) is None
 
 
-def test_counts_are_those_of_the_whole_run(run: Run) -> None:
+def test_counts_are_those_of_the_whole_run(run: TrainingRun) -> None:
     assert (run.total_steps, run.global_batch_size) == (6, 3 * SIZE)
     assert (run.step, run.seconds) == (0, 0.0)
 
@@ -158,13 +160,13 @@ def test_epochs_hold_whole_steps_and_the_batches_are_the_sources(tmp_path: Path)
     assert torch.equal(looked[0]["levels"], start(tmp_path / "plain", train_batch_size=48).source.batch(0)["levels"])
 
 
-def begun(output: Path, change: Callable[[Accelerator], None], **fields: Any) -> Run:
+def begun(output: Path, change: Callable[[Accelerator], None], **fields: Any) -> TrainingRun:
     """A run before its first step, of an accelerator to which something was done."""
     forget_accelerator()
     chosen, folder = configuration(output, **fields), OutputFolder(configuration(output, **fields))
     accelerator = build_accelerator(chosen, folder.path, folder.logs)
     change(accelerator)
-    return Run(chosen, accelerator, load_data(chosen.data), folder)
+    return TrainingRun(chosen, accelerator, load_data(chosen.data), folder)
 
 
 def test_each_process_reads_its_own_part_of_a_batch_that_all_share(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from runs import LAUNCH, python, recipe, start, train_here, weights
 from vdm_hub import HVAEPipeline, MarkovianHVAE
 from vdm_hub.commands.__main__ import main
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 SMALL = {"latent_shapes": [[2, 4, 4], [4]], "depth": 2, "block_out_channels": [8], "norm_num_groups": 4}
@@ -115,6 +115,6 @@ def test_what_contradicts_itself_is_refused(fields: dict[str, Any], message: Any
 
 @pytest.mark.parametrize("name", ["digits_vae", "digits_hvae"])
 def test_the_recipes_build_their_pipelines(name: str, tmp_path: Path) -> None:
-    configuration = parse([name, "--output_dir", str(tmp_path)])
+    configuration = parse_recipe([name, "--output_dir", str(tmp_path)])
     model = MarkovianHVAE(8, in_channels=1, num_levels=17, **configuration.model.hvae_config)
     assert HVAEPipeline(model).image_shape == (1, 8, 8)

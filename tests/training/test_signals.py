@@ -97,7 +97,7 @@ from vdm_hub import train
 from vdm_hub.training import loop
 
 
-class Slow(loop.Run):
+class Slow(loop.TrainingRun):
     def optimise(self, batches):
         folder = self.folder.path
         if (folder / "wait").exists():
@@ -107,7 +107,7 @@ class Slow(loop.Run):
         return super().optimise(batches)
 
 
-loop.Run = Slow
+loop.TrainingRun = Slow
 sys.exit(train.main())
 """
 

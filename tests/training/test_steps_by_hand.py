@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runs import start
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 from vdm_hub.training.parts.weights import averages
 
 STEPS = 5
@@ -97,7 +97,7 @@ def test_a_step_is_what_the_book_says(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["cifar10", "imagenet32"])
 def test_a_recipe_that_is_said_to_be_the_papers_is(recipe: str) -> None:
     """What google-research/vdm's configs say, and its code does where they say nothing."""
-    configuration = parse([recipe])
+    configuration = parse_recipe([recipe])
     training, diffusion = configuration.training, configuration.diffusion
     assert '"learned_linear"' in diffusion.noise_schedule and '"gamma_min": -13.3' in diffusion.noise_schedule
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.99, 1e-8)

@@ -13,7 +13,7 @@ from vdm_hub.commands import interrupts, options
 from vdm_hub.commands.interrupts import interruptible_import
 from vdm_hub.errors import Interrupted, VDMHubError, in_one_line, in_words
 from vdm_hub.errors.secret_values import mask
-from vdm_hub.recipes.command_line import Parser
+from vdm_hub.recipes.command_line import CommandLineParser
 from vdm_hub.version import __version__
 
 TRAIN = "train"
@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report_errors(partial(module.run, arguments))
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="vdm-hub", description="Variational diffusion models: train, measure, publish, load.")
+def _parser() -> CommandLineParser:
+    parser = CommandLineParser(
+        prog="vdm-hub", description="Variational diffusion models: train, measure, publish, load."
+    )
     parser.add_argument("--version", action="version", version=f"vdm-hub {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(TRAIN, help="Train a model by a recipe: `vdm-hub train RECIPE [--field value ...]`.")

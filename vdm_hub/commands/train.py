@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vdm_hub.commands.interrupts import interruptible_import
-from vdm_hub.recipes.arguments import parse
+from vdm_hub.recipes.arguments import parse_recipe
 
 
 def run(words: Sequence[str]) -> None:
     """Read the words, which needs no torch, then train and say what came out and where it is."""
-    configuration = parse(words)
+    configuration = parse_recipe(words)
     interruptible_import("vdm_hub.training.loop").train_model(configuration)

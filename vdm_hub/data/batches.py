@@ -140,7 +140,7 @@ class StreamedBatches:
             DataError: The stream has fewer images than one global batch.
         """
         batches = (self._decode(step, rows) for step, rows in islice(enumerate(self._rows()), start_step, None))
-        return _read_ahead(batches) if self.images.decoder.num_workers else batches
+        return _read_ahead(batches) if self.images.reader.num_workers else batches
 
     def _rows(self) -> Iterator[list[dict[str, Any]]]:
         """The rows of this process's batches, epoch after epoch."""

@@ -69,7 +69,7 @@ class ImageName:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class ImageReader:
     """From an encoded image to levels, with the resizing and colour handling of `DataArguments`.
 
     ``open_file`` opens the files that rows name; without it a row holds its image, and a path in it is never opened.
@@ -225,7 +225,7 @@ class ImageStream:
         image_column: The column that holds the images.
         image_shape: (C, H, W), as found in the first image.
         num_levels: K.
-        decoder: What turns a row into levels.
+        reader: What turns a row into levels.
         shuffle_buffer_size: Images in the shuffle buffer of training.
         resized_from: The size of the first image, where it is resized or cropped.
         size: How many images it has, with those that can't be decoded; ``None`` where only a download would tell.
@@ -235,7 +235,7 @@ class ImageStream:
     image_column: str
     image_shape: tuple[int, int, int]
     num_levels: int
-    decoder: Decoder
+    reader: ImageReader
     shuffle_buffer_size: int = 1
     resized_from: Size | None = None
     size: int | None = None
@@ -252,26 +252,26 @@ class ImageStream:
 
         ``indices`` are their numbers in the dataset, for messages.
         """
-        decoded = [levels for levels, _ in self.decoder.fit_many([row[self.image_column] for row in rows], indices)]
+        decoded = [levels for levels, _ in self.reader.fit_many([row[self.image_column] for row in rows], indices)]
         for levels in decoded:
-            if self.decoder.output_shape(levels) != self.image_shape:
-                raise _mixed("the first image", self.image_shape, "another", self.decoder.output_shape(levels))
+            if self.reader.output_shape(levels) != self.image_shape:
+                raise _mixed("the first image", self.image_shape, "another", self.reader.output_shape(levels))
         places = [(0.5, 0.5)] * len(decoded) if offsets is None else offsets.tolist()
-        size = self.decoder.resolution
+        size = self.reader.resolution
         if size is not None:
             decoded = [crop(levels, size, *place) for levels, place in zip(decoded, places, strict=True)]
         return torch.from_numpy(np.stack(decoded))
 
 
 def decode_all(
-    dataset: datasets.Dataset, image_column: str, decoder: Decoder, labels: Tensor | None = None
+    dataset: datasets.Dataset, image_column: str, reader: ImageReader, labels: Tensor | None = None
 ) -> ImageLevels:
     """Decode a dataset once, into memory.
 
     Args:
         dataset: With the image column not decoded.
         image_column: The column that holds the images.
-        decoder: What decodes them.
+        reader: What reads them.
         labels: The images' labels.
 
     Raises:
@@ -280,17 +280,17 @@ def decode_all(
     if len(dataset) == 0:
         raise DataError("the dataset has no images: name another split or folder.")
     first = dataset[0][image_column]
-    shape = decoder.output_shape(decoder.decode(first, 0))
+    shape = reader.output_shape(reader.decode(first, 0))
     _check_memory(len(dataset), shape)
-    random_crop = decoder.resolution is not None and not decoder.center_crop
+    random_crop = reader.resolution is not None and not reader.center_crop
     images: list[Tensor] = []
     resized: Size | None = None
     levels = np.empty((0 if random_crop else len(dataset), *shape), dtype=np.uint8)
-    for index, (one, changed) in enumerate(_decoded(dataset, image_column, decoder)):
+    for index, (one, changed) in enumerate(_decoded(dataset, image_column, reader)):
         resized = resized or changed
-        if decoder.output_shape(one) != shape:
+        if reader.output_shape(one) != shape:
             other = ImageName(dataset[index][image_column], index)
-            raise _mixed(ImageName(first, 0), shape, other, decoder.output_shape(one))
+            raise _mixed(ImageName(first, 0), shape, other, reader.output_shape(one))
         if random_crop:
             images.append(torch.from_numpy(one))
         else:
@@ -299,7 +299,7 @@ def decode_all(
     if random_crop:
         nothing_to_crop = all(image.shape == shape for image in images)
         held = torch.stack(images) if nothing_to_crop else tuple(images)
-    return ImageLevels(held, shape, decoder.num_levels, labels, resized)
+    return ImageLevels(held, shape, reader.num_levels, labels, resized)
 
 
 def crop(levels: Any, size: int, down: float, right: float) -> Any:
@@ -308,10 +308,10 @@ def crop(levels: Any, size: int, down: float, right: float) -> Any:
     return levels[:, top : top + size, left : left + size]
 
 
-def _decoded(encoded: datasets.Dataset, image_column: str, decoder: Decoder) -> Iterator[Fitted]:
+def _decoded(encoded: datasets.Dataset, image_column: str, reader: ImageReader) -> Iterator[Fitted]:
     for start in range(0, len(encoded), _CHUNK):
         part = encoded[start : start + _CHUNK][image_column]
-        yield from decoder.fit_many(part, range(start, start + len(part)))
+        yield from reader.fit_many(part, range(start, start + len(part)))
 
 
 def _resize(image: Image, resolution: int) -> Image:

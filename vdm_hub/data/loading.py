@@ -14,7 +14,7 @@ from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.corrupt import without_corrupt
 from vdm_hub.data.files import lies_in, list_folder
 from vdm_hub.data.held_out import choose_again, count, hold_out, names_held_out
-from vdm_hub.data.images import Decoder, ImageLevels, ImageStream, decode_all
+from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream, decode_all
 from vdm_hub.data.labels import read_labels
 from vdm_hub.data.overlaps import overlaps
 from vdm_hub.data.pixels import Color
@@ -38,7 +38,7 @@ _ENCODED = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
 
 @dataclass(frozen=True)
-class Data:
+class RunData:
     """The splits of a run; ``image_shape`` is (C, H, W), the same for all.
 
     Args:
@@ -70,7 +70,7 @@ class Data:
         return self.train.num_levels
 
 
-def load_data(arguments: DataArguments) -> Data:
+def load_data(arguments: DataArguments) -> RunData:
     """Load and decode the splits that the arguments name.
 
     Raises:
@@ -109,7 +109,7 @@ def load_data(arguments: DataArguments) -> Data:
     summary = summary_of(source, uses, streaming=arguments.streaming)
     sizes = (0 if held_out is None else len(held_out), 0 if chosen is None else chosen["size"])
     notes = _warn_of_overlaps(source, arguments, sum(sizes), test is not None and chosen is None)
-    return Data(train, validation, test, sum(sizes), summary, chosen, notes)
+    return RunData(train, validation, test, sum(sizes), summary, chosen, notes)
 
 
 def load_split(
@@ -151,15 +151,15 @@ def load_split(
     torch.Size([360, 1, 8, 8])
     """
     opened = open_source(source, config_name)
-    decoder = Decoder(num_levels, color, resolution, num_workers=num_workers, open_file=opened.open_file)
+    reader = ImageReader(num_levels, color, resolution, num_workers=num_workers, open_file=opened.open_file)
     chosen = held_out if names_held_out(split) else None
     whole = split if chosen is None else chosen["split"]
     dataset = opened.read(whole)
     if chosen is not None:
         dataset = choose_again(undecoded(opened, dataset, image_column, whole), source, chosen, split)
-        dataset = without_corrupt(dataset, image_column, decoder) if chosen["skip_corrupt"] else dataset
+        dataset = without_corrupt(dataset, image_column, reader) if chosen["skip_corrupt"] else dataset
     dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
-    images = _in_memory(opened, dataset, image_column, decoder, split, label_column)
+    images = _in_memory(opened, dataset, image_column, reader, split, label_column)
     _warn_if_resized(images)
     said = summary_of(opened, [("reads" if chosen is None else "reads what a run held out,", images, whole)])
     if say is not None:
@@ -200,8 +200,8 @@ def _source(arguments: DataArguments) -> Source:
     return open_source(str(arguments.dataset_name), arguments.dataset_config_name)
 
 
-def _decoder(source: Source, arguments: DataArguments, *, center_crop: bool = True) -> Decoder:
-    return Decoder(
+def _reader(source: Source, arguments: DataArguments, *, center_crop: bool = True) -> ImageReader:
+    return ImageReader(
         arguments.num_levels,
         arguments.color,
         arguments.resolution,
@@ -251,15 +251,15 @@ def _held_out_test(
     source: Source, dataset: AnyDataset, arguments: DataArguments
 ) -> tuple[datasets.Dataset, Images, HeldOut]:
     """The training split without the test images that are held out of it, those images, and how they were chosen."""
-    split, column, decoder = arguments.train_split, arguments.image_column, _decoder(source, arguments)
+    split, column, reader = arguments.train_split, arguments.image_column, _reader(source, arguments)
     if isinstance(dataset, datasets.IterableDataset):
         raise DataError(
             f"test_size is {arguments.test_size}, and {split!r} is read as a stream, which has no length to take a "
             f"share of: name a split with --test_split, leave --streaming out, or set --test_size 0."
         )
     kept, held, chosen = hold_out(dataset, split, arguments.test_size, skip_corrupt=arguments.skip_corrupt_images)
-    held = without_corrupt(held, column, decoder) if arguments.skip_corrupt_images else held
-    return kept, _in_memory(source, held, column, decoder, split), chosen
+    held = without_corrupt(held, column, reader) if arguments.skip_corrupt_images else held
+    return kept, _in_memory(source, held, column, reader, split), chosen
 
 
 def _training_split(
@@ -268,7 +268,7 @@ def _training_split(
     """The training images, and those held out of them for validation."""
     name, column = arguments.train_split, arguments.image_column
     if arguments.skip_corrupt_images:
-        dataset = without_corrupt(dataset, column, _decoder(source, arguments))
+        dataset = without_corrupt(dataset, column, _reader(source, arguments))
     if isinstance(dataset, datasets.IterableDataset):
         return _training_stream(source, dataset, arguments)
     size = count(arguments.validation_size, len(dataset)) if arguments.validation_size else 0
@@ -282,9 +282,9 @@ def _training_split(
     train = dataset.select(sorted(order[size:])) if size else dataset
     if arguments.max_train_samples is not None:
         train = train.select(range(min(arguments.max_train_samples, len(train))))
-    decoder = _decoder(source, arguments, center_crop=arguments.center_crop)
-    images = _in_memory(source, train, column, decoder, name)
-    held_out = _in_memory(source, held, column, _decoder(source, arguments), name) if size else None
+    reader = _reader(source, arguments, center_crop=arguments.center_crop)
+    images = _in_memory(source, train, column, reader, name)
+    held_out = _in_memory(source, held, column, _reader(source, arguments), name) if size else None
     return images, held_out
 
 
@@ -302,7 +302,7 @@ def _training_stream(
     if size:
         with source.explained():
             rows = datasets.Dataset.from_list(list(dataset.take(size)), features=dataset.features)
-        held_out = _in_memory(source, rows, arguments.image_column, _decoder(source, arguments), name)
+        held_out = _in_memory(source, rows, arguments.image_column, _reader(source, arguments), name)
         dataset = dataset.skip(size)
     dataset = dataset if limit is None else dataset.take(limit)
     stream = _stream(source, dataset, arguments, name, center_crop=arguments.center_crop)
@@ -327,14 +327,14 @@ def _evaluation_split(source: Source, arguments: DataArguments, split: str | Non
     column = arguments.image_column
     if isinstance(dataset, datasets.IterableDataset):
         return _stream(source, undecoded(source, dataset, column, split), arguments, split, center_crop=True)
-    return _in_memory(source, dataset, column, _decoder(source, arguments), split)
+    return _in_memory(source, dataset, column, _reader(source, arguments), split)
 
 
 def _in_memory(
     source: Source,
     dataset: datasets.Dataset,
     column: str,
-    decoder: Decoder,
+    reader: ImageReader,
     split: str,
     label_column: str | None = None,
 ) -> ImageLevels:
@@ -343,7 +343,7 @@ def _in_memory(
     encoded = undecoded(source, dataset, column, split)
     try:
         labels = None if label_column is None else read_labels(encoded, label_column, source.note)
-        images = decode_all(encoded, column, decoder, labels)
+        images = decode_all(encoded, column, reader, labels)
     except DataError as error:
         raise DataError(f"in the split {split!r}, {error}") from error
     if source.has_names:
@@ -378,12 +378,12 @@ def _warn_if_resized(*splits: Images | None) -> None:
 def _stream(
     source: Source, encoded: datasets.IterableDataset, arguments: DataArguments, split: str, *, center_crop: bool
 ) -> ImageStream:
-    column, decoder = arguments.image_column, _decoder(source, arguments, center_crop=center_crop)
+    column, reader = arguments.image_column, _reader(source, arguments, center_crop=center_crop)
     with source.explained():
         first = next(iter(encoded), None)
     if first is None:
         raise DataError(f"the split {split!r} has no images: name another one.")
-    levels, resized = decoder.fit(first[column], 0)
-    shape, buffer = decoder.output_shape(levels), arguments.shuffle_buffer_size
+    levels, resized = reader.fit(first[column], 0)
+    shape, buffer = reader.output_shape(levels), arguments.shuffle_buffer_size
     size = None if source.is_remote else source.sizes[split]
-    return ImageStream(encoded, column, shape, decoder.num_levels, decoder, buffer, resized, size)
+    return ImageStream(encoded, column, shape, reader.num_levels, reader, buffer, resized, size)

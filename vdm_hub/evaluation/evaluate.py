@@ -17,7 +17,7 @@ from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.errors import DataError
 from vdm_hub.evaluation.journal import Journal, check_evaluation_journal
-from vdm_hub.evaluation.measuring import Stages, measure
+from vdm_hub.evaluation.measuring import ReplicateStages, measure_images
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights_fingerprint
 from vdm_hub.likelihood.measurement import Measurement
@@ -104,7 +104,7 @@ def evaluate(
     _check(pipeline, levels, images.num_levels)
     labels = _check_labels(pipeline, labels)
     limit = max(256, replicates) if max_replicates is None else max_replicates
-    stages = Stages(replicates, target_standard_error, limit, max_evaluations)
+    stages = ReplicateStages(replicates, target_standard_error, limit, max_evaluations)
     told = _describe(dataset, levels)
     weights = weights_fingerprint(pipeline)
     key = {
@@ -117,7 +117,7 @@ def evaluate(
 
     effort: dict[str, Any] = {"times_per_image": times_per_image, "pilot_evaluations": pilot_evaluations}
 
-    def one(objective: Objective, stages: Stages, model: str) -> LikelihoodReport:
+    def one(objective: Objective, stages: ReplicateStages, model: str) -> LikelihoodReport:
         objective = form_of(objective, decomposition, method)
         measurement = build_measurement(objective, len(levels), method, flow=flow, draws=draws, seed=seed, **effort)
         return how.measure(measurement, stages, model)
@@ -155,9 +155,9 @@ class _How:
     processes: Processes
     progress: bool
 
-    def measure(self, measurement: Measurement, stages: Stages, model: str) -> LikelihoodReport:
+    def measure(self, measurement: Measurement, stages: ReplicateStages, model: str) -> LikelihoodReport:
         """The report of a method on one model, the pipeline's own or the clipped one."""
-        return measure(
+        return measure_images(
             measurement,
             self.take,
             len(self.levels),

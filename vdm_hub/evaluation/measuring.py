@@ -26,7 +26,7 @@ Take = Callable[[Tensor], Batch]
 
 
 @dataclass(frozen=True)
-class Stages:
+class ReplicateStages:
     """How many independent replicates: a first stage, and more until a standard error is met or a budget ends.
 
     Attributes:
@@ -109,11 +109,11 @@ class Stages:
         return {"target": told}
 
 
-def measure(
+def measure_images(
     measurement: Measurement,
     take: Take,
     num_images: int,
-    stages: Stages,
+    stages: ReplicateStages,
     *,
     batch_size: int,
     processes: Processes | None = None,

@@ -145,7 +145,7 @@ class _Git(TypedDict):
     dirty: bool
 
 
-class Run(TypedDict):
+class RunRecord(TypedDict):
     """What training writes into ``run.json``."""
 
     command: Text
@@ -201,7 +201,7 @@ def read_run(
     Raises:
         CheckpointError: It is damaged, not what was written, or contradicts itself, the recipe or the history.
     """
-    record = _read(path, Run)
+    record = _read(path, RunRecord)
     if record:
         check_run(record, path, recipe or {})
     if record and history:

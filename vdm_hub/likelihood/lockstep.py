@@ -82,7 +82,7 @@ def _in_even_steps(method: Any) -> Any:
     return EvenSteps
 
 
-def integrate(
+def integrate_ode(
     field: Field, start: Array, interval: tuple[float, float], tolerance: float, max_steps: int, solver: str
 ) -> list[Trajectory]:
     """Each datum's state at the interval's end.
@@ -98,7 +98,7 @@ def integrate(
         max_steps: Steps of one datum, at most.
         solver: A name of `SOLVERS`.
 
-    >>> paths = integrate(lambda t, y: -y, np.array([[1.0], [2.0]]), (0.0, 1.0), 1e-9, 100, "dop853")
+    >>> paths = integrate_ode(lambda t, y: -y, np.array([[1.0], [2.0]]), (0.0, 1.0), 1e-9, 100, "dop853")
     >>> [round(float(path.state[0]), 6) for path in paths]
     [0.367879, 0.735759]
     """

@@ -40,7 +40,7 @@ from vdm_hub.diffusion.gaussian_process import BoundGaussian, gaussian_of
 from vdm_hub.diffusion.noise_schedules import gamma_and_derivative
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
 from vdm_hub.likelihood.dequantization import dequantization
-from vdm_hub.likelihood.lockstep import Array, Trajectory, integrate, solver_library
+from vdm_hub.likelihood.lockstep import Array, Trajectory, integrate_ode, solver_library
 from vdm_hub.likelihood.measurement import Measured, Measurement
 from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -123,7 +123,7 @@ def flow_density(
 
     # Over sqrt(D): in the norm of a step's error, a mean over the state, the log-density counts as much as all of z.
     start = torch.cat([z_0.double().flatten(1), z_0.new_zeros(shape[0], 1, dtype=torch.float64)], dim=1)
-    paths = integrate(field, start.cpu().numpy(), interval, tolerance, max_steps, solver)
+    paths = integrate_ode(field, start.cpu().numpy(), interval, tolerance, max_steps, solver)
     _check_paths(paths, indices or range(shape[0]), tolerance, max_steps)
     end = torch.from_numpy(np.stack([one.state for one in paths]))
     base = -0.5 * (end[:, :-1] ** 2 + math.log(2 * math.pi)).sum(1)

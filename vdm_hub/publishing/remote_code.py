@@ -158,7 +158,9 @@ def _refuse_plugins(folder: Path, index: Mapping[str, Any]) -> None:
     for path in (folder / component / name for component in carried for name in CONFIGS):
         config = read_json(path) if path.is_file() else {}
         for field, kind in registry.SERIALISED_FIELDS.items():
-            name, _, package = registry.parse(kind, config.get(field) or next(iter(registry.BUILT_INS[kind])))
+            name, _, package = registry.parse_serialised(
+                kind, config.get(field) or next(iter(registry.BUILT_INS[kind]))
+            )
             if name not in registry.BUILT_INS[kind]:
                 raise ConfigurationError(
                     f"the {field} {name!r} of {path} comes from the plugin {package or 'that brings it'!r}, whose "

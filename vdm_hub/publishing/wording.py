@@ -135,9 +135,9 @@ def _network(pipeline: VDMPipeline) -> Markup:
 
 def _process(pipeline: VDMPipeline) -> Markup:
     config = pipeline.scheduler.config
-    schedule = registry.parse("noise_schedules", config["noise_schedule"])[0]
-    target = registry.parse("parameterizations", config["prediction_type"])[0]
-    process = registry.parse("forward_processes", config.get("forward_process") or "gaussian")[0]
+    schedule = registry.parse_serialised("noise_schedules", config["noise_schedule"])[0]
+    target = registry.parse_serialised("parameterizations", config["prediction_type"])[0]
+    process = registry.parse_serialised("forward_processes", config.get("forward_process") or "gaussian")[0]
     carried = ", with weights of its own" if pipeline.noise_schedule is not None else ""
     gaussian, described = pipeline.process.diffused, markdown("Process: {} diffusion", process)
     if "noise_schedule" not in gaussian.fields():  # a process without gamma has none, nor a target

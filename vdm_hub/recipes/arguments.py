@@ -26,7 +26,7 @@ from vdm_hub.errors import ConfigurationError, shortened, unknown_name, warn
 from vdm_hub.fields import require
 from vdm_hub.files import expanded
 from vdm_hub.recipes import plain_yaml
-from vdm_hub.recipes.command_line import Parser
+from vdm_hub.recipes.command_line import CommandLineParser
 from vdm_hub.recipes.configuration import (
     DEFAULT_CLASSES,
     DiffusionArguments,
@@ -60,9 +60,9 @@ _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, 
 
 @dataclass(frozen=True)
 class Configuration:
-    """All that a run is told. ``parse([path])`` of a file that holds `to_yaml` gives it back.
+    """All that a run is told. ``parse_recipe([path])`` of a file that holds `to_yaml` gives it back.
 
-    >>> configuration = parse(["digits", "--max_train_steps", "10"])
+    >>> configuration = parse_recipe(["digits", "--max_train_steps", "10"])
     >>> configuration.training.max_train_steps, configuration.data.dataset_name, configuration.training.output_dir
     (10, 'digits', 'runs/digits')
     """
@@ -127,7 +127,7 @@ class Configuration:
         return plain_yaml.dump(values)
 
 
-def parse(argv: Sequence[str] | None = None) -> Configuration:
+def parse_recipe(argv: Sequence[str] | None = None) -> Configuration:
     """The configuration of ``RECIPE [--field value ...]``.
 
     Args:
@@ -323,16 +323,16 @@ def _deep(before: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any
     return {**before, **change} | {key: _deep(before[key], change[key]) for key in both}
 
 
-class _Parser(Parser):
+class _RecipeParser(CommandLineParser):
     """One that raises its complaints instead of printing a usage dump."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"{message}: write `--field value`, or `--help` for all fields.")
 
 
-def _parser() -> _Parser:
+def _parser() -> _RecipeParser:
     """A parser that collects the text of the fields that are given, and nothing of those that are not."""
-    parser = _Parser(
+    parser = _RecipeParser(
         usage="vdm-hub train RECIPE [--field value ...], or accelerate launch -m vdm_hub.train RECIPE ...",
         description=f"Train a variational diffusion model. RECIPE is one of {', '.join(recipes())}, or the path of a "
         "YAML file that gives any of these fields; the command line overrides it. Mappings are merged, key by key: "

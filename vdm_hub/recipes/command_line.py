@@ -11,7 +11,7 @@ from vdm_hub.errors import in_words, shortened
 from vdm_hub.errors.secret_values import mask
 
 
-class Parser(argparse.ArgumentParser):
+class CommandLineParser(argparse.ArgumentParser):
     """argparse without abbreviations, whose complaints are as readable as all other messages.
 
     An option that is given twice is refused with both of its values, also in two spellings.

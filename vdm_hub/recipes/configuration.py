@@ -100,7 +100,7 @@ def _meaning(field: str, value: Any) -> Any:
     if field in DEFAULT_CLASSES:
         return {"_class_name": DEFAULT_CLASSES[field], **json.loads(value)}
     if (kind := registry.SERIALISED_FIELDS.get(field)) is not None:
-        name, config, package = registry.parse(kind, value)
+        name, config, package = registry.parse_serialised(kind, value)
         return name, config, package or registry.BUILT_IN_PACKAGE
     if field in ("train_data_dir", "first_stage_from", "dataset_name"):
         place = found(value)
@@ -146,7 +146,7 @@ class DiffusionArguments:
 
 def _with_package(kind: str, serialised: Serialised) -> Serialised:
     """The same, and of a plugin's which package brings it, so that a recipe says what to install elsewhere."""
-    name, _, package = registry.parse(kind, serialised)
+    name, _, package = registry.parse_serialised(kind, serialised)
     found = registry.lookup(kind, name, package)
     if found.package == registry.BUILT_IN_PACKAGE:
         return serialised

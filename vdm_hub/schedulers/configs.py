@@ -205,7 +205,7 @@ def unread_fields(process: ForwardProcess, config: Mapping[str, Any]) -> dict[st
 
 def is_beta_table(noise_schedule: Serialised) -> bool:
     """Whether a serialised schedule is a table of betas, as the DDPM family's is."""
-    return registry.parse("noise_schedules", noise_schedule)[0] == "discrete_betas"
+    return registry.parse_serialised("noise_schedules", noise_schedule)[0] == "discrete_betas"
 
 
 def as_vdm_config(config: dict[str, Any], overrides: Mapping[str, Any], vdm: type) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def check_betas(given: list[float] | None, derived: list[float] | None) -> None:
 def check_steps(conditioning: Serialised | None, steps: int) -> None:
     """Refuse a conditioning that has its own number of timesteps beside the scheduler's."""
     if conditioning is not None:
-        own = registry.parse("conditionings", conditioning)[1].get("num_train_timesteps", steps)
+        own = registry.parse_serialised("conditionings", conditioning)[1].get("num_train_timesteps", steps)
         if own != steps:
             raise ConfigurationError(
                 f"the conditioning has num_train_timesteps {own!r}, and the scheduler {steps}: give it to the "
@@ -302,7 +302,7 @@ def without_steps(conditioning: Serialised | None) -> Serialised | None:
     """The conditioning's form without the number of timesteps, which the scheduler's config holds already."""
     if conditioning is None:
         return None
-    name, arguments, package = registry.parse("conditionings", conditioning)
+    name, arguments, package = registry.parse_serialised("conditionings", conditioning)
     arguments.pop("num_train_timesteps", None)
     if package is not None and isinstance(conditioning, Mapping):
         return {**conditioning, "config": arguments}

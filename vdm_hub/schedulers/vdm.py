@@ -167,7 +167,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
 
     def _stock_ddpm(self) -> DDPMScheduler:
         """The stock DDPM of this table: its betas are ours, and its steps too, where the chain ends at the data."""
-        betas = registry.parse("noise_schedules", self.config.noise_schedule)[1].get("betas")
+        betas = registry.parse_serialised("noise_schedules", self.config.noise_schedule)[1].get("betas")
         if betas is not None:
             check_betas(self.config.trained_betas, betas)
             self.register_to_config(trained_betas=list(betas))  # where stock samplers look for it
@@ -188,7 +188,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             raise ConfigurationError(f"{cls.__name__} is not a ForwardProcess: derive it from that class.")
         if taken := sorted(arguments.keys() & fields.keys()):
             raise ConfigurationError(
-                f"the config of the forward process {registry.parse('forward_processes', form)[0]!r} holds "
+                f"the config of the forward process {registry.parse_serialised('forward_processes', form)[0]!r} holds "
                 f"{', '.join(taken)}: give it beside the process, as a field of the scheduler."
             )
         with registry.building("forward_processes", form, arguments):

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vdm_hub.data.images import ImageLevels
-from vdm_hub.data.loading import Data, Images, load_data
+from vdm_hub.data.loading import Images, RunData, load_data
 from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
@@ -70,7 +70,7 @@ def _train(configuration: Configuration, accelerator: Accelerator, folder: Outpu
     if show:
         print(describe(configuration), data.summary, needs, sep="\n", flush=True)
     refuse_what_cannot_fit(needs, accelerator)
-    run = Run(configuration, accelerator, data, folder)
+    run = TrainingRun(configuration, accelerator, data, folder)
     if show:
         print("".join(f"note: {words}.\n" for words in without_effect(configuration, run.total_steps)), end="")
     run.resume()
@@ -103,11 +103,11 @@ def _train(configuration: Configuration, accelerator: Accelerator, folder: Outpu
     return report
 
 
-class Run(RunState):
+class TrainingRun(RunState):
     """A run with all that is seen of it while it lasts, and what is left of it."""
 
     def __init__(
-        self, configuration: Configuration, accelerator: Accelerator, data: Data, folder: OutputFolder
+        self, configuration: Configuration, accelerator: Accelerator, data: RunData, folder: OutputFolder
     ) -> None:
         super().__init__(configuration, accelerator, data, folder)
         self.trackers = Trackers(accelerator, wanted=bool(self.training.trackers))

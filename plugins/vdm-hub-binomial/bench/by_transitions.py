@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdm_hub import VDMPipeline, load_split, parse, train_model
+from vdm_hub import VDMPipeline, load_split, parse_recipe, train_model
 from vdm_hub_binomial.binarise import binarise
 
 RECIPE = Path(__file__).resolve().parents[1] / "binary_digits.yaml"
@@ -58,7 +58,7 @@ def _train(data: Path, output: Path, seed: int, overrides: list[str]) -> VDMPipe
     words = ["--train_data_dir", str(data), "--output_dir", str(output), "--seed", str(seed), "--report_to", "none"]
     words += ["--num_sample_images", "0", "--evaluation_replicates", "0"]
     with contextlib.redirect_stdout(io.StringIO()):
-        train_model(parse([str(RECIPE), *words, *overrides]))
+        train_model(parse_recipe([str(RECIPE), *words, *overrides]))
     pipe: VDMPipeline = VDMPipeline.from_pretrained(output / "pipeline")
     return pipe
 

@@ -10,7 +10,7 @@ import torch
 
 from naming import naming
 from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
-from vdm_hub import ConfigurationError, VDMPipeline, VDMScheduler, load_split, parse
+from vdm_hub import ConfigurationError, VDMPipeline, VDMScheduler, load_split, parse_recipe
 from vdm_hub_binomial.binarise import binarise, main
 
 RECIPE = Path(__file__).resolve().parents[1] / "binary_digits.yaml"
@@ -107,7 +107,7 @@ def test_what_it_does_not_read_is_left_out_and_that_is_said() -> None:
 
 
 def test_the_recipe_of_the_readme_is_valid() -> None:
-    configuration = parse([str(RECIPE)])
+    configuration = parse_recipe([str(RECIPE)])
     assert configuration.data.num_levels == 2 and "binomial" in configuration.diffusion.forward_process
 
 

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from vdm_hub import parse, train_model
+from vdm_hub import parse_recipe, train_model
 
 TARGETS: dict[str, dict[str, object]] = {
     "epsilon": {"prediction_type": "epsilon"},
@@ -48,7 +48,7 @@ def _train(target: str, seed: int, overrides: list[str]) -> tuple[float, float]:
     for name, value in TARGETS[target].items():
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        report = train_model(parse(["digits", *words, "--output_dir", str(Path(folder) / "run"), *overrides]))
+        report = train_model(parse_recipe(["digits", *words, "--output_dir", str(Path(folder) / "run"), *overrides]))
     assert report is not None
     return report.bits_per_dim, report.standard_error
 

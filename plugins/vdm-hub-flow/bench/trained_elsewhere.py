@@ -14,7 +14,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler, evaluate, load_split, parse
+from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler, evaluate, load_split, parse_recipe
 
 SIGMA_DATA = 0.7
 Loss = Callable[[torch.nn.Module, Tensor], Tensor]
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--replicates", type=int, default=32)
     arguments = parser.parse_args()
-    recipe = parse(["digits"])
+    recipe = parse_recipe(["digits"])
     images, levels = load_split("digits", "test", num_levels=17), load_split("digits", "train", num_levels=17).levels
     print("| trained by | bits/dim | standard error |\n| --- | --- | --- |")
     for name, (loss, fields) in FORMS.items():

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vdm_hub import LikelihoodReport, parse, train_model
+from vdm_hub import LikelihoodReport, parse_recipe, train_model
 
 ENDS = {"gamma_min": -7.65, "gamma_max": 5.5}  # of the recipe; both learn them from there
 BASELINE = "learned_linear"
@@ -78,7 +78,7 @@ def _train(name: str, seed: int, steps: int, overrides: list[str]) -> Likelihood
     words = ["--noise_schedule", json.dumps(SCHEDULES[name]), "--conditioning", json.dumps(conditioning)]
     words += ["--seed", str(seed), "--max_train_steps", str(steps), "--num_sample_images", "0", "--report_to", "none"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        return train_model(parse(["digits", *words, "--output_dir", str(Path(folder) / "run"), *overrides]))
+        return train_model(parse_recipe(["digits", *words, "--output_dir", str(Path(folder) / "run"), *overrides]))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class _State(TypedDict):
     optimizer: _Optimizer
     early_stopping: _EarlyStopping
     training_seconds: Positive
-    provenance: records.Run
+    provenance: records.RunRecord
     scaler: NotRequired[_Scaler]
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from vdm_hub.data.held_out import SPLIT
-from vdm_hub.data.loading import Data, check_outputs_apart
+from vdm_hub.data.loading import RunData, check_outputs_apart
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, entries, expanded, is_locked, leftovers, locked, written_beside
@@ -20,7 +20,7 @@ from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.plots import plot_schedule, plot_training_curve, save_grid
-from vdm_hub.recipes.arguments import Configuration, parse
+from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.recipes.configuration import differences
 from vdm_hub.training.parts.setup import build_pipeline, describe_preprocessing
 from vdm_hub.training.state.checkpoints import checkpoints, strangers, tidy
@@ -125,7 +125,7 @@ class OutputFolder:
         if self._names() - {self.recipe.name, self.checkpoints.name, self.logs.name, "samples"}:
             return False
         try:
-            before = parse([str(self.recipe)]).to_dict()
+            before = parse_recipe([str(self.recipe)]).to_dict()
         except ConfigurationError:
             return False
         return not differences(before, configuration.to_dict())
@@ -163,7 +163,11 @@ class OutputFolder:
             beside.write_text(json.dumps(provenance, indent=1, allow_nan=False))
 
     def summary(
-        self, configuration: Configuration, data: Data, report: LikelihoodReport | None, validation: Validation | None
+        self,
+        configuration: Configuration,
+        data: RunData,
+        report: LikelihoodReport | None,
+        validation: Validation | None,
     ) -> str:
         """What came out, and where it is: the figure of the test images, or the last of those held out in training."""
         name, lines = configuration.data.dataset_name or configuration.data.train_data_dir, []
@@ -205,7 +209,7 @@ def sample_images(pipeline: LikelihoodPipeline, configuration: Configuration, co
 
 
 def publish_locally(
-    objective: Objective, configuration: Configuration, folder: OutputFolder, data: Data
+    objective: Objective, configuration: Configuration, folder: OutputFolder, data: RunData
 ) -> LikelihoodReport | None:
     """Save the pipeline, then its pictures and its bound on the test images, each whole or not at all."""
     told = _describe_test(configuration, data)
@@ -239,7 +243,7 @@ def publish_locally(
     return report
 
 
-def _describe_test(configuration: Configuration, data: Data) -> dict[str, Any] | None:
+def _describe_test(configuration: Configuration, data: RunData) -> dict[str, Any] | None:
     """What is said of the test images, where there are any."""
     if data.test is None:
         return None

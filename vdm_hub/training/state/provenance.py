@@ -13,7 +13,7 @@ from torch import nn
 
 from vdm_hub import registry
 from vdm_hub.data.arguments import DataArguments
-from vdm_hub.data.loading import Data, Images
+from vdm_hub.data.loading import Images, RunData
 from vdm_hub.evaluation.provenance import describe_images, library_versions
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.recipes.arguments import Configuration
@@ -33,7 +33,7 @@ class Provenance:
     """
 
     def __init__(
-        self, configuration: Configuration, accelerator: Accelerator, objective: Objective, data: Data
+        self, configuration: Configuration, accelerator: Accelerator, objective: Objective, data: RunData
     ) -> None:
         self._configuration, self._accelerator, self._data = configuration, accelerator, data
         self._parameters = {name: _size(part) for name, part in objective.parts.items()}
@@ -100,7 +100,7 @@ def plugin_versions(diffusion: DiffusionArguments) -> dict[str, str | None]:
     found = []
     for field, kind in registry.SERIALISED_FIELDS.items():
         if (serialised := getattr(diffusion, field)) is not None:
-            name, _, package = registry.parse(kind, serialised)
+            name, _, package = registry.parse_serialised(kind, serialised)
             found.append(registry.lookup(kind, name, package))
     return {one.package: one.version for one in found if one.package != registry.BUILT_IN_PACKAGE}
 

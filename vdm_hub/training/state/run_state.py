@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vdm_hub.data.batches import training_batches
-from vdm_hub.data.loading import Data
+from vdm_hub.data.loading import RunData
 from vdm_hub.diffusion.times import stratified_times
 from vdm_hub.errors import ConfigurationError, explained
 from vdm_hub.objectives.variational_bound import Bound
@@ -38,7 +38,7 @@ class RunState:
     """What the next step of a run depends on, and the steps."""
 
     def __init__(
-        self, configuration: Configuration, accelerator: Accelerator, data: Data, folder: OutputFolder
+        self, configuration: Configuration, accelerator: Accelerator, data: RunData, folder: OutputFolder
     ) -> None:
         training = self.training = configuration.training
         self.configuration, self.accelerator, self.data, self.folder = configuration, accelerator, data, folder
