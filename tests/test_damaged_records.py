@@ -20,7 +20,7 @@ from hub.publications import write_run
 from hub.test_fuzz import QUIET, Door, refused_or_loaded
 from vdm_hub.evaluation.journal import Journal
 from vdm_hub.likelihood.measurement import Measured, Results
-from vdm_hub.publishing.contents import read_source
+from vdm_hub.publishing.contents import read_contents
 from vdm_hub.recipes.arguments import parse_recipe
 from vdm_hub.training.state.checkpoints import load_checkpoint, save_checkpoint
 
@@ -38,7 +38,7 @@ def journal_of(folder: Path) -> list[float]:
 
 
 DOORS: dict[str, Door] = {
-    "run": Door("read_source", lambda folder: read_source(folder / "run")),
+    "run": Door("read_contents", lambda folder: read_contents(folder / "run")),
     "recipe": Door("parse_recipe", lambda folder: parse_recipe([str(folder / "recipe.yaml")])),
     "checkpoint": Door("load_checkpoint", lambda folder: load_checkpoint(folder / "step-00000003")),
     "journal": Door("Journal", journal_of),

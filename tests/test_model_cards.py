@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.publishing.card import Edition, render_card
-from vdm_hub.publishing.contents import PICTURES, Source
+from vdm_hub.publishing.contents import PICTURES, Contents
 from vdm_hub.publishing.stock_twin import build_stock_twin
 from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.training.parts.setup import build_objective, build_pipeline
@@ -59,7 +59,7 @@ def rendered(card: Path) -> str:
     """The card as it is made today; of the model it needs the shape alone, so untrained weights will do."""
     recipe = yaml.safe_load((card / "recipe.yaml").read_text())
     records = [record(card, f"{name}.json") for name in ("evaluation", "history", "run")]
-    source = Source(card, recipe, *records, {name: card / "images" / name for name in PICTURES})
+    source = Contents(card, recipe, *records, {name: card / "images" / name for name in PICTURES})
     pipeline = build_pipeline(build_objective(Configuration.from_dict(recipe), tuple(records[0]["dataset"]["shape"])))
     with pytest.raises(ConfigurationError) as no_twin:
         build_stock_twin(pipeline)

@@ -47,8 +47,8 @@ def option(
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     given = {word: bound for word, bound in bounds.items() if bound is not None}
-    told = {"bounds": given, "choices": choices, "only_with": only_with, "idle_without": idle_without}
-    value: T = field(default=default, metadata={"help": help, **told})
+    metadata = {"bounds": given, "choices": choices, "only_with": only_with, "idle_without": idle_without}
+    value: T = field(default=default, metadata={"help": help, **metadata})
     return value
 
 
@@ -60,15 +60,15 @@ def check_fields(arguments: Any) -> None:
     """
     hints = typing.get_type_hints(type(arguments))
     for one in fields(arguments):
-        value, told = getattr(arguments, one.name), one.metadata
-        if value is None or "bounds" not in told:
+        value, allowed = getattr(arguments, one.name), one.metadata
+        if value is None or "bounds" not in allowed:
             continue
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            _check_number(one.name, value, told["bounds"])
-        known = told["choices"] or _names_in(hints[one.name])
+            _check_number(one.name, value, allowed["bounds"])
+        known = allowed["choices"] or _names_in(hints[one.name])
         if known and value not in known:
             raise unknown_name(one.name, value, known)
-        if (other := told["only_with"]) is not None and value != one.default:
+        if (other := allowed["only_with"]) is not None and value != one.default:
             on = getattr(arguments, other)
             require(bool(on), one.name, value, f"it acts only with {other}, which is {on!r}: give both or neither")
 

@@ -46,10 +46,10 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
     array = (grid.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     picture = Image.fromarray(array[..., 0] if channels == 1 else array)
     (said,) = DRAWN.items()
-    told = PngInfo()
-    told.add_text(*said)
+    metadata = PngInfo()
+    metadata.add_text(*said)
     enlarged = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    enlarged.save(path, format="PNG", pnginfo=told)
+    enlarged.save(path, format="PNG", pnginfo=metadata)
 
 
 def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:

@@ -25,7 +25,7 @@ from vdm_hub.errors import CheckpointError, PublishError
 from vdm_hub.hub.outgoing import refuse_secrets
 from vdm_hub.hub.records import read_evaluation, read_history, read_run
 from vdm_hub.publishing.card import Edition, render_card
-from vdm_hub.publishing.contents import copy_pipeline, copy_records, read_source
+from vdm_hub.publishing.contents import copy_pipeline, copy_records, read_contents
 from vdm_hub.publishing.markdown import plain, visible
 from vdm_hub.publishing.publishing import prepared_publication
 from vdm_hub.recipes.arguments import read_recipe
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def card(run: Path, **edition: Any) -> ModelCard:
-    source = read_source(run)
+    source = read_contents(run)
     return ModelCard(render_card(source, VDMPipeline.from_pretrained(source.pipeline), Edition("me/tiny", **edition)))
 
 
@@ -115,7 +115,7 @@ def test_plain_text_stays_readable() -> None:
 def test_the_recipe_says_nothing_of_the_place(tmp_path: Path) -> None:
     recipe = {"dataset_name": None, "train_data_dir": "/home/ada/birds"}
     recipe |= {"output_dir": "/home/ada/runs", "resume_from_checkpoint": "latest"}
-    source = read_source(write_run(tmp_path / "run", recipe=recipe))
+    source = read_contents(write_run(tmp_path / "run", recipe=recipe))
     (tmp_path / "out").mkdir()
     copy_records(source, tmp_path / "out")
     assert "ada" not in (tmp_path / "out" / "recipe.yaml").read_text()
@@ -136,7 +136,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
     folder = write_run(tmp_path / "run")
     (folder / "evaluation.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"evaluation\.json"):
-        read_source(folder)
+        read_contents(folder)
 
 
 CLIPPED = ("standard_error", "standard_error_over_images", "terms", "network_evaluations")
@@ -176,7 +176,7 @@ CLIPPED = ("standard_error", "standard_error_over_images", "terms", "network_eva
 def test_a_measurement_of_another_shape_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     folder = write_run(tmp_path / "run", evaluation=EVALUATION | wrong)
     with pytest.raises(CheckpointError, match=r"evaluation\.json"):
-        read_source(folder)
+        read_contents(folder)
 
 
 WRONG_RECIPES: dict[str, dict[str, Any]] = {
@@ -222,7 +222,7 @@ def test_the_recipe_that_is_published_is_what_a_run_reads(tmp_path: Path) -> Non
         (folder / "recipe.yaml").read_text().replace("'1e3'", "1e3").replace("train_split: 1e3", "train_split: '1e3'")
     )
     (folder / "recipe.yaml").write_text(text)
-    source = read_source(folder)
+    source = read_contents(folder)
     assert source.recipe["random_flip"] is False
     copy_records(source, tmp_path)
     assert read_recipe(tmp_path / "recipe.yaml") == source.recipe
@@ -343,7 +343,7 @@ def test_a_measurement_without_what_it_is_of_is_refused(tmp_path: Path, missing:
     record = json.loads((folder / "evaluation.json").read_text())
     (folder / "evaluation.json").write_text(json.dumps({key: record[key] for key in record if key != missing}))
     with pytest.raises(CheckpointError, match=missing):
-        read_source(folder)
+        read_contents(folder)
 
 
 def test_what_a_picture_or_weights_say_is_searched_too(tmp_path: Path) -> None:
@@ -383,10 +383,10 @@ def test_only_a_pipelines_own_files_are_copied(tmp_path: Path, run: Path) -> Non
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model_index\.json"):
-        read_source(tmp_path)
+        read_contents(tmp_path)
 
 
 def test_a_runs_folder_and_its_pipeline_are_the_same_source(run: Path) -> None:
-    of_run, of_pipeline = read_source(run), read_source(run / "pipeline")
+    of_run, of_pipeline = read_contents(run), read_contents(run / "pipeline")
     assert of_run == of_pipeline
     assert of_run.evaluation["bits_per_dim"] == json.loads((run / "evaluation.json").read_text())["bits_per_dim"]

@@ -18,7 +18,7 @@ from markdown_it.token import Token
 from hub.publications import EVALUATION, RECIPE, RUN, tiny_pipeline
 from vdm_hub import VDMPipeline
 from vdm_hub.publishing.card import Edition, render_card
-from vdm_hub.publishing.contents import Source
+from vdm_hub.publishing.contents import Contents
 from vdm_hub.publishing.markdown import code, markdown, plain, python, render, words
 
 STRINGS = (
@@ -49,7 +49,7 @@ def card(texts: dict[str, str], twin: bool = False) -> str:
     run |= {"dataset": {"images": 7, "fingerprint": texts["fingerprint"] or "x"}}
     told = {"name": texts["measured name"], "config": texts["config"], "split": texts["split"]}
     evaluation = EVALUATION | {"dataset": told, "terms": {texts["term"]: 1.75}, "method": texts["method"]}
-    source = Source(Path(), recipe, evaluation, {}, run)
+    source = Contents(Path(), recipe, evaluation, {}, run)
     edition = Edition("me/tiny", license=texts["license"] or "x", no_twin=texts["no twin"] or "x")
     if twin:
         edition = Edition("me/tiny", license=texts["license"] or "x", twin="0f" * 20, twin_error=texts["twin error"])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vdm_hub.training.parts.optimizers import load_state, pack_state, unpack_state
+from vdm_hub.training.parts.optimizers import load_state, pack_optimizer, unpack_optimizer
 
 MADE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
@@ -55,7 +55,7 @@ def test_an_optimiser_goes_on_from_what_was_packed(name: str) -> None:
     steps(calm, optimizer, range(3))
     resumed = copy.deepcopy(calm)
     other = MADE[name](groups(resumed))
-    unpack_state(other, *through_files(*pack_state(optimizer)))
+    unpack_optimizer(other, *through_files(*pack_optimizer(optimizer)))
     steps(calm, optimizer, range(3, 6))
     steps(resumed, other, range(3, 6))
     for ours, theirs in zip(resumed.parameters(), calm.parameters(), strict=True):
@@ -66,13 +66,13 @@ def test_the_recipes_settings_are_those_of_now_and_the_rest_is_state() -> None:
     model = network()
     optimizer = MADE["prodigy"](groups(model))
     steps(model, optimizer, range(3))
-    tensors, numbers = pack_state(optimizer)
+    tensors, numbers = pack_optimizer(optimizer)
     settings = {"lr": 0.25, "eps": 0.125, "weight_decay": 0.5}
     for group in optimizer.param_groups:
         group.update(settings)
     other = MADE["prodigy"](groups(network()))
     kept = [{name: group[name] for name in settings} for group in other.param_groups]
-    unpack_state(other, tensors, pack_state(optimizer)[1])
+    unpack_optimizer(other, tensors, pack_optimizer(optimizer)[1])
     assert [{name: group[name] for name in settings} for group in other.param_groups] == kept
     assert [group["d"] for group in other.param_groups] == [group["d"] for group in optimizer.param_groups]
     assert all("growth_rate" not in group for group in numbers["groups"]), "infinite: JSON has no such number"
@@ -97,10 +97,10 @@ def test_names_of_what_is_nested_are_paths() -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter])
     optimizer.state[parameter] = {"quantised": {"code": torch.arange(3.0), "blocks": 4}, "count": 7}
-    tensors, numbers = pack_state(optimizer)
+    tensors, numbers = pack_optimizer(optimizer)
     assert tensors.keys() == {"0.quantised.code"} and numbers["parameters"] == {"0.quantised.blocks": 4, "0.count": 7}
     other = torch.optim.SGD([parameter])
-    unpack_state(other, tensors, numbers)
+    unpack_optimizer(other, tensors, numbers)
     state = other.state_dict()["state"][0]
     assert state["count"] == 7 and state["quantised"]["blocks"] == 4
     assert torch.equal(state["quantised"]["code"], torch.arange(3.0))

@@ -26,7 +26,7 @@ import vdm_hub
 from runs import LEARNED, contents, environment, finished_run, start, train_here
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.loading import load_data
-from vdm_hub.recipes.configuration import DiffusionArguments, Serialised
+from vdm_hub.recipes.configuration import DiffusionArguments, NameOrJSON
 from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from vdm_hub.training.state.provenance import code_state, describe_split, git_state, plugin_versions
 
@@ -303,8 +303,8 @@ def test_the_plugins_of_a_recipe_are_named_with_their_versions(
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: bent-schedules\nVersion: 1.5\n")
     (installed / "entry_points.txt").write_text("[vdm_hub.noise_schedules]\nbent = bent:Bent\n")
     monkeypatch.syspath_prepend(tmp_path)
-    named = DiffusionArguments(noise_schedule=Serialised('{"name": "bent", "config": {"by": 1.0}}'))
-    assert plugin_versions(named) == plugin_versions(DiffusionArguments(noise_schedule=Serialised("bent")))
+    named = DiffusionArguments(noise_schedule=NameOrJSON('{"name": "bent", "config": {"by": 1.0}}'))
+    assert plugin_versions(named) == plugin_versions(DiffusionArguments(noise_schedule=NameOrJSON("bent")))
     assert plugin_versions(named) == {"bent-schedules": "1.5"}
     assert plugin_versions(DiffusionArguments()) == {}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vdm_hub.commands.images import load_images
 from vdm_hub.commands.loading import load_pipeline
-from vdm_hub.commands.options import DIVERGENCES, OVERRIDES
+from vdm_hub.commands.options import DIVERGENCE_NAMES, OVERRIDES
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.images import ImageLevels
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     processes = Processes.launched()
     with processes.main_speaks():
-        pipeline, images, told, notes = processes.together(lambda: _load(arguments, processes))
-        report = _evaluate(arguments, pipeline, images, told, processes).with_notes(notes)
+        pipeline, images, description, notes = processes.together(lambda: _load(arguments, processes))
+        report = _evaluate(arguments, pipeline, images, description, processes).with_notes(notes)
         if processes.is_main:
             print(json.dumps(report.to_dict()) if arguments.json else report, flush=True)
             _write(arguments, report, images)
@@ -81,7 +81,7 @@ def _load(
         raise ConfigurationError(
             f"--label_column is {arguments.label_column!r}, and the network is not class-conditional: leave it out."
         )
-    images, told, notes = load_images(
+    images, description, notes = load_images(
         pipeline,
         arguments.dataset_name,
         arguments.split,
@@ -93,19 +93,19 @@ def _load(
         say=lambda said: print(said, file=sys.stderr) if processes.is_main else None,
         max_images=arguments.max_images,
     )
-    return pipeline, images, told, notes
+    return pipeline, images, description, notes
 
 
 def _evaluate(
     arguments: argparse.Namespace,
     pipeline: LikelihoodPipeline,
     images: ImageLevels,
-    told: dict[str, Any],
+    description: dict[str, Any],
     processes: Processes,
 ) -> LikelihoodReport:
     flow = ProbabilityFlow(
         arguments.dequantization,
-        DIVERGENCES[arguments.divergence],
+        DIVERGENCE_NAMES[arguments.divergence],
         arguments.probes,
         arguments.tolerance,
         arguments.max_steps,
@@ -119,7 +119,7 @@ def _evaluate(
         arguments.replicates,
         arguments.batch_size,
         arguments.seed,
-        dataset=told,
+        dataset=description,
         method=arguments.method,
         flow=flow,
         draws=arguments.draws,

@@ -70,12 +70,12 @@ def load_images(
     images, split, column = _load(load, split, used, "image_column" not in given, pipeline.held_out is not None)
     if column != used["image_column"]:
         notes.append(f"the images were read from the column {column!r}: there is no {used['image_column']!r}")
-    told = describe_images(images, source, split, config=config_name, **used | {"image_column": column})
-    told |= {} if label_column is None else {"label_column": label_column}
-    told |= {} if max_images is None else {"max_images": max_images}
+    description = describe_images(images, source, split, config=config_name, **used | {"image_column": column})
+    description |= {} if label_column is None else {"label_column": label_column}
+    description |= {} if max_images is None else {"max_images": max_images}
     if pipeline.held_out is not None and split == SPLIT and max_images is None:
-        notes += _other_images(pipeline.held_out, told["fingerprint"])
-    return images, told, notes
+        notes += _other_images(pipeline.held_out, description["fingerprint"])
+    return images, description, notes
 
 
 def _as_trained(pipeline: LikelihoodPipeline, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

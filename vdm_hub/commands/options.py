@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vdm_hub.likelihood.protocol import DEQUANTIZATIONS, DTYPES, FORMS, METHODS, SOLVERS, ProbabilityFlow
 
-DIVERGENCES = {"hutchinson": "rademacher", "rademacher": "rademacher", "gaussian": "gaussian", "exact": "exact"}
+DIVERGENCE_NAMES = {"hutchinson": "rademacher", "rademacher": "rademacher", "gaussian": "gaussian", "exact": "exact"}
 """The names of the command line, and those of `ProbabilityFlow`."""
 
 OVERRIDES = {
@@ -106,7 +106,7 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--divergence",
         default="hutchinson",
-        choices=DIVERGENCES,
+        choices=DIVERGENCE_NAMES,
         help="ODE: by random probes (hutchinson is rademacher), or exact, one backward pass a dimension "
         "(default: hutchinson)",
     )

@@ -30,9 +30,9 @@ from vdm_hub.data.pixels import (
 from vdm_hub.data.sources import Opener, check_memory
 from vdm_hub.errors import DataError, in_one_line
 
-Size: TypeAlias = tuple[int, int]
+ImageSize: TypeAlias = tuple[int, int]
 """(W, H), as Pillow has it."""
-Fitted: TypeAlias = tuple[Levels, Size | None]
+SizedLevels: TypeAlias = tuple[Levels, ImageSize | None]
 
 _CHUNK = 1024  # images decoded between two reads of the dataset
 
@@ -97,7 +97,7 @@ class ImageReader:
         """
         return self.fit(encoded, index)[0]
 
-    def fit(self, encoded: Any, index: int | None = None) -> Fitted:
+    def fit(self, encoded: Any, index: int | None = None) -> SizedLevels:
         """`decode`, and the image's own size where it is resized, or cropped now or at each use."""
         image, name = self.open(encoded, index), ImageName(encoded, index)
         levels = levels_from_image(image, self.num_levels, color=self.color, name=name)
@@ -151,7 +151,7 @@ class ImageReader:
             pass
         return ""
 
-    def fit_many(self, encoded: Sequence[Any], indices: Sequence[int] | None = None) -> list[Fitted]:
+    def fit_many(self, encoded: Sequence[Any], indices: Sequence[int] | None = None) -> list[SizedLevels]:
         """`fit` for each, in order, on ``num_workers`` threads."""
         numbers = [None] * len(encoded) if indices is None else indices
         if self.num_workers == 0:
@@ -183,7 +183,7 @@ class ImageLevels:
     image_shape: tuple[int, int, int]
     num_levels: int
     labels: Tensor | None = None
-    resized_from: Size | None = None
+    resized_from: ImageSize | None = None
     names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
@@ -237,7 +237,7 @@ class ImageStream:
     num_levels: int
     reader: ImageReader
     shuffle_buffer_size: int = 1
-    resized_from: Size | None = None
+    resized_from: ImageSize | None = None
     size: int | None = None
 
     @property
@@ -284,7 +284,7 @@ def decode_all(
     _check_memory(len(dataset), shape)
     random_crop = reader.resolution is not None and not reader.center_crop
     images: list[Tensor] = []
-    resized: Size | None = None
+    resized: ImageSize | None = None
     levels = np.empty((0 if random_crop else len(dataset), *shape), dtype=np.uint8)
     for index, (one, changed) in enumerate(_decoded(dataset, image_column, reader)):
         resized = resized or changed
@@ -308,7 +308,7 @@ def crop(levels: Any, size: int, down: float, right: float) -> Any:
     return levels[:, top : top + size, left : left + size]
 
 
-def _decoded(encoded: datasets.Dataset, image_column: str, reader: ImageReader) -> Iterator[Fitted]:
+def _decoded(encoded: datasets.Dataset, image_column: str, reader: ImageReader) -> Iterator[SizedLevels]:
     for start in range(0, len(encoded), _CHUNK):
         part = encoded[start : start + _CHUNK][image_column]
         yield from reader.fit_many(part, range(start, start + len(part)))

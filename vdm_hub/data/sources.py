@@ -175,8 +175,8 @@ class ImageFiles(Source):
     def _whole(self, split: str) -> datasets.Dataset:
         files = self.layout.splits[split]
         image = pa.StructArray.from_arrays([pa.array(files, pa.string())], ["path"])
-        told, classes = metadata_columns(self.layout, files), self.layout.classes
-        table = pa.table({"image": image}) if told is None else told.append_column("image", image)
+        metadata, classes = metadata_columns(self.layout, files), self.layout.classes
+        table = pa.table({"image": image}) if metadata is None else metadata.append_column("image", image)
         if not classes or "label" in table.column_names:
             return datasets.Dataset(table)
         label = datasets.ClassLabel(names=sorted(set(classes.values())))

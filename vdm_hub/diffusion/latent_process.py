@@ -193,7 +193,7 @@ class LatentProcess(ForwardProcess):
         information = gaussian.information(means, variances)
         mean, deviation = _by_channel(means, variances)
         mean, deviation = (mean - self.shift.flatten()) / self.scale.flatten(), deviation / self.scale.flatten()
-        told = {
+        description = {
             "images": len(means),
             "mean": mean.tolist(),
             "standard_deviation": deviation.tolist(),
@@ -211,7 +211,7 @@ class LatentProcess(ForwardProcess):
                 f"the latents are not normalised: {found}. Schedule and prior are made for about 0 and 1: set "
                 f"latent_scaling, and train the network on such latents"
             )
-        return told, notes
+        return description, notes
 
     def prepare(self, levels: Iterable[Tensor]) -> str:
         """Measure the latents and, if `normalises`, shift and scale them by what was found."""

@@ -143,8 +143,8 @@ class VarianceGradient:
         """The same losses, (B,), from which the backward pass learns each ``L_i``, in nats per dimension."""
         if self._message is None:
             return losses
-        told: Tensor = _Told.apply(losses, self._message, dimensions)  # type: ignore[no-untyped-call]
-        return told
+        sent: Tensor = _SendLosses.apply(losses, self._message, dimensions)  # type: ignore[no-untyped-call]
+        return sent
 
     def _evaluate(self, t: Tensor, constant: set[str]) -> tuple[Tensor, Tensor]:
         return gamma_and_derivative(_holding(self._schedule, constant), t)
@@ -179,7 +179,7 @@ class _Scaled(torch.autograd.Function):
         return gamma * factor, derivative * factor
 
 
-class _Told(torch.autograd.Function):
+class _SendLosses(torch.autograd.Function):
     """The losses as they are; backwards, ``2 L_i`` goes to `_Scaled` by way of the message."""
 
     @staticmethod

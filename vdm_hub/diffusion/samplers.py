@@ -19,7 +19,7 @@ from vdm_hub.diffusion.continuous_time import DiffusionSDE
 from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.errors import ConfigurationError, unknown_name
 
-Score = Callable[[Tensor, Tensor], Tensor]
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 """``(z (B, *data), t ()) -> grad log q(z_t)``, like z; one evaluation of the network."""
 
 
@@ -33,7 +33,9 @@ class Sampler(ABC):
     evaluations: int = 1
 
     @abstractmethod
-    def step(self, score: Score, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator) -> Tensor:
+    def step(
+        self, score: ScoreFunction, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator
+    ) -> Tensor:
         """``z_s`` from ``z_t``.
 
         Args:
@@ -49,7 +51,9 @@ class Sampler(ABC):
 class ReverseSDE(Sampler):
     """Euler-Maruyama on the reverse SDE: ``z_s = z_t - (f z - g^2 score) dt + g sqrt(dt) eps`` (SDE eq. 6)."""
 
-    def step(self, score: Score, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator) -> Tensor:
+    def step(
+        self, score: ScoreFunction, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator
+    ) -> Tensor:
         dt = t - s
         mean = z - sde.reverse_drift(z, t, score(z, t)).to(z.dtype) * dt
         return mean + ((sde.diffusion_squared(z, t) * dt).sqrt() * _noise(z, generator)).to(z.dtype)
@@ -60,7 +64,9 @@ class ProbabilityFlowODE(Sampler):
 
     evaluations = 2
 
-    def step(self, score: Score, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator) -> Tensor:
+    def step(
+        self, score: ScoreFunction, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator
+    ) -> Tensor:
         dt = t - s
         slope = sde.flow_drift(z, t, score(z, t))
         guess = (z - slope * dt).to(z.dtype)
@@ -91,7 +97,9 @@ class PredictorCorrector(Sampler):
         self.corrector_steps, self.ratio, self.evaluations = corrector_steps, ratio, 1 + corrector_steps
         self.predictor = ReverseSDE()
 
-    def step(self, score: Score, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator) -> Tensor:
+    def step(
+        self, score: ScoreFunction, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator
+    ) -> Tensor:
         z = self.predictor.step(score, sde, z, s, t, generator)
         for _ in range(self.corrector_steps):
             size = (2 * self.ratio**2 * torch.sigmoid(sde.gamma_at(s, z))).to(z.dtype)
@@ -122,7 +130,9 @@ class AnnealedLangevin(Sampler):
             )
         self.steps_per_level, self.step_size, self.evaluations = steps_per_level, step_size, steps_per_level
 
-    def step(self, score: Score, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator) -> Tensor:
+    def step(
+        self, score: ScoreFunction, sde: DiffusionSDE, z: Tensor, s: Tensor, t: Tensor, generator: Generator
+    ) -> Tensor:
         gamma_s, gamma_t = sde.gamma_at(s, z), sde.gamma_at(t, z)
         z = (z * (gaussian.alpha(gamma_s) / gaussian.alpha(gamma_t))).to(z.dtype)
         size = (self.step_size * torch.sigmoid(gamma_s)).to(z.dtype)

@@ -26,7 +26,7 @@ from vdm_hub import registry
 from vdm_hub.errors import CheckpointError, ConfigurationError, MissingFileError, shortened, unknown_name
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import CONFIGS, ModelFiles
-from vdm_hub.hub.schemas import check_config, check_fields, type_of_field
+from vdm_hub.hub.schemas import check_config, check_given_fields, type_of_field
 from vdm_hub.hub.weights import WeightFiles, check_weights, weight_files
 
 # A copy of this package under another name, as a repository may carry it, is named so in its own index.
@@ -252,7 +252,7 @@ def _check_index(name: str, index: Mapping[str, Any], pipeline: type, given: Col
     for key, value in index.items():
         if value == [None, None] and key not in optional and key not in given:
             raise CheckpointError(f"{name}: {INDEX} has no {key}, without which there is no {pipeline.__name__}.")
-    check_fields(
+    check_given_fields(
         pipeline, {key: value for key, value in index.items() if not isinstance(value, list)}, f"{name}: {INDEX}"
     )
 

@@ -13,11 +13,11 @@ from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.schemas import Like, Within, check_record
 
 Whole = Annotated[int, Within(0, 2**48)]
-Count = Annotated[int, Within(1, 2**48)]
+Natural = Annotated[int, Within(1, 2**48)]
 Text = Annotated[str, Within(0, 10_000)]
 Figure = Annotated[float, Within(-1e12, 1e12)]
 Positive = Annotated[float, Within(0, 1e12)]
-Share = Annotated[float, Within(0, 1)]
+Fraction = Annotated[float, Within(0, 1)]
 Fingerprint = Annotated[str, Like("sha256:[0-9a-f]{64}", "sha256: and 64 hexadecimal digits")]
 Versions = Annotated[dict[str, Text], Within(1, 1_000)]
 
@@ -27,30 +27,30 @@ _CHANCE = 10
 """Standard errors below zero that an estimate may lie: a probability of levels is at most 1, so its bits are not."""
 
 
-class Images(TypedDict):
+class DatasetRecord(TypedDict):
     """See `vdm_hub.evaluation.provenance.describe_images`."""
 
     name: Text | None
     config: Text | None
     split: Text | None
-    images: Count | None
-    shape: Annotated[list[Count], Within(3, 3)]
+    images: Natural | None
+    shape: Annotated[list[Natural], Within(3, 3)]
     levels: Annotated[int, Within(2, 256)]
-    resolution: Count | None
+    resolution: Natural | None
     resized: bool | None
     fingerprint: Fingerprint | None
     color: NotRequired[Text]
     image_column: NotRequired[Text]
     label_column: NotRequired[Text]
-    max_images: NotRequired[Count]
+    max_images: NotRequired[Natural]
 
 
 class _Flow(TypedDict):
     dequantization: Text
     divergence: Text
-    probes: Count
-    tolerance: Share
-    max_steps: Count
+    probes: Natural
+    tolerance: Fraction
+    max_steps: Natural
     solver: Text
     steps_mean: Positive
     steps_max: Whole
@@ -61,7 +61,7 @@ class _Flow(TypedDict):
 
 class _Weights(TypedDict):
     over: Text
-    draws: Count
+    draws: Natural
     effective_sample_size_mean: Positive
     effective_sample_size_min: Positive
 
@@ -70,15 +70,15 @@ class _Estimator(TypedDict):
     stratified: bool
     importance_sampling: bool
     control_variate: bool
-    times_per_image: Count
+    times_per_image: Natural
     pilot_evaluations: Whole
-    defensive: Share
+    defensive: Fraction
 
 
 class _Target(TypedDict):
     standard_error: Positive
     reached: bool
-    max_replicates: Count
+    max_replicates: Natural
     max_evaluations: Whole | None
     ended_by: NotRequired[Text]
 
@@ -91,7 +91,7 @@ class _Latents(TypedDict):
 
 
 class _Hierarchy(TypedDict):
-    depth: Count
+    depth: Natural
 
 
 class _Figures(TypedDict):
@@ -99,27 +99,27 @@ class _Figures(TypedDict):
     standard_error: Positive | None
     standard_error_over_images: Positive | None
     terms: dict[str, Figure]
-    network_evaluations: Count
+    network_evaluations: Natural
 
 
 class Evaluation(_Figures):
     """What ``vdm-hub evaluate --json`` prints."""
 
-    num_images: Count
-    replicates: Count
-    transitions: Count | None
+    num_images: Natural
+    replicates: Natural
+    transitions: Natural | None
     is_bound: bool
     method: Literal["bound", "ode", "importance_weighted"]
-    dimensions: Count
+    dimensions: Natural
     weights: Fingerprint
     seed: Annotated[int, Within(0, 2**63)]
-    processes: Count
+    processes: Natural
     versions: Versions
     seconds: Positive
     seconds_before: NotRequired[Positive]
     device: NotRequired[Text]
     dtype: NotRequired[Text]
-    dataset: NotRequired[Images]
+    dataset: NotRequired[DatasetRecord]
     notes: NotRequired[list[Text]]
     decomposition: NotRequired[Text]
     estimator: NotRequired[_Estimator]
@@ -131,13 +131,13 @@ class Evaluation(_Figures):
     clipped: NotRequired[_Figures]
 
 
-class Validation(TypedDict):
+class ValidationRecord(TypedDict):
     """The last measurement of the images that were held out in training."""
 
     step: Whole
     bits_per_dim: Figure
     standard_error: Positive | None
-    images: Count | None
+    images: Natural | None
 
 
 class _Git(TypedDict):
@@ -153,20 +153,20 @@ class RunRecord(TypedDict):
     plugins: dict[str, Text | None]
     git: _Git | None
     working_directory_git: NotRequired[_Git | None]
-    dataset: Images
+    dataset: DatasetRecord
     augmentation: dict[str, bool]
     steps: Whole
     training_seconds: Positive
-    processes: Count
-    gradient_accumulation_steps: Count
-    global_batch_size: Count
+    processes: Natural
+    gradient_accumulation_steps: Natural
+    global_batch_size: Natural
     device: Text
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"]
     parameters: dict[str, Whole]
-    validation: NotRequired[Validation]
+    validation: NotRequired[ValidationRecord]
 
 
-class History(TypedDict):
+class HistoryRecord(TypedDict):
     """What training writes into ``history.json``: columns of one length, each with the step."""
 
     train: dict[str, list[float]]
@@ -226,7 +226,7 @@ def read_history(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is damaged, or its columns do not belong together.
     """
-    record = _read(path, History)
+    record = _read(path, HistoryRecord)
     check_history(record, path)
     return record
 
@@ -280,11 +280,11 @@ def _miscounted(record: Mapping[str, Any]) -> Iterator[str]:
     for figures in filter(None, [record, record.get("clipped")]):
         if "hierarchy" not in record and figures["network_evaluations"] < shown:
             yield f"network_evaluations is {figures['network_evaluations']}, and each of {shown} estimates takes one"
-    told = record.get("dataset")
-    if told is not None and told["images"] not in (None, record["num_images"]):
-        yield f"num_images is {record['num_images']}, and the dataset's images are {told['images']}"
-    if told is not None and math.prod(told["shape"]) != record["dimensions"]:
-        yield f"dimensions is {record['dimensions']}, and the dataset's shape is {told['shape']}"
+    dataset = record.get("dataset")
+    if dataset is not None and dataset["images"] not in (None, record["num_images"]):
+        yield f"num_images is {record['num_images']}, and the dataset's images are {dataset['images']}"
+    if dataset is not None and math.prod(dataset["shape"]) != record["dimensions"]:
+        yield f"dimensions is {record['dimensions']}, and the dataset's shape is {dataset['shape']}"
 
 
 def _misread(images: Mapping[str, Any]) -> Iterator[str]:

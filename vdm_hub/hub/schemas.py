@@ -129,10 +129,10 @@ def check_config(cls: type, config: Mapping[str, Any], name: str) -> None:
         _check_known(fields, (key for key in config if not key.startswith("_")), name, cls)
     if _is_ours(cls) or config.get("_diffusers_version") == diffusers.__version__:
         _check_complete(fields, config, name)
-    check_fields(cls, config, name)
+    check_given_fields(cls, config, name)
 
 
-def check_fields(cls: type, config: Mapping[str, Any], name: str) -> None:
+def check_given_fields(cls: type, config: Mapping[str, Any], name: str) -> None:
     """`check_config` of those fields alone that are there.
 
     Raises:

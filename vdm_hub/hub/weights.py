@@ -156,7 +156,7 @@ def check_names(place: str, missing: Iterable[str], unexpected: Iterable[str]) -
             )
 
 
-def check_finite(place: str, network: nn.Module) -> None:
+def check_finite_weights(place: str, network: nn.Module) -> None:
     """Refuse weights that no computation can use.
 
     Raises:

@@ -39,8 +39,8 @@ def check_context(context_size: int | None, network: nn.Module) -> None:
         ConfigurationError: It takes no context, or one of another length.
     """
     parameters = inspect.signature(network.forward).parameters
-    told = "context" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    unsaid = context_size if told else None
+    takes_context = "context" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    unsaid = context_size if takes_context else None
     taken = getattr(getattr(network, "config", None), "context_size", unsaid)
     if taken != context_size:
         raise ConfigurationError(

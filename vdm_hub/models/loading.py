@@ -14,7 +14,7 @@ from vdm_hub.errors import ConfigurationError, explained, shortened
 from vdm_hub.hub.checks import check_component, is_checked
 from vdm_hub.hub.outgoing import SearchedUpload
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, open_files
-from vdm_hub.hub.weights import check_finite, replacing_weights
+from vdm_hub.hub.weights import check_finite_weights, replacing_weights
 
 REMEDY = "check the arguments, and save it again, or download it again"
 
@@ -48,7 +48,7 @@ class CheckedLoading(SearchedUpload):
             loaded = loads(files.folder, **kwargs)
         part = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(part, nn.Module):
-            check_finite(place, part)
+            check_finite_weights(place, part)
             part.register_to_config(_name_or_path=str(source))  # type: ignore[operator]
         return loaded
 

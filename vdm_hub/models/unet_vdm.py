@@ -270,10 +270,10 @@ class TimeEmbedding(nn.Module):
                 f"context_size is {self.context_size or None}, and the context has {given} entries: give the network "
                 f"the context_size of the process that it is trained with."
             )
-        told = self.sinusoids(timestep)
+        features = self.sinusoids(timestep)
         if context is not None:  # one timestep may stand for the whole batch
-            told = torch.cat([told.expand(context.shape[0], -1), context.to(told.dtype)], dim=1)
-        embedding = self.linear_2(F.silu(self.linear_1(told.to(self.linear_1.weight.dtype))))
+            features = torch.cat([features.expand(context.shape[0], -1), context.to(features.dtype)], dim=1)
+        embedding = self.linear_2(F.silu(self.linear_1(features.to(self.linear_1.weight.dtype))))
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(class_labels)
         return F.silu(embedding)

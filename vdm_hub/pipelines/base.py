@@ -23,7 +23,7 @@ from vdm_hub.fields import whole_number
 from vdm_hub.hub.checks import already_checked, check_pipeline
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.hub.schemas import check_arguments
-from vdm_hub.hub.weights import check_finite
+from vdm_hub.hub.weights import check_finite_weights
 from vdm_hub.likelihood.measurement import collect
 from vdm_hub.likelihood.methods import build_measurement
 from vdm_hub.likelihood.protocol import ProbabilityFlow
@@ -280,7 +280,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             pipeline = super().from_pretrained(files.folder, **arguments)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and name not in arguments:
-                check_finite(f"{files.name}/{name}", part)
+                check_finite_weights(f"{files.name}/{name}", part)
         pipeline.register_to_config(_name_or_path=files.name)
         return pipeline
 

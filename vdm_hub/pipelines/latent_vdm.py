@@ -129,8 +129,8 @@ class LatentVDMPipeline(VDMPipeline):
 
     def examine(self, levels: Tensor) -> tuple[dict[str, Any], list[str]]:
         """Mean and deviation of the latents, and whether they carry anything."""
-        told, notes = self.process.examine(levels.split(256))
-        return {"latents": told}, notes
+        description, notes = self.process.examine(levels.split(256))
+        return {"latents": description}, notes
 
     @torch.no_grad()
     def encode(self, images: Any, generator: Generator = None, mean: bool = False) -> Tensor:

@@ -23,14 +23,14 @@ from vdm_hub.hub.install_hint import FORMER_HINTS, INSTALL_HINT
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import INDEX
 
-PIPELINES = ("HVAEPipeline", "LatentVDMPipeline", "VDMPipeline")
+PIPELINE_NAMES = ("HVAEPipeline", "LatentVDMPipeline", "VDMPipeline")
 CLASSES = (
     "AutoencoderKLFirstStage",
     "MarkovianHVAE",
     "NoiseScheduleModel",
     "UNetVDMModel",
     "VDMScheduler",
-    *PIPELINES,
+    *PIPELINE_NAMES,
 )
 """What diffusers may look for by its bare name."""
 
@@ -115,7 +115,7 @@ def _hand_over(package: Any) -> None:
         if cls is pipeline_class and not is_special:
             index = _index(pretrained_model_name_or_path, kwargs)
             named = index.get("_class_name")
-            if named in PIPELINES:
+            if named in PIPELINE_NAMES:
                 return getattr(package, named).from_pretrained(pretrained_model_name_or_path, **kwargs)
             _check_class(pretrained_model_name_or_path, index, package.__name__)
             if isinstance(named, list):
@@ -135,7 +135,7 @@ def _check_class(source: Any, index: Mapping[str, Any], library: str) -> None:
     if not isinstance(named, list) and (parts_of_ours or not _is_pipeline(named)):
         raise CheckpointError(
             f"{source}: {INDEX} names the class {shortened(named)}, which is no pipeline of diffusers or {library} "
-            f"({', '.join(PIPELINES)}) that has these components: it was changed. Save the pipeline again, or "
+            f"({', '.join(PIPELINE_NAMES)}) that has these components: it was changed. Save the pipeline again, or "
             f"download it again."
         )
 

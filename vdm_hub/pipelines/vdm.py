@@ -34,7 +34,7 @@ from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.registry import Serialised
 from vdm_hub.schedulers.configs import check_grid
 from vdm_hub.schedulers.diffusers_checkpoints import (
-    Source,
+    PipelineSource,
     notes_on_bound,
     scheduler_of_pipeline,
     scheduler_of_repository,
@@ -86,7 +86,7 @@ class VDMPipeline(LikelihoodPipeline):
     @classmethod
     def from_diffusers(
         cls,
-        source: Source,
+        source: PipelineSource,
         num_levels: int = 256,
         *,
         data_scaling: str | None = None,

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from vdm_hub.likelihood.protocol import FORMS
 from vdm_hub.pipelines.base import LikelihoodPipeline
-from vdm_hub.publishing.contents import Source
+from vdm_hub.publishing.contents import Contents
 from vdm_hub.publishing.markdown import markdown, python, render, visible, words
 from vdm_hub.publishing.wording import plugin_packages, wording_of
 from vdm_hub.version import HOW_TO_INSTALL, __version__
@@ -65,7 +65,7 @@ class Edition:
     remote_code_branch: str = "remote-code"
 
 
-def render_card(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> str:
+def render_card(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> str:
     """The card's text, metadata included.
 
     Whatever comes from a file or a name is shown as it is: see `vdm_hub.publishing.markdown`.
@@ -79,7 +79,7 @@ def render_card(source: Source, pipeline: LikelihoodPipeline, edition: Edition) 
 # ---- metadata ---------------------------------------------------------------------------------------------------
 
 
-def _metadata(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> ModelCardData:
+def _metadata(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> ModelCardData:
     """YAML quotes what it must; line breaks and hidden characters are left to nobody."""
     results = _results(source.evaluation)
     return ModelCardData(
@@ -133,7 +133,7 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
 # ---- text -------------------------------------------------------------------------------------------------------
 
 
-def _facts(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any]:
+def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any]:
     """What the template says; text of anyone's is plain here, and escaped there."""
     recipe, run = source.recipe, source.run
     channels, height, width = pipeline.image_shape
@@ -213,7 +213,7 @@ def _dataset(recipe: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _bound(source: Source, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any] | None:
+def _bound(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any] | None:
     report = source.evaluation
     if "bits_per_dim" not in report:
         return None
@@ -261,7 +261,7 @@ def _error(value: float | None) -> str:
 
 
 def _evaluation_command(
-    source: Source,
+    source: Contents,
     pipeline: LikelihoodPipeline,
     edition: Edition,
     dataset: Mapping[str, Any],
@@ -283,7 +283,7 @@ def _evaluation_command(
     return _command("vdm-hub", "evaluate", edition.repo_id, *given) if dataset.get("name") else None
 
 
-def _image_options(source: Source, pipeline: LikelihoodPipeline, dataset: Mapping[str, Any]) -> dict[str, Any]:
+def _image_options(source: Contents, pipeline: LikelihoodPipeline, dataset: Mapping[str, Any]) -> dict[str, Any]:
     """How the images were read, where the pipeline does not say so itself."""
     asked = {"resolution": dataset.get("resolution") or source.recipe.get("resolution")}
     asked |= {"color": dataset.get("color", "auto"), "image_column": dataset.get("image_column", "image")}

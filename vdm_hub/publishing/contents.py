@@ -26,7 +26,7 @@ _OWN_AFFAIRS = ("recipe", "output_dir", "resume_from_checkpoint", "push_to_hub",
 
 
 @dataclass(frozen=True)
-class Source:
+class Contents:
     """A pipeline on disk, and what is known of it.
 
     Attributes:
@@ -46,7 +46,7 @@ class Source:
     pictures: dict[str, Path] = field(default_factory=dict)
 
 
-def read_source(folder: Path, evaluation: Path | None = None) -> Source:
+def read_contents(folder: Path, evaluation: Path | None = None) -> Contents:
     """What a run's folder holds, or the folder of a pipeline, in a run or alone.
 
     Args:
@@ -64,9 +64,9 @@ def read_source(folder: Path, evaluation: Path | None = None) -> Source:
         )
     run = run_folder(pipeline)
     if run is None:
-        return Source(pipeline, evaluation=read_evaluation(evaluation) if evaluation else {})
+        return Contents(pipeline, evaluation=read_evaluation(evaluation) if evaluation else {})
     recipe, history = published_recipe(read_recipe(run / RECIPE)), read_history(run / "history.json")
-    return Source(
+    return Contents(
         pipeline,
         recipe=recipe,
         evaluation=read_evaluation(evaluation or run / "evaluation.json"),
@@ -106,7 +106,7 @@ def copy_pipeline(pipeline: Path, destination: Path) -> None:
         warn(f"{pipeline} also holds {', '.join(left_out[:4])}{more}: no part of a pipeline, and not published.")
 
 
-def copy_records(source: Source, destination: Path) -> None:
+def copy_records(source: Contents, destination: Path) -> None:
     """Recipe, measurements and pictures."""
     if source.recipe:
         (destination / RECIPE).write_text(plain_yaml.dump(source.recipe))

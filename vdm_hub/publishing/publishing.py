@@ -20,12 +20,12 @@ from vdm_hub.pipelines.by_name import PIPELINES
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.publishing.card import Edition, render_card
 from vdm_hub.publishing.contents import (
-    Source,
+    Contents,
     components_of,
     copy_pipeline,
     copy_records,
     is_managed,
-    read_source,
+    read_contents,
 )
 from vdm_hub.publishing.remote_code import add_remote_code, check_remote_code
 from vdm_hub.publishing.repository import MAIN, HubRepository, check_ready
@@ -73,7 +73,7 @@ class Prepared:
         folders: What goes to each branch; what goes to ``main`` goes to the edition's revision.
     """
 
-    source: Source
+    source: Contents
     pipeline: LikelihoodPipeline
     edition: Edition
     folders: dict[str, Path]
@@ -136,7 +136,7 @@ def prepared_publication(
     folder: Path, edition: Edition, evaluation: Path | None, twin: bool, remote_code: bool
 ) -> Iterator[Prepared]:
     """Everything that is sent, on disk and checked, before anything is sent."""
-    source = read_source(folder, evaluation)
+    source = read_contents(folder, evaluation)
     pipeline = _load(source.pipeline)
     if remote_code and type(pipeline) is not VDMPipeline:
         raise ConfigurationError(
@@ -171,7 +171,7 @@ def _load(folder: Path) -> LikelihoodPipeline:
     return pipeline
 
 
-def _check_evaluation(source: Source, pipeline: LikelihoodPipeline) -> None:
+def _check_evaluation(source: Contents, pipeline: LikelihoodPipeline) -> None:
     """Refuse to put a figure on the card that other weights reached."""
     measured = source.evaluation.get("weights")
     if source.evaluation and measured != weights_fingerprint(pipeline):
@@ -180,8 +180,8 @@ def _check_evaluation(source: Source, pipeline: LikelihoodPipeline) -> None:
             f"{str(measured)[:20]}...): measure these by `vdm-hub evaluate {source.pipeline} --dataset_name ... "
             f"--json > FILE`, and give --evaluation FILE."
         )
-    told = {"evaluation.json": source.evaluation.get("dataset"), "run.json": source.run.get("dataset")}
-    for name, images in told.items():
+    datasets = {"evaluation.json": source.evaluation.get("dataset"), "run.json": source.run.get("dataset")}
+    for name, images in datasets.items():
         if images and (images["levels"], images["shape"]) != (pipeline.num_levels, list(pipeline.image_shape)):
             raise CheckpointError(
                 f"{name} beside {source.pipeline} is of images of shape {images['shape']} and {images['levels']} "

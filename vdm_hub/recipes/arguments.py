@@ -31,7 +31,7 @@ from vdm_hub.recipes.configuration import (
     DEFAULT_CLASSES,
     DiffusionArguments,
     ModelArguments,
-    Serialised,
+    NameOrJSON,
     TrainingArguments,
 )
 from vdm_hub.recipes.secrets import refuse_secret, refuse_token_field
@@ -52,7 +52,7 @@ _EXPECTED: dict[Any, str] = {
     int: "an integer",
     float: "a number",
     str: "text",
-    Serialised: "a name or a mapping",
+    NameOrJSON: "a name or a mapping",
     Share: "a share below 1 or a whole number",
 }
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -122,7 +122,7 @@ class Configuration:
         """`to_dict` as a recipe, with mappings for what is JSON on the command line."""
         values = self.to_dict()
         for name, annotation in FIELDS.items():
-            if Serialised in _options(annotation) and isinstance(values[name], str) and values[name].startswith("{"):
+            if NameOrJSON in _options(annotation) and isinstance(values[name], str) and values[name].startswith("{"):
                 values[name] = json.loads(values[name])
         return plain_yaml.dump(values)
 
@@ -249,7 +249,7 @@ def _change(name: str, text: str) -> tuple[str, dict[str, Any]]:
     field = field.replace("-", "_")
     if field not in FIELDS:
         raise _unknown_field(field, "on the command line")
-    if Serialised not in _options(FIELDS[field]) or not all(keys):
+    if NameOrJSON not in _options(FIELDS[field]) or not all(keys):
         raise ConfigurationError(f"{name} is no key of a mapping: write `--unet.layers_per_block 3`, or `--{field}`.")
     refuse_secret(name[2:], text)
     change: Any = plain_yaml.load(text, f"of {name} on the command line")
@@ -278,15 +278,15 @@ def _merged(
 
 
 def _refuse_doubled(dotted: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    told: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for path, value in (leaf for field, change in dotted for leaf in _leaves(field, change)):
-        for other in told:
+        for other in given:
             if f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}."):
                 raise ConfigurationError(
                     f"--{path} is given twice on the command line, as {shortened(value)} after --{other} "
-                    f"{shortened(told[other])}: give it once."
+                    f"{shortened(given[other])}: give it once."
                 )
-        told[path] = value
+        given[path] = value
 
 
 def _leaves(path: str, change: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -295,7 +295,7 @@ def _leaves(path: str, change: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from _leaves(f"{path}.{key}", value) if value and isinstance(value, dict) else [(f"{path}.{key}", value)]
 
 
-def _as_mapping(field: str, value: Serialised | None) -> dict[str, Any]:
+def _as_mapping(field: str, value: NameOrJSON | None) -> dict[str, Any]:
     if value is None:
         return {}
     mapping: dict[str, Any] = json.loads(value) if value.startswith("{") else {"name": value}
@@ -351,11 +351,11 @@ def _parser() -> _RecipeParser:
 
 def _add_option(section: argparse._ArgumentGroup, field: Field[Any]) -> None:
     """``--train_batch_size``, and ``--train-batch-size``, which is not shown; ``--use_ema`` and ``--no_use_ema``."""
-    base, told = _base(FIELDS[field.name]), {"dest": field.name, "help": field.metadata["help"]}
-    told |= {"nargs": "?", "const": True} if base is bool else {}
-    section.add_argument(f"--{field.name}", metavar=_metavar(base), **told)
+    base, options = _base(FIELDS[field.name]), {"dest": field.name, "help": field.metadata["help"]}
+    options |= {"nargs": "?", "const": True} if base is bool else {}
+    section.add_argument(f"--{field.name}", metavar=_metavar(base), **options)
     if "_" in field.name:
-        section.add_argument(f"--{field.name.replace('_', '-')}", **told | {"help": argparse.SUPPRESS})
+        section.add_argument(f"--{field.name.replace('_', '-')}", **options | {"help": argparse.SUPPRESS})
     if base is bool:
         for spelling in {f"no_{field.name}", f"no-{field.name.replace('_', '-')}"}:
             section.add_argument(f"--{spelling}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
@@ -369,7 +369,7 @@ def defaults() -> dict[str, Any]:
 def _metavar(base: Any) -> str:
     if typing.get_origin(base) is Literal:
         return "|".join(typing.get_args(base))
-    known = {bool: "BOOLEAN", int: "INTEGER", float: "NUMBER", Share: "NUMBER", Serialised: "NAME|JSON"}
+    known = {bool: "BOOLEAN", int: "INTEGER", float: "NUMBER", Share: "NUMBER", NameOrJSON: "NAME|JSON"}
     return known.get(base, "TEXT")
 
 
@@ -480,14 +480,14 @@ def _text(value: Any) -> str:
     return value
 
 
-def _serialised(value: Any) -> Serialised:
+def _serialised(value: Any) -> NameOrJSON:
     """A name as it is; a mapping, or the text of one, as JSON in one form."""
     if isinstance(value, str) and not value.strip().startswith("{"):
-        return Serialised(value)
+        return NameOrJSON(value)
     mapping = plain_yaml.load(value, "of a mapping") if isinstance(value, str) else value
     if not isinstance(mapping, dict):
         raise TypeError
-    return Serialised(json.dumps(mapping, allow_nan=False))
+    return NameOrJSON(json.dumps(mapping, allow_nan=False))
 
 
 _CONVERTERS: dict[Any, Any] = {
@@ -495,6 +495,6 @@ _CONVERTERS: dict[Any, Any] = {
     int: _integer,
     float: lambda value: float(_number(value)),
     str: _text,
-    Serialised: _serialised,
+    NameOrJSON: _serialised,
     Share: _share,
 }

@@ -18,7 +18,7 @@ from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.fields import MAX_SEED, check_fields, option, require
 from vdm_hub.files import found
 
-Serialised = NewType("Serialised", str)
+NameOrJSON = NewType("NameOrJSON", str)
 """Text that is a name or a JSON object; in a recipe it may be written as a YAML mapping."""
 
 UNET_CLASSES = ("UNetVDMModel", "UNet2DModel")
@@ -115,21 +115,22 @@ class DiffusionArguments:
 
     _argument_group_name = "diffusion"
 
-    noise_schedule: Serialised = option(
-        Serialised("linear"),
+    noise_schedule: NameOrJSON = option(
+        NameOrJSON("linear"),
         'gamma(t): a name, or {"name": ..., "config": {...}, "package": ...} (a mapping in YAML, JSON here).',
     )
-    prediction_type: Serialised = option(
-        Serialised("epsilon"), "What the network predicts: epsilon, sample, score, v_prediction, or a plugin's name."
+    prediction_type: NameOrJSON = option(
+        NameOrJSON("epsilon"),
+        "What the network predicts: epsilon, sample, score, v_prediction, or a plugin's name.",
     )
-    conditioning: Serialised | None = option(
+    conditioning: NameOrJSON | None = option(
         None, "tau(gamma), the network's timestep input: affine, table, or a plugin's; derived where not given."
     )
     data_scaling: Literal["bin_centers", "full"] = option(
         "bin_centers", "How levels become real numbers: centres of K bins of [-1, 1], or diffusers' 2 i/(K-1) - 1."
     )
-    decoder: Serialised = option(Serialised("factorised"), "p(x|z_0): factorised (VDM), or ddpm.")
-    forward_process: Serialised = option(Serialised("gaussian"), "What corrupts the data: gaussian, or a plugin's.")
+    decoder: NameOrJSON = option(NameOrJSON("factorised"), "p(x|z_0): factorised (VDM), or ddpm.")
+    forward_process: NameOrJSON = option(NameOrJSON("gaussian"), "What corrupts the data: gaussian, or a plugin's.")
     transitions: int | None = option(
         None, "T, the number of transitions of the bound; not given: T -> infinity.", at_least=1, at_most=10**7
     )
@@ -144,14 +145,14 @@ class DiffusionArguments:
         check_fields(self)
 
 
-def _with_package(kind: str, serialised: Serialised) -> Serialised:
+def _with_package(kind: str, serialised: NameOrJSON) -> NameOrJSON:
     """The same, and of a plugin's which package brings it, so that a recipe says what to install elsewhere."""
     name, _, package = registry.parse_serialised(kind, serialised)
     found = registry.lookup(kind, name, package)
     if found.package == registry.BUILT_IN_PACKAGE:
         return serialised
     form = json.loads(serialised) if serialised.strip().startswith("{") else {"name": name}
-    return Serialised(json.dumps(form | {"package": found.package}))
+    return NameOrJSON(json.dumps(form | {"package": found.package}))
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,11 @@ class ModelArguments:
         "What is trained: vdm, a diffusion of the images; hvae, a hierarchical VAE (of depth 1, the VAE); latent_vdm, "
         "a diffusion of a VAE's latents.",
     )
-    hvae: Serialised = option(
-        Serialised("{}"), "With model hvae: the arguments of MarkovianHVAE, as a mapping in YAML or JSON here."
+    hvae: NameOrJSON = option(
+        NameOrJSON("{}"), "With model hvae: the arguments of MarkovianHVAE, as a mapping in YAML or JSON here."
     )
-    first_stage: Serialised = option(
-        Serialised("{}"),
+    first_stage: NameOrJSON = option(
+        NameOrJSON("{}"),
         "With model latent_vdm: the first stage, as a mapping in YAML or JSON here: '_class_name' (MarkovianHVAE, the "
         "default, or diffusers' AutoencoderKL) and the arguments of that class.",
     )
@@ -185,8 +186,8 @@ class ModelArguments:
     scale_latents: bool = option(
         True, "With model latent_vdm: shift and scale latents to mean 0 and deviation 1, as measured at the start."
     )
-    unet: Serialised = option(
-        Serialised("{}"),
+    unet: NameOrJSON = option(
+        NameOrJSON("{}"),
         "The network, as a mapping in YAML or JSON here: '_class_name' (UNetVDMModel, the default, or diffusers' "
         "UNet2DModel) and the arguments of that class.",
     )
@@ -215,7 +216,7 @@ class ModelArguments:
     def unet_config(self) -> dict[str, Any]:
         """The arguments of the network's class.
 
-        >>> ModelArguments(unet=Serialised('{"_class_name": "UNet2DModel", "sample_size": 8}')).unet_config
+        >>> ModelArguments(unet=NameOrJSON('{"_class_name": "UNet2DModel", "sample_size": 8}')).unet_config
         {'sample_size': 8}
         """
         return {key: value for key, value in self._mapping("unet").items() if key != "_class_name"}

@@ -23,7 +23,7 @@ from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.schedulers.configs import is_beta_table
 from vdm_hub.schedulers.vdm import VDMScheduler
 
-Source: TypeAlias = str | os.PathLike[str] | DiffusionPipeline
+PipelineSource: TypeAlias = str | os.PathLike[str] | DiffusionPipeline
 
 OWN_PIPELINE = "VDMPipeline"
 _PARTS = {"unet", "scheduler"}

@@ -33,8 +33,8 @@ def strictly_increasing(conditioning: Conditioning) -> None:
         require_finite(timestep, "the timestep")
         wrong = (timestep.diff() <= 0).nonzero().flatten().tolist()
         at = wrong[0] if wrong else 0
-        told = f"tau({gamma[at].item():.4g}) = {timestep[at].item():.9g}, tau({gamma[at + 1].item():.4g}) = "
-        require(not wrong, f"{told}{timestep[at + 1].item():.9g} in {dtype}")
+        values = f"tau({gamma[at].item():.4g}) = {timestep[at].item():.9g}, tau({gamma[at + 1].item():.4g}) = "
+        require(not wrong, f"{values}{timestep[at + 1].item():.9g} in {dtype}")
 
 
 @CONDITIONING_LAWS.add

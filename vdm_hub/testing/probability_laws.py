@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
 from vdm_hub.testing.laws import require
-from vdm_hub.testing.process_laws import PROCESS_LAWS, Batch, Fitted, network
+from vdm_hub.testing.process_laws import PROCESS_LAWS, BoundBatch, FittedOutput, network
 from vdm_hub.testing.subjects import CPU, SHAPE, cast, evaluated, require_close, seeded
 
 _COPIES = 128
@@ -48,7 +48,7 @@ def seen_kl(ours: Tensor, theirs: Tensor) -> float:
 @PROCESS_LAWS.add
 def transition_kl_is_seen(process: ForwardProcess) -> None:
     """Where the best output is moved in one pixel, the transition KL is at least what draws of z_s show of it."""
-    fitted = Fitted(process, s=0.5, t=1.0)
+    fitted = FittedOutput(process, s=0.5, t=1.0)
     true = _draws(fitted, fitted.output, 4)
     moved, seen = fitted.output, 0.0
     for power in range(-10, 7):  # until it is seen well: too far away, draws do not meet
@@ -57,15 +57,15 @@ def transition_kl_is_seen(process: ForwardProcess) -> None:
         seen = seen_kl(true, _draws(fitted, moved, 5))
         if seen > 0.3:
             break
-    told = fitted.kl_of(moved)
+    stated = fitted.kl_of(moved)
     require(
-        told > _MARGIN * seen - _NOISE,
+        stated > _MARGIN * seen - _NOISE,
         f"from t = 1 to s = 0.5, reverse_step() draws z_s with a KL of at least {seen:.3g} nats in one pixel, and "
-        f"transition_kl() tells {told:.3g}",
+        f"transition_kl() tells {stated:.3g}",
     )
 
 
-def _draws(fitted: Fitted, output: Tensor, seed: int) -> Tensor:
+def _draws(fitted: FittedOutput, output: Tensor, seed: int) -> Tensor:
     """One pixel of many z_s for each datum, from the reverse step with an output."""
     x, noise = _repeated(fitted.x), {name: _repeated(value) for name, value in fitted.noise.items()}
     with torch.no_grad():
@@ -90,21 +90,21 @@ def prior_kl_is_seen(process: ForwardProcess) -> None:
     with torch.no_grad():
         bound: BoundProcess = process.bind(x, noise)[1]
         z_1, drawn = bound.sample(x, torch.ones(len(x)), noise), bound.prior_sample(shape, seeded(4), CPU)
-        told = float(bound.prior_kl(x).mean())
+        stated = float(bound.prior_kl(x).mean())
     # Of all pixels at a level together: their mean is at most the mean of their KLs, and dimensions of p add up.
     shares = [(levels == level) for level in levels.unique()]
     seen = sum(float(share.double().mean()) * seen_kl(z_1[share], drawn.flatten()) for share in shares)
     seen *= x[0].numel()
     require(
-        told > _MARGIN * seen - 2 * _NOISE,
-        f"z_1 of data is a KL of at least {seen:.3g} nats away from prior_sample(), and prior_kl() tells {told:.3g}",
+        stated > _MARGIN * seen - 2 * _NOISE,
+        f"z_1 of data is a KL of at least {seen:.3g} nats away from prior_sample(), and prior_kl() tells {stated:.3g}",
     )
 
 
 @PROCESS_LAWS.add
 def decoder(process: ForwardProcess) -> None:
     """What decode() gives of the data's own z_0 errs as often as the reconstruction term says, or less."""
-    batch = Batch(process, size=256)
+    batch = BoundBatch(process, size=256)
     with torch.no_grad():
         bound = batch.bind()[1]
         z_0 = bound.sample(batch.x, torch.zeros(len(batch.x)), batch.noise)
@@ -113,22 +113,22 @@ def decoder(process: ForwardProcess) -> None:
         other = bound.reconstruction(
             batch.levels, batch.x, batch.noise, lambda sample, timestep, **context: -sample
         ).double()
-    dimensions, told = batch.x[0].numel(), f"reconstruction() is {float(cost.mean()):.4g} nats a datum"
+    dimensions, stated_cost = batch.x[0].numel(), f"reconstruction() is {float(cost.mean()):.4g} nats a datum"
     errors, noise = float(wrong.mean()), 4 * float((wrong.std() + cost.std()) / math.sqrt(len(wrong)))
     # A level that another one beats, or that a draw misses, has p(x|z_0) <= 1/2, or costs -log p >= 1 - p.
     require(
         0.65 * errors <= float(cost.mean()) + noise,
-        f"{told}, and {errors:.4g} of {dimensions} levels are wrong after decode()",
+        f"{stated_cost}, and {errors:.4g} of {dimensions} levels are wrong after decode()",
     )
     # Who takes the likeliest level is right at least as often as who draws one: exp(-cost) at least, by Jensen.
     right = 1 - errors / dimensions
     require(
         right > 0.75 * math.exp(-float(cost.mean()) / dimensions) - noise / dimensions,
-        f"{told}, and only {right:.4g} of the levels are right after decode()",
+        f"{stated_cost}, and only {right:.4g} of the levels are right after decode()",
     )
     if torch.equal(cost, other):  # one that asks the network is as good as that is
         guess = dimensions * math.log(process.num_levels)
-        require(float(cost.mean()) < guess + noise + _NOISE, f"{told}, and guessing costs {guess:.4g}")
+        require(float(cost.mean()) < guess + noise + _NOISE, f"{stated_cost}, and guessing costs {guess:.4g}")
 
 
 @PROCESS_LAWS.add
@@ -137,22 +137,22 @@ def reconstruction_by_level(process: ForwardProcess) -> None:
     by_level = process.reconstruction_by_level()
     if by_level is None:
         return
-    batch = Batch(process, size=256)
+    batch = BoundBatch(process, size=256)
     with torch.no_grad():
         drawn = batch.bind()[1].reconstruction(batch.levels, batch.x, batch.noise, network).double()
-    told = by_level.to(drawn)[batch.levels].flatten(1).sum(1)
-    off, error = float((drawn - told).mean()), float((drawn - told).std()) / math.sqrt(len(drawn))
+    expected = by_level.to(drawn)[batch.levels].flatten(1).sum(1)
+    off, error = float((drawn - expected).mean()), float((drawn - expected).std()) / math.sqrt(len(drawn))
     require(
         abs(off) < 6 * error + _NOISE,
         f"reconstruction() is {float(drawn.mean()):.4g} nats a datum, and reconstruction_by_level() tells "
-        f"{float(told.mean()):.4g}",
+        f"{float(expected.mean()):.4g}",
     )
 
 
 @PROCESS_LAWS.add
 def estimate(process: ForwardProcess) -> None:
     """With the best output for a known datum, the estimate of reverse_step() is that datum."""
-    fitted = Fitted(process)
+    fitted = FittedOutput(process)
     found, extent = fitted.step()[1], float(fitted.x.max() - fitted.x.min())
     error = float((found - fitted.x).abs().mean()) / extent
     require(error < 0.1, f"the estimate is {error:.3g} of the data's range away from them")
@@ -161,19 +161,19 @@ def estimate(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def one_timestep(process: ForwardProcess) -> None:
     """The network is told the same timestep at a time, whether it is trained, measured or sampled from."""
-    batch = Batch(process)
-    told: list[Tensor] = []
+    batch = BoundBatch(process)
+    timesteps: list[Tensor] = []
 
     def listen(sample: Tensor, timestep: Tensor) -> Tensor:
-        told.append(timestep.detach().double())
+        timesteps.append(timestep.detach().double())
         return network(sample, timestep)
 
     bound = batch.bind()[1]
     bound.predict(listen, bound.sample(batch.x, batch.t, batch.noise), batch.t)
-    (wanted,) = told
-    told.clear()
+    (wanted,) = timesteps
+    timesteps.clear()
     bound.transition_kl(batch.x, batch.s, batch.t, batch.noise, listen)
     batch.rate(bound, listen)
-    for timestep in told:
+    for timestep in timesteps:
         if timestep.shape == wanted.shape:  # other shapes are another law's
             require_close(timestep, wanted, "the timestep in training, against that of predict(),", 1e-4, 1e-3)

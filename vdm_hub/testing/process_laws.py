@@ -40,7 +40,7 @@ def network(sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
     return torch.tanh(0.7 * sample + 0.3 * torch.sin(level / 300).to(sample.dtype))
 
 
-class Batch:
+class BoundBatch:
     """Levels, data, noise, and the process bound to them."""
 
     def __init__(self, process: ForwardProcess, size: int = BATCH, dtype: torch.dtype = torch.float32) -> None:
@@ -51,9 +51,9 @@ class Batch:
         self.s = torch.linspace(0.2, 0.6, size, dtype=dtype)
         self.t = self.s + 0.2
 
-    def rows(self, rows: slice) -> Batch:
+    def rows(self, rows: slice) -> BoundBatch:
         """Some of its data."""
-        part = object.__new__(Batch)
+        part = object.__new__(BoundBatch)
         part.process, part.noise = self.process, {name: value[rows] for name, value in self.noise.items()}
         part.levels, part.x, part.s, part.t = self.levels[rows], self.x[rows], self.s[rows], self.t[rows]
         return part
@@ -114,7 +114,7 @@ def draws_follow_their_generator(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def terms(process: ForwardProcess) -> None:
     """Every term of the bound is one finite number a datum, and an extra one has a name of its own."""
-    batch = Batch(process)
+    batch = BoundBatch(process)
     for name, term in batch.terms().items():
         require_shape(term, (BATCH,), name)
         require(term.is_floating_point(), f"{name} is {term.dtype}")
@@ -126,7 +126,7 @@ def terms(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def never_negative(process: ForwardProcess) -> None:
     """The KLs and -log p(x|z_0) are never negative: a probability of K levels is at most one."""
-    for name, term in Batch(process).terms().items():
+    for name, term in BoundBatch(process).terms().items():
         if not name.startswith("the extra "):
             require(not bool((term < -1e-3).any()), f"{name} is {term.min().item():.6g} nats")
 
@@ -134,7 +134,7 @@ def never_negative(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def data_do_not_mix(process: ForwardProcess) -> None:
     """The terms and the latent of a datum do not depend on the others in its batch."""
-    batch = Batch(process)
+    batch = BoundBatch(process)
     last = slice(BATCH - 1, None)
     whole, alone = batch.terms(), batch.rows(last).terms()
     for name, term in alone.items():
@@ -147,7 +147,7 @@ def data_do_not_mix(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def network_inputs(process: ForwardProcess) -> None:
     """The network is called with a finite (B, *data), one timestep a datum in float32 or better, and the context."""
-    batch = Batch(process)
+    batch = BoundBatch(process)
 
     def listen(sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         sizes = {} if process.context_size is None else {"context": process.context_size}
@@ -176,7 +176,7 @@ def network_inputs(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def gradients_reach_the_network(process: ForwardProcess) -> None:
     """Both forms of the diffusion term train the network."""
-    batch = Batch(process)
+    batch = BoundBatch(process)
     weight = torch.ones(SHAPE, requires_grad=True)
     bound = batch.bind()[1]
     emit: Network = lambda sample, timestep, **context: weight * network(sample, timestep)  # noqa: E731
@@ -192,7 +192,7 @@ def gradients_reach_the_network(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def rate_is_the_limit(process: ForwardProcess) -> None:
     """Its `kl_rate` is what T transition KLs tend to as the number of transitions T grows."""
-    batch, transitions = Batch(process, dtype=torch.float64), 4096
+    batch, transitions = BoundBatch(process, dtype=torch.float64), 4096
     bound = batch.bind()[1]
     with torch.no_grad():
         rate = batch.rate(bound, network)
@@ -206,7 +206,7 @@ def rate_is_the_limit(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def best_output_has_no_kl(process: ForwardProcess) -> None:
     """With the best output for a known datum, p(z_s|z_t) is q(z_s|z_t, x): the transition KL vanishes."""
-    fitted = Fitted(process)
+    fitted = FittedOutput(process)
     per_dimension = fitted.kl / fitted.x[0].numel()
     require(
         per_dimension < 1e-3,
@@ -218,7 +218,7 @@ def best_output_has_no_kl(process: ForwardProcess) -> None:
 @PROCESS_LAWS.add
 def reverse_step_follows_the_marginal(process: ForwardProcess) -> None:
     """From z_t ~ q(z_t|x), a reverse step with the best output for x gives z_s ~ q(z_s|x)."""
-    fitted = Fitted(process)
+    fitted = FittedOutput(process)
     z_s, estimate = fitted.step()
     require_shape(z_s, tuple(fitted.x.shape), "z_s of reverse_step()")
     require_shape(estimate, tuple(fitted.x.shape), "the estimate of reverse_step()")
@@ -237,7 +237,7 @@ def reverse_step_follows_the_marginal(process: ForwardProcess) -> None:
             )
 
 
-class Fitted:
+class FittedOutput:
     """Data at the lowest and highest level, and the output of a network that knows them: that of the least KL."""
 
     def __init__(self, process: ForwardProcess, s: float = 0.4, t: float = 0.6, size: int = 64) -> None:
@@ -345,7 +345,7 @@ def json_config(process: ForwardProcess) -> None:
     for name in ("num_levels", "num_train_timesteps"):
         after, before = getattr(again, name), getattr(process, name)
         require(after == before, f"{name} of the process rebuilt from its fields is {after}, and was {before}")
-    batch, same = Batch(process), Batch(again)
+    batch, same = BoundBatch(process), BoundBatch(again)
     require_close(same.x, batch.x, "encode() of the process rebuilt from its fields", rtol=0, atol=0)
     after, before = same.terms(), batch.terms()
     require(after.keys() == before.keys(), f"the rebuilt process has the terms {sorted(after)}, not {sorted(before)}")

@@ -174,8 +174,8 @@ def _kept(objective: Objective, shape: tuple[int, int, int]) -> int:
     network: Any = objective.body
     inputs = torch.zeros(_IMAGES, *latents, device="meta"), torch.zeros(_IMAGES, device="meta")
     size = process.context_size
-    told = {} if size is None else {"context": torch.zeros(_IMAGES, size, device="meta")}
-    return total + _count(network, lambda: network(*inputs, **told))
+    context = {} if size is None else {"context": torch.zeros(_IMAGES, size, device="meta")}
+    return total + _count(network, lambda: network(*inputs, **context))
 
 
 def _bound(objective: Any, levels: Tensor) -> object:

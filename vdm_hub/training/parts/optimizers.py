@@ -63,7 +63,7 @@ def _optimizer_class(name: str) -> Any:
         ) from error
 
 
-def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of an optimiser as tensors named ``<parameter>.<moment>``, and the numbers beside them.
 
     bitsandbytes nests what is quantised: ``<parameter>.<its marker>.<moment>``.
@@ -72,7 +72,7 @@ def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dic
     >>> optimizer = torch.optim.AdamW([parameter])
     >>> parameter.sum().backward()
     >>> optimizer.step()
-    >>> tensors, numbers = pack_state(optimizer)
+    >>> tensors, numbers = pack_optimizer(optimizer)
     >>> sorted(tensors), numbers
     (['0.exp_avg', '0.exp_avg_sq', '0.step'], {'parameters': {}, 'groups': [{}]})
     """
@@ -83,8 +83,10 @@ def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dic
     return tensors, {"parameters": numbers, "groups": [_numbers(group) for group in state_dict["param_groups"]]}
 
 
-def unpack_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Give an optimiser the state of `pack_state`; its settings, such as the weight decay, stay those of now."""
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Give an optimiser the state of `pack_optimizer`; its settings, such as the weight decay, stay those of now."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *numbers["parameters"].items()]:
         index, *outer, name = key.split(".")

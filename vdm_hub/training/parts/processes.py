@@ -83,9 +83,9 @@ def processes_said(variable: str) -> int:
 def _told(training: TrainingArguments) -> str:
     """All that accelerate reads, for a message."""
     launchers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "FORK_LAUNCHED")
-    told = sorted(name for name in os.environ if name.startswith("ACCELERATE_") or name in launchers)
+    variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_") or name in launchers)
     precision = f"mixed_precision, which is {training.mixed_precision or 'what the launcher says'}"
-    return f"{', '.join(told)} in the environment, or {precision}" if told else precision
+    return f"{', '.join(variables)} in the environment, or {precision}" if variables else precision
 
 
 def check_environment(training: TrainingArguments, environment: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vdm_hub.errors import CheckpointError, in_one_line, shortened
 from vdm_hub.hub import records
-from vdm_hub.hub.records import Count, Figure, Positive, Whole
+from vdm_hub.hub.records import Figure, Natural, Positive, Whole
 from vdm_hub.hub.schemas import check_record
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import differences
@@ -25,7 +25,7 @@ from vdm_hub.version import __version__
 
 
 class _Optimizer(TypedDict):
-    """See `optimizers.pack_state`."""
+    """See `optimizers.pack_optimizer`."""
 
     parameters: dict[str, float | bool | str | None]
     groups: list[dict[str, float]]
@@ -43,7 +43,7 @@ class _Scaler(TypedDict):
     scale: Positive
     growth_factor: Positive
     backoff_factor: Positive
-    growth_interval: Count
+    growth_interval: Natural
     _growth_tracker: Whole
 
 
@@ -52,7 +52,7 @@ class _State(TypedDict):
 
     step: Whole
     recipe: dict[str, Any]
-    history: records.History
+    history: records.HistoryRecord
     optimizer: _Optimizer
     early_stopping: _EarlyStopping
     training_seconds: Positive
@@ -63,7 +63,7 @@ class _State(TypedDict):
 def pack_state(run: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The state of a run as groups of tensors and as JSON; where they are sharded, all processes take part."""
     keep = run.accelerator.is_main_process
-    moments, numbers = optimizers.pack_state(run.optimizer)
+    moments, numbers = optimizers.pack_optimizer(run.optimizer)
     tensors = {"objective": gathered(run.model.state_dict(), keep), "optimizer": gathered(moments, keep)}
     state: dict[str, Any] = {
         "step": run.step,
@@ -92,7 +92,7 @@ def restore_state(run: RunState, path: Path, checkpoint: Checkpoint) -> None:
     try:
         # Weights that fit are not enough: under another process, or with other data, they are another run's.
         before, now = checkpoint.state["provenance"], run.provenance.describe(run.step, run.seconds)
-        images = [told["dataset"]["fingerprint"] for told in (before, now)]
+        images = [provenance["dataset"]["fingerprint"] for provenance in (before, now)]
         same = None not in images and len(set(images)) == 1
         changed = differences(checkpoint.state["recipe"], run.configuration.to_dict(), same_images=same)
         if changed := changed + _other_circumstances(before, now):
@@ -140,9 +140,9 @@ def _other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[st
     changed = []
     if before["processes"] != now["processes"]:
         changed.append(f"processes was {before['processes']} and is {now['processes']}")
-    images = [told["dataset"] for told in (before, now)]
+    images = [one["dataset"] for one in (before, now)]
     if any(images[0][name] != images[1][name] for name in ("images", "shape", "levels", "fingerprint")):
-        counts = " and ".join(f"{told['images']} of fingerprint {str(told['fingerprint'])[:20]}" for told in images)
+        counts = " and ".join(f"{one['images']} of fingerprint {str(one['fingerprint'])[:20]}" for one in images)
         changed.append(f"the training images are others ({counts})")
     return changed
 
@@ -150,7 +150,7 @@ def _other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[st
 def _restore(run: RunState, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     own = run.model.state_dict()
     run.model.load_state_dict({name: sharded_like(value, own[name]) for name, value in tensors["objective"].items()})
-    optimizers.unpack_state(run.optimizer, tensors["optimizer"], state["optimizer"])
+    optimizers.unpack_optimizer(run.optimizer, tensors["optimizer"], state["optimizer"])
     _resume_learning_rate(run, state["step"])
     if run.ema is not None:
         for (name, parameter), shadow in zip(run.model.named_parameters(), run.ema.shadow_params, strict=True):

@@ -212,10 +212,10 @@ def publish_locally(
     objective: Objective, configuration: Configuration, folder: OutputFolder, data: RunData
 ) -> LikelihoodReport | None:
     """Save the pipeline, then its pictures and its bound on the test images, each whole or not at all."""
-    told = _describe_test(configuration, data)
+    dataset = _describe_test(configuration, data)
     held_out: Any = data.held_out_test
-    if held_out is not None and told is not None:
-        held_out = held_out | {"fingerprint": told["fingerprint"]}
+    if held_out is not None and dataset is not None:
+        held_out = held_out | {"fingerprint": dataset["fingerprint"]}
     pipeline = build_pipeline(objective.eval(), describe_preprocessing(configuration.data), held_out)
     with written_beside(folder.pipeline, keeps_all=True) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
@@ -229,7 +229,7 @@ def publish_locally(
             replicates=training.evaluation_replicates,
             batch_size=training.eval_batch_size,
             seed=training.seed,
-            dataset=told,
+            dataset=dataset,
         ).with_notes(data.notes)
         with written_beside(folder.evaluation) as beside:
             beside.write_text(json.dumps(report.to_dict(), indent=1))
