@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
+from naming import paragraph
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.data.loading import RunData, load_data
 from vdm_hub.errors import DataError
 
-
-def refused(function: Any, *args: object, **kwargs: object) -> str:
-    """The one paragraph with which a call is refused."""
-    with pytest.raises(DataError) as error:
-        function(*args, **kwargs)
-    message = str(error.value)
-    assert "\n" not in message and len(message) <= 1000
-    return message
+refused = partial(paragraph, DataError)
+"""The one paragraph with which a call is refused."""
 
 
 def picture(grey: int) -> Image.Image:

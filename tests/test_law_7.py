@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from distributions import write_metadata
 from naming import naming
 from vdm_hub import VDMObjective, VDMPipeline, VDMScheduler
 from vdm_hub.data.loading import load_split
@@ -53,11 +54,7 @@ def install(folder: Path) -> Path:
     """Install the fakes as pip would: a module, and a .dist-info that says what it brings."""
     folder.mkdir()
     shutil.copy(Path(__file__).with_name("plugin_of_law_7.py"), folder / f"{MODULE}.py")
-    information = folder / f"{MODULE}-0.1.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 0.1\n")
-    (information / "entry_points.txt").write_text(ENTRY_POINTS)
-    return folder
+    return write_metadata(folder, PACKAGE, "0.1", ENTRY_POINTS)
 
 
 @pytest.fixture(scope="module")

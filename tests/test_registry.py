@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import registered
+from distributions import write_metadata
+from naming import paragraph
 from vdm_hub import registry
-from vdm_hub.errors import ConfigurationError, MissingPluginError, VDMHubError
+from vdm_hub.errors import ConfigurationError, MissingPluginError
 
 KINDS = sorted(registry.BUILT_INS)
 Install = Callable[..., None]
@@ -43,20 +45,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         module = f"plugin_of_{package.replace('-', '_').replace('.', '_')}"
         monkeypatch.delitem(sys.modules, module, raising=False)
         (tmp_path / f"{module}.py").write_text(PLUGIN)
-        folder = tmp_path / f"{package.replace('-', '_')}-{version}.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-        (folder / "entry_points.txt").write_text(f"[vdm_hub.{kind}]\n{name} = {target or f'{module}:Steep'}\n")
+        entry_points = f"[vdm_hub.{kind}]\n{name} = {target or f'{module}:Steep'}\n"
+        write_metadata(tmp_path, package, version, entry_points)
 
     return put
-
-
-def message(error: type[VDMHubError], call: Callable[[], object]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text, "one paragraph"
-    return text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,13 +91,13 @@ def test_defaults_fill_only_what_the_form_leaves_out_and_the_class_accepts() -> 
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_known(kind: str, name: str, nearest: str) -> None:
-    text = message(ConfigurationError, lambda: registry.build(kind, name))
+    text = paragraph(ConfigurationError, lambda: registry.build(kind, name))
     assert repr(name) in text and f"did you mean '{nearest}'" in text
     assert all(known in text for known in registry.BUILT_INS[kind])
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
-    assert "noise_schedules" in message(ConfigurationError, lambda: registry.registrations("noise_schedule"))
+    assert "noise_schedules" in paragraph(ConfigurationError, lambda: registry.registrations("noise_schedule"))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +117,7 @@ def test_an_unknown_kind_is_refused_with_the_nearest() -> None:
     ],
 )
 def test_a_bad_form_is_refused_with_what_it_holds(serialised: Any, words: list[str]) -> None:
-    text = message(ConfigurationError, lambda: registry.build("noise_schedules", serialised))
+    text = paragraph(ConfigurationError, lambda: registry.build("noise_schedules", serialised))
     for word in words:
         assert word in text
 
@@ -149,7 +141,7 @@ def test_a_bad_form_is_refused_with_what_it_holds(serialised: Any, words: list[s
 )
 def test_package_names_that_are_paths_addresses_or_options_are_refused(package: Any) -> None:
     form = {"name": "steep", "package": package}
-    text = message(ConfigurationError, lambda: registry.build("noise_schedules", form))
+    text = paragraph(ConfigurationError, lambda: registry.build("noise_schedules", form))
     assert "no valid name" in text and "pip install" not in text
 
 
@@ -174,7 +166,7 @@ def test_package_names_are_compared_as_pip_compares_them(install: Install, spell
 def test_a_missing_plugin_is_told_with_the_pip_line_what_is_installed_and_the_nearest_name(install: Install) -> None:
     install("vdm-hub-steep", "steep")
     form = {"name": "stepe", "package": "vdm-hub-other", "version": "3"}
-    text = message(MissingPluginError, lambda: registry.build("noise_schedules", form))
+    text = paragraph(MissingPluginError, lambda: registry.build("noise_schedules", form))
     for part in ("'stepe'", "'vdm-hub-other'", "unverified", "pip install vdm-hub-other", "vdm-hub-steep", "'steep'"):
         assert part in text
     assert "http" not in text and "[" not in text
@@ -184,18 +176,18 @@ def test_a_missing_plugin_is_told_with_the_pip_line_what_is_installed_and_the_ne
 def test_a_package_that_is_installed_but_brings_another_name_does_not_decide(install: Install) -> None:
     install("vdm-hub-steep", "steep")
     form = {"name": "flat", "package": "vdm-hub-steep"}
-    assert "does not bring it" in message(MissingPluginError, lambda: registry.build("noise_schedules", form))
+    assert "does not bring it" in paragraph(MissingPluginError, lambda: registry.build("noise_schedules", form))
 
 
 def test_a_name_of_another_kind_is_not_found(install: Install) -> None:
     install("vdm-hub-steep", "steep", kind="parameterizations")
-    message(ConfigurationError, lambda: registry.build("noise_schedules", "steep"))
+    paragraph(ConfigurationError, lambda: registry.build("noise_schedules", "steep"))
 
 
 def test_two_packages_with_one_name_are_both_named_unless_the_package_decides(install: Install) -> None:
     install("steep-one", "steep")
     install("steep-two", "steep")
-    text = message(ConfigurationError, lambda: registry.build("noise_schedules", "steep"))
+    text = paragraph(ConfigurationError, lambda: registry.build("noise_schedules", "steep"))
     assert "'steep-one'" in text and "'steep-two'" in text and '"package"' in text
     built = registry.build("noise_schedules", {"name": "steep", "package": "steep-two"})
     assert type(built).__module__ == "plugin_of_steep_two"
@@ -214,7 +206,7 @@ def test_the_name_of_a_built_in_cannot_be_taken(install: Install, kind: str) -> 
 
 def test_a_plugin_that_fails_at_import_is_named_with_its_error(install: Install) -> None:
     install("broken-plugin", "broken", target="no_such_module_anywhere:Thing")
-    text = message(MissingPluginError, lambda: registry.build("noise_schedules", "broken"))
+    text = paragraph(MissingPluginError, lambda: registry.build("noise_schedules", "broken"))
     assert "'broken-plugin'" in text and "no_such_module_anywhere" in text and "reinstall" in text
 
 
@@ -223,7 +215,7 @@ def test_a_class_that_nobody_registered_cannot_be_serialised() -> None:
         def to_config(self) -> dict[str, Any]:
             return {}
 
-    text = message(ConfigurationError, lambda: registry.serialise("decoders", Private()))
+    text = paragraph(ConfigurationError, lambda: registry.serialise("decoders", Private()))
     assert "Private" in text and "entry point" in text and "factorised" in text
 
 
@@ -232,7 +224,7 @@ def test_a_config_that_is_not_json_is_refused(install: Install) -> None:
     built = registry.build("noise_schedules", "steep")
     for value in (float("nan"), object()):
         built.gamma_max = value
-        assert "steep" in message(ConfigurationError, lambda: registry.serialise("noise_schedules", built))
+        assert "steep" in paragraph(ConfigurationError, lambda: registry.serialise("noise_schedules", built))
 
 
 LISTING = """

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from naming import naming
+from distributions import write_metadata
+from naming import naming, paragraph
 from testing.packages import pip_install, project
 from vdm_hub import VDMScheduler, registry
 from vdm_hub.commands import main
@@ -123,10 +124,7 @@ def test_a_name_that_no_config_can_hold_is_shown_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """pip's build refuses such names; whoever writes the metadata by other means meets the same words."""
-    metadata = tmp_path / "odd-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text("[vdm_hub.decoders]\n../odd = os:system\n")
+    write_metadata(tmp_path, "odd", "1", "[vdm_hub.decoders]\n../odd = os:system\n")
     (tmp_path / "nameless.dist-info").mkdir()
     (tmp_path / "nameless.dist-info" / "entry_points.txt").write_text("[vdm_hub.decoders]\nnameless = os:system\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -139,16 +137,8 @@ def build(name: str, package: str | None = None, **form: Any) -> Any:
     return registry.build("noise_schedules", {"name": name} | ({"package": package} if package else {}) | form)
 
 
-def message(error: type[VDMHubError], call: Callable[[], object]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text, "one paragraph"
-    return text
-
-
 def test_a_name_of_two_packages_is_refused_and_each_may_be_named() -> None:
-    text = message(ConfigurationError, lambda: build("steep"))
+    text = paragraph(ConfigurationError, lambda: build("steep"))
     assert "'vdm-hub-good'" in text and "'vdm-hub-twin'" in text
     for package in ("vdm-hub-good", "vdm-hub-twin"):
         assert type(build("steep", package)).__module__ == package.replace("-", "_")
@@ -158,7 +148,7 @@ def test_a_name_of_two_packages_is_refused_and_each_may_be_named() -> None:
 
 
 def test_a_plugin_that_fails_at_import_shows_its_own_error_and_all_else_works() -> None:
-    text = message(MissingPluginError, lambda: build("failing"))
+    text = paragraph(MissingPluginError, lambda: build("failing"))
     for part in ("'failing'", "'vdm-hub-fails'", "RuntimeError", "the driver is too old", "reinstall"):
         assert part in text
     with pytest.raises(MissingPluginError) as caught:
@@ -182,7 +172,7 @@ def test_a_plugin_that_fails_at_import_shows_its_own_error_and_all_else_works() 
     ],
 )
 def test_what_is_no_schedule_is_refused(name: str, error: type[VDMHubError], words: str) -> None:
-    text = message(error, lambda: build(name))
+    text = paragraph(error, lambda: build(name))
     assert words in text and repr(name) in text
     if words.endswith("derived from"):
         assert "vdm_hub.diffusion.noise_schedules.NoiseSchedule" in text
@@ -190,7 +180,7 @@ def test_what_is_no_schedule_is_refused(name: str, error: type[VDMHubError], wor
 
 @pytest.mark.parametrize(("name", "words"), [("not_json", "not JSON"), ("not_a_dict", "must give a dict")])
 def test_a_config_that_is_not_json_is_refused_when_it_is_saved(name: str, words: str) -> None:
-    text = message(ConfigurationError, lambda: registry.serialise("noise_schedules", build(name)))
+    text = paragraph(ConfigurationError, lambda: registry.serialise("noise_schedules", build(name)))
     assert words in text and repr(name) in text
 
 
@@ -204,7 +194,7 @@ def test_a_config_that_is_not_json_is_refused_when_it_is_saved(name: str, words:
     ],
 )
 def test_unknown_fields_and_arguments_of_a_plugin_are_refused(form: dict[str, Any], words: str) -> None:
-    assert words in message(ConfigurationError, lambda: build("good_only", "vdm-hub-good", **form))
+    assert words in paragraph(ConfigurationError, lambda: build("good_only", "vdm-hub-good", **form))
 
 
 @pytest.mark.parametrize(
@@ -212,12 +202,12 @@ def test_unknown_fields_and_arguments_of_a_plugin_are_refused(form: dict[str, An
 )
 def test_names_with_path_characters_are_refused_whatever_the_package(name: str) -> None:
     for package in (None, "vdm-hub-good", "vdm-hub-unheard-of"):
-        text = message(ConfigurationError, lambda: build(name, package))  # noqa: B023 - called at once
+        text = paragraph(ConfigurationError, lambda: build(name, package))  # noqa: B023 - called at once
         assert "no valid name" in text and "pip install" not in text
 
 
 def test_a_missing_name_of_an_installed_package_says_which_version_is_there() -> None:
-    text = message(MissingPluginError, lambda: build("stepe", "vdm_hub_good"))
+    text = paragraph(MissingPluginError, lambda: build("stepe", "vdm_hub_good"))
     assert "is installed in version 1.2, which does not bring it" in text and "did you mean 'steep'" in text
 
 
@@ -248,7 +238,7 @@ def test_the_variable_limits_what_may_be_loaded(value: str, monkeypatch: pytest.
     assert type(build("steep")).__module__ == "vdm_hub_good"  # the only one left, so it needs no package
     assert build("linear").endpoints() == (-13.3, 5.0)
     for call in (lambda: build("steep", "vdm-hub-twin"), lambda: build("forgetful")):
-        text = message(ConfigurationError, call)
+        text = paragraph(ConfigurationError, call)
         assert f"VDM_HUB_PLUGINS={value!r} does not allow" in text and "'vdm-hub-" in text
 
 
@@ -258,14 +248,14 @@ def test_an_empty_variable_allows_no_plugin_and_imports_none(monkeypatch: pytest
         monkeypatch.delitem(sys.modules, module, raising=False)
     for registration in registry.registrations("noise_schedules"):
         if registration.package != "vdm-hub":
-            message(ConfigurationError, registration.load)
+            paragraph(ConfigurationError, registration.load)
     assert "vdm_hub_good" not in sys.modules and "vdm_hub_twin" not in sys.modules
     assert isinstance(VDMScheduler().process, torch.nn.Module)
 
 
 def test_a_variable_that_holds_no_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VDM_HUB_PLUGINS", "vdm-hub-good;rm")
-    assert "no name of a distribution" in message(ConfigurationError, lambda: build("steep", "vdm-hub-good"))
+    assert "no name of a distribution" in paragraph(ConfigurationError, lambda: build("steep", "vdm-hub-good"))
     build("linear")
 
 

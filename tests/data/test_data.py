@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from image_folders import refused
 from naming import naming
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.batches import ShuffledBatches, StreamedBatches, evaluation_batches, training_batches
@@ -25,7 +26,6 @@ from vdm_hub.data.digits import digits
 from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream
 from vdm_hub.data.loading import load_data, load_split
 from vdm_hub.data.pixels import image_from_levels, levels_from_image, pixel_values
-from vdm_hub.errors import DataError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,14 +35,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         # `datasets` sleeps for 5 s at the end of each epoch of a Parquet stream.
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         yield
-
-
-def refused(function: object, *args: object, **kwargs: object) -> str:
-    with pytest.raises(DataError) as error:
-        function(*args, **kwargs)  # type: ignore[operator]
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 def numbered(count: int) -> ImageLevels:

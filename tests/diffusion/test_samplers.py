@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import registered
+from distributions import write_pixelwise
 from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
 from naming import naming
 from tiny import Inputs, seeded, tiny_pipeline, tiny_unet
@@ -255,11 +256,7 @@ def test_a_pipeline_with_a_gamma_per_pixel_samples_by_each(
     kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Schedules of a plugin that is installed as pip would: the same for all data, and of a latent drawn once."""
-    (tmp_path / "fakes-1.dist-info").mkdir()
-    (tmp_path / "fakes-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fakes\nVersion: 1\n")
-    lines = "pixelwise = plugin_of_law_7:PixelwiseSchedule\ncontextual = plugin_of_law_7:ContextSchedule\n"
-    (tmp_path / "fakes-1.dist-info" / "entry_points.txt").write_text(f"[vdm_hub.noise_schedules]\n{lines}")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(write_pixelwise(tmp_path))
     schedule = {"name": kind, "config": {"size": 8, "gamma_min": -7.65, "gamma_max": 5.5}, "package": "fakes"}
     pipe = tiny_pipeline(tiny_unet(fourier_features=()), noise_schedule=schedule)
     inputs = Inputs(pipe.unet)

@@ -15,7 +15,8 @@ from PIL import Image
 
 from naming import naming
 from runs import finished_run
-from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+from tiny import tiny_unet
+from vdm_hub import VDMPipeline, VDMScheduler
 from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream
 from vdm_hub.data.loading import load_split
 from vdm_hub.data.pixels import image_from_levels
@@ -116,14 +117,7 @@ def test_what_does_not_fit_the_model_is_refused(pipeline: VDMPipeline) -> None:
 
 
 def test_a_model_that_is_not_finite_is_named_with_the_image(images: ImageLevels) -> None:
-    unet = UNetVDMModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
+    unet = tiny_unet()
     with torch.no_grad():
         next(unet.parameters()).fill_(np.nan)
     with pytest.raises(NonFiniteLossError, match=naming("diffusion", "image 0")):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +111,14 @@ def write_run(
     for name in ("samples.png", "schedule.png", "training_curve.png"):
         Image.new("L", (4, 4), seed).save(folder / name)
     return folder
+
+
+def answer_of(script: str, *words: object) -> dict[str, Any]:
+    """What a script of this folder answers from a process of its own."""
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parent), str(here.parents[1])))}
+    command = [sys.executable, str(here / script), *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer: dict[str, Any] = json.loads(done.stdout.split("ANSWER")[-1])
+    return answer

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub.publications import write_run
+from hub.publications import answer_of, write_run
 
-HERE = Path(__file__).resolve().parent
 KINDS = ("dropped", "a gateway's answer", "then no rights", "never arrived")
 
 
@@ -28,14 +22,7 @@ def said_by(text: str) -> list[str]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("lost")
     runs = [write_run(folder / "stock", stock=True), write_run(folder / "bare")]
-    command = [sys.executable, HERE / "publish_with_lost_answers.py", *runs, folder / "cache"]
-    paths = {"PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE.parents[1])))}
-    done = subprocess.run(
-        list(map(str, command)), env=os.environ | paths, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    answer: dict[str, Any] = json.loads(done.stdout.split("ANSWER")[-1])
-    return answer
+    return answer_of("publish_with_lost_answers.py", *runs, folder / "cache")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from diffusers import DDIMScheduler
 
+from distributions import write_metadata
 from hub.server import LoopbackHub, Repository
 from hub.test_idioms import blobs, run, weights_asked_for
 from naming import naming
@@ -64,11 +65,7 @@ print("ANSWER" + json.dumps([said, answers, pipe.scheduler is brought and pipe.n
 def install(folder: Path) -> Path:
     """What ``pip install`` leaves behind: a module, and the distribution's metadata."""
     (folder / "vdm_hub_steep.py").write_text(MODULE)
-    metadata = folder / f"vdm_hub_steep-{VERSION}.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {VERSION}\n")
-    (metadata / "entry_points.txt").write_text("[vdm_hub.noise_schedules]\nsteep = vdm_hub_steep:Steep\n")
-    return folder
+    return write_metadata(folder, PACKAGE, VERSION, "[vdm_hub.noise_schedules]\nsteep = vdm_hub_steep:Steep\n")
 
 
 @pytest.fixture(scope="module")

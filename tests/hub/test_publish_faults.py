@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub.publications import write_run
+from hub.publications import answer_of, write_run
 
-HERE = Path(__file__).resolve().parent
 ONE_ATTEMPT = ("503", "403", "dropped after")
 REST = ("dropped before", "truncated", "500", "502", "504", "401", "404", "409", "429")
 FOR_EVER = ("503*", "dropped before*", "401*")
@@ -23,14 +18,7 @@ def trials(folder: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
     old = write_run(folder / "old", stock=True)
     new = write_run(folder / "new", stock=True, seed=1)
     (new / "training_curve.png").unlink()
-    command = [sys.executable, HERE / "publish_under_faults.py", old, new, folder / "cache", *kinds]
-    paths = {"PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE.parents[1])))}
-    done = subprocess.run(
-        list(map(str, command)), env=os.environ | paths, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    answer: dict[str, Any] = json.loads(done.stdout.split("ANSWER")[-1])
-    return answer
+    return answer_of("publish_under_faults.py", old, new, folder / "cache", *kinds)
 
 
 def check(answer: dict[str, Any], kinds: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from diffusers.utils.dynamic_modules_utils import check_imports
 
+from distributions import write_metadata
 from hub.server import LoopbackHub
 from hub.test_loading import MEASURE, PIPELINES, REPOSITORY, build_pipeline
 from naming import naming
@@ -261,10 +262,7 @@ def side_by_side(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     )
     environment = dict(os.environ) | {"HF_MODULES_CACHE": str(root / "modules")}
     name = run(ADD, old_folder, cwd=root, **environment | {"PYTHONPATH": str(root / "old")}).strip()
-    information = root / "plugins" / "vdm_hub_steep-1.0.dist-info"
-    information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vdm-hub-steep\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("[vdm_hub.noise_schedules]\nsteep = steep:Steep\n")
+    write_metadata(root / "plugins", "vdm-hub-steep", "1.0", "[vdm_hub.noise_schedules]\nsteep = steep:Steep\n")
     (root / "plugins" / "steep.py").write_text(
         "from vdm_hub.diffusion.noise_schedules import LinearSchedule\n\n\nclass Steep(LinearSchedule):\n    pass\n"
     )

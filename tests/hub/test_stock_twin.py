@@ -16,6 +16,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel, UniPCMultistepSc
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
+from distributions import write_pixelwise
 from exact_denoisers import ExactDenoiser, Mixture
 from naming import naming
 from tiny import LEVELS, quiet, sampled, seeded, tiny_pipeline, tiny_unet, tiny_unet_2d
@@ -302,11 +303,7 @@ def test_a_network_without_a_size_has_no_twin() -> None:
 
 
 def test_a_gamma_per_pixel_has_no_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "fakes-1.dist-info").mkdir()
-    (tmp_path / "fakes-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fakes\nVersion: 1\n")
-    entry_points = "[vdm_hub.noise_schedules]\npixelwise = plugin_of_law_7:PixelwiseSchedule\n"
-    (tmp_path / "fakes-1.dist-info" / "entry_points.txt").write_text(entry_points)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(write_pixelwise(tmp_path))
     schedule = {"name": "pixelwise", "config": {"size": 8}, "package": "fakes"}
     with pytest.raises(ConfigurationError, match="gamma per pixel"):
         build_stock_twin(tiny_pipeline(tiny_unet_2d(), noise_schedule=schedule))

@@ -10,7 +10,8 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 import registered
-from vdm_hub import NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler, registry
+from tiny import tiny_unet
+from vdm_hub import NoiseScheduleModel, VDMPipeline, VDMScheduler, registry
 from vdm_hub.diffusion.learned_schedules import LearnedMonotoneSchedule
 
 LEARNED = ["learned_linear", "learned_monotone"]
@@ -34,14 +35,7 @@ def test_a_cast_leaves_the_schedule_bit_for_bit(name: str, dtype: torch.dtype) -
 
 
 def test_a_cast_of_the_pipeline_leaves_the_schedule_alone() -> None:
-    unet = UNetVDMModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
+    unet = tiny_unet()
     model = trained_model()
     gamma = model(TIMES)
     pipe = VDMPipeline(unet, VDMScheduler(num_levels=17, noise_schedule="learned_monotone"), model)

@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 import vdm_hub
 from naming import naming
+from tiny import tiny_unet_2d
 from vdm_hub.errors import VDMHubError
 from vdm_hub.hub.install_hint import FORMER_HINTS, INSTALL_HINT
 from vdm_hub.pipelines.registration import CLASSES, register
@@ -126,16 +127,7 @@ def test_the_import_adds_its_own_names_and_changes_no_other() -> None:
 
 
 def test_a_stock_pipeline_loads_as_before(tmp_path: Path) -> None:
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
+    unet = tiny_unet_2d()
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
     for loader in (DDPMPipeline, DiffusionPipeline):
         pipe = loader.from_pretrained(tmp_path)

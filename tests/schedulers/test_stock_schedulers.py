@@ -23,6 +23,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from distributions import write_pixelwise
 from naming import naming
 from schedulers import sampler_table
 from vdm_hub import VDMScheduler
@@ -314,11 +315,7 @@ def test_an_option_that_changes_the_process_is_refused_by_name(stock: Any, optio
 
 def test_a_gamma_per_pixel_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plugin's schedule, installed as pip would: a folder that says what it brings."""
-    (tmp_path / "fakes-1.dist-info").mkdir()
-    (tmp_path / "fakes-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fakes\nVersion: 1\n")
-    entry_points = "[vdm_hub.noise_schedules]\npixelwise = plugin_of_law_7:PixelwiseSchedule\n"
-    (tmp_path / "fakes-1.dist-info" / "entry_points.txt").write_text(entry_points)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(write_pixelwise(tmp_path))
     scheduler = VDMScheduler(noise_schedule={"name": "pixelwise", "config": {"size": 4}, "package": "fakes"})
     assert scheduler.config.trained_betas is None and len(scheduler.betas) == 0
     with pytest.raises(ConfigurationError, match="gamma per pixel"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from naming import paragraph
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.errors import ConfigurationError, MissingPluginError
 from vdm_hub.recipes.arguments import FIELDS, GROUPS, Configuration, load_recipe, parse_recipe, recipes
@@ -25,12 +27,7 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
     return str(path)
 
 
-def refused(argv: list[str]) -> str:
-    with pytest.raises((ConfigurationError, MissingPluginError)) as error:
-        parse_recipe(argv)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
+refused = partial(paragraph, (ConfigurationError, MissingPluginError), parse_recipe)
 
 
 @pytest.mark.parametrize("recipe", recipes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from naming import paragraph
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.recipes import plain_yaml
 from vdm_hub.recipes.arguments import parse_recipe
@@ -26,12 +28,7 @@ def recipe(folder: Path, content: str | bytes) -> list[str]:
     return [str(path)]
 
 
-def refused(argv: list[str]) -> str:
-    with pytest.raises(ConfigurationError) as error:
-        parse_recipe(argv)
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 1000
-    return message
+refused = partial(paragraph, ConfigurationError, parse_recipe)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from sklearn.model_selection import train_test_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vdm_hub
+from distributions import write_metadata
 from runs import LEARNED, contents, environment, finished_run, start, train_here
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.loading import load_data
@@ -298,10 +299,7 @@ def test_the_commit_is_that_of_the_code_wherever_it_is_called_from(
 def test_the_plugins_of_a_recipe_are_named_with_their_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed = tmp_path / "bent_schedules-1.5.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: bent-schedules\nVersion: 1.5\n")
-    (installed / "entry_points.txt").write_text("[vdm_hub.noise_schedules]\nbent = bent:Bent\n")
+    write_metadata(tmp_path, "bent-schedules", "1.5", "[vdm_hub.noise_schedules]\nbent = bent:Bent\n")
     monkeypatch.syspath_prepend(tmp_path)
     named = DiffusionArguments(noise_schedule=NameOrJSON('{"name": "bent", "config": {"by": 1.0}}'))
     assert plugin_versions(named) == plugin_versions(DiffusionArguments(noise_schedule=NameOrJSON("bent")))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import count, islice
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,14 +20,9 @@ T = TypeVar("T")
 Batch = dict[str, Tensor]
 
 
-class ShuffledBatches:
-    """Training batches of images in memory.
-
-    Epoch e is a permutation of the images, drawn from (seed, e) alone. A global batch is the next ``world_size *
-    batch_size`` images of it, and each process has its contiguous slice. Mirroring and crops are drawn with the
-    permutation, one draw for each of its places; so N processes see, image for image, what one process with an
-    N-fold batch sees. An epoch repeats no image, and leaves out only its last, incomplete global batch, which is that
-    of all accumulation steps together.
+@dataclass(eq=False)
+class TrainingBatches(ABC):
+    """Training batches of images; `training_batches` takes those that suit the images.
 
     Args:
         images: The training images.
@@ -37,6 +34,35 @@ class ShuffledBatches:
         accumulation: How many batches make one optimiser step.
         held_out: How many more images there would be, were none held out; for messages.
 
+    Attributes:
+        steps_per_epoch: Batches of an epoch; ``None`` for a stream, which does not know its length.
+    """
+
+    images: Any
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    random_flip: bool = False
+    accumulation: int = 1
+    held_out: int = 0
+    steps_per_epoch: int | None = field(default=None, init=False)
+
+    @abstractmethod
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """The batches from a step on, without end."""
+
+
+class ShuffledBatches(TrainingBatches):
+    """Training batches of `ImageLevels`, which are held in memory.
+
+    Epoch e is a permutation of the images, drawn from (seed, e) alone. A global batch is the next ``world_size *
+    batch_size`` images of it, and each process has its contiguous slice. Mirroring and crops are drawn with the
+    permutation, one draw for each of its places; so N processes see, image for image, what one process with an
+    N-fold batch sees. An epoch repeats no image, and leaves out only its last, incomplete global batch, which is that
+    of all accumulation steps together.
+
     Raises:
         DataError: There are fewer images than in one global batch.
 
@@ -46,25 +72,14 @@ class ShuffledBatches:
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
-    def __init__(
-        self,
-        images: ImageLevels,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        random_flip: bool = False,
-        accumulation: int = 1,
-        held_out: int = 0,
-    ) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.rank, self.world_size, self.random_flip = rank, world_size, random_flip
-        whole = len(images) // (batch_size * world_size)
+    steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        whole = len(self.images) // (self.batch_size * self.world_size)
         # Fewer than one optimiser step needs are refused by whoever counts those.
-        self.steps_per_epoch = whole - whole % accumulation if whole >= accumulation else whole
+        self.steps_per_epoch = whole - whole % self.accumulation if whole >= self.accumulation else whole
         if self.steps_per_epoch == 0:
-            raise _too_few(len(images), batch_size, world_size, held_out)
+            raise _too_few(len(self.images), self.batch_size, self.world_size, self.held_out)
         self._epoch: tuple[int, Tensor, Tensor] | None = None
 
     def batch(self, step: int) -> Batch:
@@ -95,43 +110,14 @@ class ShuffledBatches:
         return self._epoch[1:]
 
 
-class StreamedBatches:
-    """Training batches of a stream, through a shuffle buffer.
+class StreamedBatches(TrainingBatches):
+    """Training batches of an `ImageStream`, through a shuffle buffer.
 
     The order depends on the seed and the epoch alone: every process reads all of the stream, and decodes its own slice
     of each global batch, as `ShuffledBatches` divides it. An epoch leaves out only its last, incomplete global batch.
     To start at a step, the images before it are read again, though not decoded, so that the shuffle buffer is what it
     was.
-
-    Args:
-        images: The training images.
-        batch_size: Images of one process in a batch.
-        seed: Fixes order, mirroring and crops.
-        rank: The number of this process.
-        world_size: The number of processes.
-        random_flip: Mirror each image left to right with probability 1/2.
-        accumulation: How many batches make one optimiser step.
-        held_out: How many more images there would be, were none held out; for messages.
     """
-
-    steps_per_epoch: None = None
-    """A stream does not know its length."""
-
-    def __init__(
-        self,
-        images: ImageStream,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        random_flip: bool = False,
-        accumulation: int = 1,
-        held_out: int = 0,
-    ) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.rank, self.world_size, self.random_flip = rank, world_size, random_flip
-        self.accumulation, self.held_out = accumulation, held_out
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from a step on, without end; one is read ahead where the images have ``num_workers``.
@@ -163,14 +149,10 @@ class StreamedBatches:
         return {"levels": _flip(levels, draws[:, 0]) if self.random_flip else levels}
 
 
-TrainingBatches: TypeAlias = ShuffledBatches | StreamedBatches
-
-
 def training_batches(images: ImageLevels | ImageStream, batch_size: int, **arguments: Any) -> TrainingBatches:
     """`ShuffledBatches` or `StreamedBatches`, as the images are; the keyword arguments are theirs."""
-    if isinstance(images, ImageLevels):
-        return ShuffledBatches(images, batch_size, **arguments)
-    return StreamedBatches(images, batch_size, **arguments)
+    kind = ShuffledBatches if isinstance(images, ImageLevels) else StreamedBatches
+    return kind(images, batch_size, **arguments)
 
 
 def evaluation_batches(
