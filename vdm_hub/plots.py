@@ -10,9 +10,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -35,21 +37,17 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
         columns: Images in a row; as square a grid as possible by default.
         scale: Enlargement; to about 64 pixels an image by default.
     """
-    count, channels, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    scale = scale or max(1, 64 // max(height, width))
-    rows = math.ceil(count / columns)
-    grid = torch.ones(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
-    for i, image in enumerate(images.cpu()):
-        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
-        grid[:, top : top + height, left : left + width] = image
-    array = (grid.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    picture = Image.fromarray(array[..., 0] if channels == 1 else array)
-    (said,) = DRAWN.items()
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    scale = scale or max(1, 64 // max(images.shape[2:]))
+    pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
+    tiles = [ImageOps.expand(picture, (1, 1, 0, 0), "white") for picture in pictures]
+    tiles += [Image.new(tiles[0].mode, tiles[0].size, "white")] * (-len(tiles) % columns)
+    grid = make_image_grid(tiles, len(tiles) // columns, columns).convert(tiles[0].mode)
+    grid = ImageOps.expand(grid, (0, 0, 1, 1), "white")
     metadata = PngInfo()
-    metadata.add_text(*said)
-    enlarged = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    enlarged.save(path, format="PNG", pnginfo=metadata)
+    for key, text in DRAWN.items():
+        metadata.add_text(key, text)
+    ImageOps.scale(grid, scale, Image.Resampling.NEAREST).save(path, format="PNG", pnginfo=metadata)
 
 
 def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
