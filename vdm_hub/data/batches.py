@@ -54,6 +54,7 @@ class TrainingBatches(ABC):
         """The batches from a step on, without end."""
 
 
+@dataclass(eq=False)
 class ShuffledBatches(TrainingBatches):
     """Training batches of `ImageLevels`, which are held in memory.
 
@@ -72,7 +73,7 @@ class ShuffledBatches(TrainingBatches):
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
-    steps_per_epoch: int
+    steps_per_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:
         whole = len(self.images) // (self.batch_size * self.world_size)
