@@ -74,7 +74,7 @@ def check_fields(arguments: Any) -> None:
 
 
 def idle_fields(arguments: Any) -> list[str]:
-    """What a dataclass says that has no effect beside another field of it, in words."""
+    """Sentences on the fields of a dataclass that have no effect beside another field of it."""
     idle = [
         (one.name, one.metadata["idle_without"])
         for one in fields(arguments)

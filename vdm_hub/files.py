@@ -125,12 +125,12 @@ def found(name: str) -> Path | None:
 
 
 def is_replaceable(mode: int) -> bool:
-    """Whether what has this mode, as ``os.stat`` gives it, is a plain file or a folder."""
+    """Whether a mode, as ``os.stat`` gives it, is that of a plain file or a folder."""
     return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What a process that was killed in `written_beside(path)` left beside ``path``.
+    """The half-written files that a process killed in `written_beside(path)` left beside ``path``.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -144,7 +144,7 @@ def leftovers(path: Path) -> list[Path]:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove them; but the old folder takes its place again where a kill came before the new one could."""
+    """Remove the leftovers; but an old folder takes its place again where a kill came before the new one could."""
     target = destination(path)
     for found in leftovers(path):
         if found.suffix == ".old" and not target.exists():
@@ -154,7 +154,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, by name; nothing, where there is none.
+    """The entries of a folder, by name; none, where there is no folder.
 
     >>> entries(Path("/no/such/folder"))
     []
@@ -232,7 +232,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def _mode(path: Path) -> int | None:
-    """That of what is there; none where nothing is, which is not so of a name that is too long."""
+    """The mode of what is at a path; ``None`` where nothing is, which is not so of a name that is too long."""
     try:
         return path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):

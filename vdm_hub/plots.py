@@ -51,7 +51,7 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
 
 
 def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
-    """Gamma and SNR over t, where there is a scalar gamma, and where over t the bits are spent, where measured."""
+    """Plot gamma and SNR over t, where there is a scalar gamma, and the bits over t, where they were measured."""
     schedule = process.diffused.scalar_gamma
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5, 3) if schedule is None else (10, 3), layout="constrained")
@@ -66,7 +66,7 @@ def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path
 
 
 def plot_likelihood(report: LikelihoodReport, path: Path) -> None:
-    """Where over t the bits are spent, where the method has times, and how they spread over the images."""
+    """Plot the bits over t, where the method has times, and their spread over the images."""
     has_times = report.times is not None
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 3.4) if has_times else (5, 3.4), layout="constrained")
@@ -78,7 +78,7 @@ def plot_likelihood(report: LikelihoodReport, path: Path) -> None:
 
 
 def plot_decompositions(profiles: Mapping[str, TransitionProfile], path: Path) -> None:
-    """Forms of one bound, by name: where over t each spends its bits, and how much one evaluation scatters there."""
+    """Plot the forms of one bound, by name: the bits of each over t, and how much one evaluation scatters there."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 3.4), layout="constrained")
         bits, spread = figure.subplots(1, 2)
@@ -96,7 +96,7 @@ def plot_decompositions(profiles: Mapping[str, TransitionProfile], path: Path) -
 
 
 def _plot_histogram(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> None:
-    """Of each image's estimate, so the Monte Carlo error widens it; the mean is marked."""
+    """Draw the histogram of the images' estimates, which the Monte Carlo error widens; the mean is marked."""
     bits = report.per_image.numpy()
     axis.hist(bits, bins=min(_BINS, max(5, math.isqrt(len(bits)))), alpha=0.6)
     axis.axvline(report.bits_per_dim, color="black", linewidth=1)
@@ -105,7 +105,7 @@ def _plot_histogram(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> Non
 
 
 def plot_training_curve(history: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
-    """The bound over the steps of a run: all of it with its terms, and the later part enlarged.
+    """Plot the bound over the steps of a run: all of it with its terms, and the later part enlarged.
 
     Args:
         history: What is in a run's ``history.json``.
@@ -124,7 +124,7 @@ def plot_training_curve(history: Mapping[str, Mapping[str, list[float]]], path: 
 
 
 def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None:
-    """Logarithmic both ways: it begins near 100 bits/dim, falls fast, and its terms differ by orders of magnitude."""
+    """Draw the whole course, logarithmic both ways: its terms differ by orders of magnitude."""
     train, validation = history["train"], history["validation"]
     marker = "." if len(train["step"]) == 1 else None  # one point makes no line
     terms = [name for name in train if name not in ("step", "bits_per_dim", "learning_rate")]
@@ -145,7 +145,7 @@ def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None
 
 
 def _plot_late_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None:
-    """Where the last tenths of a bit are won; each logged value is that of one batch, so their mean is drawn too."""
+    """Draw the later course; each logged value is that of one batch, so their running mean is drawn too."""
     last = max(step for part in history.values() for step in part["step"])
     train, validation = (_from_step(last / 3, history[part]) for part in ("train", "validation"))
     axis.plot(train["step"], train["bits_per_dim"], ".", color="black", markersize=3, alpha=0.25)
@@ -182,7 +182,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _legend(axis: matplotlib.axes.Axes) -> None:
-    """Of those lines that have any points."""
+    """Add a legend of those lines that have any points."""
     handles, labels = axis.get_legend_handles_labels()
     drawn = [(handle, label) for handle, label in zip(handles, labels, strict=True) if _points(handle)]
     axis.legend(*zip(*drawn, strict=True), frameon=False, fontsize=8)
@@ -203,7 +203,7 @@ def _plot_gamma(schedule: NoiseSchedule, axes: np.ndarray) -> None:
 
 
 def _plot_bits(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> None:
-    """The integrand of the diffusion term: its area is the term, whatever density the times were drawn from."""
+    """Draw the integrand of the diffusion term: its area is the term, whatever density the times were drawn from."""
     name = next(name for name in ("diffusion", "consistency") if name in report.terms)
     values = report.terms_per_image[name] if report.integrand is None else report.integrand
     assert report.times is not None

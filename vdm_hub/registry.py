@@ -90,7 +90,7 @@ SERIALISED_FIELDS = {
     "decoder": "decoders",
     "forward_process": "forward_processes",
 }
-"""Fields of a config that hold a serialised form, and the kind of it."""
+"""The fields of a config that hold a serialised form, and the kind of each."""
 
 KIND_WORDS = {kind: (kind[:-2] if kind.endswith("sses") else kind[:-1]).replace("_", " ") for kind in BUILT_INS}
 _NAME = re.compile(r"\w([\w.+-]*\w)?", re.ASCII)
@@ -98,7 +98,7 @@ _DISTRIBUTION_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?"
 
 
 class OlderPluginWarning(UserWarning):
-    """A config was saved with a newer version of a plugin than the installed one."""
+    """The warning for a config that was saved with a newer version of a plugin than the installed one."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def allowed_packages() -> set[str] | None:
 
 
 def registrations(kind: str) -> list[Registration]:
-    """All names of a kind, built-ins first; imports none of them.
+    """All registrations of a kind, built-ins first; imports none of them.
 
     >>> [r.name for r in registrations("parameterizations")][:4]
     ['epsilon', 'sample', 'score', 'v_prediction']
@@ -232,7 +232,7 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
 
 
 def parse_serialised(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str | None]:
-    """``(name, arguments, package)`` of a serialised form, checked."""
+    """The name, the arguments and the package of a serialised form, checked."""
     return _parts(kind, serialised)[:3]
 
 
@@ -273,7 +273,7 @@ def resolve_class(kind: str, serialised: Serialised) -> tuple[type, dict[str, An
 
 
 def resolve(kind: str, serialised: Serialised) -> tuple[type, dict[str, Any]]:
-    """`resolve_class`, with the arguments checked against the constructor.
+    """The result of `resolve_class`, its arguments checked against the constructor.
 
     >>> resolve("noise_schedules", "linear")
     (<class 'vdm_hub.diffusion.noise_schedules.LinearSchedule'>, {})
@@ -366,7 +366,7 @@ def _is_already(registration: Registration, cls: type) -> bool:
 
 
 def _parts(kind: str, serialised: Serialised) -> tuple[str, dict[str, Any], str | None, str | None]:
-    """Name, arguments, package and version of a serialised form, checked."""
+    """The name, arguments, package and version of a serialised form, checked."""
     word = KIND_WORDS.get(kind, kind)
     if isinstance(serialised, str):
         text = serialised.strip()

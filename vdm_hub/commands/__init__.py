@@ -68,5 +68,5 @@ def report_errors(run: Callable[[], object]) -> int:
 
 
 def _line_of_warning(message: Warning | str, *where: object, **line: object) -> str:
-    """A warning as it is printed: without the place in the code, and as errors are."""
+    """The line that is printed for a warning, in the form of an error's, without the place in the code."""
     return f"warning: {in_words(mask(str(message)))}\n"

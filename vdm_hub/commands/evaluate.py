@@ -41,7 +41,7 @@ _RANGES = {
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate and print."""
+    """Measure the pipeline on the images, and print the report."""
     _check(arguments)
     processes = Processes.launched()
     with processes.main_speaks():

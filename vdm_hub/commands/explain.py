@@ -1,4 +1,4 @@
-"""What the parts of a recipe are and take, from the docstrings of their classes."""
+"""Explanations of a recipe's parts, from the docstrings of their classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NETWORKS = tuple(dict.fromkeys((*UNET_CLASSES, *FIRST_STAGE_CLASSES, *CLASSES)))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Explain one name, in each of its meanings, or list all."""
+    """Explain one name, in each of its meanings, or list all names."""
     if arguments.name is None:
         for kind, names in _known().items():
             print(f"{kind.replace('_', ' ')}: {', '.join(names)}")
@@ -47,7 +47,7 @@ def _classes(name: str) -> Iterator[tuple[str, type]]:
 
 
 def _explanation(what: str, cls: type) -> str:
-    """A heading, how it is called with its defaults, and its docstring."""
+    """The text for one class: a heading, its signature with defaults, and its docstring."""
     parameters = [parameter.replace(annotation=parameter.empty) for parameter in _parameters(cls)]
     call = inspect.Signature(parameters)
     return f"{what}\n{'=' * len(what)}\n{cls.__qualname__}{call}\n\n{inspect.getdoc(cls) or 'It has no docstring.'}"

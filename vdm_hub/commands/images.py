@@ -79,7 +79,7 @@ def load_images(
 
 
 def _as_trained(pipeline: LikelihoodPipeline, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """How the images are read, and what of it is given otherwise than the model was trained."""
+    """The preprocessing to read the images with, and the fields of it that differ from the model's training."""
     trained: dict[str, Any] = _AS_THEY_ARE | dict(pipeline.preprocessing or {})
     used = {name: given.get(name, trained[name]) for name in _AS_THEY_ARE}
     other = [] if pipeline.preprocessing is None else [name for name in given if given[name] != trained[name]]
@@ -89,7 +89,7 @@ def _as_trained(pipeline: LikelihoodPipeline, given: dict[str, Any]) -> tuple[di
 def _load(
     load: Callable[..., ImageLevels], split: str | None, used: dict[str, Any], any_column: bool, held_out: bool
 ) -> tuple[ImageLevels, str, str]:
-    """The images, and the split and the column that they are from."""
+    """The images, and the names of their split and their column."""
     try:
         return _load_column(load, split or "test", used, any_column)
     except UnknownSplitError as error:
@@ -104,7 +104,7 @@ def _load(
 def _load_column(
     load: Callable[..., ImageLevels], split: str, used: dict[str, Any], any_column: bool
 ) -> tuple[ImageLevels, str, str]:
-    """From the column of the training data; where other data have none of its name, from the usual one."""
+    """The images of the training data's column; where other data have none of that name, of the usual one."""
     usual, column = _AS_THEY_ARE["image_column"], used["image_column"]
     try:
         return load(split, **used), split, column

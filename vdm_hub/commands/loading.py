@@ -1,4 +1,4 @@
-"""A pipeline from a folder or a Hub id, with an error that a person can read."""
+"""Loading a pipeline from a folder or a Hub id, with errors that a person can read."""
 
 from __future__ import annotations
 

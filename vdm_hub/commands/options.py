@@ -11,7 +11,7 @@ from pathlib import Path
 from vdm_hub.likelihood.protocol import DEQUANTIZATIONS, DTYPES, FORMS, METHODS, SOLVERS, ProbabilityFlow
 
 DIVERGENCE_NAMES = {"hutchinson": "rademacher", "rademacher": "rademacher", "gaussian": "gaussian", "exact": "exact"}
-"""The names of the command line, and those of `ProbabilityFlow`."""
+"""The names of divergences on the command line, and those of `ProbabilityFlow`."""
 
 OVERRIDES = {
     "prediction_type": "what the network predicts: epsilon, sample, v_prediction, score, or a plugin's",
@@ -19,7 +19,7 @@ OVERRIDES = {
     "data_scaling": "where the levels lie: full, from -1 to 1, or bin_centers",
     "decoder": "from z_0 to the levels: ddpm or factorised",
 }
-"""What may be said of a checkpoint of diffusers whose config is wrong."""
+"""The config fields that may be corrected for a checkpoint of diffusers, each with its help text."""
 
 _EPILOG = (
     "Exit status: 0; 2 for an error; 3 where --target_standard_error was not reached within the budget (the report is "

@@ -1,4 +1,4 @@
-"""The files that commands write."""
+"""Checks of the places where commands write files."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _COLUMNS = ("kind", "name", "package", "version", "defined", "status")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """List, and check where asked to."""
+    """List what is registered, and check it where asked to."""
     registry.allowed_packages()  # a value that is none is said once, and before anything else
     found = [registration for kind in registry.BUILT_INS for registration in registry.registrations(kind)]
     rows = [describe(registration, arguments.check) for registration in found]
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def describe(registration: Registration, check: bool) -> dict[str, str]:
-    """One row: what is registered, and its status; with ``error`` where a check failed."""
+    """The row of one registration: its name, its origin and its status; with ``error`` where a check failed."""
     version = __version__ if registration.package == BUILT_IN_PACKAGE else registration.version or "unknown"
     texts = (registration.kind, registration.name, registration.package, version, registration.target)
     row = dict(zip(_COLUMNS, texts, strict=False))
@@ -50,7 +50,7 @@ def _status(registration: Registration, check: bool) -> dict[str, str]:
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Columns, as wide as need be.
+    """The rows as lines of text, in columns as wide as their longest word.
 
     >>> values = ("decoders", "a", "p", "1", "m:A", "ok")
     >>> print(table([dict(zip(_COLUMNS, values))]))

@@ -12,7 +12,7 @@ from vdm_hub.publishing.publishing import publish
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Publish, and print what is where."""
+    """Publish the pipeline, and print the addresses of all that was published."""
     for name in ("folder", "evaluation", "output_dir"):
         if (given := getattr(arguments, name)) is not None:
             setattr(arguments, name, expanded(given))

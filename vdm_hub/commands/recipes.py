@@ -10,7 +10,7 @@ from vdm_hub.recipes.arguments import recipe_text, recipes
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print one as it is, or say of each what it trains."""
+    """Print one recipe as it is, or a line for each recipe that says what it trains."""
     if arguments.recipe in recipes():
         print(recipe_text(arguments.recipe), end="")
         return

@@ -17,7 +17,7 @@ from vdm_hub.plots import save_grid
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Sample and save."""
+    """Draw samples, and save them as one picture."""
     within(1, 10**6, arguments, "num_images", "num_inference_steps", "batch_size")
     within(0, MAX_SEED - arguments.num_images, arguments, "seed")
     check_output(arguments.output, "output", ".png", overwrite=arguments.overwrite)

@@ -9,6 +9,6 @@ from vdm_hub.recipes.arguments import parse_recipe
 
 
 def run(words: Sequence[str]) -> None:
-    """Read the words, which needs no torch, then train and say what came out and where it is."""
+    """Read the command line, which needs no torch, then train, and print the result and its place."""
     configuration = parse_recipe(words)
     interruptible_import("vdm_hub.training.loop").train_model(configuration)

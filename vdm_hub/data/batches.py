@@ -181,7 +181,7 @@ def evaluation_batches(
 
 
 def _next(rows: Iterator[T], number: int) -> list[T]:
-    """The next rows of a stream."""
+    """The next ``number`` rows of a stream, or fewer at its end."""
     try:
         return list(islice(rows, number))
     except Exception as error:  # of a file, of the network, or of any library below `datasets`
@@ -192,7 +192,7 @@ def _next(rows: Iterator[T], number: int) -> list[T]:
 
 
 def _too_few(count: int, batch_size: int, world_size: int, held_out: int, accumulation: int = 1) -> DataError:
-    """What to say where the first batch can't be filled: with the fields that would help, and how far."""
+    """The error for images that can't fill one batch, with the fields that would help, and by how much."""
     needed = batch_size * world_size * accumulation
     steps = f", {accumulation} times a step" if accumulation > 1 else ""
     remedies = []

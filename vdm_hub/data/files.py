@@ -39,7 +39,7 @@ class Listing:
     """Device and number of each folder that is read."""
 
     def leave_out(self, reason: str, *paths: str) -> None:
-        """Note what is not read."""
+        """Note a file that is not read, and the reason."""
         if paths:
             self.unused.setdefault(reason, []).extend(paths)
 
@@ -80,7 +80,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """What an entry is: a folder, a file, or why it is neither."""
+    """The kind of a directory entry: a folder, a file, or the reason why it is neither."""
     try:
         status = entry.stat()
     except OSError:
@@ -104,7 +104,7 @@ def lies_in(path: Path, listing: Listing) -> bool:
 
 
 def names_and_count(paths: Iterable[str]) -> str:
-    """Some of the names, and how many there are.
+    """Words for many names: the first of them, and their number.
 
     >>> names_and_count(["a", "b", "c", "d"]), names_and_count(["a"])
     ("4 ('a', 'b', 'c', ...)", "1 ('a')")
@@ -115,7 +115,7 @@ def names_and_count(paths: Iterable[str]) -> str:
 
 
 def said_of(unused: Mapping[str, list[str]]) -> str:
-    """What is not used, by the reason.
+    """A sentence on the files that are not used, by the reason.
 
     >>> said_of({"hidden": [".DS_Store"], "broken links": ["a.png", "b.png"]})
     "1 ('.DS_Store') hidden; 2 ('a.png', 'b.png') broken links"

@@ -11,10 +11,10 @@ from vdm_hub.data.preprocessing import HeldOut
 from vdm_hub.errors import DataError, in_one_line, warn
 
 SPLIT = "held_out"
-"""What the held-out images are called, where a split is named."""
+"""The name of the held-out images, where a split is named."""
 
 SEED = 0
-"""Of the choice: a constant, so that runs of different seeds are tested on the same images."""
+"""The seed of the choice: a constant, so that runs of different seeds are tested on the same images."""
 
 _LABELS = ("label", "labels", "class", "target")  # of columns of integers; a ClassLabel may have any name
 

@@ -31,14 +31,14 @@ from vdm_hub.data.sources import Opener, check_memory
 from vdm_hub.errors import DataError, in_one_line
 
 ImageSize: TypeAlias = tuple[int, int]
-"""(W, H), as Pillow has it."""
+"""The size of a picture, (W, H), as Pillow has it."""
 SizedLevels: TypeAlias = tuple[Levels, ImageSize | None]
 
 _CHUNK = 1024  # images decoded between two reads of the dataset
 
 
 class CorruptImageError(DataError):
-    """There is no image in a row, or one that can't be decoded; ``what`` says which, and why."""
+    """The error for a row without an image, or with one that can't be decoded; ``what`` says which, and why."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}: replace or remove it; of training images, --skip_corrupt_images leaves such out.")
@@ -57,7 +57,7 @@ class ImageName:
     index: int | None = None
 
     def __str__(self) -> str:
-        """The name, made where it is needed."""
+        """The name as text, made only where it is needed."""
         number = "an image" if self.index is None else f"image {self.index}"
         parts = self.encoded if isinstance(self.encoded, dict) else {"bytes": self.encoded}
         if parts.get("path"):
@@ -98,7 +98,7 @@ class ImageReader:
         return self.fit(encoded, index)[0]
 
     def fit(self, encoded: Any, index: int | None = None) -> SizedLevels:
-        """`decode`, and the image's own size where it is resized, or cropped now or at each use."""
+        """The result of `decode`, and the image's own size where it is resized, or cropped now or at each use."""
         image, name = self.open(encoded, index), ImageName(encoded, index)
         levels = levels_from_image(image, self.num_levels, color=self.color, name=name)
         if self.resolution is None or levels.shape[1:] == (self.resolution, self.resolution):
@@ -160,7 +160,7 @@ class ImageReader:
             return list(pool.map(self.fit, encoded, numbers))
 
     def output_shape(self, levels: Levels) -> tuple[int, int, int]:
-        """The (C, H, W) that decoded levels have when they are used."""
+        """The shape (C, H, W) that decoded levels have when they are used."""
         channels, height, width = levels.shape
         return (channels, height, width) if self.resolution is None else (channels, self.resolution, self.resolution)
 
@@ -187,7 +187,7 @@ class ImageLevels:
     names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
-        """N."""
+        """The number of images, N."""
         return len(self.levels)
 
     @property
@@ -315,7 +315,7 @@ def _decoded(encoded: datasets.Dataset, image_column: str, reader: ImageReader) 
 
 
 def _resize(image: Image, resolution: int) -> Image:
-    """The shorter side to ``resolution``, antialiased bilinear, as diffusers' examples do."""
+    """The picture with its shorter side at ``resolution``, antialiased and bilinear, as in diffusers' examples."""
     short = min(image.size)
     width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
     return image.resize((width, height), PIL.Image.Resampling.BILINEAR)

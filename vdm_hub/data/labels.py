@@ -1,4 +1,4 @@
-"""Labels: whole numbers of classes, and nothing else."""
+"""The labels of a dataset: whole numbers of classes, and nothing else."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Layout:
 
 
 def read_layout(root: Path) -> Layout:
-    """How a folder of images or of Parquet files is divided.
+    """The layout of a folder of images or of Parquet files.
 
     Top-level folders ``train``, ``validation`` and ``test`` (or ``val``, ``dev``, ``eval``, ...) are splits where all
     images lie in such; Parquet files are also divided by names such as ``train-00000-of-00003.parquet``. Where a
@@ -138,7 +138,7 @@ def _check_names(paths: Iterable[str]) -> None:
 
 
 def _check_shards(files: Iterable[str]) -> None:
-    """Parquet files that say how many they are must be so many."""
+    """Refuse Parquet files that are fewer than their names say."""
     found: dict[tuple[str, str, int], set[int]] = defaultdict(set)
     for path in files:
         folder, name = posixpath.split(path)

@@ -61,12 +61,12 @@ class RunData:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """The shape of one image, (C, H, W)."""
         return self.train.image_shape
 
     @property
     def num_levels(self) -> int:
-        """K."""
+        """The number of levels, K."""
         return self.train.num_levels
 
 
@@ -353,7 +353,7 @@ def _in_memory(
 
 
 def _warn_of_overlaps(source: Source, arguments: DataArguments, held_out: int, has_test: bool) -> tuple[str, ...]:
-    """Warn where images are both trained on and measured; what is to be said of the figure at the end."""
+    """Warn of images that are both trained on and measured; returns the notes for the figure at the end."""
     splits = {"train": arguments.train_split}
     splits |= {} if arguments.validation_split is None else {"validation": arguments.validation_split}
     splits |= {"test": str(arguments.test_split)} if has_test else {}

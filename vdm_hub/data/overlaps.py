@@ -1,4 +1,4 @@
-"""Which images a run would both train on and measure on: said, for such a figure is not one of held-out images."""
+"""Images that a run would both train on and measure on: then its figure is not one of held-out images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias
 from vdm_hub.data.sources import Source
 
 Span: TypeAlias = tuple[str, int, int]
-"""A split, and the first of its rows and the one behind the last."""
+"""A range of rows: the split, its first row and the row behind its last."""
 
 _USES = {"train": "trains on", "validation": "validates on", "test": "tests on"}
 
@@ -17,7 +17,7 @@ _USES = {"train": "trains on", "validation": "validates on", "test": "tests on"}
 def overlaps(
     source: Source, splits: Mapping[str, str], limit: int | None = None, *, streaming: bool = False
 ) -> dict[tuple[str, str], str]:
-    """What to say of each two of the training, validation and test splits that have images in common.
+    """Sentences on each two of the training, validation and test splits that have images in common.
 
     Args:
         source: The dataset.

@@ -13,10 +13,10 @@ from PIL.Image import Image
 from vdm_hub.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What Pillow may take an image for: no format that calls other programs, and none whose depth is not known here."""
+"""The formats that Pillow may read: none that calls other programs, and none whose depth is not known here."""
 
 DRAWN = {"Software": "vdm_hub"}
-"""What a PNG file says that holds a grid of samples or a plot of this package, which is no image of any data."""
+"""The metadata of PNG files that this package draws, samples and plots, which are no images of any data."""
 
 _BEGINNINGS = re.compile(  # of files of these formats
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF.{4}WEBP|BM.{4}\0{4}.{4}[\x0c-\x7c]\0{3}|GIF8[79]a|II\*\0|MM\0\*"

@@ -31,11 +31,11 @@ _ROWS = 256  # read at once of a Parquet file that is streamed
 
 
 class UnknownSplitError(DataError):
-    """The dataset has no such split."""
+    """The error for a split that the dataset does not have."""
 
 
 class UnknownColumnError(DataError):
-    """The dataset has no such column of images."""
+    """The error for a column of images that the dataset does not have."""
 
 
 class Source(ABC):
@@ -61,15 +61,15 @@ class Source(ABC):
     @property
     @abstractmethod
     def sizes(self) -> Mapping[str, int]:
-        """How many images each split has."""
+        """The number of images of each split, by its name."""
 
     @abstractmethod
     def _whole(self, split: str) -> datasets.Dataset:
-        """A split."""
+        """One split, as a dataset in memory or in the cache."""
 
     @abstractmethod
     def _stream(self, split: str) -> datasets.IterableDataset:
-        """A split as a stream."""
+        """One split, as a stream."""
 
     def read(self, split: str, *, streaming: bool = False) -> AnyDataset:
         """A split, or a part of splits such as ``train[:90%]`` or ``train+test``.
@@ -129,7 +129,7 @@ class Source(ABC):
 
     @property
     def note(self) -> str:
-        """What the layout has to say, as a sentence that follows another."""
+        """The layout's note, as a sentence that follows another one."""
         return f" {self.layout.note}." if self.layout is not None and self.layout.note else ""
 
     def explained(self) -> AbstractContextManager[None]:
@@ -138,7 +138,7 @@ class Source(ABC):
 
 
 class Digits(Source):
-    """scikit-learn's digits."""
+    """The source of scikit-learn's digits."""
 
     @cached_property
     def _splits(self) -> datasets.DatasetDict:
@@ -146,7 +146,7 @@ class Digits(Source):
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """How many images each split has."""
+        """The number of images of each split, by its name."""
         return {name: len(split) for name, split in self._splits.items()}
 
     def _whole(self, split: str) -> datasets.Dataset:
@@ -165,11 +165,11 @@ class ImageFiles(Source):
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """How many images each split has."""
+        """The number of images of each split, by its name."""
         return {split: len(files) for split, files in self.layout.splits.items()}
 
     def open_file(self, path: str) -> IO[bytes]:
-        """One of the files that were listed."""
+        """Open one of the files that were listed."""
         return (self.layout.listing.root / path).open("rb")
 
     def _whole(self, split: str) -> datasets.Dataset:
@@ -197,14 +197,14 @@ class ParquetFiles(Source):
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
-        """How many rows each split has."""
+        """The number of rows of each split, by its name."""
         return {split: sum(map(_count_rows, files)) for split, files in self._splits.items()}
 
     def _whole(self, split: str) -> datasets.Dataset:
         return self._part(split, 0, self.sizes[split])
 
     def _part(self, split: str, start: int, stop: int) -> datasets.Dataset:
-        """The rows of these numbers, of no more files than hold them."""
+        """The rows with these numbers, from no more files than hold them."""
         parts, first = dict[Path, range](), 0
         for path in self._splits[split]:
             count = _count_rows(path)
@@ -241,7 +241,7 @@ class HubDataset(Source):
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
-        """How many rows each split has."""
+        """The number of rows of each split, by its name."""
         self._builder.download_and_prepare()
         return {split: info.num_examples for split, info in self._builder.info.splits.items()}
 
@@ -249,7 +249,7 @@ class HubDataset(Source):
         return self._builder.as_dataset(split)
 
     def read(self, split: str, *, streaming: bool = False) -> AnyDataset:
-        """As for all sources; a stream needs no download before it."""
+        """The split, as from all sources; a stream needs no download before it."""
         if not streaming:
             return super().read(split)
         with self.explained():
@@ -358,7 +358,7 @@ def _open_on_the_hub(path: str) -> IO[bytes]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A Parquet file, and its name in whatever goes wrong."""
+    """Open a Parquet file; whatever goes wrong within the block is an error that names it."""
     what, remedy = f"the Parquet file {str(path)!r} can't be read", "put it back as it was"
     with (
         explained(what, remedy, DataError),

@@ -1,4 +1,4 @@
-"""What is said of the images that are read: how many they are, and what lies beside them and is not read."""
+"""The summary of the images that are read: their number, and the files beside them that are not read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.data.sources import Source
 
 Use: TypeAlias = tuple[str, ImageLevels | ImageStream | None, str | None]
-"""What images are for, such as ``trains on``; the images, or none; and the split that they are of."""
+"""A use of images: its verb, such as ``trains on``; the images, or none; and the split that they are of."""
 
 
 def summary_of(source: Source, uses: Sequence[Use], *, streaming: bool = False) -> str:
-    """One paragraph: how many images each use has, which splits have none, and what in a folder is no image."""
+    """The paragraph that says how many images each use has, which splits have none, and which files are no images."""
     sizes = {} if streaming and source.is_remote else source.sizes  # else it takes a download
     counts = [f"{what} {_count(sizes, images, split)}" for what, images, split in uses]
     said = [f"data from {source.name!r}: {', '.join(counts)}"]

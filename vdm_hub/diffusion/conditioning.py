@@ -31,7 +31,7 @@ class Conditioning(ABC):
 
     @abstractmethod
     def __call__(self, gamma: Tensor) -> Tensor:
-        """tau(gamma), elementwise."""
+        """The timestep ``tau(gamma)``, elementwise."""
 
     @abstractmethod
     def inverse(self, timestep: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class TableConditioning(Conditioning):
 
 
 def _interpolate(value: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Piecewise linear through increasing knots, continued linearly beyond them."""
+    """The values of the piecewise linear function through increasing knots, continued linearly beyond them."""
     index = (torch.searchsorted(inputs, value.detach().contiguous(), right=True) - 1).clamp(0, inputs.numel() - 2)
     slope = (outputs[index + 1] - outputs[index]) / (inputs[index + 1] - inputs[index])
     return outputs[index] + (value - inputs[index]) * slope

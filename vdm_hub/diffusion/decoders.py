@@ -82,7 +82,7 @@ class FactorisedDecoder(Decoder):
         return -sum_dimensions(log_p)
 
     def expected_by_level(self, gamma_0: float, scaling: DataScaling) -> Tensor:
-        """By the trapezoidal rule in eps, which converges geometrically: good to rounding.
+        """The expectation by the trapezoidal rule in eps, which converges geometrically: good to rounding.
 
         >>> scaling = DataScaling("bin_centers", 256)
         >>> bits = FactorisedDecoder().expected_by_level(-13.3, scaling) / math.log(2)
@@ -197,7 +197,7 @@ def _levels_in_reach(mean: Tensor, gamma_0: Tensor, scaling: DataScaling) -> Ite
 def _moments_in_reach(
     mean: Tensor, gamma_0: Tensor, scaling: DataScaling, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the levels of the weight, and of it times the distance from the nearest level and its square."""
+    """The sums over the levels of the weight, and of it times the distance from the nearest level and its square."""
     total, first, second = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
     for _, step, weight in _levels_in_reach(mean, gamma_0, scaling):
         total += weight
@@ -210,7 +210,7 @@ def _moments_in_reach(
 def _moments_of_all(
     mean: Tensor, gamma_0: Tensor, scaling: DataScaling, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_moments_in_reach` that never looks at a value: a compiler fuses it whole, and no host waits for a device."""
+    """`_moments_in_reach` over all levels, without a look at a value: a compiler fuses it whole, and no host waits."""
     nearest = scaling.nearest(mean)
     distance = (mean - scaling.encode(nearest, mean.dtype)).unsqueeze(-1)
     precision = torch.exp(-gamma_0).unsqueeze(-1)
@@ -227,7 +227,7 @@ def _moments_of_all(
 
 
 class _FactorisedLogLikelihood(torch.autograd.Function):
-    """log p per dimension; the moments that its gradient needs are summed in the forward pass."""
+    """The log-likelihood of each dimension; the moments that its gradient needs are summed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, levels: Tensor, mean: Tensor, gamma_0: Tensor, scaling: DataScaling) -> Tensor:

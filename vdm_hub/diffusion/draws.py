@@ -28,7 +28,7 @@ def normal_noise(
 def uniform_noise(
     shape: Sequence[int], generator: Generator, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Draws from [0, 1), as `normal_noise`."""
+    """Uniform draws from [0, 1), with generators as in `normal_noise`."""
     return _draw(torch.rand, shape, generator, device, dtype)
 
 

@@ -28,7 +28,7 @@ class FirstStage(Protocol):
     def num_levels(self) -> int: ...
 
     def scale(self, levels: Tensor) -> Tensor:
-        """Levels 0..K-1 -> the x that the encoder sees, at least in float32."""
+        """The x that the encoder sees, of levels 0..K-1, at least in float32."""
 
     def posterior(self, x: Tensor) -> Any:
         """``q(y|x)``, a diagonal Gaussian: ``(mean, scale)``, both (B, *latent_shape), the scale positive."""

@@ -35,7 +35,7 @@ class BoundProcess(ABC):
     """
 
     def origin(self, x: Tensor) -> Tensor:
-        """What is corrupted: the data, or a latent of theirs."""
+        """The tensor that is corrupted: the data, or a latent of theirs."""
         return x
 
     @abstractmethod
@@ -118,7 +118,7 @@ class ForwardProcess(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_fields(cls, fields: Mapping[str, Any], schedule: nn.Module | None = None) -> ForwardProcess:
-        """Build from a `VDMScheduler`'s config fields.
+        """Build the process from a `VDMScheduler`'s config fields.
 
         Args:
             fields: The config; each process reads the fields it needs, its own arguments from
@@ -132,11 +132,11 @@ class ForwardProcess(nn.Module, ABC):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Its modules by what they are."""
+        """The trained submodules, by role."""
         return {"schedule": self}
 
     def prepare(self, levels: Iterable[Tensor]) -> str | None:
-        """Before training: take from some of the data what the process is to know of them.
+        """Take from some of the data, before training, what the process is to know of them.
 
         Args:
             levels: Batches, (B, C, H, W), to be read only if they are needed.
@@ -161,7 +161,7 @@ class ForwardProcess(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, levels: Tensor) -> Tensor:
-        """Levels 0..K-1 -> the data x that the process corrupts."""
+        """The data x that the process corrupts, of levels 0..K-1."""
 
     @abstractmethod
     def quantise(self, x: Tensor) -> Tensor:
@@ -194,5 +194,5 @@ class ForwardProcess(nn.Module, ABC):
         return t.double() * (self.num_train_timesteps - 1)
 
     def time(self, timestep: Tensor) -> Tensor:
-        """The inverse of `timestep`."""
+        """The time of a timestep: the inverse of `timestep`."""
         return timestep.double() / (self.num_train_timesteps - 1)

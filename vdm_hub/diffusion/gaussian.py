@@ -22,7 +22,7 @@ def broadcast(coefficient: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_dimensions(values: Tensor) -> Tensor:
-    """Sum over everything but the batch: (B, *data) -> (B,)."""
+    """The sums over everything but the batch: (B, *data) -> (B,)."""
     return values.flatten(1).sum(1)
 
 
@@ -112,11 +112,11 @@ def sde_coefficients(gamma: Tensor, gamma_prime: Tensor) -> tuple[Tensor, Tensor
 
 
 COLLAPSED = 0.01
-"""Nats: a latent that says less of what it was encoded from carries nothing."""
+"""The least information of a latent that is of use, in nats: one that says less of its datum carries nothing."""
 
 
 def information(mean: Tensor, variance: Tensor) -> float:
-    """What draws of ``N(mean, variance)`` say of which one it was, in nats, by their moments; zero where nothing.
+    """The information of draws from ``N(mean, variance)`` on which datum they are of, in nats, by all moments.
 
     ``1/2 sum log(1 + var(mean) / E[variance])``, over dimensions: exact where the means are Gaussian and independent,
     and zero only where the means are all the same, so it tells a latent that has collapsed.

@@ -139,7 +139,7 @@ class GaussianProcess(ForwardProcess):
         return self.decoder.expected_by_level(self.schedule.endpoints()[0], self.scaling)
 
     def split(self, output: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network says of the mean and, in the other half of its channels, of the variance, where it does.
+        """The network's output in two: for the mean and, where it has twice the channels, for the variance.
 
         Raises:
             ConfigurationError: The variance is learned, and the network has not twice the channels.
@@ -198,7 +198,7 @@ class BoundGaussian(BoundProcess):
     def __init__(self, process: GaussianProcess, gamma: Gamma) -> None:
         self.process, self.gamma = process, gamma
         context = getattr(gamma, "context", None)
-        self._told = {} if context is None else {"context": context}
+        self._context = {} if context is None else {"context": context}
 
     @property
     def sde(self) -> DiffusionSDE:
@@ -222,7 +222,7 @@ class BoundGaussian(BoundProcess):
         level = gamma.flatten(1).mean(1) if gamma.ndim > 1 else gamma  # one number a datum for the network
         timestep = self.process.conditioning(level).to(torch.promote_types(z.dtype, torch.float32)).expand(z.shape[0])
         gamma = broadcast(gamma, z)
-        output = network((parameterization.input_scale(gamma) * z).to(z.dtype), timestep, **self._told)
+        output = network((parameterization.input_scale(gamma) * z).to(z.dtype), timestep, **self._context)
         output = output.to(z.dtype)
         if not self.process.variance.learned:
             return (parameterization.output_scale(gamma) * output).to(z.dtype)
@@ -348,7 +348,7 @@ def _weighted(weight: Tensor, error: Tensor) -> Tensor:
 
 
 def gaussian_of(process: ForwardProcess) -> GaussianProcess:
-    """The process, where it is Gaussian, of the data themselves.
+    """The process itself, where it is a Gaussian one of the data themselves; else an error.
 
     Raises:
         ConfigurationError: It is another.

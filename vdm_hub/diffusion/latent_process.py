@@ -85,7 +85,7 @@ class LatentProcess(ForwardProcess):
         self.normalises, self.frozen = True, False
 
     def train(self, mode: bool = True) -> LatentProcess:
-        """As of any module, but for a frozen first stage."""
+        """Set the training mode, as of any module, but leave a frozen first stage in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.first_stage.eval()
@@ -99,7 +99,7 @@ class LatentProcess(ForwardProcess):
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], schedule: nn.Module | None = None) -> LatentProcess:
-        """Not from a config alone.
+        """Refuse to build: a config alone does not hold the first stage.
 
         Raises:
             ConfigurationError: Always: a config holds no first stage.
@@ -115,7 +115,7 @@ class LatentProcess(ForwardProcess):
         return self.gaussian
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """That of the latents of data of a shape, (B, ...); a vector is a picture of one pixel."""
+        """The shape of the latents for data of a shape, both (B, ...); a vector is a picture of one pixel."""
         latent = tuple(self.coder.latent_shape)
         return (shape[0], *latent, *(1,) * (3 - len(latent)))
 
@@ -162,7 +162,7 @@ class LatentProcess(ForwardProcess):
         return (mean.reshape(shape) - self.shift) / self.scale, scale.reshape(shape) / self.scale
 
     def unscaled(self, y: Tensor) -> Tensor:
-        """Y as the first stage sees it, of y as the diffusion does."""
+        """The latents as the first stage sees them, of those that the diffusion sees."""
         return (y * self.scale + self.shift).reshape(y.shape[0], *self.coder.latent_shape)
 
     @torch.no_grad()
@@ -185,7 +185,7 @@ class LatentProcess(ForwardProcess):
 
     @torch.no_grad()
     def examine(self, levels: Iterable[Tensor]) -> tuple[dict[str, Any], list[str]]:
-        """What the latents of images are like as the diffusion sees them, in numbers, and what must be said of it.
+        """Figures of the latents of images as the diffusion sees them, and the notes that follow from them.
 
         Where q(y|x) says nothing of x (`gaussian.information`), the posterior has collapsed.
         """
@@ -229,11 +229,11 @@ class LatentProcess(ForwardProcess):
         )
 
     def scaling(self) -> dict[str, list[float]]:
-        """Shift and scale as plain numbers."""
+        """The shift and the scale as plain numbers."""
         return {"shift": self.shift.flatten().tolist(), "scale": self.scale.flatten().tolist()}
 
     def normalise(self, mean: Tensor, deviation: Tensor) -> None:
-        """Shift and scale by what `measure` found, from here on.
+        """Shift and scale the latents by what `measure` found, from here on.
 
         Raises:
             ConfigurationError: A channel is the same for all images.
@@ -275,7 +275,7 @@ def _ends(values: Tensor) -> list[float]:
 
 
 class BoundLatent(BoundGaussian):
-    """The process of one batch: whatever is asked of the data is answered for their latents."""
+    """The process bound to one batch: whatever is asked of the data is answered for their latents."""
 
     def __init__(self, latent: LatentProcess, gamma: Gamma, y: Tensor | None = None) -> None:
         super().__init__(latent.gaussian, gamma)

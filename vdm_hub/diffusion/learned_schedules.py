@@ -82,7 +82,7 @@ class LearnedMonotoneSchedule(NoiseSchedule):
         return {"slope", "hidden_weight", "hidden_bias", "output_weight"}
 
     def _unnormalised(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """A rising function of t, and its derivative."""
+        """The network's rising function of t, and its derivative."""
         slope, weight, out = (F.softplus(p) for p in (self.slope, self.hidden_weight, self.output_weight))
         first = slope * t.unsqueeze(-1)
         hidden = torch.sigmoid(weight * first + self.hidden_bias)

@@ -25,11 +25,11 @@ class Parameterization(ABC):
         """``(a, b)`` of ``F = a x + b eps``, shaped like gamma."""
 
     def input_scale(self, gamma: Tensor) -> Tensor:
-        """Factor on z_t before the network sees it."""
+        """The factor on z_t before the network sees it."""
         return torch.ones_like(gamma)
 
     def output_scale(self, gamma: Tensor) -> Tensor:
-        """Factor on the network's raw output that makes it F: for targets too large for a network to emit."""
+        """The factor on the network's raw output that makes it F: for targets too large for a network to emit."""
         return torch.ones_like(gamma)
 
     def to_config(self) -> dict[str, Any]:

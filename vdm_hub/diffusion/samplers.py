@@ -24,7 +24,7 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Sampler(ABC):
-    """A step back in time.
+    """A method that takes one step back in time.
 
     Attributes:
         evaluations: Of the score, in each step.

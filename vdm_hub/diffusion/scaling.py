@@ -28,7 +28,7 @@ class DataScaling:
         self.first = -1 + self.spacing / 2 if name == "bin_centers" else -1.0
 
     def encode(self, levels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Levels (any integer type) -> values, of ``dtype``."""
+        """The values of levels (any integer type), of ``dtype``."""
         return levels.to(dtype) * self.spacing + self.first
 
     def nearest(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from vdm_hub.errors.secret_values import mask
 
 MAX_MESSAGE = 1000
-"""Characters of a message, at most."""
+"""The largest number of characters of a message."""
 
 _READ = 4 * MAX_MESSAGE  # characters of either end of a text that may come to be shown
 _LONG_WORD = re.compile(r"\S{240,}")
@@ -33,43 +33,43 @@ class VDMHubError(Exception):
 
 
 class ConfigurationError(VDMHubError, ValueError):
-    """A name, a field or a value in a config, a recipe or on the command line is wrong."""
+    """The error for a wrong name, field or value in a config, in a recipe or on the command line."""
 
 
 class DataError(VDMHubError, ValueError):
-    """The data are not what the model or the recipe needs."""
+    """The error for data that are not what the model or the recipe needs."""
 
 
 class CheckpointError(VDMHubError):
-    """A checkpoint, a model's folder or an output folder can't be used."""
+    """The error for a checkpoint, a model's folder or an output folder that can't be used."""
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):
-    """A folder or a repository lacks a file that a model needs."""
+    """The error for a folder or a repository that lacks a file that a model needs."""
 
 
 class HubError(VDMHubError, OSError):
-    """The Hub did not give what was asked for, and the cache has not got it."""
+    """The error for files that the Hub did not give and the cache does not have."""
 
 
 class OutputError(VDMHubError, OSError):
-    """Something can't be written to its place; what is there stays."""
+    """The error for a place that can't be written to; what is there stays."""
 
 
 class NonFiniteLossError(VDMHubError, ArithmeticError):
-    """The loss became NaN or infinite: training stopped before the weights were touched."""
+    """The error for a loss that is NaN or infinite: training stopped before the weights were touched."""
 
 
 class PublishError(VDMHubError):
-    """A publication to the Hub did not happen, or may not have: then the message says so, and where to look."""
+    """The error for a publication to the Hub that failed, or may have: then the message says so, and where to look."""
 
 
 class MissingPluginError(VDMHubError, ImportError):
-    """A config names a plugin that is not installed."""
+    """The error for a config that names a plugin that is not installed."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C where more is to be said than that nothing half-written is left."""
+    """The exception for Ctrl-C where more is to be said than that nothing half-written is left."""
 
     def __init__(self, message: str) -> None:
         super().__init__(in_words(mask(_ends(message))))
@@ -101,7 +101,7 @@ def in_words(text: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    r"""What an error says, or its name where it says nothing; at most `MAX_MESSAGE` characters.
+    r"""The message of an error, or its name where it says nothing; at most `MAX_MESSAGE` characters.
 
     >>> in_one_line(ValueError("two\n  lines")), in_one_line(ValueError())
     ('two lines', 'ValueError')

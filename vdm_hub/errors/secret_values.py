@@ -106,7 +106,7 @@ _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2}
 
 
 def find_secret(value: object) -> str | None:
-    """What a value holds that is nobody's business, in words and without the secret; ``None`` where there is nothing.
+    """The kind of secret that a value holds, in words and without the secret; ``None`` where it holds none.
 
     Mappings and sequences are searched whole, keys included, and text also as it reads without the escapes of JSON,
     YAML, HTML, Markdown and addresses.
@@ -131,7 +131,7 @@ def _find(value: object, known: Mapping[str, re.Pattern[str]]) -> str | None:
 
 
 def find_secret_in_bytes(content: bytes) -> str | None:
-    """The same of what is no text, where only what can't be chance counts: known values, and long tokens."""
+    """The kind of secret in bytes that are no text: only known values and long tokens count, which can't be chance."""
     text = content.decode("latin-1")
     found = (name for name, pattern in _known_values().items() if pattern.search(text))
     return next(found, "a Hugging Face token" if _LONG.search(content) else None)
@@ -150,7 +150,7 @@ def mask(text: str) -> str:
         text = pattern.sub(masked, text)
 
     def escaped(word: re.Match[str]) -> str:
-        """A word, unless it hides something by escapes."""
+        """The word, masked where it hides something by escapes."""
         hides = any(sign in word[0] for sign in "\\%&") and _find(word[0].replace(MASK, ""), known) is not None
         return MASK if hides else word[0]
 

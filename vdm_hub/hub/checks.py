@@ -117,7 +117,7 @@ def check_component(files: ModelFiles, component: str, cls: type, variant: str |
 
 @dataclass(frozen=True)
 class _Described:
-    """A component whose config was found good."""
+    """A component of a pipeline whose config was found good."""
 
     files: ModelFiles
     component: str
@@ -138,11 +138,11 @@ class _Described:
 
     @property
     def place(self) -> str:
-        """What messages call it."""
+        """The component's name in messages."""
         return _join(self.files.name, self.component)
 
     def weight_files(self, variant: str | None) -> WeightFiles | None:
-        """The files of its weights, where it has any, by their names and the list of shards."""
+        """The files of the component's weights, where it has any, by their names and the list of shards."""
         if not hasattr(self.cls, "load_state_dict"):
             return None
         names = self.files.names_in(self.component)
@@ -202,7 +202,7 @@ def _join(*parts: str) -> str:
 
 
 def _components(name: str, index: Mapping[str, Any], trusts_code: bool) -> dict[str, tuple[str, str]]:
-    """Library and class of each component that is there."""
+    """The library and the class of each component that is there, by its name."""
     if not trusts_code and not isinstance(index.get("_class_name"), str):
         raise CheckpointError(
             f"{name}: {INDEX} names the class {shortened(index.get('_class_name'))}, which is code of the "
@@ -225,7 +225,7 @@ def _components(name: str, index: Mapping[str, Any], trusts_code: bool) -> dict[
 
 
 def _check_index(name: str, index: Mapping[str, Any], pipeline: type, given: Collection[str]) -> None:
-    """The class that saved it is the one that loads it, or one of its bases; and what that writes is there."""
+    """Refuse an index that another class saved than the one that loads it, or that lacks what that class writes."""
     known = {cls.__name__: cls for cls in pipeline.__mro__ if issubclass(cls, diffusers.DiffusionPipeline)}
     if index["_class_name"] not in known:
         raise CheckpointError(
@@ -258,7 +258,7 @@ def _check_index(name: str, index: Mapping[str, Any], pipeline: type, given: Col
 
 
 def _class(name: str, component: str, library: str, cls: str) -> type:
-    """The class of a component: one of those libraries that may be named."""
+    """The class of a component, out of one of the libraries that may be named."""
     if library not in _LIBRARIES:
         raise CheckpointError(
             f"{name}: {INDEX} has its {component} from the library {shortened(library)}; only {', '.join(_LIBRARIES)} "
@@ -280,7 +280,7 @@ def _is_own(cls: type) -> bool:
 
 
 def _check_described(name: str, config: Mapping[str, Any], cls: type) -> None:
-    """A config is of the class that loads it, and as that class saves it."""
+    """Refuse a config of another class than the one that loads it, or not as that class saves it."""
     saved = config.get("_class_name")
     if saved != cls.__name__:
         found = getattr(diffusers, str(saved), None)
@@ -294,7 +294,7 @@ def _check_described(name: str, config: Mapping[str, Any], cls: type) -> None:
 
 
 def _check_configs(files: ModelFiles, component: str, is_own: bool) -> None:
-    """The JSON of a component whose class the repository brings: as far as any loader reads it."""
+    """Check the JSON of a component whose class the repository brings, as far as any loader reads it."""
     for name in files.names_in(component):
         if name.endswith(".json") and "/" not in name and (".index." in name or name in CONFIGS):
             content = files.read_json(_join(component, name))

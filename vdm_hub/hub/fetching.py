@@ -44,7 +44,7 @@ _PATIENCE = 60.0  # seconds that an answer may ask a reader to wait
 
 @dataclass(frozen=True)
 class Listed:
-    """What a listing says of a file.
+    """The size and the hash of a file, as a listing gives them.
 
     Attributes:
         size: Its bytes.
@@ -117,7 +117,7 @@ def is_content(path: Path, listed: Listed) -> bool:
 
 
 def in_cache(path: Path) -> Listed:
-    """What the cache says of a file in a snapshot: a link's target is named after the content."""
+    """The size and the hash of a snapshot's file in the cache, where a link's target is named after its content."""
     name = path.resolve().name if path.is_symlink() else ""
     return Listed(path.stat().st_size, name if _CONTENT_HASH.fullmatch(name) else None)
 
@@ -208,7 +208,7 @@ def _check_announced(name: str, url: str, commit: str, listed: Listed, token: st
 
 
 class _NoMoreThan:
-    """A file that takes so many bytes and no more."""
+    """A file object that takes so many bytes and no more."""
 
     def __init__(self, name: str, file: BinaryIO, size: int) -> None:
         self._name, self._file, self._size = name, file, size
@@ -244,7 +244,7 @@ def _download(name: str, url: str, blob: Path, listed: Listed, token: str | bool
 
 
 def _point(pointer: Path, blob: Path) -> None:
-    """The snapshot's entry for a blob: a link, or a copy where there are no links."""
+    """Make the snapshot's entry for a blob: a link, or a copy where there are no links."""
     pointer.parent.mkdir(parents=True, exist_ok=True)
     beside = pointer.with_name(f".{pointer.name}.{uuid.uuid4().hex[:8]}")
     try:

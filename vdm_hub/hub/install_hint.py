@@ -24,7 +24,7 @@ INSTALL_HINT = (
 FORMER_HINTS = (
     "the package vdm_hub: run `pip install vdm-hub`, and `import vdm_hub` before you load. Without it, vdm_hub",
 )
-"""What earlier versions wrote there: a version that does not know a hint can't load what it stands in."""
+"""The hints of earlier versions: a version that does not know a hint can't load a pipeline that holds it."""
 
 
 def add_install_hint(folder: Path) -> None:

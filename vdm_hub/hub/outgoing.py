@@ -1,4 +1,4 @@
-"""What is looked for in a folder before it leaves this machine, by whichever door."""
+"""The search of a folder for secrets before it leaves this machine, by whichever command or method."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def refuse_secrets(folder: Path) -> None:
 
 
 def _secret_in(path: Path) -> str | None:
-    """What a file holds that is nobody's business, read as its kind is read."""
+    """The kind of secret in a file, which is read as files of its kind are."""
     if path.suffix == ".safetensors":
         header = _header(path)
         return find_secret_in_bytes(header) or find_secret(_parsed(header, json.loads))
@@ -85,7 +85,7 @@ def _secret_in(path: Path) -> str | None:
 
 
 def _parsed(content: bytes, parser: Callable[[str], object]) -> object:
-    """What the content says to a parser; the text itself where it says nothing."""
+    """The content as a parser reads it; the text itself where no parser can."""
     text = content.decode("utf-8", errors="replace")
     try:
         return parser(text)

@@ -8,7 +8,7 @@ INDEX = "model_index.json"
 PIPELINE = "pipeline"
 """The folder of a run that holds its pipeline."""
 RECIPE = "recipe.yaml"
-"""What a run was asked to do, as the run itself wrote it."""
+"""The file of a run that says what it was asked to do, as the run itself wrote it."""
 
 
 def pipeline_folder(folder: Path) -> Path:

@@ -22,13 +22,13 @@ Fingerprint = Annotated[str, Like("sha256:[0-9a-f]{64}", "sha256: and 64 hexadec
 Versions = Annotated[dict[str, Text], Within(1, 1_000)]
 
 _ROUNDING = 1e-6
-"""How far a total may be from its terms, by their sizes: both are means of the same numbers, in float32 at worst."""
+"""The largest error of a total against its terms, by their sizes: means of the same numbers, in float32 at worst."""
 _CHANCE = 10
-"""Standard errors below zero that an estimate may lie: a probability of levels is at most 1, so its bits are not."""
+"""The standard errors that an estimate may lie below zero: a probability is at most 1, so its bits do not."""
 
 
 class DatasetRecord(TypedDict):
-    """See `vdm_hub.evaluation.provenance.describe_images`."""
+    """The record of a dataset, as `vdm_hub.evaluation.provenance.describe_images` makes it."""
 
     name: Text | None
     config: Text | None
@@ -103,7 +103,7 @@ class _Figures(TypedDict):
 
 
 class Evaluation(_Figures):
-    """What ``vdm-hub evaluate --json`` prints."""
+    """The record of an evaluation, as ``vdm-hub evaluate --json`` prints it."""
 
     num_images: Natural
     replicates: Natural
@@ -132,7 +132,7 @@ class Evaluation(_Figures):
 
 
 class ValidationRecord(TypedDict):
-    """The last measurement of the images that were held out in training."""
+    """The record of the last measurement of images that were held out in training."""
 
     step: Whole
     bits_per_dim: Figure
@@ -146,7 +146,7 @@ class _Git(TypedDict):
 
 
 class RunRecord(TypedDict):
-    """What training writes into ``run.json``."""
+    """The record of a run, as training writes it into ``run.json``."""
 
     command: Text
     versions: Versions
@@ -167,14 +167,14 @@ class RunRecord(TypedDict):
 
 
 class HistoryRecord(TypedDict):
-    """What training writes into ``history.json``: columns of one length, each with the step."""
+    """The record of a run's course, as ``history.json`` holds it: columns of one length, with the step."""
 
     train: dict[str, list[float]]
     validation: dict[str, list[float]]
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """A measurement, or empty where there is no such file.
+    """The record of a measurement, or an empty one where there is no such file.
 
     Raises:
         CheckpointError: It is damaged, not what was written, or contradicts itself.
@@ -191,7 +191,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 def read_run(
     path: Path, recipe: Mapping[str, Any] | None = None, history: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """How a run came about, or empty where there is no such file.
+    """The record of how a run came about, or an empty one where there is no such file.
 
     Args:
         path: The file.
@@ -221,7 +221,7 @@ def check_run(record: Mapping[str, Any], path: Path, recipe: Mapping[str, Any]) 
 
 
 def read_history(path: Path) -> dict[str, Any]:
-    """The course of training, or empty where there is no such file.
+    """The record of a run's course, or an empty one where there is no such file.
 
     Raises:
         CheckpointError: It is damaged, or its columns do not belong together.
@@ -252,13 +252,13 @@ def _read(path: Path, schema: type) -> dict[str, Any]:
 
 
 def refuse(path: Path, contradictions: Iterator[str]) -> None:
-    """Raise a `CheckpointError` with the first of them, where there is one."""
+    """Raise a `CheckpointError` with the first of some contradictions, where there is one."""
     for what in contradictions:
         raise CheckpointError(f"{path}: {what}: it was changed. Measure again, or remove the file.")
 
 
 def _contradictions(figures: Mapping[str, Any], exact: bool = True) -> Iterator[str]:
-    """What figures say against each other; those of an ODE have a solver's error, which no standard error knows."""
+    """The contradictions between figures; those of an ODE have a solver's error, which no standard error knows."""
     total, terms = figures["bits_per_dim"], figures.get("terms")
     if terms is not None and not _is_sum(total, terms.values()):
         yield f"bits_per_dim is {total}, and its terms sum to {sum(terms.values())}"
@@ -298,7 +298,7 @@ def _misread(images: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _mistaken(run: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:
-    """What a run says against its recipe, as far as that is known."""
+    """The contradictions between a run's record and its recipe, as far as that is known."""
     batches, whole = run["processes"] * run["gradient_accumulation_steps"], run["global_batch_size"]
     each = recipe.get("train_batch_size", whole // batches)
     if whole != each * batches:

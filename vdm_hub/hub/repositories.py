@@ -1,4 +1,4 @@
-"""Where the files of a model are: in a folder, or in one commit on the Hub or in its cache."""
+"""The places of a model's files: a folder, or one commit on the Hub or in its cache."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class _Place:
 
     @property
     def folder(self) -> Path:
-        """The repository's in the cache."""
+        """The repository's folder in the cache."""
         return self.cache / file_download.repo_folder_name(repo_id=self.repo_id, repo_type="model")
 
 
@@ -169,7 +169,7 @@ def _files_in_cache(place: _Place) -> ModelFiles:
     files = _files_of_folder(place.repo_id, folder.resolve())
 
     def whole(path: str) -> Path:
-        """A file, if it still is what its name in the cache says."""
+        """The file, if its content is still what its name in the cache says."""
         found = folder / path
         if not is_content(found, in_cache(found)):
             raise CheckpointError(

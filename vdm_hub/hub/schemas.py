@@ -23,7 +23,7 @@ from huggingface_hub.dataclasses import type_validator
 from vdm_hub.errors import CheckpointError, ConfigurationError, shortened, unknown_name
 
 LARGEST_INTEGER = 2**20
-"""Of any integer in a model's config, by its size: nothing that a network is made of is counted in millions."""
+"""The largest integer in a model's config: nothing that a network is made of is counted in millions."""
 LONGEST_TEXT = 10_000
 
 
@@ -103,13 +103,13 @@ class Field:
 Fields: TypeAlias = Mapping[str, Field]
 
 Count: TypeAlias = Annotated[int, Within(1, 65_536)]
-"""Of channels, groups, classes, pixels a side: what a network is built of."""
+"""A number of channels, groups, classes or pixels a side: of what a network is built of."""
 Depth: TypeAlias = Annotated[int, Within(0, 1_024)]
-"""Of blocks and layers, one after the other."""
+"""A number of blocks or layers, one after the other."""
 Dropout: TypeAlias = Annotated[float, Within(0, 0.999)]
 """The probability of leaving a value out."""
 Size: TypeAlias = Count | tuple[Count, Count]
-"""Of an image: its side, or height and width."""
+"""The size of an image: its side, or height and width."""
 
 
 def check_config(cls: type, config: Mapping[str, Any], name: str) -> None:
@@ -133,7 +133,7 @@ def check_config(cls: type, config: Mapping[str, Any], name: str) -> None:
 
 
 def check_given_fields(cls: type, config: Mapping[str, Any], name: str) -> None:
-    """`check_config` of those fields alone that are there.
+    """Refuse a config as `check_config` does, of those fields alone that are there.
 
     Raises:
         CheckpointError: One is of another type or out of range.
@@ -225,7 +225,7 @@ def fields_of_record(schema: type) -> Fields:
 
 
 def _annotated(annotation: Any) -> list[Any]:
-    """What stands in the annotations of a type, or of the members of a union."""
+    """The metadata in the annotations of a type, or of the members of a union."""
     members = [annotation, *typing.get_args(annotation)]
     return [one for member in members for one in getattr(member, "__metadata__", ())]
 
@@ -290,7 +290,7 @@ def _check_values(fields: Fields, content: Mapping[str, Any], error: Callable[[s
 
 
 def _as_json(value: Any) -> Any:
-    """Tuples, arrays and other sequences as lists, as a file has them."""
+    """The value with its tuples, arrays and other sequences as lists, as a file has them."""
     if isinstance(value, Mapping):
         return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -371,7 +371,7 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def _words(annotation: Any) -> str:
-    """What a field may be.
+    """The words for the values that a field may have.
 
     >>> _words(Annotated[int, Within(1, 8)] | None), _words(tuple[int, int])
     ('a whole number, or null', 'a list (a whole number)')

@@ -1,4 +1,4 @@
-"""Weights before they are read: the headers of the safetensors files against the network that the config describes.
+"""Checks of weights before they are read: the headers of safetensors files against the network of the config.
 
 The network is built on the meta device, where it takes no memory, in no more steps than so many tensors need. So
 neither a config nor a file can make a loader take more memory or time than the weights that are there are worth.
@@ -54,7 +54,7 @@ class WeightFiles:
 def weight_files(
     names: Iterable[str], variant: str | None, place: str, read: Callable[[str], Mapping[str, Any]]
 ) -> WeightFiles:
-    """Which files a loader takes the weights from: those of the variant where there are any.
+    """The files that a loader takes the weights from: those of the variant where there are any.
 
     Args:
         names: All that the component's folder holds.
@@ -194,7 +194,7 @@ def build_on_meta(cls: type, config: Mapping[str, Any], place: str, tensors: int
 
 
 class _StepLimit(TorchFunctionMode):
-    """Ends a construction that goes on for longer than so many tensors need."""
+    """A mode that ends a construction which makes more tensors than a limit allows."""
 
     def __init__(self, place: str, tensors: int) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class _StepLimit(TorchFunctionMode):
 
 
 def _saved(weights: WeightFiles, folder: Path, place: str) -> dict[str, Saved]:
-    """All tensors by name, as the headers have them."""
+    """The tensors of all files by name, as the headers have them."""
     found: dict[str, Saved] = {}
     placed: dict[str, str] = {}
     for name in weights.files:
@@ -267,7 +267,7 @@ def _listed(names: list[str]) -> str:
 
 @contextmanager
 def replacing_weights(folder: Path, variant: str | None = None) -> Iterator[None]:
-    """What is saved within takes the place of all weights that a component's folder held, in whatever files.
+    """A block in which saved weights replace all that a component's folder held, in whatever files.
 
     diffusers leaves a whole file beside new shards, shards beside a new whole file, safetensors beside a new pickle:
     whoever loads the folder then gets the old weights.

@@ -1,4 +1,4 @@
-"""What a network is called with beside a sample and its timestep, and whether it is the one that a process needs."""
+"""The arguments of a network beside a sample and its timestep, and whether it is the one that a process needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GIVEN = ("sample", "timestep", "return_dict", "context")  # by whoever calls th
 
 
 def named_arguments(network: nn.Module) -> list[str] | None:
-    """What a user may give a network by name, or ``None`` where it takes any name.
+    """The arguments that a user may give a network by name; ``None`` where it takes any name.
 
     >>> from vdm_hub import UNetVDMModel
     >>> named_arguments(UNetVDMModel(8, block_out_channels=(8,), norm_num_groups=4))
@@ -57,7 +57,7 @@ _MODES = threading.Lock()
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """``eval`` mode, every submodule put back afterwards: by the last, where several threads share one."""
+    """A block in ``eval`` mode; each submodule is put back afterwards: by the last thread, where several share one."""
     with _MODES:
         parts = [part for part in module.modules() if part.training or part in _BEING_EVALUATED]
         for part in parts:
@@ -105,5 +105,5 @@ class CountedNetwork:
         }
 
     def per_image(self, images: int) -> Tensor:
-        """The calls so far, of each image of the batch, (B,): all images of a batch are called together."""
+        """The number of calls so far for each image of the batch, (B,): all images of a batch are called together."""
         return torch.full((images,), self.evaluations / images, dtype=torch.float64)

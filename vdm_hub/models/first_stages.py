@@ -86,7 +86,7 @@ class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_autoencoder(cls, autoencoder: AutoencoderKL, **arguments: Any) -> AutoencoderKLFirstStage:
-        """With the weights of a trained autoencoder.
+        """A first stage with the weights of a trained autoencoder.
 
         Args:
             autoencoder: It; its own ``scaling_factor`` is not used, as the latents are measured.
@@ -99,11 +99,11 @@ class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
         return stage
 
     def scale(self, levels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Levels 0..K-1 -> x in [-1, 1]."""
+        """The x in [-1, 1] of levels 0..K-1."""
         return self.scaling.encode(levels, dtype)
 
     def posterior(self, x: Tensor) -> Normal:
-        """``q(y|x)``, of the encoder."""
+        """The encoder's ``q(y|x)``."""
         q = self.autoencoder.encode(x.to(self.autoencoder.dtype)).latent_dist
         dtype = torch.promote_types(q.mean.dtype, torch.float32)
         return Normal(q.mean.to(dtype), q.std.to(dtype))
@@ -114,7 +114,7 @@ class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
         return -FactorisedDecoder().negative_log_likelihood(levels, z_0, gamma, unused, unused, self.scaling)
 
     def draw_levels(self, y: Tensor, generator: Generator = None) -> Tensor:
-        """Levels from ``p(x|y)``."""
+        """Levels drawn from ``p(x|y)``."""
         z_0, gamma, unused = self._as_first_latent(y)
         return FactorisedDecoder().sample(z_0, gamma, unused, self.scaling, generator)
 
@@ -123,7 +123,7 @@ class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
         return self.scaling.nearest(self._mean(y))
 
     def _as_first_latent(self, y: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """What the factorised decoder reads m and s_c from: ``z_0 = alpha_0 m`` and ``gamma_0 = 2 log s_c``.
+        """The latent by which the factorised decoder finds m and s_c: ``z_0 = alpha_0 m`` and ``gamma_0 = 2 log s_c``.
 
         It takes no step onto the data and asks no network, so the third stands for both.
         """

@@ -34,7 +34,7 @@ class Normal(NamedTuple):
     scale: Tensor
 
     def at(self, noise: Tensor) -> Tensor:
-        """``mean + scale * noise``, reparameterised (Luo section 2.3)."""
+        """The draw ``mean + scale * noise``, reparameterised (Luo section 2.3)."""
         return self.mean + self.scale * noise
 
 
@@ -119,7 +119,7 @@ class MarkovianHVAE(CheckedModel, ModelMixin, ConfigMixin):
         self.level_decoder = level_decoder
 
     def scale(self, levels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Levels 0..K-1 -> the x that the encoder sees, in [-1, 1]."""
+        """The x in [-1, 1] that the encoder sees, of levels 0..K-1."""
         return self.scaling.encode(levels, dtype)
 
     def encode(self, t: int, z: Tensor) -> Normal:
@@ -158,7 +158,7 @@ class MarkovianHVAE(CheckedModel, ModelMixin, ConfigMixin):
 
     @property
     def latent_shape(self) -> Shape:
-        """Of the one latent.
+        """The shape of the one latent of a VAE.
 
         Raises:
             ConfigurationError: There are several.
@@ -211,7 +211,7 @@ class MarkovianHVAE(CheckedModel, ModelMixin, ConfigMixin):
 
     @wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """As `ModelMixin.save_pretrained`.
+        """Save the model as `ModelMixin.save_pretrained` does.
 
         Raises:
             ConfigurationError: A module of one's own is in it, which no config describes.
@@ -243,7 +243,7 @@ def _latent_shapes(given: Sequence[Sequence[int]], depth: int) -> tuple[Shape, .
 
 
 def _checked(output: Any, given: Tensor, shape: Shape, name: str) -> Normal:
-    """What a module says of a Gaussian, in at least float32; refused where it is none of this shape."""
+    """The Gaussian of a module, in at least float32; refused where it is none of this shape."""
     if not (isinstance(output, tuple | list) and len(output) == 2 and all(torch.is_tensor(each) for each in output)):
         raise ConfigurationError(
             f"{name} gives a {type(output).__name__}, and two tensors are needed: the mean and the scale."

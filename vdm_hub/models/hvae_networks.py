@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vdm_hub.errors import ConfigurationError
 
 Shape = tuple[int, ...]
-"""(C, H, W), or (D,) for a vector."""
+"""The shape of a latent or of the data: (C, H, W), or (D,) for a vector."""
 
 _SMALLEST_SCALE = 1e-3  # of a Gaussian: a smaller one makes the first steps of training diverge
 _ONE = math.log(math.expm1(1.0))  # softplus of it is 1
@@ -64,7 +64,7 @@ class Trunk(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        """(B, *source) -> (B, channels, *grid) or (B, channels)."""
+        """The features (B, channels, *grid) or (B, channels) of an input (B, *source)."""
         if tuple(z.shape[1:]) != self.source:
             raise ConfigurationError(
                 f"a network for the shape {self.source} was given {tuple(z.shape[1:])}: the shapes do not chain."
@@ -83,7 +83,7 @@ class Trunk(nn.Module):
 
 
 class GaussianNetwork(nn.Module):
-    """Mean and scale of a diagonal Gaussian, (B, *source) -> two of (B, *target); before training near N(0, 1).
+    """A network for a diagonal Gaussian, (B, *source) -> mean and scale, (B, *target); before training near N(0, 1).
 
     >>> network = GaussianNetwork((1, 8, 8), (10,), width=8, layers=2, groups=4, dropout=0.0)
     >>> mean, scale = network(torch.zeros(2, 1, 8, 8))
@@ -102,7 +102,7 @@ class GaussianNetwork(nn.Module):
 
 
 class LevelNetwork(nn.Module):
-    """Logits of K levels for each pixel, (B, *source) -> (B, C, H, W, K)."""
+    """A network for the logits of K levels of each pixel, (B, *source) -> (B, C, H, W, K)."""
 
     def __init__(
         self, source: Shape, image: Shape, num_levels: int, *, width: int, layers: int, groups: int, dropout: float
@@ -123,6 +123,6 @@ def _block(width: int, groups: int, dropout: float) -> nn.Module:
 
 
 def _resize(h: Tensor, grid: Shape) -> Tensor:
-    """Averages where it shrinks, and repeats where it grows."""
+    """The features on another grid: averages where it is coarser, repeated values where it is finer."""
     shrinks = grid[0] < h.shape[2] or grid[1] < h.shape[3]
     return F.adaptive_avg_pool2d(h, (grid[0], grid[1])) if shrinks else F.interpolate(h, grid, mode="nearest")

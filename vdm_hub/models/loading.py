@@ -1,4 +1,4 @@
-"""How every component of this package is loaded: from files that were checked, and only what was saved."""
+"""The loading of every component of this package: from files that were checked, and only what was saved."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class CheckedModel(CheckedLoading):
 
 
 def refuse_pickles(arguments: dict[str, Any]) -> None:
-    """Have diffusers read safetensors alone.
+    """Make diffusers read safetensors alone.
 
     Args:
         arguments: Of its ``from_pretrained``; they change.

@@ -56,7 +56,7 @@ class NoiseScheduleModel(CheckedModel, ModelMixin, ConfigMixin):
         return model
 
     def forward(self, t: Tensor) -> Tensor:
-        """Gamma at times t."""
+        """The values of gamma at times t."""
         gamma: Tensor = self.schedule(t)
         return gamma
 
@@ -68,7 +68,7 @@ class NoiseScheduleModel(CheckedModel, ModelMixin, ConfigMixin):
 
 
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """What ``fn`` gives, but for a cast, which would round: then the tensor itself, on the same device."""
+    """The result of ``fn``; but where that is a cast, which would round, the tensor itself, on the same device."""
     result = fn(tensor)
     return result if result.dtype == tensor.dtype else tensor.to(result.device)
 

@@ -35,7 +35,7 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 @dataclass
 class UNetVDMOutput(BaseOutput):
-    """What `UNetVDMModel` returns.
+    """The output of `UNetVDMModel`.
 
     Attributes:
         sample: The prediction, (B, out_channels, H, W), in the input's dtype.

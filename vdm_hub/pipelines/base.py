@@ -39,14 +39,14 @@ _LOADING = (
     *("custom_pipeline", "custom_revision", "load_connected_pipeline", "use_onnx", "use_flashpack"),
     *("provider", "sess_options", "provider_options"),
 )
-"""What `DiffusionPipeline.from_pretrained` takes besides components; it ignores all else."""
+"""The arguments of `DiffusionPipeline.from_pretrained` besides components; it ignores all others."""
 
 
 class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     """A generative model of K-level images that knows their likelihood, on whichever rung of the ladder."""
 
     _left_out_where_none = ("preprocessing", "held_out")
-    """What a pipeline's index says only where it is known."""
+    """The entries of a pipeline's index that stand there only where they are known."""
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -59,7 +59,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         return copy.deepcopy(self.config.get("held_out"))
 
     def _register_images(self, preprocessing: Mapping[str, Any] | None, held_out: Mapping[str, Any] | None) -> None:
-        """Keep what is known in the pipeline's own config: mappings, as a list there is the class of a component."""
+        """Keep what is known of the images in the config, as mappings: a list there is a component's class."""
         images = {"preprocessing": preprocessing, "held_out": held_out}
         check_arguments(type(self), images)
         if preprocessing is not None:
@@ -83,21 +83,21 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     @property
     @abstractmethod
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of its images."""
+        """The shape (C, H, W) of its images."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Of what a sample starts from, without the batch; the images', unless a rung says otherwise."""
+        """The shape of what a sample starts from, without the batch; the images', unless a rung says otherwise."""
         return self.image_shape
 
     @property
     @abstractmethod
     def num_levels(self) -> int:
-        """K, the levels of its images."""
+        """The number of levels of its images, K."""
 
     @property
     def process(self) -> ForwardProcess | None:
-        """What corrupts the images; ``None`` where nothing does, as in a hierarchical VAE."""
+        """The forward process that corrupts the images; ``None`` where nothing does, as in a hierarchical VAE."""
         return None
 
     @property
@@ -117,12 +117,12 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
     @property
     def _named_arguments(self) -> list[str] | None:
-        """What its network takes by name from a user, ``None`` for anything."""
+        """The arguments that its network takes by name from a user; ``None`` for any."""
         return []
 
     @property
     def device_of_latents(self) -> torch.device:
-        """Where it computes."""
+        """The device on which it computes."""
         device: torch.device = self._execution_device
         return device
 
@@ -143,14 +143,14 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """All that decides a likelihood besides the weights, as plain JSON."""
+        """The config of all that decides a likelihood besides the weights, as plain JSON."""
 
     def notes(self, transitions: int | None) -> list[str]:
-        """What a reader of its bound must know, one sentence each."""
+        """Notes for a reader of its bound, one sentence each."""
         return []
 
     def examine(self, levels: Tensor) -> tuple[dict[str, Any], list[str]]:
-        """What is to be known of a model on these images beside its bound: details for the report, and notes."""
+        """Details for the report, and notes, on a model and these images, beside its bound."""
         return {}, []
 
     @abstractmethod
@@ -167,7 +167,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         """
 
     def _batch_shape(self, batch_size: int, latents: Tensor | None, generator: Any) -> tuple[int, ...]:
-        """Of what a sample starts from, given or drawn: ``latents`` decide how many, where 1 is asked for."""
+        """The shape of what samples start from, given or drawn: ``latents`` decide how many, where 1 is asked for."""
         batch_size = whole_number("batch_size", batch_size)
         if latents is not None and not (isinstance(latents, Tensor) and latents.is_floating_point()):
             what = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__

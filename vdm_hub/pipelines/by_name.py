@@ -10,4 +10,4 @@ from vdm_hub.pipelines.vdm import VDMPipeline
 _CLASSES: tuple[type[LikelihoodPipeline], ...] = (HVAEPipeline, LatentVDMPipeline, VDMPipeline)
 
 PIPELINES: dict[str, type[LikelihoodPipeline]] = {cls.__name__: cls for cls in _CLASSES}
-"""All that know a likelihood."""
+"""The pipelines that know a likelihood, by the name of their class."""

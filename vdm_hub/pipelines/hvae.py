@@ -58,24 +58,24 @@ class HVAEPipeline(LikelihoodPipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
+        """The shape (C, H, W) of its images."""
         shape: tuple[int, int, int] = self.hvae.image_shape
         return shape
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """That of the top latent, ``z_T``."""
+        """The shape of the top latent, ``z_T``."""
         shape: tuple[int, ...] = self.hvae.latent_shapes[-1]
         return shape
 
     @property
     def num_levels(self) -> int:
-        """K."""
+        """The number of levels, K."""
         return int(self.hvae.num_levels)
 
     @property
     def main_model(self) -> ModelMixin:
-        """The hierarchy."""
+        """The hierarchical VAE."""
         return self.hvae
 
     def objective(self, transitions: int | None = None) -> HVAEObjective:
@@ -104,7 +104,7 @@ class HVAEPipeline(LikelihoodPipeline):
 
     @torch.no_grad()
     def examine(self, levels: Tensor) -> tuple[dict[str, Any], list[str]]:
-        """What each latent says of the one below, and of z_1 the data; those that say nothing are named.
+        """The information of each latent on the one below, and of z_1 on the data; those that say nothing are named.
 
         The latents are a Markov chain: where one says nothing of what is below it, none above it does. A term of the
         bound would not tell: consistency terms are no divergences, and may be zero of latents that carry much.
@@ -180,7 +180,7 @@ class HVAEPipeline(LikelihoodPipeline):
 
     @torch.no_grad()
     def reconstruct(self, images: Any, from_latent: int = 1, output_type: str = "pil") -> Any:
-        """What a latent keeps of the images: encoded up to it, decoded from it, all at the mean.
+        """The images as a latent keeps them: encoded up to it, decoded from it, all at the mean.
 
         Args:
             images: As `log_likelihood` takes them.
@@ -228,7 +228,7 @@ class HVAEPipeline(LikelihoodPipeline):
         return levels
 
     def _likeliest_levels(self, z: Tensor, t: int) -> Tensor:
-        """Down the hierarchy from ``z_t`` by the means, then each pixel's likeliest level."""
+        """The likeliest level of each pixel, down the hierarchy from ``z_t`` by the means."""
         for level in range(t - 1, 0, -1):
             z = self.hvae.decode(level, z).mean
         levels: Tensor = self.hvae.likeliest_levels(z)

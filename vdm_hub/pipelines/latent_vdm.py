@@ -24,7 +24,7 @@ _INTERFACE = ("image_shape", "latent_shape", "num_levels", "posterior", "log_lik
 
 
 class LatentScaling(TypedDict):
-    """``shift`` and ``scale``, one number a channel of the latents, or one for all."""
+    """The ``shift`` and ``scale`` of the latents, one number a channel, or one for all."""
 
     shift: list[float]
     scale: list[float]
@@ -87,7 +87,7 @@ class LatentVDMPipeline(VDMPipeline):
 
     @classmethod
     def from_diffusers(cls, *args: Any, **kwargs: Any) -> Any:
-        """Not for latents.
+        """Refuse a checkpoint of diffusers, which has no likelihood of its first stage.
 
         Raises:
             ConfigurationError: Always: diffusers' latent pipelines have no likelihood of the data.
@@ -100,7 +100,7 @@ class LatentVDMPipeline(VDMPipeline):
 
     @property
     def process(self) -> LatentProcess:
-        """That of the scheduler's config, on the latents."""
+        """The process of the scheduler's config, on the latents."""
         process = super().process
         if not isinstance(process, GaussianProcess):
             raise ConfigurationError(
@@ -110,17 +110,17 @@ class LatentVDMPipeline(VDMPipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images."""
+        """The shape (C, H, W) of the images."""
         channels, height, width = self.first_stage.image_shape
         return int(channels), int(height), int(width)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Of the latents as the network sees them, (C, H, W)."""
+        """The shape (C, H, W) of the latents as the network sees them."""
         return self.process.latent_shape((1,))[1:]
 
     def clipped_objective(self, transitions: int | None) -> None:
-        """Latents have no range to clip to."""
+        """No objective: latents have no range to clip to."""
 
     def description(self) -> dict[str, Any]:
         """The configs of scheduler and first stage, and the latents' scaling."""
@@ -128,7 +128,7 @@ class LatentVDMPipeline(VDMPipeline):
         return super().description() | {"first_stage": stage, "latent_scaling": self.config.latent_scaling}
 
     def examine(self, levels: Tensor) -> tuple[dict[str, Any], list[str]]:
-        """Mean and deviation of the latents, and whether they carry anything."""
+        """The mean and the deviation of the latents, and a note where they carry nothing."""
         description, notes = self.process.examine(levels.split(256))
         return {"latents": description}, notes
 
@@ -155,7 +155,7 @@ class LatentVDMPipeline(VDMPipeline):
 
     @torch.no_grad()
     def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
-        """What the first stage keeps of images: encoded and decoded at the mean.
+        """The images as the first stage keeps them: encoded and decoded at the mean.
 
         Args:
             images: As `log_likelihood` takes them.

@@ -32,7 +32,7 @@ CLASSES = (
     "VDMScheduler",
     *PIPELINE_NAMES,
 )
-"""What diffusers may look for by its bare name."""
+"""The classes that diffusers may look for by their bare names."""
 
 
 def register(library: str) -> None:
@@ -48,7 +48,7 @@ def register(library: str) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls a function once a module was imported: a finder that leaves the finding to the others, and looks after it.
+    """A finder that calls a function once a module was imported, and leaves the finding to the others.
 
     The package wrapt has the same, and takes twice as long to import as all else that a command line needs.
     """
@@ -142,7 +142,7 @@ def _check_class(source: Any, index: Mapping[str, Any], library: str) -> None:
 
 @contextmanager
 def _in_words(source: Any, named: list[Any]) -> Iterator[None]:
-    """What Python says of a list that names no class, as an error of ours."""
+    """Turn what Python says of a list that names no class into an error of ours."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -153,7 +153,7 @@ def _in_words(source: Any, named: list[Any]) -> Iterator[None]:
 
 
 def _index(source: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a pipeline's index says.
+    """The content of a pipeline's index.
 
     Raises:
         MissingFileError: There is none.

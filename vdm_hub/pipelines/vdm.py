@@ -177,7 +177,7 @@ class VDMPipeline(LikelihoodPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of this thread's sampling under way, or of the last one; callbacks compare their index with it."""
+        """The number of steps of this thread's sampling, or of its last; callbacks compare their index with it."""
         return self._steps_of.get(threading.get_ident(), self._steps_of.get(None, len(self.scheduler.timesteps)))
 
     # ---- samples ----------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ class VDMPipeline(LikelihoodPipeline):
     def sample(
         self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000, **arguments: Any
     ) -> Tensor:
-        """`VDMPipeline.__call__` with tensors."""
+        """Samples in [0, 1], (B, C, H, W): `VDMPipeline.__call__` with tensors."""
         arguments |= {"num_inference_steps": num_inference_steps, "output_type": "pt"}
         source: Any = generator
         samples: Tensor = self(batch_size, source, return_dict=False, **arguments)[0]
@@ -280,7 +280,7 @@ class VDMPipeline(LikelihoodPipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the network's images."""
+        """The shape (C, H, W) of the network's images."""
         shape = _shape_of(self.unet)
         if shape is None:
             raise ConfigurationError("the network's config has no sample_size: give the size of the images there.")
@@ -288,7 +288,7 @@ class VDMPipeline(LikelihoodPipeline):
 
     @property
     def num_levels(self) -> int:
-        """K, of the scheduler's config."""
+        """The number of levels of the scheduler's config, K."""
         return self.process.num_levels
 
     @property
@@ -346,7 +346,7 @@ class VDMPipeline(LikelihoodPipeline):
         return VDMObjective(_InOwnPrecision(self.unet), self.process, transitions)
 
     def clipped_objective(self, transitions: int | None) -> VDMObjective | None:
-        """The same where every estimate of the data is clipped as the checkpoint's sampler does, if it does.
+        """The bound with every estimate of the data clipped as the checkpoint's sampler does, if it does.
 
         A clipped predictor is another model, with a bound and a likelihood of its own, in continuous time as well.
         ``None`` where the sampler does not clip.
@@ -364,7 +364,7 @@ class VDMPipeline(LikelihoodPipeline):
         return {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
 
     def notes(self, transitions: int | None) -> list[str]:
-        """What the scheduler's config says and the bound's process does otherwise."""
+        """Notes on what the scheduler's config says and the bound's process does otherwise."""
         return notes_on_bound(self.scheduler.config, transitions)
 
 
@@ -384,7 +384,7 @@ class _InOwnPrecision(nn.Module):
 
 
 def _shape_of(unet: ModelMixin) -> tuple[int, int, int] | None:
-    """Channels, height and width that a network takes, if its config says so."""
+    """The shape (C, H, W) that a network takes, if its config says so."""
     size = unet.config.get("sample_size")
     if size is None:
         return None
@@ -400,7 +400,7 @@ def _weights_of_schedule(scheduler: SchedulerMixin) -> NoiseScheduleModel | None
 
 
 def _steps(num_inference_steps: int, sampler: Sampler | None) -> int:
-    """Steps of so many evaluations of the network in all."""
+    """The number of steps that take so many evaluations of the network in all."""
     if sampler is None:
         return num_inference_steps
     if num_inference_steps < sampler.evaluations:

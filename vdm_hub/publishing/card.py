@@ -80,7 +80,7 @@ def render_card(source: Contents, pipeline: LikelihoodPipeline, edition: Edition
 
 
 def _metadata(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> ModelCardData:
-    """YAML quotes what it must; line breaks and hidden characters are left to nobody."""
+    """The card's metadata; YAML quotes what it must, and no line break or hidden character is left in it."""
     results = _results(source.evaluation)
     return ModelCardData(
         license=_line(edition.license),
@@ -134,7 +134,7 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any]:
-    """What the template says; text of anyone's is plain here, and escaped there."""
+    """The values of the template; text of anyone's is plain here, and escaped there."""
     recipe, run = source.recipe, source.run
     channels, height, width = pipeline.image_shape
     kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
@@ -184,7 +184,7 @@ def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
 
 
 def _steps_argument(pipeline: Any, steps: int, stock: bool = False) -> Markup:
-    """How often to call the network; a chain over a table of betas, as stock samplers all are, has no more steps."""
+    """The argument for the number of steps; a chain over a table of betas, as of stock samplers, has no more."""
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is not None and (stock or scheduler.ends_at_data):
         steps = min(steps, len(scheduler))
@@ -284,7 +284,7 @@ def _evaluation_command(
 
 
 def _image_options(source: Contents, pipeline: LikelihoodPipeline, dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """How the images were read, where the pipeline does not say so itself."""
+    """The options by which the images were read, where the pipeline does not say so itself."""
     asked = {"resolution": dataset.get("resolution") or source.recipe.get("resolution")}
     asked |= {"color": dataset.get("color", "auto"), "image_column": dataset.get("image_column", "image")}
     trained = {"resolution": None, "color": "auto", "image_column": "image"} | dict(pipeline.preprocessing or {})

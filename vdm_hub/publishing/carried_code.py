@@ -22,10 +22,10 @@ PUBLIC_CLASSES = {
     "VDMPipeline": "pipelines.vdm",
     "VDMScheduler": "schedulers.vdm",
 }
-"""What a model_index.json may name of this package, and where it is."""
+"""The classes of this package that a model_index.json may name, each with its module."""
 
 PINNED_NAME = re.compile(rf"{PACKAGE}_\w+_[0-9a-f]{{8}}")
-"""What `pinned_name` gives, in any version."""
+"""The pattern of `pinned_name`, in any version."""
 
 _IMPORT = re.compile(rf"from\s+{PACKAGE}(?:\.([\w.]+))?\s+import")
 

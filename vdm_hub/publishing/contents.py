@@ -1,4 +1,4 @@
-"""What is published: the pipeline's own files, and what its run wrote down, cleaned of what is nobody's business."""
+"""The contents of a publication: the pipeline's own files and its run's records, cleaned of what is private."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Contents:
 
 
 def read_contents(folder: Path, evaluation: Path | None = None) -> Contents:
-    """What a run's folder holds, or the folder of a pipeline, in a run or alone.
+    """The contents of a run's folder, or of the folder of a pipeline, in a run or alone.
 
     Args:
         folder: ``runs/digits`` or ``runs/digits/pipeline``.
@@ -90,7 +90,7 @@ def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_pipeline(pipeline: Path, destination: Path) -> None:
-    """The index, configs and weights of a pipeline, and nothing else that lies there; that is named in a warning."""
+    """Copy the index, configs and weights of a pipeline; a warning names what else lies there."""
     index = read_json(pipeline / INDEX)
     components = [name for name, value in index.items() if isinstance(value, list)]
     destination.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def copy_pipeline(pipeline: Path, destination: Path) -> None:
 
 
 def copy_records(source: Contents, destination: Path) -> None:
-    """Recipe, measurements and pictures."""
+    """Copy the recipe, the measurements and the pictures."""
     if source.recipe:
         (destination / RECIPE).write_text(plain_yaml.dump(source.recipe))
     for name in RECORDS:

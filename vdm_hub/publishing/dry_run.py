@@ -16,7 +16,7 @@ from vdm_hub.publishing.publishing import CODE_BRANCH, TWIN_BRANCH, check_revisi
 from vdm_hub.publishing.repository import MAIN, check_repo_id
 
 LIST = "publication.json"
-"""The SHA-256 of each file of a dry run, by its path: what is not in it is nothing that may be replaced."""
+"""The file with the SHA-256 of each file of a dry run: nothing that is not listed in it may be replaced."""
 
 
 def write_publication(
@@ -30,7 +30,7 @@ def write_publication(
     evaluation: Path | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """What `publish` would send, in folders named after the branches; no network is used.
+    """Write what `publish` would send into folders named after the branches; no network is used.
 
     Args:
         folder: A run's folder, or the pipeline's in it, or a pipeline alone.
@@ -94,7 +94,7 @@ def _check_place(output: Path, overwrite: bool) -> None:
 
 
 def _hashes(folder: Path) -> dict[str, str | None]:
-    """The SHA-256 of each file; of a link, of an empty folder and of all else there is none."""
+    """The SHA-256 of each file in a folder, by its path; links, empty folders and all else have none."""
     found: dict[str, str | None] = {}
     for path in sorted(folder.rglob("*")):
         plain = path.is_file() and not path.is_symlink()

@@ -64,7 +64,7 @@ def python(value: str) -> Markup:
 
 
 def words(values: Iterable[Any]) -> Markup:
-    r"""Words of a shell's command line, each quoted where it needs to be.
+    r"""The words of a shell's command line, each quoted where it needs to be.
 
     >>> print(words(["vdm-hub", "evaluate", "a b", "$(x)"]))
     vdm-hub evaluate 'a b' '$(x)'

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class CarriedPackage(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader):
-    """Finds and loads the modules of one package, whose name no other package has.
+    """A finder and loader of the modules of one package, whose name no other package has.
 
     It keeps all it needs itself: diffusers runs every ``pipeline.py`` in one and the same module.
 
@@ -35,7 +35,7 @@ class CarriedPackage(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader
         return importlib.import_module(self.name)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """What Python's import system asks for any module: ours have a spec."""
+        """The spec of a module of ours; ``None`` for any other that Python's import system asks for."""
         return importlib.util.spec_from_loader(fullname, self) if fullname in self.sources else None
 
     def is_package(self, fullname: str) -> bool:
@@ -43,9 +43,9 @@ class CarriedPackage(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader
         return any(module.startswith(f"{fullname}.") for module in self.sources)
 
     def get_filename(self, fullname: str) -> str:
-        """What a traceback shows; there is no such file."""
+        """The file name that a traceback shows; there is no such file."""
         return fullname.replace(".", "/") + ("/__init__.py" if self.is_package(fullname) else ".py")
 
     def get_source(self, fullname: str) -> str:
-        """The text, which a traceback quotes."""
+        """The text of a module, which a traceback quotes."""
         return self.sources[fullname]

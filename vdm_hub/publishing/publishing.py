@@ -45,7 +45,7 @@ _TWIN_IMAGES, _TWIN_STEPS = 16, 50
 
 @dataclass(frozen=True)
 class Publication:
-    """What was published.
+    """The result of a publication.
 
     Attributes:
         repo_id: The repository.
@@ -135,7 +135,7 @@ def publish(
 def prepared_publication(
     folder: Path, edition: Edition, evaluation: Path | None, twin: bool, remote_code: bool
 ) -> Iterator[Prepared]:
-    """Everything that is sent, on disk and checked, before anything is sent."""
+    """A publication on disk, whole and checked, before anything is sent."""
     source = read_contents(folder, evaluation)
     pipeline = _load(source.pipeline)
     if remote_code and type(pipeline) is not VDMPipeline:
@@ -254,7 +254,7 @@ def _request(prepared: Prepared, repository: HubRepository) -> Publication:
 
 
 def _stale(repository: HubRepository, staged: Path, parent: str) -> list[str]:
-    """What an earlier publication left at a commit, and this one does not have."""
+    """The files that an earlier publication left at a commit, and this one does not have."""
     there = set(repository.files(parent))
     here = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
     return [path for path in sorted(there - here) if is_managed(path, components_of(there))]
@@ -266,7 +266,7 @@ def side_branch(side: str, branch: str) -> str:
 
 
 def _farewell(staged: Path, side: str, commit: str) -> Path:
-    """A folder that tells who loads a side branch why it holds no model any more."""
+    """Make a folder that tells readers of a side branch why it holds no model any more."""
     folder = staged.with_name(f"{side.replace('/', '-')}-gone")
     folder.mkdir()
     (folder / "README.md").write_text(

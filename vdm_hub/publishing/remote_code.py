@@ -111,7 +111,7 @@ def check_remote_code(folder: Path) -> None:
 
 
 def _files(folder: Path, index: Mapping[str, Any]) -> dict[Path, str]:
-    """All the Python that the folder is to hold."""
+    """The Python files that the folder is to hold, by name."""
     carried = [component for component, (library, _) in _components(index).items() if library == PACKAGE]
     stubs = {folder / component / f"{pinned_name()}.py": component_file() for component in carried}
     return {folder / _PIPELINE: pipeline_file()} | stubs

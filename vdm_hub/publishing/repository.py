@@ -84,7 +84,7 @@ class HubRepository:
         self._api = HfApi(library_name="vdm-hub", library_version=__version__)
 
     def create(self, private: bool | None = None) -> None:
-        """Create it where it does not exist.
+        """Create the repository where it does not exist.
 
         Raises:
             PublishError: It is to be private, exists, and is public; or something else is creating it.
@@ -131,7 +131,7 @@ class HubRepository:
         }
 
     def commit(self, folder: Path, message: str, branch: str, parent: str, delete: Iterable[str] = ()) -> str:
-        """One commit on a branch: every file of a folder, and the deletions; nothing of it, or all.
+        """Make one commit on a branch of every file of a folder, and the deletions: of all, or of nothing.
 
         Args:
             folder: What to send.
@@ -211,13 +211,13 @@ class HubRepository:
 
     @property
     def url(self) -> str:
-        """Where a browser finds it."""
+        """The address at which a browser finds the repository."""
         return f"{self._api.endpoint}/{self.repo_id}"
 
     def _uploaded(
         self, folder: Path, branch: str, removed: list[str], create_pr: bool = False
     ) -> list[CommitOperation]:
-        """What a commit consists of, its large files sent beforehand: then nobody sees them yet."""
+        """The operations of a commit, its large files sent beforehand: then nobody sees them yet."""
         added = list(_additions(folder))
         self._api.preupload_lfs_files(self.repo_id, added, revision=branch, create_pr=create_pr, free_memory=False)
         return [*added, *map(CommitOperationDelete, removed)]
@@ -275,7 +275,7 @@ class HubRepository:
 
 
 class _Answer:
-    """The Hub's answer to a request that changes something there, which may be lost.
+    """The Hub's answer to a request that changes something there: it may be lost.
 
     Args:
         path: A part of the request's path: the client sends others before it, which change nothing that is seen.
@@ -331,13 +331,13 @@ def _additions(folder: Path) -> Iterable[CommitOperationAdd]:
 
 
 def _hashes(path: Path) -> tuple[str, str]:
-    """As git and as git LFS name the content."""
+    """The hashes of a content, as git and as git LFS name it."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong with the HTTP call: the client wraps a failed upload in a RuntimeError."""
+    """The error of the HTTP call: the client wraps that of a failed upload in a RuntimeError."""
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
 
 
@@ -346,7 +346,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _path(error: BaseException) -> str:
-    """Of the address that was asked; empty where the error does not know it."""
+    """The path of the address that was asked; empty where the error does not know it."""
     knows: Any = getattr(error, "response", None) or error  # the client's own errors know it by their response alone
     try:
         return str(knows.request.url.path)
@@ -363,7 +363,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _wait(state: RetryCallState) -> float:
-    """1, 2, 4, ... seconds, or what the Hub asks for."""
+    """Wait for 1, 2, 4, ... seconds, or for as long as the Hub asks."""
     failed = state.outcome.exception() if state.outcome else None
     error = _cause(failed) if failed else None
     asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")

@@ -30,7 +30,7 @@ _VDM_IN_DDPM = {"variance_type": "fixed_small", "clip_sample": False, "timestep_
 
 @dataclass(frozen=True)
 class TwinError:
-    """How far a stock twin is from the exact process of its model.
+    """The distance of a stock twin from the exact process of its model.
 
     Both were given the same noise: the first latent, and the draw of each step. Their steps lie at the same timesteps,
     those of the twin; called by themselves, they agree on these only where gamma is linear in t. Pixels are in [0, 1].
@@ -62,11 +62,11 @@ class TwinError:
     seed: int
 
     def to_dict(self) -> dict[str, float | int]:
-        """All of it as one JSON object."""
+        """The figures as one JSON object."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """One sentence for the model card."""
+        """The sentence for the model card."""
         rest = "rounding to levels"
         if self.estimates > 0:
             rest = "the last step, the decoder's draw of levels"
@@ -184,7 +184,7 @@ def twin_error(
 
 
 def _gamma_error(process: GaussianProcess, stock: DDPMScheduler) -> float:
-    """From the alpha-bar that diffusers computes in float32; a last SNR of zero has no gamma to compare."""
+    """The error of gamma, from diffusers' alpha-bar in float32; a last SNR of zero has no gamma to compare."""
     alpha_bar = stock.alphas_cumprod.double()
     exact = process.conditioning.inverse(torch.arange(len(alpha_bar), dtype=torch.float64))
     error = torch.log1p(-alpha_bar) - torch.log(alpha_bar) - exact

@@ -1,4 +1,4 @@
-"""What a card says of a model that differs from rung to rung of the ladder."""
+"""The parts of a card's text that differ from rung to rung of the ladder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HIERARCHY = Markup(
 
 @dataclass(frozen=True)
 class Wording:
-    """What a card says of one kind of model.
+    """The texts of a card for one kind of model.
 
     Attributes:
         kind: What the model is, with its article.

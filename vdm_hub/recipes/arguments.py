@@ -60,7 +60,7 @@ _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, 
 
 @dataclass(frozen=True)
 class Configuration:
-    """All that a run is told. ``parse_recipe([path])`` of a file that holds `to_yaml` gives it back.
+    """The settings of a run. ``parse_recipe([path])`` of a file that holds `to_yaml` gives them back.
 
     >>> configuration = parse_recipe(["digits", "--max_train_steps", "10"])
     >>> configuration.training.max_train_steps, configuration.data.dataset_name, configuration.training.output_dir
@@ -91,7 +91,7 @@ class Configuration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], recipe: str = "recipe", where: str = "in the values") -> Self:
-        """From flat fields; those that are left out have their defaults.
+        """A configuration from flat fields; those that are left out have their defaults.
 
         Args:
             values: Field names and values, as in a recipe. ``"recipe"`` may be among them.
@@ -324,7 +324,7 @@ def _deep(before: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any
 
 
 class _RecipeParser(CommandLineParser):
-    """One that raises its complaints instead of printing a usage dump."""
+    """A parser that raises its complaints instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"{message}: write `--field value`, or `--help` for all fields.")
@@ -350,7 +350,7 @@ def _parser() -> _RecipeParser:
 
 
 def _add_option(section: argparse._ArgumentGroup, field: Field[Any]) -> None:
-    """``--train_batch_size``, and ``--train-batch-size``, which is not shown; ``--use_ema`` and ``--no_use_ema``."""
+    """Add ``--train_batch_size``, and, not shown, ``--train-batch-size``; ``--use_ema`` and ``--no_use_ema``."""
     base, options = _base(FIELDS[field.name]), {"dest": field.name, "help": field.metadata["help"]}
     options |= {"nargs": "?", "const": True} if base is bool else {}
     section.add_argument(f"--{field.name}", metavar=_metavar(base), **options)
@@ -469,7 +469,7 @@ def _number(value: Any) -> float:
 
 
 def _share(value: Any) -> Share:
-    """Whole numbers as ``int``; 1.0 is neither one image nor, with nothing to train on, all."""
+    """A number of images, an ``int``, or a share; 1.0 is neither one image nor, with nothing to train on, all."""
     number = _number(value)
     return Share(_integer(value) if isinstance(number, int) or number == 0 or number > 1 else number)
 

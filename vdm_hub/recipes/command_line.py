@@ -12,7 +12,7 @@ from vdm_hub.errors.secret_values import mask
 
 
 class CommandLineParser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose complaints are as readable as all other messages.
+    """An argparse parser without abbreviations, whose complaints are as readable as all other messages.
 
     An option that is given twice is refused with both of its values, also in two spellings.
 
@@ -27,7 +27,7 @@ class CommandLineParser(argparse.ArgumentParser):
             self.register("action", name, action)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As for argparse; each word is looked at first."""
+        """Parse as argparse does; each word is looked at first."""
         words: Sequence[str] = sys.argv[1:] if args is None else list(args)
         for word in words:
             if "\0" in word or not _is_unicode(word):
@@ -40,7 +40,7 @@ class CommandLineParser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Sets its value, and no second one."""
+    """An action that sets its value once, and refuses a second one."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         said = str(option_string) if values == [] else f"{option_string} {values}"
@@ -52,15 +52,15 @@ class _Once(argparse.Action):
 
 
 class _Store(_Once, argparse._StoreAction):
-    """``--seed 1``."""
+    """The action of options with a value, such as ``--seed 1``."""
 
 
 class _StoreTrue(_Once, argparse._StoreTrueAction):
-    """``--json``."""
+    """The action of switches, such as ``--json``."""
 
 
 class _StoreFalse(_Once, argparse._StoreFalseAction):
-    """``--no_use_ema``."""
+    """The action of switches that turn off, such as ``--no_use_ema``."""
 
 
 def _is_unicode(word: str) -> bool:

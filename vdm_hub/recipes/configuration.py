@@ -1,4 +1,4 @@
-"""What a training run can be told: dataclasses whose fields are the keys of a recipe and the command line.
+"""The settings of a training run: dataclasses whose fields are the keys of a recipe and the command line.
 
 Every field has a ``help`` text, which ``--help`` prints. Values are checked on construction; types are checked by
 `vdm_hub.recipes.arguments`, which reads recipes and command lines.
@@ -24,16 +24,16 @@ NameOrJSON = NewType("NameOrJSON", str)
 UNET_CLASSES = ("UNetVDMModel", "UNet2DModel")
 FIRST_STAGE_CLASSES = ("MarkovianHVAE", "AutoencoderKL")
 MAX_STEPS = 10**8 - 1
-"""What the names of checkpoints have room for."""
+"""The largest number of steps: the names of checkpoints have room for no more."""
 
 DEFAULT_CLASSES = {"unet": UNET_CLASSES[0], "first_stage": FIRST_STAGE_CLASSES[0], "hvae": FIRST_STAGE_CLASSES[0]}
-"""Of the fields that describe networks: the class where none is named."""
+"""The classes of networks where a field names none, by the field."""
 
 TRACKERS = ("none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-"""accelerate's, by name: reading them from it would import torch before a word of a command line is looked at."""
+"""The trackers of accelerate, by name: to read them there would import torch before any word is read."""
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-"""diffusers' schedulers, but for piecewise_constant, which needs an argument (step_rules) that no field gives."""
+"""The schedules of diffusers, but for piecewise_constant, which needs an argument (step_rules) that no field gives."""
 
 # Fields that a resumed run may have otherwise: those that change no step that was taken, nor the data of those to
 # come; and those that a run which diverged is to change.
@@ -57,7 +57,7 @@ _NAME_IMAGES = {
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, same_images: bool = False) -> list[str]:
-    """What makes two recipes two runs: the fields that a resumed run may not change, in words.
+    """Words for the differences that make two recipes two runs: fields that a resumed run may not change.
 
     What means the same is no difference: a name and its long form, a mapping in another order, a path in another
     spelling.
@@ -76,7 +76,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, same_image
 
 
 def allowed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resumed run does otherwise from here on, and may, in words.
+    """Words for what a resumed run does otherwise from here on, and may.
 
     >>> allowed_changes({"seed": 0, "logging_steps": 1}, {"seed": 1, "logging_steps": 50})
     ['logging_steps was 1 and is 50']
@@ -94,7 +94,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], fields: set[str]
 
 
 def _meaning(field: str, value: Any) -> Any:
-    """What a field's value stands for, the same however it is written."""
+    """The meaning of a field's value, the same however it is written."""
     if not isinstance(value, str):
         return value
     if field in DEFAULT_CLASSES:
@@ -146,7 +146,7 @@ class DiffusionArguments:
 
 
 def _with_package(kind: str, serialised: NameOrJSON) -> NameOrJSON:
-    """The same, and of a plugin's which package brings it, so that a recipe says what to install elsewhere."""
+    """The serialised form with the package of a plugin, so that a recipe says what to install elsewhere."""
     name, _, package = registry.parse_serialised(kind, serialised)
     found = registry.lookup(kind, name, package)
     if found.package == registry.BUILT_IN_PACKAGE:

@@ -26,7 +26,7 @@ _SCALARS = {  # kind: the pattern, and the characters that it begins with
 
 
 def load(source: bytes | str, where: str) -> Any:
-    r"""What YAML says.
+    r"""The content of a YAML text.
 
     Args:
         source: A file's content, in UTF-8.
@@ -55,7 +55,7 @@ def load(source: bytes | str, where: str) -> Any:
 
 
 def scalar(text: str) -> Any:
-    """What a plain word of YAML stands for: nothing, a truth value, a number, or itself.
+    """The value of a plain word of YAML: nothing, a truth value, a number, or the word itself.
 
     >>> [scalar(word) for word in ("010", "0x1F", "1e3", "yes", "1_000", "~")]
     [10, 31, 1000.0, 'yes', '1_000', None]
@@ -91,7 +91,7 @@ _VALUES: dict[str, Any] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Checks each node before it is composed, so that nothing grows beyond the text."""
+    """A loader that checks each node before it is composed, so that nothing grows beyond the text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
     depth = 0
@@ -137,7 +137,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML takes for something else than text."""
+    """A dumper that quotes what either version of YAML takes for something else than text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -20,7 +20,7 @@ from vdm_hub.errors import ConfigurationError, in_one_line, shortened, warn
 from vdm_hub.registry import Serialised
 
 STOCK_TARGETS = ("epsilon", "sample", "v_prediction")
-"""What a stock scheduler of the DDPM family understands as a target."""
+"""The targets that a stock scheduler of the DDPM family knows."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def check_sampler(scheduler_class: Any, target: Serialised, chosen: Mapping[str,
 
 
 SHOWN_STEPS = 50
-"""How many steps the samplers are shown to run in."""
+"""The numbers of steps in which the samplers are shown to run."""
 _OTHER_STEPS = (250, SHOWN_STEPS, 20, 10)
 
 
@@ -134,7 +134,7 @@ def check_grid(scheduler: Any, steps: int) -> None:
 
 
 def _failure(scheduler: Any, steps: int) -> str | None:
-    """How a sampler fails on a grid, if it does."""
+    """The failure of a sampler on a grid, if it fails."""
     trial, generator = copy.deepcopy(scheduler), torch.Generator().manual_seed(0)
     noise = {"generator": generator} if "generator" in inspect.signature(trial.step).parameters else {}
     learned = str(trial.config.get("variance_type", "")).startswith("learned")
@@ -167,7 +167,7 @@ DDPM_KEYS = (
     "steps_offset",
     "rescale_betas_zero_snr",
 )
-"""What a `VDMScheduler` and diffusers' `DDPMScheduler` both read."""
+"""The config fields that a `VDMScheduler` and diffusers' `DDPMScheduler` both read."""
 
 # Overrides that give another process, whose schedule the recorded conditioning must not follow.
 _PROCESS_KEYS = {
@@ -186,11 +186,11 @@ _UNREAD: dict[str, Serialised] = {
     "conditioning": "affine",
     "decoder": "factorised",
 }
-"""What stands in a config for a process that has none of these."""
+"""The values in a config for a process that has none of these."""
 
 
 def unread_fields(process: ForwardProcess, config: Mapping[str, Any]) -> dict[str, Serialised]:
-    """What is to stand in a config in the place of what this process has no use for, with a warning for each.
+    """The config values that replace what this process has no use for, with a warning for each.
 
     No reader of the config shall be told of it, or to install it.
     """
@@ -209,7 +209,7 @@ def is_beta_table(noise_schedule: Serialised) -> bool:
 
 
 def as_vdm_config(config: dict[str, Any], overrides: Mapping[str, Any], vdm: type) -> dict[str, Any]:
-    """Any scheduler's config in (a copy: it changes), that of class ``vdm`` out; see `VDMScheduler.from_config`."""
+    """The config for class ``vdm`` from any scheduler's (a copy: it changes); see `VDMScheduler.from_config`."""
     if config.get("noise_schedule") is not None:
         if overrides and not is_beta_table(config["noise_schedule"]):
             config.pop("trained_betas", None)  # a derived table must not outlive what it was derived from

@@ -67,7 +67,7 @@ def scheduler_of_pipeline(
 def scheduler_of_repository(
     source: str | os.PathLike[str], overrides: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[VDMScheduler, ModelFiles]:
-    """The same of a folder or a Hub id; and its files, checked, of one commit.
+    """The `VDMScheduler` of a folder or a Hub id, and its files, checked, of one commit.
 
     Args:
         source: A folder, or a Hub id.

@@ -55,7 +55,7 @@ _Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_larg
 
 @dataclass
 class VDMSchedulerOutput(BaseOutput):
-    """One reverse step.
+    """The output of one reverse step.
 
     Attributes:
         prev_sample: ``z_s``, (B, *data).
@@ -179,7 +179,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         return DDPMScheduler(**arguments)
 
     def build_process(self, schedule: nn.Module | None = None) -> ForwardProcess:
-        """This config's process, new, with its own parameters; ``schedule`` stands for weights carried elsewhere."""
+        """A new process of this config, with its own parameters; ``schedule`` stands for weights carried elsewhere."""
         fields = dict(self.config)
         fields["trained_betas"] = None if self._ddpm is None else self._ddpm.betas.tolist()
         form = fields["forward_process"]
@@ -484,7 +484,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         return before / last, int(timestep) / last
 
     def _ddpm_step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
-        """Diffusers' own step on its own table: bitwise DDPM."""
+        """The step of diffusers on its own table: bitwise DDPM."""
         assert self._ddpm is not None and isinstance(self.process, GaussianProcess)
         index = int(timestep)
         if self.config.prediction_type not in STOCK_TARGETS:
@@ -539,7 +539,7 @@ def _descending(name: str, values: Any) -> Tensor:
 
 
 def time_tensor(time: float, sample: Tensor) -> Tensor:
-    """A time, (), in float64 where it can be."""
+    """A time as a tensor, (), in float64 where the device has it."""
     return torch.tensor(time, dtype=torch.float64, device=_double_device(sample))
 
 

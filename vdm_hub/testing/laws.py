@@ -1,4 +1,4 @@
-"""What a law is, and how an instance is put under all laws of its kind."""
+"""Laws of a kind, and how an instance is put under all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LawViolation(AssertionError):
 
 @dataclass(frozen=True)
 class Law:
-    """One thing that must be true of every instance of a kind.
+    """A statement that must be true of every instance of a kind.
 
     Attributes:
         name: By which reports and ``expected_failures`` call it.

@@ -35,13 +35,13 @@ PROCESS_LAWS = Laws("forward_processes", ForwardProcess)
 
 
 def network(sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
-    """No denoiser of anything: smooth, elementwise, and dependent on both of its inputs."""
+    """A network that denoises nothing: smooth, elementwise, and dependent on both of its inputs."""
     level = torch.as_tensor(timestep, device=sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
     return torch.tanh(0.7 * sample + 0.3 * torch.sin(level / 300).to(sample.dtype))
 
 
 class BoundBatch:
-    """Levels, data, noise, and the process bound to them."""
+    """A batch for the laws: levels, data, noise, and the process bound to them."""
 
     def __init__(self, process: ForwardProcess, size: int = BATCH, dtype: torch.dtype = torch.float32) -> None:
         self.process = evaluated(process, dtype)
@@ -52,7 +52,7 @@ class BoundBatch:
         self.t = self.s + 0.2
 
     def rows(self, rows: slice) -> BoundBatch:
-        """Some of its data."""
+        """The batch of some of its data."""
         part = object.__new__(BoundBatch)
         part.process, part.noise = self.process, {name: value[rows] for name, value in self.noise.items()}
         part.levels, part.x, part.s, part.t = self.levels[rows], self.x[rows], self.s[rows], self.t[rows]
@@ -74,7 +74,7 @@ class BoundBatch:
         return terms | ({} if rate is None else {"kl_rate": rate}) | {f"the extra {n}": v for n, v in extras.items()}
 
     def rate(self, bound: BoundProcess, network: Network) -> Tensor | None:
-        """The rate, or ``None`` where the process says that it has none."""
+        """The rate of the KL, or ``None`` where the process says that it has none."""
         try:
             return bound.kl_rate(self.x, self.t, self.noise, network)
         except ConfigurationError:

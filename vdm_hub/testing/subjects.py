@@ -1,4 +1,4 @@
-"""What the laws need: data, draws, copies as training leaves them, and comparisons that say where and by how much."""
+"""The laws' tools: data, draws, copies as training leaves them, and comparisons that say where and by how much."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def evaluated(module: M, dtype: torch.dtype = torch.float32) -> M:
 
 
 def trained(module: M, dtype: torch.dtype = torch.float32) -> M:
-    """Such a copy, its parameters moved, as training moves them."""
+    """A copy in evaluation mode, its parameters moved, as training moves them."""
     moved = evaluated(module, dtype)
     generator = seeded(7)
     with torch.no_grad():

@@ -48,7 +48,7 @@ def describe_run(run: RunState) -> str:
 
 
 def _seconds(run: RunState, batches: list[dict[str, Tensor]]) -> float:
-    """The median, so that one step that something else on the machine held up does not decide."""
+    """The seconds of a step: the median, so that one that something else on the machine held up does not decide."""
 
     def once() -> float:
         _wait(run.accelerator.device)

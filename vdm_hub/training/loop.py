@@ -1,4 +1,4 @@
-"""The training loop. Read `train` from top to bottom."""
+"""The training loop. Read `train_model` from top to bottom."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _train(configuration: Configuration, accelerator: Accelerator, folder: Outpu
 
 
 class TrainingRun(RunState):
-    """A run with all that is seen of it while it lasts, and what is left of it."""
+    """A run with its output: log, pictures and checkpoints while it lasts, and its results."""
 
     def __init__(
         self, configuration: Configuration, accelerator: Accelerator, data: RunData, folder: OutputFolder
@@ -152,7 +152,7 @@ class TrainingRun(RunState):
         self.trackers.log({f"train/{name}": value for name, value in logged.items()} | rate, self.step)
 
     def validate(self) -> None:
-        """Held-out bits/dim of the averaged weights; where they stop falling, the run may end early."""
+        """Measure the held-out bits/dim of the averaged weights; where they stop falling, the run may end early."""
         images = self.data.validation
         if images is None:
             return
@@ -166,7 +166,7 @@ class TrainingRun(RunState):
             self.early_stopping.look(float(broadcast(measured)), self.step)
 
     def _measure(self, model: Objective, images: Images) -> float:
-        """Each held-out image at two times, stratified."""
+        """The held-out bits/dim, from two stratified times for each image."""
         report = evaluate(
             build_pipeline(model),
             images,
@@ -184,7 +184,7 @@ class TrainingRun(RunState):
         return report.bits_per_dim
 
     def sample(self) -> None:
-        """A grid of samples of the averaged weights, to the trackers and into the run's folder."""
+        """Draw a grid of samples of the averaged weights, for the trackers and the run's folder."""
         if self.training.num_sample_images == 0:
             return
         with self._averaged() as model:
@@ -275,7 +275,7 @@ class TrainingRun(RunState):
             return self._publish(model)
 
     def _publish(self, model: Objective) -> LikelihoodReport | None:
-        """What `finish` does, on the main process."""
+        """Save and measure the model as `finish` says, on the main process."""
         with results(self.folder):
             report, validation = publish_locally(model, self.configuration, self.folder, self.data), self._validation()
             record = {} if validation is None else {"validation": validation}
@@ -323,7 +323,7 @@ class TrainingRun(RunState):
             yield model
 
     def try_dry(self) -> None:
-        """`--dry_run`: a step, and what the run will need; nothing is written."""
+        """Take a step for ``--dry_run``, and print what the run will need; nothing is written."""
         said = describe_run(self)
         if self.accelerator.is_main_process:
             print(f"{said}\ndry run: nothing was written to {self.folder.path}.")

@@ -1,4 +1,4 @@
-"""How much memory a run needs, known before any is taken: its networks are built on torch's meta device first."""
+"""The memory that a run needs, known before any is taken: its networks are built on torch's meta device first."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Needs:
 
 
 def needed(configuration: Configuration, shape: tuple[int, int, int], accelerator: Accelerator) -> Needs:
-    """What a process of a run will need, counted without taking any of it.
+    """The memory that a process of a run will need, counted without taking any of it.
 
     Args:
         configuration: The recipe.
@@ -123,7 +123,7 @@ def host_memory() -> int:
 
 
 def _container_limits() -> Iterator[int]:
-    """Those of the control groups of this process, and of the groups that these lie in (both versions of Linux')."""
+    """The limits of this process's control groups, and of the groups that these lie in (both versions of Linux')."""
     try:
         lines = _GROUPS[0].read_text().splitlines()
     except OSError:  # not Linux
@@ -145,7 +145,7 @@ def _container_limits() -> Iterator[int]:
 
 
 def _in_use() -> int:
-    """What this process holds already, such as its images."""
+    """The bytes that this process holds already, such as its images."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux
@@ -159,7 +159,7 @@ def _least(training: TrainingArguments, accelerator: Accelerator) -> float:
 
 
 def _kept(objective: Objective, shape: tuple[int, int, int]) -> int:
-    """Bytes that the forward passes of the networks keep of a few images."""
+    """The bytes that the forward passes of the networks keep of a few images."""
     levels = torch.zeros(_IMAGES, *shape, dtype=torch.uint8, device="meta")
     if not isinstance(objective, VDMObjective):
         return _count(objective, lambda: _bound(objective, levels))
@@ -185,7 +185,7 @@ def _bound(objective: Any, levels: Tensor) -> object:
 
 
 def _count(module: nn.Module, run: Any) -> int:
-    """Bytes of all that is kept beside the weights; views of one tensor count once."""
+    """The bytes of all that is kept beside the weights; views of one tensor count once."""
     weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
     kept: dict[int, Any] = {}
 

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""The words of a run on itself before its first step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def describe(configuration: Configuration) -> str:
 
 
 def without_effect(configuration: Configuration, total_steps: int) -> list[str]:
-    """What a recipe asks for and will not come to pass, in words.
+    """Words for what a recipe asks for and will not come to pass.
 
     Args:
         configuration: The recipe.

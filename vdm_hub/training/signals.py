@@ -17,7 +17,7 @@ _SIGNALS = (
 
 
 class TrainingStopped(SystemExit):
-    """A signal ended the run, in order; the exit status is 128 + the signal's number, as shells have it.
+    """The exception for a run that a signal ended in order; its status is 128 + the signal's number, as in shells.
 
     >>> TrainingStopped(signal.SIGTERM).code
     143
@@ -29,7 +29,7 @@ class TrainingStopped(SystemExit):
 
 
 class StopSignals:
-    """Within the block the signals are noted, not obeyed: `received` says which one came first.
+    """A block in which signals are noted, not obeyed: `received` says which one came first.
 
     A second SIGINT ends the process at once, by the system's own hand. Under nohup, which ignores SIGHUP, that stays
     ignored. Outside the main thread, where Python handles no signals, the block changes nothing.
@@ -51,7 +51,7 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        """Take the signals over."""
+        """Take the signals over from whoever handled them."""
         if threading.current_thread() is threading.main_thread():
             heard = (
                 set(_SIGNALS)
@@ -64,7 +64,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        """Give them back."""
+        """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

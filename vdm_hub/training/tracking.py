@@ -28,7 +28,7 @@ class Trackers:
         self.accelerator, self.wanted = accelerator, wanted
 
     def open(self, config: Mapping[str, Any]) -> None:
-        """Start them.
+        """Start the trackers.
 
         Raises:
             ConfigurationError: One does not start: before the first step that is better mended than passed over.
@@ -44,17 +44,17 @@ class Trackers:
             ) from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers, at a step."""
+        """Log numbers at a step."""
         self._each(lambda tracker: tracker.log(dict(values), step=step))
 
     def log_pictures(self, files: Mapping[str, Path], step: int) -> None:
-        """Picture files by name, those that exist, to the trackers that show pictures."""
+        """Log picture files by name, those that exist, to the trackers that show pictures."""
         if not self.wanted:
             return
         self._each(lambda tracker: _show(tracker, _read(files), step))
 
     def close(self) -> None:
-        """End them, and the group of processes."""
+        """End the trackers, and the group of processes."""
         self._each(lambda tracker: tracker.finish())
         self.accelerator.trackers = []
         self.accelerator.end_training()
@@ -86,6 +86,6 @@ def _show(tracker: GeneralTracker, pictures: Mapping[str, np.ndarray], step: int
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Only what every tracker can hold, and no secrets."""
+    """The fields that every tracker can hold, without secrets."""
     shown = masked_values(values)
     return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in shown.items()}

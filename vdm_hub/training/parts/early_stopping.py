@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class EarlyStopping:
-    """Stops a run whose held-out bits/dim have not fallen for ``patience`` measurements.
+    """The rule that ends a run whose held-out bits/dim have not fallen for ``patience`` measurements.
 
     Args:
         patience: Measurements without improvement that end the run; ``None`` never ends it, and keeps no weights.
@@ -50,11 +50,11 @@ class EarlyStopping:
         return self.patience is not None and self.waited >= self.patience
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint says of it, beside its weights."""
+        """The state of early stopping in a checkpoint, beside the weights."""
         best = None if math.isinf(self.best) else self.best  # JSON has no infinity
         return {"best": best, "best_step": self.best_step, "waited": self.waited}
 
     def load(self, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Go on from `state`."""
+        """Go on from a checkpoint's `state`."""
         self.best = math.inf if state["best"] is None else state["best"]
         self.best_step, self.waited, self.weights = state["best_step"], state["waited"], weights

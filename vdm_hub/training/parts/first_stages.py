@@ -54,7 +54,7 @@ def build_first_stage(configuration: Configuration, shape: tuple[int, int, int])
 def _trained(
     configuration: Configuration, shape: tuple[int, int, int], source: str
 ) -> tuple[nn.Module, list[nn.Parameter]]:
-    """It, and what of it is new: an autoencoder of diffusers has no scale of a likelihood."""
+    """The trained first stage, and what of it is new: diffusers' autoencoder has no scale of a likelihood."""
     source = str(pipeline_folder(expanded(source)))
     files = open_files(source)
     folder, name = _find(files)

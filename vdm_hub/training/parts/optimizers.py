@@ -131,6 +131,6 @@ def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
-    """Those that JSON can hold; an infinite one is a setting, such as Prodigy's growth_rate."""
+    """The numbers that JSON can hold; an infinite one is a setting, such as Prodigy's growth_rate."""
     numbers = {name: value for name, value in group.items() if type(value) in (int, float) and math.isfinite(value)}
     return {name: value for name, value in numbers.items() if name not in _OF_THE_RECIPE}

@@ -39,7 +39,7 @@ def build_accelerator(configuration: Configuration, folder: Path, logs: Path) ->
         )
     check_environment(training, os.environ)
     launched = processes_said("WORLD_SIZE")
-    remedy = f"change {_told(training)}, or run `accelerate config`"
+    remedy = f"change {_sources_of_settings(training)}, or run `accelerate config`"
     with explained("accelerate can't run this", remedy, ConfigurationError):
         accelerator = Accelerator(
             # All that it would take from the environment where it is not told.
@@ -66,7 +66,7 @@ def build_accelerator(configuration: Configuration, folder: Path, logs: Path) ->
 
 
 def processes_said(variable: str) -> int:
-    """A number of processes that a launcher says in the environment; one where it says nothing.
+    """The number of processes that a launcher gives in the environment; one where it gives none.
 
     Raises:
         ConfigurationError: It is none.
@@ -80,8 +80,8 @@ def processes_said(variable: str) -> int:
     return int(text)
 
 
-def _told(training: TrainingArguments) -> str:
-    """All that accelerate reads, for a message."""
+def _sources_of_settings(training: TrainingArguments) -> str:
+    """Words for all that accelerate reads, for a message."""
     launchers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "FORK_LAUNCHED")
     variables = sorted(name for name in os.environ if name.startswith("ACCELERATE_") or name in launchers)
     precision = f"mixed_precision, which is {training.mixed_precision or 'what the launcher says'}"
@@ -144,7 +144,7 @@ def _is_true(environment: Mapping[str, str], variable: str) -> bool:
 
 
 def _check_built(accelerator: Accelerator, training: TrainingArguments) -> None:
-    """What accelerate made of all that it was told is what the recipe says."""
+    """Refuse an accelerator that is not as the recipe says."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigurationError("mixed_precision is fp16, which accelerate ignores on a CPU: use bf16, or no.")
     if accelerator.device.type == "meta":

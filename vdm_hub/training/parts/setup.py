@@ -48,7 +48,7 @@ def build_scheduler(configuration: Configuration) -> VDMScheduler:
 
 
 def build_objective(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
-    """All that is trained in one module, initialised from the run's seed."""
+    """The module of all that is trained, initialised from the run's seed."""
     torch.manual_seed(configuration.training.seed)
     objective = _BUILDERS[configuration.model.model](configuration, shape)
     speed_up(objective, configuration.training)
@@ -86,7 +86,7 @@ _BUILDERS: dict[str, Callable[[Configuration, tuple[int, int, int]], Objective]]
 
 
 def speed_up(objective: Objective, arguments: TrainingArguments) -> None:
-    """Memory layout, gradient checkpointing and compilation, all in place: the names of the weights stay as they are.
+    """Set memory layout, gradient checkpointing and compilation in place: the names of the weights stay as they are.
 
     Compiled whole, network and bound are one graph while training; what evaluates or samples calls the network alone,
     which then is not compiled, and so is not compiled anew for each size of a batch.
@@ -149,7 +149,7 @@ def _(objective: VDMObjective, preprocessing: Any = None, held_out: Any = None) 
 
 
 def describe_preprocessing(arguments: DataArguments) -> Preprocessing:
-    """What a run does to its images, for its pipeline."""
+    """The preprocessing of a run's images, for its pipeline."""
     return {
         "resolution": arguments.resolution,
         "center_crop": arguments.center_crop,

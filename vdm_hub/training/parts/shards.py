@@ -49,7 +49,7 @@ def check_shards(accelerator: Accelerator, training: TrainingArguments) -> None:
 
 
 def plan_shards(accelerator: Accelerator, objective: Objective, blocks: list[str]) -> list[nn.Parameter]:
-    """What is sharded by itself, and what not at all; before the objective is prepared.
+    """Plan which modules are sharded by themselves, and which not at all; before the objective is prepared.
 
     Args:
         accelerator: With FSDP2.
@@ -69,7 +69,7 @@ def plan_shards(accelerator: Accelerator, objective: Objective, blocks: list[str
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """The mean over all processes of the gradients of parameters that are whole on each of them, in place."""
+    """Average over all processes, in place, the gradients of parameters that are whole on each of them."""
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.copy_(accelerator.reduce(parameter.grad, reduction="mean"))
@@ -77,17 +77,17 @@ def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Paramete
 
 @cache
 def _know_the_bound() -> None:
-    """FSDP2 waits for the gradients of the tensors that it finds in what a module returns, in containers it knows."""
+    """Register `Bound` as a container: FSDP2 waits for the gradients of the tensors that it finds in such."""
     torch.export.register_dataclass(Bound)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor."""
+    """The whole tensor of a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """All of each tensor, one after the other, on the processes that keep them; the others take part and keep none."""
+    """The whole tensors, one after the other, on the processes that keep them; the others take part and keep none."""
     found = {}
     for name, tensor in tensors.items():
         complete = whole(tensor.detach()).cpu() if isinstance(tensor, DTensor) else tensor
@@ -105,7 +105,7 @@ def own_part(parameter: Tensor) -> Tensor:
 
 
 def put_together(part: Tensor, like: Tensor) -> Tensor:
-    """What the processes' parts are parts of, sharded as ``like`` is."""
+    """The tensor of which the processes hold these parts, sharded as ``like`` is."""
     if not isinstance(like, DTensor):
         return part
     place = like.device_mesh, like.placements

@@ -39,7 +39,7 @@ def build_ema(training: TrainingArguments, model: nn.Module, device: torch.devic
 
 
 def step_ema(ema: EMAModel, parameters: Sequence[Tensor], *, offload: bool) -> None:
-    """Average once more; one that lives in the host's memory visits the GPU for that."""
+    """Update the moving average; one that lives in the host's memory visits the GPU for that."""
     parameters = [own_part(parameter) for parameter in parameters]
     device = parameters[0].device
     offload = offload and device.type == "cuda"
@@ -63,7 +63,7 @@ def averages(model: nn.Module, ema: EMAModel | None) -> dict[str, Tensor]:
 
 @contextmanager
 def these_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other weights, by name, within the block; with its own, where none are given."""
+    """A block in which the model has other weights, by name; its own, where none are given."""
     if not weights:
         yield
         return

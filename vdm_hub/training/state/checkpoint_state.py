@@ -25,7 +25,7 @@ from vdm_hub.version import __version__
 
 
 class _Optimizer(TypedDict):
-    """See `optimizers.pack_optimizer`."""
+    """The state of an optimiser besides tensors, as `optimizers.pack_optimizer` gives it."""
 
     parameters: dict[str, float | bool | str | None]
     groups: list[dict[str, float]]
@@ -38,7 +38,7 @@ class _EarlyStopping(TypedDict):
 
 
 class _Scaler(TypedDict):
-    """See `torch.amp.GradScaler.state_dict`."""
+    """The state of a `torch.amp.GradScaler`."""
 
     scale: Positive
     growth_factor: Positive
@@ -48,7 +48,7 @@ class _Scaler(TypedDict):
 
 
 class _State(TypedDict):
-    """What a run's next step depends on, besides tensors; learning rate and decay follow from the step."""
+    """The state of a run besides tensors; learning rate and decay follow from the step."""
 
     step: Whole
     recipe: dict[str, Any]
@@ -108,7 +108,7 @@ def restore_state(run: RunState, path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _check_state(state: dict[str, Any], path: Path) -> None:
-    """Refuse what no run has written, or what contradicts itself."""
+    """Refuse a state that no run has written, or that contradicts itself."""
     check_record(_State, state, str(path))
     records.check_history(state["history"], path, state["step"])
     records.refuse(path, _contradictions(state))  # first, as what follows reads a recipe that is one
@@ -136,7 +136,7 @@ def _contradictions(state: dict[str, Any]) -> Iterator[str]:
 
 
 def _other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What no recipe says, and yet decides which images a step sees."""
+    """Words for changes that no recipe names, and that decide which images a step sees."""
     changed = []
     if before["processes"] != now["processes"]:
         changed.append(f"processes was {before['processes']} and is {now['processes']}")
@@ -164,7 +164,7 @@ def _restore(run: RunState, tensors: dict[str, dict[str, Tensor]], state: dict[s
 
 
 def _resume_learning_rate(run: RunState, step: int) -> None:
-    """The schedule goes on at a step, from the recipe's own learning rate, which may be a lower one now."""
+    """Let the schedule go on at a step, from the recipe's own learning rate, which may be a lower one now."""
     scheduler = run.lr_scheduler
     rates = [base * course(step) for base, course in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     at = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}

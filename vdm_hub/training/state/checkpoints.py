@@ -37,14 +37,14 @@ _UNFINISHED = re.compile(rf"{_FILE.pattern}|\.tmp\w{{6}}", re.ASCII)
 
 
 class _File(TypedDict):
-    """What a manifest says of a file."""
+    """The entry of a manifest for a file."""
 
     size: Whole
     sha256: Annotated[str, Within(64, 64)]
 
 
 class _Manifest(TypedDict):
-    """What a checkpoint consists of."""
+    """The manifest of a checkpoint: the files that it consists of."""
 
     format: Literal["vdm_hub checkpoint 2"]
     step: NotRequired[Whole]
@@ -53,7 +53,7 @@ class _Manifest(TypedDict):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: groups of named tensors, and JSON."""
+    """The content of a checkpoint: groups of named tensors, and JSON."""
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
@@ -93,14 +93,14 @@ def save_checkpoint(
 
 
 def tidy(folder: Path, keep: int | None = None) -> None:
-    """Finish what a process that was killed in `save_checkpoint` did not: clear away, and keep the latest only."""
+    """Finish the work of a process that was killed in `save_checkpoint`: clear away, and keep the latest only."""
     _clear(folder)
     found = checkpoints(folder)
     _remove(found[: len(found) - keep] if keep and len(found) > keep else [])
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint whose every file is whole.
+    """The content of a checkpoint whose every file is whole.
 
     Raises:
         CheckpointError: It is not a checkpoint of this library, or a file is missing, truncated or altered.
@@ -141,7 +141,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def strangers(folder: Path) -> list[Path]:
-    """What has the name of a checkpoint and is none: where it lies, none can be written."""
+    """The entries with the name of a checkpoint that are none: where they lie, none can be written."""
     return [path for path in entries(folder) if _NAME.fullmatch(path.name) and not _is_checkpoint(path)]
 
 

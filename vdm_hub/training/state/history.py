@@ -32,7 +32,7 @@ class History:
             columns.setdefault(name, []).append(value)
 
     def last(self, part: str, step: int) -> dict[str, float] | None:
-        """What was measured last, at a step or before it; ``None`` where nothing was.
+        """The last measurement at a step or before it; ``None`` where there is none.
 
         >>> history = History({"validation": {"step": [10, 20], "bits_per_dim": [3.5, 3.25]}})
         >>> history.last("validation", 15), history.last("validation", 5)
@@ -43,7 +43,7 @@ class History:
         return {name: values[until[-1]] for name, values in columns.items()} if until else None
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"train": {"step": [...], "bits_per_dim": [...], ...}, "validation": {...}}``, a copy."""
+        """A copy as ``{"train": {"step": [...], "bits_per_dim": [...], ...}, "validation": {...}}``."""
         return {
             part: {name: list(values) for name, values in columns.items()} for part, columns in self._parts.items()
         }

@@ -1,4 +1,4 @@
-"""Looking at losses and weights, so that a run which diverges stops, and no checkpoint holds what came after."""
+"""Checks of losses and weights, so that a run which diverges stops, and no checkpoint holds what came after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DIVERGED = 1000.0  # a bound so many times the lowest one is no matter of which
 
 
 class LossWatch:
-    """Stops before the weights follow a loss that is not finite, that no bound can be, or that has exploded.
+    """A watch that stops a run before its weights follow a loss that is not finite, impossible or exploded.
 
     On a GPU it looks only where the host waits anyway.
 
@@ -40,7 +40,7 @@ class LossWatch:
             self.check_losses()
 
     def check_losses(self) -> None:
-        """Look at the losses of the steps since the last look.
+        """Check the losses of the steps since the last check.
 
         Raises:
             NonFiniteLossError: With the step and its terms.
@@ -72,7 +72,7 @@ class LossWatch:
         return None
 
     def check_weights(self, step: int, model: nn.Module) -> None:
-        """A finite loss can still be followed by a bad update.
+        """Refuse weights that are not finite: a finite loss can still be followed by a bad update.
 
         Raises:
             NonFiniteLossError: Naming the parameter.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the pipeline, pictures and the measured bound."""
+"""The outputs of a run: the pipeline, pictures and the measured bound."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class OutputFolder:
         return not differences(before, configuration.to_dict())
 
     def _names(self) -> set[str]:
-        """What is in the folder, without what a run that was killed left half-written."""
+        """The names in the folder, without what a run that was killed left half-written."""
         half_written = {path.name for written in self._written for path in leftovers(written)}
         return {path.name for path in entries(self.path)} - half_written - {self.lock.name}
 
@@ -169,7 +169,7 @@ class OutputFolder:
         report: LikelihoodReport | None,
         validation: Validation | None,
     ) -> str:
-        """What came out, and where it is: the figure of the test images, or the last of those held out in training."""
+        """The summary of a run: its figure on the test images, or the last in training, and its place."""
         name, lines = configuration.data.dataset_name or configuration.data.train_data_dir, []
         if report is not None:
             what = "test images held out" if data.held_out_test else f"{configuration.data.test_split} split"
@@ -185,7 +185,7 @@ class OutputFolder:
 
 @contextmanager
 def results(folder: OutputFolder) -> Iterator[None]:
-    """Where the results of a trained run are made and written.
+    """A block in which the results of a trained run are made and written.
 
     Raises:
         CheckpointError: They could not be, by the file system's fault.
@@ -244,7 +244,7 @@ def publish_locally(
 
 
 def _describe_test(configuration: Configuration, data: RunData) -> dict[str, Any] | None:
-    """What is said of the test images, where there are any."""
+    """The description of the test images, where there are any."""
     if data.test is None:
         return None
     split = configuration.data.test_split if data.held_out_test is None else SPLIT

@@ -1,4 +1,4 @@
-"""What a run says of how it came about, so that it can be repeated; nothing of the machine but its kind of device."""
+"""The provenance of a run, by which it can be repeated; nothing of the machine but its kind of device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Provenance:
-    """What goes into ``run.json`` and each checkpoint: command, versions, code, size, time and data of a run.
+    """The content of ``run.json``, also in each checkpoint: command, versions, code, size, time and data of a run.
 
     Args:
         configuration: The recipe.
@@ -39,7 +39,7 @@ class Provenance:
         self._parameters = {name: _size(part) for name, part in objective.parts.items()}
 
     def describe(self, steps: int, seconds: float) -> dict[str, Any]:
-        """The run as it is now.
+        """The record of the run as it is now.
 
         Args:
             steps: Optimiser steps that were taken, in all parts of the run together.
@@ -61,7 +61,7 @@ class Provenance:
 
     @cached_property
     def _fixed(self) -> dict[str, Any]:
-        """What stays: the code that runs is that of the start, whatever is committed meanwhile."""
+        """The entries that stay: the code that runs is that of the start, whatever is committed meanwhile."""
         data, train = self._configuration.data, self._data.train
         return {
             "command": _command(self._configuration, self._accelerator),
@@ -78,7 +78,7 @@ class Provenance:
 
 
 def describe_split(images: Images, arguments: DataArguments, split: str | None) -> dict[str, Any]:
-    """One of a run's splits, as `describe_images` does."""
+    """The description of one of a run's splits, as `describe_images` makes it."""
     name = arguments.dataset_name or str(arguments.train_data_dir)
     return describe_images(
         images,
@@ -106,7 +106,7 @@ def plugin_versions(diffusion: DiffusionArguments) -> dict[str, str | None]:
 
 
 def code_state(package: Path = _PACKAGE) -> dict[str, Any] | None:
-    """`git_state` of this package's own code; ``None`` where it runs from no clone, but as it was installed."""
+    """The `git_state` of this package's own code; ``None`` where it runs from no clone, but as it was installed."""
     # It may also lie in somebody else's repository, as an environment within a project does.
     tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
     return git_state(package) if tracked else None
@@ -137,7 +137,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _command(configuration: Configuration, accelerator: Accelerator) -> str:
-    """With the recipe that lies beside; a precision that the launcher chose is no part of that recipe."""
+    """The command that repeats the run with the recipe beside it, and a precision that the launcher chose."""
     chosen = configuration.training.mixed_precision is None and accelerator.mixed_precision != "no"
     flag = f" --mixed_precision {accelerator.mixed_precision}" if chosen else ""
     return f"accelerate launch --num_processes {accelerator.num_processes}{flag} -m vdm_hub.train recipe.yaml"

@@ -1,4 +1,4 @@
-"""Where a run goes on, and what is said where it can't be kept."""
+"""The start of a resumed run, and the words for a checkpoint that could not be written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Start:
     damaged: tuple[Path, ...] = ()
 
     def set_aside(self) -> None:
-        """Rename what is damaged, so that it is no checkpoint any more, and say so. Nothing is deleted.
+        """Rename a damaged checkpoint, so that it is none any more, and say so. Nothing is deleted.
 
         Raises:
             CheckpointError: It holds files that no run wrote; nothing is changed.
@@ -77,7 +77,7 @@ def find_start(folder: Path, wanted: str | None) -> Start | None:
 
 
 def not_saved(folder: Path, step: int, error: Exception) -> str:
-    """What happened to a checkpoint that could not be written, and which one there is."""
+    """Words for a checkpoint that could not be written, and for the last one that there is."""
     whole = find_checkpoint(folder, "latest") or "none yet"
     return (
         f"the checkpoint of step {step} could not be written to {folder} ({in_one_line(error)}); nothing "

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and the optimiser steps that change it."""
+"""The state of a run that a checkpoint holds, and the optimiser steps that change it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _IMAGES_TO_PREPARE = 1024  # training images, from which a model may take how it
 
 
 class RunState:
-    """What the next step of a run depends on, and the steps."""
+    """The state on which the next step of a run depends, and the steps."""
 
     def __init__(
         self, configuration: Configuration, accelerator: Accelerator, data: RunData, folder: OutputFolder
@@ -82,7 +82,7 @@ class RunState:
         self.provenance = Provenance(configuration, accelerator, self.model, data)
 
     def _first_images(self) -> Iterator[dict[str, Tensor]]:
-        """The same however many processes there are, so that all models come to the same scale of their latents."""
+        """The first images, as many for any number of processes, so that all find the same scale of latents."""
         size = self.training.train_batch_size
         first = training_batches(self.data.train, size, seed=self.training.seed).batches()
         return (to_device(batch, self.accelerator.device) for batch in islice(first, -(-_IMAGES_TO_PREPARE // size)))
@@ -99,7 +99,7 @@ class RunState:
             yield [next(source) for _ in range(accumulation)]
 
     def optimise(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One optimiser step; every draw is a function of the seed, the step and the place in the global batch.
+        """Take one optimiser step; every draw is a function of the seed, the step and the place in the global batch.
 
         Returns:
             The bound's terms in bits per dimension, their means over this process's images.
@@ -126,7 +126,7 @@ class RunState:
         return terms
 
     def _clip(self) -> Tensor:
-        """Clip the gradient, and its norm before that."""
+        """Clip the gradient; returns its norm before that."""
         average_gradients(self.accelerator, self._replicated)
         limit = math.inf if self.training.max_grad_norm is None else self.training.max_grad_norm
         if self.accelerator.device.type != "cpu" or is_sharded(self.accelerator):
@@ -153,7 +153,7 @@ class RunState:
         return stratified_times(size, offset, self._place(part) * size, total, self.accelerator.device)
 
     def _noise(self, batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
-        """Noise of this micro-batch; dropout draws from the global generator, which is seeded alike."""
+        """The noise of this micro-batch; dropout draws from the global generator, which is seeded alike."""
         key = [self.training.seed, self.step, self._place(part)]
         noise_seed, dropout_seed = np.random.SeedSequence(key).generate_state(2, np.uint64) >> np.uint64(1)
         device = self.accelerator.device
@@ -165,7 +165,7 @@ class RunState:
         return self.model.draw_noise(batch, generator)
 
     def _watch(self, terms: dict[str, Tensor], gradient_norm: Tensor) -> None:
-        """Stop before the weights follow a loss or a gradient that is not finite.
+        """Stop the run before the weights follow a loss or a gradient that is not finite.
 
         The gradient is the mean over all processes, so they all stop at the same step.
         """
