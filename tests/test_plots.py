@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tiny import tiny_pipeline
+from vdm_hub import VariationalBound
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.likelihood.profiles import transition_profile
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -202,7 +203,7 @@ def test_both_forms_are_drawn_over_t_and_each_has_bits_over_t_of_its_own(
             assert drawn.get_data().values.tolist() == getattr(profile, field).tolist()
             assert drawn.get_data().edges.tolist() == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     for name in forms:
-        report = pipe.bits_per_dim(levels, transitions=5, replicates=2, decomposition=name)
+        report = pipe.bits_per_dim(levels, method=VariationalBound(5, decomposition=name), replicates=2)
         plot_likelihood(report, tmp_path / "bits.png")
         assert len(figures[-1].axes) == 2, "bits over t, and the histogram"
     assert "consistency term" in figures[-1].axes[0].get_title()

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -87,7 +88,8 @@ def explained() -> list[type]:
 
 @pytest.mark.parametrize("cls", explained(), ids=lambda cls: cls.__name__)
 def test_every_argument_that_a_recipe_may_give_is_explained(cls: type) -> None:
-    arguments = (inspect.getdoc(cls) or "").partition("Args:")[2].partition("Example:")[0]
+    said = inspect.getdoc(cls) or ""
+    arguments = said.partition("Attributes:" if is_dataclass(cls) else "Args:")[2].partition("Example:")[0]
     unsaid = [name for name in inspect.signature(cls).parameters if not re.search(rf"\b{name}\b", arguments)]
     assert not unsaid
 

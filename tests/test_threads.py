@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import registered
 from exact_denoisers import PerPixelSchedule
 from tiny import randomised, sampled, seeded, tiny_pipeline, tiny_unet
+from vdm_hub import VariationalBound
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule, differentiated, gamma_and_derivative
 from vdm_hub.diffusion.samplers import SAMPLERS
 from vdm_hub.likelihood.estimator import BoundEstimator
-from vdm_hub.likelihood.protocol import ProbabilityFlow
+from vdm_hub.likelihood.methods import LikelihoodMethod, ProbabilityFlow
 from vdm_hub.models.calls import evaluating
 from vdm_hub.objectives.variational_bound import VDMObjective
 
@@ -126,7 +127,7 @@ def test_a_likelihood_in_threads_of_one_pipeline_in_training_mode_is_that_of_one
     images = torch.randint(0, 17, (4, 1, 8, 8), generator=seeded())
 
     def measured(i: int) -> Tensor:
-        return pipe.bits_per_dim(images, replicates=1 + i, pilot_evaluations=0).per_image
+        return pipe.bits_per_dim(images, replicates=1 + i, method=VariationalBound(pilot_evaluations=0)).per_image
 
     alone = [measured(i) for i in range(THREADS)]
     for found, expected in zip(at_once(measured), alone, strict=True):
@@ -148,14 +149,14 @@ def test_estimators_in_threads_on_one_objective_count_their_own_evaluations() ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["bound", "ode"])
-def test_a_likelihood_does_not_depend_on_how_many_threads_torch_has(method: str) -> None:
+@pytest.mark.parametrize("method", [VariationalBound(), ProbabilityFlow(tolerance=1e-3)])
+def test_a_likelihood_does_not_depend_on_how_many_threads_torch_has(method: LikelihoodMethod) -> None:
     pipe, images = tiny_pipeline(randomised(tiny_unet())), torch.randint(0, 17, (2, 1, 8, 8), generator=seeded())
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            found.append(pipe.log_likelihood(images, method, replicates=2, flow=ProbabilityFlow(tolerance=1e-3)))
+            found.append(pipe.log_likelihood(images, method, replicates=2))
         finally:
             torch.set_num_threads(1)
     # 1e-9 bits/dim is what law 8 allows; float32, in which a bound's network computes, rounds by more.

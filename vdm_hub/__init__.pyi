@@ -78,7 +78,12 @@ from .objectives.hierarchical import standard_kl as standard_kl
 from .likelihood.lockstep import Trajectory as Trajectory
 from .likelihood.lockstep import integrate_ode as integrate_ode
 from .likelihood.probability_flow import FlowMeasurement as FlowMeasurement
-from .likelihood.protocol import ProbabilityFlow as ProbabilityFlow
+from .likelihood.measurement import Measured as Measured
+from .likelihood.measurement import Measurement as Measurement
+from .likelihood.methods import ImportanceWeighted as ImportanceWeighted
+from .likelihood.methods import LikelihoodMethod as LikelihoodMethod
+from .likelihood.methods import ProbabilityFlow as ProbabilityFlow
+from .likelihood.methods import VariationalBound as VariationalBound
 from .likelihood.report import LikelihoodReport as LikelihoodReport
 from .objectives.restrictions import as_hierarchical_vae as as_hierarchical_vae
 from .objectives.variational_bound import Bound as Bound

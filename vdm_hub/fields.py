@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import field, fields
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union
 
 from vdm_hub.errors import ConfigurationError, shortened, unknown_name
@@ -63,8 +64,11 @@ def check_fields(arguments: Any) -> None:
         value, allowed = getattr(arguments, one.name), one.metadata
         if value is None or "bounds" not in allowed:
             continue
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            _check_number(one.name, value, allowed["bounds"])
+        hint = getattr(hints[one.name], "__supertype__", hints[one.name])
+        kinds = typing.get_args(hint) or (hint,)
+        numbers = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, (int, float))]
+        if numbers and bool not in numbers:
+            _check_number(one.name, value, allowed["bounds"], whole=all(issubclass(kind, int) for kind in numbers))
         known = allowed["choices"] or _names_in(hints[one.name])
         if known and value not in known:
             raise unknown_name(one.name, value, known)
@@ -87,13 +91,14 @@ def idle_fields(arguments: Any) -> list[str]:
     ]
 
 
-def _check_number(name: str, value: float, bounds: dict[str, float]) -> None:
-    tests = {"at least": value >= bounds.get("at least", value), "above": value > bounds.get("above", -math.inf)}
-    tests |= {"at most": value <= bounds.get("at most", value), "below": value < bounds.get("below", math.inf)}
-    is_finite = isinstance(value, int) or math.isfinite(value)
-    if not is_finite or not all(tests.values()):
-        wanted = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items())
-        raise ConfigurationError(f"{name} is {reprlib.repr(value)}: give a finite number {wanted}.")
+def _check_number(name: str, value: Any, bounds: dict[str, float], whole: bool = False) -> None:
+    ranges = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items())
+    wanted = f"{'whole' if whole else 'finite'} number {ranges}"
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    tests = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+    within_all = {"above": -math.inf, "below": math.inf} | bounds
+    if not is_number or not all(tests[word](value, bound) for word, bound in within_all.items()):
+        raise ConfigurationError(f"{name} is {reprlib.repr(value)}: give a {wanted}.")
 
 
 def _names_in(annotation: Any) -> tuple[str, ...]:

@@ -73,6 +73,11 @@ BUILT_INS: dict[str, dict[str, str]] = {
     "forward_processes": {
         "gaussian": f"{_DIFFUSION}.gaussian_process:GaussianProcess",
     },
+    "likelihood_methods": {
+        "bound": f"{_PACKAGE}.likelihood.methods:VariationalBound",
+        "ode": f"{_PACKAGE}.likelihood.methods:ProbabilityFlow",
+        "importance_weighted": f"{_PACKAGE}.likelihood.methods:ImportanceWeighted",
+    },
 }
 
 _BASES = {
@@ -81,6 +86,7 @@ _BASES = {
     "conditionings": f"{_DIFFUSION}.conditioning:Conditioning",
     "decoders": f"{_DIFFUSION}.decoders:Decoder",
     "forward_processes": f"{_DIFFUSION}.forward_process:ForwardProcess",
+    "likelihood_methods": f"{_PACKAGE}.likelihood.methods:LikelihoodMethod",
 }
 
 SERIALISED_FIELDS = {

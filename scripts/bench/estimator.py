@@ -45,8 +45,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "control variate": NOTHING | {"control_variate": True},
     "stratified times, importance sampling": NOTHING | {"stratified": True, "importance_sampling": True},
     "all": {},
-    "all, 4 times an image": {"times_per_image": 4},
-    "all, 8 times an image": {"times_per_image": 8},
+    "all, 4 times an image": {"times_per_datum": 4},
+    "all, 8 times an image": {"times_per_datum": 8},
 }
 
 
@@ -107,7 +107,7 @@ def measure(
     """Bits/dim, its error, and variance x evaluations per image, in (bits/dim)^2."""
     started = time.perf_counter()
     techniques = TECHNIQUES[name]
-    times = techniques.get("times_per_image", 1)
+    times = techniques.get("times_per_datum", 1)
     pilot = 0 if techniques == NOTHING | {"stratified": techniques.get("stratified", True)} else arguments.pilot
     seed = 1000 + repetition
     report = vdm_hub.measure_images(

@@ -99,7 +99,7 @@ NUMBERS = (
         "replicates",
         "max_replicates",
         "max_evaluations",
-        "times_per_image",
+        "times_per_datum",
         "pilot_evaluations",
         "draws",
     ),
@@ -109,8 +109,9 @@ NUMBERS = (
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_of_evaluate_have_a_range(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    method = {"draws": "importance_weighted", "probes": "ode", "max_steps": "ode"}.get(name, "bound")
     for value in (-1, 10**30):
-        said = refused(capsys, *EVALUATE, f"--{name}", value)
+        said = refused(capsys, *EVALUATE, "--method", method, f"--{name}", value)
         assert f"{name} is {value}" in said and "at most" in said and "at least" in said
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from naming import naming
 from tiny import tiny_pipeline, tiny_unet
-from vdm_hub import VDMPipeline, VDMScheduler, commands
+from vdm_hub import ImportanceWeighted, VDMPipeline, VDMScheduler, commands
 from vdm_hub.commands import main
 from vdm_hub.commands.evaluate import NOT_REACHED
 from vdm_hub.data.loading import load_split
@@ -25,9 +25,9 @@ from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.evaluation.measuring import ReplicateStages
 from vdm_hub.hub.records import read_evaluation
-from vdm_hub.likelihood.methods import check_endpoints
-from vdm_hub.likelihood.protocol import ProbabilityFlow
+from vdm_hub.likelihood.methods import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.objectives.variational_bound import check_finite_ends
 from vdm_hub.recipes.arguments import parse_recipe
 
 ODE = ("--tolerance", "0.3", "--max_images", "2", "--replicates", "2")
@@ -99,10 +99,10 @@ def test_the_pipeline_says_what_the_command_says(folder: Path, capsys: pytest.Ca
     levels = load_split("digits", "test[:2]", num_levels=17).levels
     flow = ProbabilityFlow(dequantization="uniform", probes=2, tolerance=0.3)
     assert main(words(folder, *METHODS["ode"], "--json")) == 0
-    report = pipe.log_likelihood(levels, method="ode", flow=flow, replicates=2)
+    report = pipe.log_likelihood(levels, method=flow, replicates=2)
     assert report.bits_per_dim == pytest.approx(json.loads(capsys.readouterr().out)["bits_per_dim"], rel=1e-9)
     assert not report.is_bound and report.times is None
-    weighted = pipe.log_likelihood(levels, method="importance_weighted", draws=3, transitions=4, replicates=2)
+    weighted = pipe.log_likelihood(levels, method=ImportanceWeighted(draws=3, transitions=4), replicates=2)
     assert weighted.is_bound and weighted.transitions == 4
     assert weighted.details["importance_weights"]["draws"] == 3
 
@@ -274,12 +274,13 @@ def test_what_this_package_draws_is_never_read_as_an_image(folder: Path, tmp_pat
 
 def test_what_the_model_has_no_likelihood_for_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, message in (
-        (("--method", "ode", "--transitions", 5), "the probability-flow ODE has none"),
+        (("--method", "ode", "--transitions", 5), "transitions is 5, and the method 'ode' has no such option"),
         (("--target_standard_error", 0.1, "--replicates", 4), "give at least 8"),
         (("--label_column", "label"), "the network is not class-conditional"),
         (("--num_levels", 16), "num_levels is 16, and the model's decoder knows 17"),
         (("--prediction_type", "score"), "prediction_type is for checkpoints of diffusers"),
-        (("--method", "ode", "--times_per_image", 2), "only the bound of a diffusion has times to draw"),
+        (("--tolerance", 0.1), "tolerance is 0.1, and the method 'bound' has no such option"),
+        (("--method", '{"name": "ode", "config": {"probes": 2}}', "--probes", 2), "one of the two"),
         (("--target_standard_error", 0.1, "--max_evaluations", 300), "8 replicates takes "),
     ):
         assert message in refused(capsys, words(folder, *more))
@@ -338,7 +339,7 @@ def test_a_schedule_without_finite_endpoints_is_refused() -> None:
         pipe.scheduler.process.schedule = Endless(-13.3, 5.0)
         with pytest.raises(ConfigurationError, match=naming("Endless", "gamma(0)", "-inf")):
             pipe.log_likelihood(torch.zeros(1, 1, 8, 8), method=method)
-    check_endpoints(GaussianProcess.from_fields({}))
+    check_finite_ends(GaussianProcess.from_fields({}))
 
 
 def test_a_folder_is_measured_as_it_is_named_and_what_is_not_read_is_said(

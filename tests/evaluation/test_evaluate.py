@@ -15,8 +15,7 @@ from PIL import Image
 
 from naming import naming
 from runs import finished_run
-from tiny import tiny_unet
-from vdm_hub import VDMPipeline, VDMScheduler
+from vdm_hub import VariationalBound, VDMPipeline, VDMScheduler
 from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream
 from vdm_hub.data.loading import load_split
 from vdm_hub.data.pixels import image_from_levels
@@ -40,7 +39,8 @@ def images() -> ImageLevels:
 @pytest.mark.parametrize("transitions", [None, 7])
 def test_the_batch_size_changes_no_figure(transitions: int | None, pipeline: VDMPipeline, images: ImageLevels) -> None:
     reports = [
-        evaluate(pipeline, images, transitions, replicates=2, batch_size=size, progress=False) for size in (50, 16, 7)
+        evaluate(pipeline, images, VariationalBound(transitions), replicates=2, batch_size=size, progress=False)
+        for size in (50, 16, 7)
     ]
     for report in reports[1:]:  # the pilot's sums are rounded otherwise, and with them the density of the times
         torch.testing.assert_close(report.times, reports[0].times, rtol=1e-5, atol=1e-6)
@@ -113,7 +113,7 @@ def test_what_does_not_fit_the_model_is_refused(pipeline: VDMPipeline) -> None:
     with pytest.raises(ConfigurationError, match=naming("replicates", 0)):
         evaluate(pipeline, of_shape(2, 1, 8, 8), replicates=0, progress=False)
     with pytest.raises(ConfigurationError, match=naming("transitions", 0)):
-        evaluate(pipeline, of_shape(2, 1, 8, 8), transitions=0, progress=False)
+        evaluate(pipeline, of_shape(2, 1, 8, 8), VariationalBound(0), progress=False)
 
 
 def test_a_model_that_is_not_finite_is_named_with_the_image(images: ImageLevels) -> None:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from naming import naming
 from runs import ROOT, TORCHRUN, environment, python
 from tiny import tiny_pipeline
+from vdm_hub import ImportanceWeighted, VariationalBound
 from vdm_hub.data.loading import load_split
 from vdm_hub.errors import CheckpointError
 from vdm_hub.evaluation.evaluate import evaluate
@@ -71,7 +72,7 @@ def test_two_processes_find_of_each_image_what_one_does(folder: Path, tmp_path: 
         assert one[key] == two[key], key
     # What two processes have finished, one finds finished.
     images = load_split("digits", "test[:150]", num_levels=17)
-    resumed = evaluate(tiny_pipeline(), images, None, 3, 16, progress=False, journal=tmp_path / "journal")
+    resumed = evaluate(tiny_pipeline(), images, replicates=3, progress=False, journal=tmp_path / "journal")
     assert resumed.bits_per_dim == one["bits_per_dim"]
 
 
@@ -153,9 +154,9 @@ def test_a_journal_is_of_one_measurement(tmp_path: Path) -> None:
     assert torch.equal(more.terms_per_image["diffusion"][:2], first.terms_per_image["diffusion"])
     others: list[tuple[str, dict[str, Any]]] = [
         ("seed", {"seed": 1}),
-        ("transitions", {"transitions": 5}),
+        ("options", {"method": VariationalBound(5)}),
         ("images", {"max_images": 5}),
-        ("method", {"method": "importance_weighted", "transitions": 3, "draws": 2}),
+        ("method", {"method": ImportanceWeighted(transitions=3, draws=2)}),
     ]
     for name, change in others:
         with pytest.raises(CheckpointError, match=name):
@@ -169,7 +170,7 @@ def test_a_journal_is_of_one_measurement(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["weights", "seed", "images"])
 def test_a_piece_of_another_journal_is_never_taken_for_one_of_this(change: str, tmp_path: Path) -> None:
     images, pipeline = load_split("digits", "test[:4]", num_levels=17), tiny_pipeline()
-    arguments: dict[str, Any] = {"replicates": 2, "progress": False, "pilot_evaluations": 0}
+    arguments: dict[str, Any] = {"replicates": 2, "progress": False, "method": VariationalBound(pilot_evaluations=0)}
     own = evaluate(pipeline, images, **arguments, journal=tmp_path / "own")
     other = tiny_pipeline()
     if change == "weights":

@@ -75,7 +75,7 @@ def test_all_together_are_unbiased_under_every_schedule(name: str, transitions: 
 def test_several_times_of_each_image_are_unbiased_for_every_target(target: str) -> None:
     model = objective(target=target)
     exact = float(exact_diffusion(model.process, LEVELS, None).mean())
-    assert abs(z_score(estimate(model, times_per_image=3), exact)) < 4.5
+    assert abs(z_score(estimate(model, times_per_datum=3), exact)) < 4.5
 
 
 def test_on_a_finite_alphabet_the_whole_bound_has_its_exact_mean() -> None:
@@ -142,7 +142,7 @@ def test_a_replicate_is_what_its_draws_give_by_hand(transitions: int | None, fit
     model.process.decoder = registered.build("decoders", decoder)
     calls: list[int] = []
     model.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
-    estimator = BoundEstimator(model, 5, seed=3, times_per_image=2)
+    estimator = BoundEstimator(model, 5, seed=3, times_per_datum=2)
     if fitted:
         estimator.fit(Batches(FEW))
         assert estimator.variate is not None and estimator.pilot_evaluations == sum(calls)
@@ -174,7 +174,7 @@ def test_times_are_stratified_unless_that_is_turned_off(per_image: int) -> None:
     strata = 40 * per_image
     for stratified in (True, False):
         estimator = BoundEstimator(
-            objective(), 40, times_per_image=per_image, stratified=stratified, pilot_evaluations=0
+            objective(), 40, times_per_datum=per_image, stratified=stratified, pilot_evaluations=0
         )
         cells = (estimator.times(0).flatten() * strata).long().sort().values
         assert estimator.times(0).shape == (40, per_image)
@@ -221,12 +221,12 @@ def test_a_pilot_takes_as_many_evaluations_as_images_within_bounds_and_none_that
         estimator = BoundEstimator(objective(), count, **arguments)
         techniques = estimator.protocol()["estimator"]
         assert techniques["pilot_evaluations"] == estimator.fewest_evaluations(0)
-        k = techniques["times_per_image"]
+        k = techniques["times_per_datum"]
         assert estimator.fewest_evaluations(3) == techniques["pilot_evaluations"] + 3 * count * k
         return techniques["pilot_evaluations"], techniques["importance_sampling"], techniques["control_variate"]
 
     assert planned(1) == (256, True, True) and planned(300) == (300, True, True)
-    assert planned(10**5, times_per_image=2) == (4096, True, True)
+    assert planned(10**5, times_per_datum=2) == (4096, True, True)
     assert planned(300, pilot_evaluations=256) == (256, True, True)
     assert planned(300, pilot_evaluations=0) == (0, False, False)
     assert planned(300, importance_sampling=False, control_variate=False) == (0, False, False)
@@ -235,7 +235,7 @@ def test_a_pilot_takes_as_many_evaluations_as_images_within_bounds_and_none_that
     plain = BoundEstimator(objective(), 3)
     techniques = plain.protocol()["estimator"]
     assert plain.seed == 0 and plain.method == "bound" and plain.is_bound and plain.network_evaluations == 0
-    assert (techniques["defensive"], techniques["times_per_image"], techniques["stratified"]) == (0.1, 1, True)
+    assert (techniques["defensive"], techniques["times_per_datum"], techniques["stratified"]) == (0.1, 1, True)
     without = BoundEstimator(objective(), 3, pilot_evaluations=0)
     without.fit(lambda: pytest.fail("nothing looks at the images"))
     without.load_state(json.loads(json.dumps(without.state())))
@@ -315,7 +315,7 @@ def test_the_pilot_and_all_replicates_share_no_draw() -> None:
             return noise
 
     model = objective()
-    estimate(Recording(model.network, model.process), times_per_image=2)
+    estimate(Recording(model.network, model.process), times_per_datum=2)
     draws = torch.cat(seen)
     assert len(draws) >= 2 * (PILOT + 2 * REPLICATES * len(LEVELS))
     # Of 10^4 float32 normals some pairs agree by chance; a stream used twice would repeat thousands.
@@ -365,9 +365,9 @@ def test_estimates_of_images_depend_on_the_schedule_s_endpoints_only() -> None:
 @pytest.mark.parametrize("transitions", [None, 5])
 def test_terms_depend_neither_on_batches_nor_on_the_process_that_loads_the_state(transitions: int | None) -> None:
     model = objective(transitions)
-    fitted = BoundEstimator(model, len(LEVELS), seed=3, times_per_image=2)
+    fitted = BoundEstimator(model, len(LEVELS), seed=3, times_per_datum=2)
     fitted.fit(Batches(LEVELS, 64))
-    loaded = BoundEstimator(model, len(LEVELS), seed=3, times_per_image=2)
+    loaded = BoundEstimator(model, len(LEVELS), seed=3, times_per_datum=2)
     loaded.load_state(json.loads(json.dumps(fitted.state())))
     assert loaded.pilot_evaluations == fitted.pilot_evaluations == 256 > len(LEVELS)
     with torch.no_grad():
@@ -384,7 +384,7 @@ def test_every_evaluation_is_counted_the_pilot_s_too() -> None:
     calls = []
     model = objective(transitions=4)
     handle = model.network.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
-    report = estimate(model, times_per_image=2)
+    report = estimate(model, times_per_datum=2)
     handle.remove()
     assert report.network_evaluations == sum(calls) == PILOT + 2 * REPLICATES * len(LEVELS)
 
@@ -481,7 +481,7 @@ def test_bad_numbers_are_refused() -> None:
     model = objective()
     with pytest.raises(DataError, match="0 images"):
         BoundEstimator(model, 0)
-    with pytest.raises(ConfigurationError, match=naming("times_per_image", 0)):
-        BoundEstimator(model, 5, times_per_image=0)
+    with pytest.raises(ConfigurationError, match=naming("times_per_datum", 0)):
+        BoundEstimator(model, 5, times_per_datum=0)
     with pytest.raises(ConfigurationError, match=naming("pilot_evaluations", 255)):
         BoundEstimator(model, 5, pilot_evaluations=255)

@@ -26,8 +26,8 @@ from vdm_hub.likelihood.importance_weighted import (
     log_mean_exp,
     weighted,
 )
+from vdm_hub.likelihood.methods import ProbabilityFlow
 from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow
-from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.objectives.variational_bound import VDMObjective
 
 LEVELS, FIRST, LAST = 5, -1.5, 3.0

@@ -30,8 +30,9 @@ from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
 from vdm_hub.likelihood import lockstep, probability_flow
 from vdm_hub.likelihood.dequantization import dequantization
+from vdm_hub.likelihood.methods import ProbabilityFlow
 from vdm_hub.likelihood.probability_flow import FlowMeasurement, _probes, draw_flow, flow_density
-from vdm_hub.likelihood.protocol import SOLVERS, ProbabilityFlow
+from vdm_hub.likelihood.protocol import SOLVERS
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.objectives.variational_bound import VDMObjective
 

@@ -128,14 +128,14 @@ def test_the_text_holds_every_figure() -> None:
         ({}, "continuous"),
         ({"transitions": 7}, "7 transitions"),
         ({"transitions": 7, "method": "importance"}, "7 transitions"),
-        ({"method": "ode"}, "ODE"),
-        ({"method": "ode", "details": {"hierarchy": {"depth": 1}}}, "1 latent"),
-        ({"method": "ode", "details": {"hierarchy": {"depth": 2}}}, "2 latents"),
+        ({"method": "odd"}, "continuous"),
+        ({"details": {"hierarchy": {"depth": 1}}}, "1 latent"),
+        ({"details": {"hierarchy": {"depth": 2}}}, "2 latents"),
     ],
 )
 def test_its_time_is_named(fields: dict[str, Any], said: str) -> None:
     (line,) = (line for line in str(report(2, 2, **fields)).splitlines() if " replicates, " in line)
-    assert line.endswith(said) or (said in ("continuous", "ODE") and said in line)
+    assert line.endswith(said) or (said == "continuous" and said in line)
 
 
 FLOW = {"solver": "dopri5", "tolerance": 1e-5, "dequantization": "uniform", "evaluations_per_solve": 44.25}
@@ -147,12 +147,13 @@ def test_the_protocol_is_in_the_text() -> None:
         "probability_flow": FLOW | {"divergence": "rademacher", "probes": 3},
         "importance_weights": {"draws": 17, "over": "the noise", "effective_sample_size_mean": 2.26},
         "estimator": {"stratified": True, "pilot": 64, "unused": False},
-        "decomposition": "consistency_form",
+        "options": {"decomposition": "consistency_form"},
         "clipped": {"bits_per_dim": 2.5, "standard_error": 0.125},
         "dataset": {"name": "digits", "split": "test", "levels": 17, "fingerprint": "sha256:" + "ab" * 32}
         | {"resolution": 31, "config": None},
     }
     text = str(report(FEWEST_REPLICATES, 2, details=details))
+    assert "probability-flow ODE" in text.splitlines()[4]
     for word in (
         "dopri5",
         "float64",

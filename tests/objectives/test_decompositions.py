@@ -13,13 +13,22 @@ import torch
 import linear_gaussian
 from naming import naming
 from tiny import quiet, randomised, seeded, tiny_unet
-from vdm_hub import HVAEPipeline, LatentVDMPipeline, MarkovianHVAE, UNetVDMModel, VDMPipeline, VDMScheduler
+from vdm_hub import (
+    HVAEPipeline,
+    LatentVDMPipeline,
+    MarkovianHVAE,
+    UNetVDMModel,
+    VariationalBound,
+    VDMPipeline,
+    VDMScheduler,
+)
 from vdm_hub.commands.__main__ import main
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.diffusion.draws import image_generator
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.likelihood.comparison import compare_decompositions
+from vdm_hub.likelihood.methods import method_of
 from vdm_hub.objectives.decompositions import _DRAWS, decompositions, form_of
 
 LEVELS = torch.randint(0, 17, (6, 1, 8, 8), generator=seeded(1)).byte()
@@ -85,21 +94,23 @@ def test_a_comparison_is_the_mean_the_error_and_the_variance_of_its_draws() -> N
 def test_pipeline_and_evaluator_give_the_form_that_is_asked_for(rung: str) -> None:
     pipe, images = pipeline(rung), ImageLevels(LEVELS, (1, 8, 8), 17)
     for form in EXPECTED[rung]:
-        arguments = {"transitions": TRANSITIONS[rung], "replicates": 2, "decomposition": form}
-        report = evaluate(pipe, images, **arguments, progress=False)
-        torch.testing.assert_close(report.per_image, pipe.log_likelihood(LEVELS, **arguments).per_image)
-        assert report.to_dict()["decomposition"] == form
+        method = VariationalBound(TRANSITIONS[rung], decomposition=form)
+        report = evaluate(pipe, images, method, replicates=2, progress=False)
+        torch.testing.assert_close(report.per_image, pipe.log_likelihood(LEVELS, method, replicates=2).per_image)
+        assert report.to_dict()["options"] == method.chosen() and method.chosen()["decomposition"] == form
         assert f"decomposition: {form.replace('_', ' ')}" in str(report)
-    assert "decomposition" not in pipe.log_likelihood(LEVELS, transitions=TRANSITIONS[rung]).to_dict()
+    plain = pipe.log_likelihood(LEVELS, VariationalBound(TRANSITIONS[rung])).to_dict()
+    assert "decomposition" not in plain.get("options", {})
 
 
 def test_a_form_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=naming("transitions")):
-        pipeline("vdm").log_likelihood(LEVELS, decomposition="consistency")
+        pipeline("vdm").log_likelihood(LEVELS, method=VariationalBound(decomposition="consistency"))
     with pytest.raises(ConfigurationError, match=naming("'joint'", "consistency", "denoising_matching")):
-        pipeline("vdm").log_likelihood(LEVELS, decomposition="joint", transitions=3)
+        pipeline("vdm").log_likelihood(LEVELS, method=VariationalBound(decomposition="joint", transitions=3))
     with pytest.raises(ConfigurationError, match=naming("'consistency'", "'ode'")):
-        pipeline("vdm").log_likelihood(LEVELS, "ode", decomposition="consistency")
+        method_of("ode").from_options({"decomposition": "consistency"})
+    assert list(decompositions(pipeline("vdm").objective(None))) == ["denoising_matching"], "in continuous time"
     hierarchy = pipeline("hvae").objective(None)
     with pytest.raises(ConfigurationError, match=naming("consistency", "joint")):
         form_of(hierarchy, "denoising_matching")
@@ -107,7 +118,7 @@ def test_a_form_that_is_not_there_is_refused() -> None:
         form_of(hierarchy, "both")
     with pytest.raises(ConfigurationError, match="NoneType"):
         decompositions(None)  # type: ignore[arg-type]
-    assert form_of(hierarchy, None, "ode") is hierarchy
+    assert form_of(hierarchy, None) is hierarchy
     assert type(form_of(hierarchy, "joint")).__name__ == "JointHVAEObjective"
 
 
@@ -115,4 +126,4 @@ def test_the_command_has_the_option(tmp_path: Path, capsys: pytest.CaptureFixtur
     pipeline("hvae").save_pretrained(tmp_path / "pipeline")
     words = ["evaluate", str(tmp_path / "pipeline"), "--dataset_name", "digits", "--max_images", "5", "--json"]
     assert main([*words, "--decomposition", "joint"]) == 0
-    assert json.loads(capsys.readouterr().out)["decomposition"] == "joint"
+    assert json.loads(capsys.readouterr().out)["options"] == {"decomposition": "joint"}

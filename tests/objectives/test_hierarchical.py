@@ -15,8 +15,8 @@ from naming import naming
 from tiny import randomised, seeded
 from vdm_hub import HVAEObjective, MarkovianHVAE
 from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.likelihood.hierarchical import HierarchicalChains, HierarchicalMeasurement, hierarchical_measurement
-from vdm_hub.likelihood.methods import build_measurement
+from vdm_hub.likelihood.hierarchical import HierarchicalChains, HierarchicalMeasurement
+from vdm_hub.likelihood.methods import ImportanceWeighted, build_measurement
 from vdm_hub.models.hvae import Normal
 from vdm_hub.objectives.hierarchical import JointHVAEObjective, joint_terms, log_density
 
@@ -126,30 +126,28 @@ def test_a_log_density_is_that_of_the_normal_distribution() -> None:
 
 def test_an_image_draws_the_same_in_any_batch() -> None:
     model = hvae(2)
-    for method in ("bound", "importance_weighted"):
-        measurement = hierarchical_measurement(HVAEObjective(model), method, draws=3)
+    for method in ("bound", ImportanceWeighted(draws=3)):
+        measurement = build_measurement(HVAEObjective(model), 6, method)
         whole, parts = (measured(measurement, Batches(LEVELS, size), 2) for size in (6, 1))
         torch.testing.assert_close(whole.per_image, parts.per_image, rtol=1e-5, atol=1e-6)
 
 
 def test_a_report_says_how_deep_the_hierarchy_is_and_what_was_drawn() -> None:
     objective = HVAEObjective(hvae(2))
-    bound = measured(hierarchical_measurement(objective, "bound", seed=1), Batches(LEVELS), 2)
+    bound = measured(build_measurement(objective, 6, "bound", seed=1), Batches(LEVELS), 2)
     assert (bound.method, bound.is_bound, bound.transitions) == ("bound", True, None)
     assert bound.network_evaluations == 2 * 6 and bound.details["hierarchy"] == {"depth": 2}
-    chains = hierarchical_measurement(objective, "importance_weighted", draws=3, seed=1)
+    chains = build_measurement(objective, 6, ImportanceWeighted(draws=3), seed=1)
     report = measured(chains, Batches(LEVELS), 2)
     assert (report.method, report.is_bound) == ("importance_weighted", True)
     assert report.network_evaluations == 2 * 6 * 3 and report.details["hierarchy"] == {"depth": 2}
     weights = report.details["importance_weights"]
     assert (weights["over"], weights["draws"]) == ("latents", 3)
     assert 1 <= weights["effective_sample_size_min"] < weights["effective_sample_size_mean"] <= 3
-    assert (
-        measured(hierarchical_measurement(objective, "bound"), Batches(LEVELS), 2).bits_per_dim != bound.bits_per_dim
-    )
-    default = hierarchical_measurement(objective, "importance_weighted")
+    assert measured(build_measurement(objective, 6), Batches(LEVELS), 2).bits_per_dim != bound.bits_per_dim
+    default = build_measurement(objective, 6, "importance_weighted")
     assert (default.seed, default.protocol()["importance_weights"]["draws"]) == (0, 16)
-    assert hierarchical_measurement(objective, "bound").seed == HierarchicalMeasurement(objective).seed == 0
+    assert build_measurement(objective, 6).seed == HierarchicalMeasurement(objective).seed == 0
     assert (HierarchicalChains(objective).seed, HierarchicalChains(objective).draws) == (0, 16)
 
 
@@ -172,7 +170,7 @@ def test_what_a_hierarchical_vae_has_not_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=naming("'ode'")):
         build_measurement(objective, 6, "ode")
     with pytest.raises(ConfigurationError, match=naming("draws", 0, 1)):
-        build_measurement(objective, 6, "importance_weighted", draws=0)
+        build_measurement(objective, 6, {"name": "importance_weighted", "config": {"draws": 0}})
     with pytest.raises(ConfigurationError, match=naming("draws", 0, 1)):
         HierarchicalChains(objective, draws=0)
     for wrong in (5, -1):

@@ -142,10 +142,11 @@ def test_labels_are_classes_of_the_network_one_for_each_image(labels: Any, named
 @pytest.mark.parametrize(
     "arguments",
     [
-        *({name: value} for name in ("batch_size", "replicates", "times_per_image") for value in (0, -1, 1.5, True)),
-        *({"transitions": value} for value in (0, 2.5, True)),
+        *({name: value} for name in ("batch_size", "replicates") for value in (0, -1, 1.5, True)),
         *({"seed": value} for value in (-1, 0.5)),
-        *({"draws": value, "method": "importance_weighted", "transitions": 2} for value in (0, 1.5)),
+        *({"times_per_datum": value} for value in (0, -1, 1.5, True)),
+        *({"transitions": value} for value in (0, 2.5, True)),
+        *({"draws": value, "name": "importance_weighted", "transitions": 2} for value in (0, 1.5)),
         *({"pilot_evaluations": value} for value in (-1, 255, 256.5, True)),
     ],
 )
@@ -153,6 +154,9 @@ def test_numbers_of_a_likelihood_are_whole_and_in_range(arguments: dict[str, Any
     pipe = tiny_pipeline()
     inputs = Inputs(pipe.unet)
     name, value = next(iter(arguments.items()))
+    kind = arguments.pop("name", "bound")
+    if name not in ("batch_size", "replicates", "seed"):
+        arguments = {"method": {"name": kind, "config": arguments}}
     with pytest.raises(ConfigurationError, match=naming(name, value)):
         pipe.log_likelihood(torch.zeros(1, 1, 8, 8, dtype=torch.long), **arguments)
     assert inputs.samples == []
@@ -164,7 +168,9 @@ def test_numbers_of_a_likelihood_are_whole_and_in_range(arguments: dict[str, Any
         {"replicate": 4},
         {"tolerance": 1e-3},
         {"flow": {"tolerance": 1e-3}},
-        {"flow": "exact", "method": "ode"},
+        {"transitions": 4},
+        {"draws": 4, "method": "importance_weighted"},
+        {"method": "exact"},
         {"sample": torch.zeros(2)},
         {"context": torch.zeros(2, 3)},
         {"encoder_hidden_states": torch.zeros(2, 3)},

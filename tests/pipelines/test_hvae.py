@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from naming import naming
 from runs import environment
 from tiny import randomised, seeded
-from vdm_hub import HVAEPipeline, MarkovianHVAE
+from vdm_hub import HVAEPipeline, ImportanceWeighted, LikelihoodMethod, MarkovianHVAE, VariationalBound
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.levels import levels_from_images
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
@@ -116,11 +116,11 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
         DiffusionPipeline.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["bound", "importance_weighted"])
-def test_the_evaluator_and_the_pipeline_say_the_same(method: str) -> None:
+@pytest.mark.parametrize("method", ["bound", ImportanceWeighted(draws=4)], ids=str)
+def test_the_evaluator_and_the_pipeline_say_the_same(method: LikelihoodMethod | str) -> None:
     pipe = pipeline()
-    ours = pipe.log_likelihood(LEVELS, method, replicates=3, draws=4)
-    report = evaluate(pipe, ImageLevels(LEVELS, (1, 8, 8), 17), replicates=3, method=method, draws=4, progress=False)
+    ours = pipe.log_likelihood(LEVELS, method, replicates=3)
+    report = evaluate(pipe, ImageLevels(LEVELS, (1, 8, 8), 17), method, replicates=3, progress=False)
     torch.testing.assert_close(report.per_image, ours.per_image)
     assert "2 latents" in str(report)
     assert "continuous" not in str(report)
@@ -129,7 +129,7 @@ def test_the_evaluator_and_the_pipeline_say_the_same(method: str) -> None:
 def test_what_it_has_not_is_refused() -> None:
     pipe = pipeline()
     with pytest.raises(ConfigurationError, match=naming("transitions", 10, 2)):
-        pipe.log_likelihood(LEVELS, transitions=10)
+        pipe.log_likelihood(LEVELS, VariationalBound(10))
     with pytest.raises(ConfigurationError, match=naming("'ode'")):
         pipe.log_likelihood(LEVELS, "ode")
     with pytest.raises(DataError, match=naming("(1, 6, 6)")):
@@ -184,8 +184,8 @@ def test_a_latent_that_carries_nothing_is_named(gains: list[tuple[float, float]]
     pipe = HVAEPipeline(
         MarkovianHVAE(8, **fields, depth=len(gains), latent_shapes=[(3,)], encoders=encoders, decoders=decoders)
     )
-    for method in ("bound", "importance_weighted"):
-        report = pipe.log_likelihood(LEVELS, method, replicates=2, draws=2)
+    for method in (VariationalBound(), ImportanceWeighted(draws=2)):
+        report = pipe.log_likelihood(LEVELS, method, replicates=2)
         assert len(report.details["latents"]["information"]) == len(gains)
         if said is None:
             assert not report.details.get("notes")

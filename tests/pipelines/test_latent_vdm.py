@@ -22,6 +22,7 @@ from vdm_hub import (
     LatentVDMPipeline,
     MarkovianHVAE,
     UNetVDMModel,
+    VariationalBound,
     VDMPipeline,
     VDMScheduler,
 )
@@ -130,9 +131,9 @@ for cls in (DiffusionPipeline, vdm_hub.LatentVDMPipeline):
 @pytest.mark.parametrize("transitions", [None, 6])
 def test_the_evaluator_and_the_pipeline_say_the_same(transitions: int | None) -> None:
     pipe = pipeline()
-    ours = pipe.log_likelihood(LEVELS, replicates=3, transitions=transitions)
+    ours = pipe.log_likelihood(LEVELS, method=VariationalBound(transitions), replicates=3)
     images = ImageLevels(LEVELS, (1, 8, 8), 17)
-    report = evaluate(pipe, images, replicates=3, transitions=transitions, progress=False)
+    report = evaluate(pipe, images, method=VariationalBound(transitions), replicates=3, progress=False)
     torch.testing.assert_close(report.per_image, ours.per_image)
     assert list(report.terms) == ["reconstruction", "prior", "diffusion", "latent"]
 

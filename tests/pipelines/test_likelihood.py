@@ -12,6 +12,7 @@ from torch import Tensor
 
 from naming import naming
 from tiny import LEVELS, sampled, tiny_pipeline, tiny_unet, tiny_unet_2d
+from vdm_hub import VariationalBound
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.levels import images_from_levels
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
@@ -104,9 +105,11 @@ def test_the_standard_error_is_that_of_the_replicates() -> None:
 
 @pytest.mark.parametrize(("transitions", "evaluations"), [(None, 6), (5, 6)])
 def test_the_report_counts_what_was_done(transitions: int | None, evaluations: int) -> None:
-    for pilot, more in ((0, {}), (256, {}), (512, {"times_per_image": 2})):
+    for pilot, more in ((0, {}), (256, {}), (512, {"times_per_datum": 2})):
         report = tiny_pipeline().bits_per_dim(
-            torch.zeros(2, 1, 8, 8), transitions=transitions, replicates=3, pilot_evaluations=pilot, **more
+            torch.zeros(2, 1, 8, 8),
+            VariationalBound(transitions, pilot_evaluations=pilot, **more),
+            replicates=3,
         )
         counted = {"num_images": 2, "replicates": 3, "transitions": transitions}
         counted["network_evaluations"] = pilot + evaluations * (2 if more else 1)

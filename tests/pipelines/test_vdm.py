@@ -27,7 +27,7 @@ from torch import Tensor
 
 from naming import naming
 from tiny import LEVELS, Inputs, quiet, randomised, sampled, seeded, tiny_pipeline, tiny_unet, tiny_unet_2d
-from vdm_hub import NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler
+from vdm_hub import NoiseScheduleModel, UNetVDMModel, VariationalBound, VDMPipeline, VDMScheduler
 from vdm_hub.errors import ConfigurationError
 
 STOCK_SAMPLERS = (
@@ -196,7 +196,7 @@ def test_class_labels_reach_the_network() -> None:
     assert all(keywords["class_labels"].tolist() == [0, 2] for keywords in inputs.keywords)
     assert not torch.equal(as_list, sampled(pipe, class_labels=[0, 1]))
     one, other = (
-        pipe.bits_per_dim(as_list, class_labels=labels, replicates=1, pilot_evaluations=0)
+        pipe.bits_per_dim(as_list, class_labels=labels, replicates=1, method=VariationalBound(pilot_evaluations=0))
         for labels in ([0, 2], [1, 2])
     )
     assert one.per_image[0] != other.per_image[0]
@@ -219,7 +219,8 @@ def test_any_conditioning_of_the_network_passes_through_samples_and_likelihood()
     images = sampled(pipe, strength=strong)
     assert not torch.equal(images[1], sampled(pipe, strength=weak)[1])
     one, other = (
-        pipe.bits_per_dim(images, strength=s, replicates=1, pilot_evaluations=0).per_image for s in (strong, weak)
+        pipe.bits_per_dim(images, strength=s, replicates=1, method=VariationalBound(pilot_evaluations=0)).per_image
+        for s in (strong, weak)
     )
     assert one[0] == other[0] and one[1] != other[1]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from ddpm import BETAS, K, T, digits_levels, ho_et_al, new_network, trained_ddpm, transitions_summed, with_variance
 from naming import naming
 from tiny import quiet, seeded
-from vdm_hub import VDMPipeline
+from vdm_hub import VariationalBound, VDMPipeline
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.protocol import ProbabilityFlow
+from vdm_hub.likelihood.methods import LikelihoodMethod, ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 
 
@@ -58,7 +58,7 @@ def test_the_kinds_of_variance_and_clipping_are_models_of_their_own(trained: DDP
     found = set()
     for variance in ("fixed_small", "fixed_large", "learned_range", "learned"):
         pipe = VDMPipeline.from_diffusers(with_variance(trained, variance), num_levels=K)
-        report = pipe.bits_per_dim(levels[:8], transitions=T - 1, replicates=2)
+        report = pipe.bits_per_dim(levels[:8], VariationalBound(T - 1), replicates=2)
         found |= {report.bits_per_dim, report.details["clipped"]["bits_per_dim"]}
         assert ("own variance" in str(report)) is (variance != "fixed_small")
     assert len(found) == 8
@@ -69,7 +69,9 @@ def test_the_kinds_of_variance_and_clipping_are_models_of_their_own(trained: DDP
 def test_one_network_has_one_bound_whatever_stock_scheduler_is_beside_it(
     trained: DDPMPipeline, levels: Tensor
 ) -> None:
-    expected = VDMPipeline.from_diffusers(trained, num_levels=K).bits_per_dim(levels, transitions=T - 1, replicates=2)
+    expected = VDMPipeline.from_diffusers(trained, num_levels=K).bits_per_dim(
+        levels, VariationalBound(T - 1), replicates=2
+    )
     for name in ("DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler"):
         check_scheduler(getattr(diffusers, name).from_config(trained.scheduler.config), trained, expected, levels)
     for name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"):
@@ -80,13 +82,13 @@ def test_one_network_has_one_bound_whatever_stock_scheduler_is_beside_it(
         VDMPipeline.from_diffusers(DDPMPipeline(learned.unet, scheduler), num_levels=K)
         for scheduler in (learned.scheduler, solver)
     )
-    reports = [pipe.bits_per_dim(levels[:8], transitions=T - 1, replicates=2) for pipe in (one, two)]
+    reports = [pipe.bits_per_dim(levels[:8], VariationalBound(T - 1), replicates=2) for pipe in (one, two)]
     assert torch.equal(reports[0].per_image, reports[1].per_image)
 
 
 def check_scheduler(scheduler: Any, trained: DDPMPipeline, expected: LikelihoodReport, levels: Tensor) -> None:
     pipe = VDMPipeline.from_diffusers(DDPMPipeline(trained.unet, scheduler), num_levels=K)
-    report = pipe.bits_per_dim(levels, transitions=T - 1, replicates=2)
+    report = pipe.bits_per_dim(levels, VariationalBound(T - 1), replicates=2)
     assert torch.equal(report.per_image, expected.per_image), type(scheduler).__name__
 
 
@@ -115,7 +117,7 @@ def test_a_last_snr_of_zero_has_the_bound_of_the_data_form(target: str, trained:
 def test_what_is_reported_estimates_the_bound_of_ho_et_al(
     taken_over: VDMPipeline, trained: DDPMPipeline, levels: Tensor
 ) -> None:
-    report = taken_over.bits_per_dim(levels, transitions=T - 1, replicates=40)
+    report = taken_over.bits_per_dim(levels, VariationalBound(T - 1), replicates=40)
     generator, draws = seeded(6), []
     for _ in range(10):
         eps, eps_1 = (torch.randn(levels.shape, generator=generator) for _ in range(2))
@@ -129,7 +131,9 @@ def test_what_is_reported_estimates_the_bound_of_ho_et_al(
 
 def test_training_improved_it(taken_over: VDMPipeline, trained: DDPMPipeline, levels: Tensor) -> None:
     before = VDMPipeline.from_diffusers(DDPMPipeline(new_network().eval(), trained.scheduler), num_levels=K)
-    untrained, measured = (pipe.bits_per_dim(levels, transitions=T - 1, replicates=4) for pipe in (before, taken_over))
+    untrained, measured = (
+        pipe.bits_per_dim(levels, VariationalBound(T - 1), replicates=4) for pipe in (before, taken_over)
+    )
     assert measured.bits_per_dim < 0.5 * untrained.bits_per_dim
     assert measured.terms["prior"] == untrained.terms["prior"]
 
@@ -156,7 +160,7 @@ def test_what_the_sampler_adds_is_noted_and_changes_no_bound(trained: DDPMPipeli
 def test_where_the_sampler_clips_both_models_are_named_and_reported(trained: DDPMPipeline, levels: Tensor) -> None:
     for changes in ({"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 0.5}, {"thresholding": True}):
         pipe = VDMPipeline.from_diffusers(with_variance(trained, "fixed_small", **changes), num_levels=K)
-        report = pipe.bits_per_dim(levels, transitions=T - 1, replicates=3)
+        report = pipe.bits_per_dim(levels, VariationalBound(T - 1), replicates=3)
         clipped = report.to_dict()["clipped"]
         assert clipped["bits_per_dim"] != report.bits_per_dim
         assert clipped["bits_per_dim"] == pytest.approx(sum(clipped["terms"].values()))
@@ -168,17 +172,16 @@ def test_where_the_sampler_clips_both_models_are_named_and_reported(trained: DDP
     assert half > clipped_bits(trained, levels, 1.0), "digits are black and white: half of their range can't hold them"
 
 
-@pytest.mark.parametrize("method", ["bound", "ode"])
+@pytest.mark.parametrize("method", [VariationalBound(), ProbabilityFlow(tolerance=1e-3)], ids=["bound", "ode"])
 def test_the_clipped_model_is_measured_in_continuous_time_too(
-    trained: DDPMPipeline, levels: Tensor, method: str
+    trained: DDPMPipeline, levels: Tensor, method: LikelihoodMethod
 ) -> None:
     """Clipping to more than the network ever says changes nothing; to half of the data's range it costs bits."""
     found = {}
     for most in (1e6, 0.5):
         stock = with_variance(trained, "fixed_small", clip_sample=True, clip_sample_range=most)
         pipe = VDMPipeline.from_diffusers(stock, num_levels=K)
-        flow = ProbabilityFlow(tolerance=1e-3)
-        found[most] = pipe.bits_per_dim(levels[:2], method=method, replicates=2, flow=flow)
+        found[most] = pipe.bits_per_dim(levels[:2], method, replicates=2)
     report, half = found[1e6], found[0.5]
     assert report.details["clipped"]["bits_per_dim"] == pytest.approx(report.bits_per_dim, rel=1e-4)
     assert half.details["clipped"]["bits_per_dim"] > report.bits_per_dim + 0.1
@@ -204,14 +207,18 @@ def test_a_chain_that_is_not_the_checkpoints_is_named(trained: DDPMPipeline, lev
     pipe = VDMPipeline.from_diffusers(with_variance(trained, "fixed_small", clip_sample=False), num_levels=K)
     own, words = T - 1, "transitions are not the checkpoint's own chain"
     for transitions in (own, None, T, 2 * own, 3):
-        notes = " ".join(pipe.bits_per_dim(levels[:2], transitions=transitions, replicates=1).details.get("notes", []))
+        notes = " ".join(
+            pipe.bits_per_dim(levels[:2], VariationalBound(transitions), replicates=1).details.get("notes", [])
+        )
         assert (f"{transitions} {words}, which has {own}" in notes) is (transitions not in (own, None))
         assert ("interpolated" in notes) is (transitions is not None and own % transitions != 0)
 
 
 def clipped_bits(trained: DDPMPipeline, levels: Tensor, most: float) -> float:
     stock = with_variance(trained, "fixed_small", clip_sample=True, clip_sample_range=most)
-    report = VDMPipeline.from_diffusers(stock, num_levels=K).bits_per_dim(levels, transitions=T - 1, replicates=3)
+    report = VDMPipeline.from_diffusers(stock, num_levels=K).bits_per_dim(
+        levels, VariationalBound(T - 1), replicates=3
+    )
     return float(report.details["clipped"]["bits_per_dim"])
 
 

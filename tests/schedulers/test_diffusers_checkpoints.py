@@ -27,7 +27,7 @@ from hub.server import LoopbackHub
 from naming import naming
 from runs import ROOT
 from tiny import quiet, seeded, tiny_unet_2d
-from vdm_hub import VDMPipeline, VDMScheduler
+from vdm_hub import VariationalBound, VDMPipeline, VDMScheduler
 from vdm_hub.commands import main
 from vdm_hub.data.loading import load_split
 from vdm_hub.errors import ConfigurationError
@@ -159,7 +159,7 @@ def test_evaluate_prints_it(folder: Path, taken_over: VDMPipeline, capsys: pytes
     assert main([*words, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     images = load_split("digits", "test", num_levels=K, max_samples=20)
-    expected = evaluate(taken_over, images, transitions=T - 1, replicates=3, progress=False)
+    expected = evaluate(taken_over, images, VariationalBound(T - 1), replicates=3, progress=False)
     assert printed["bits_per_dim"] == pytest.approx(expected.bits_per_dim, rel=1e-6)
     assert printed["terms"] == pytest.approx(expected.terms, rel=1e-6)
     assert printed["transitions"] == T - 1 and "unclipped" in printed["notes"][0]
@@ -179,7 +179,7 @@ def test_a_config_that_is_wrong_is_set_right_on_the_command_line(
     printed = json.loads(capsys.readouterr().out)
     images = load_split("digits", "test", num_levels=K, max_samples=5)
     pipe = VDMPipeline.from_diffusers(folder, K, **changes)  # type: ignore[arg-type]
-    expected = evaluate(pipe, images, transitions=T - 1, replicates=2, progress=False)
+    expected = evaluate(pipe, images, VariationalBound(T - 1), replicates=2, progress=False)
     assert printed["terms"] == pytest.approx(expected.terms, rel=1e-6)
 
 

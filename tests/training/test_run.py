@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from naming import naming
 from runs import as_process, contents, start, train_here, weights
-from vdm_hub import VDMPipeline
+from vdm_hub import VariationalBound, VDMPipeline
 from vdm_hub.errors import PublishError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import is_locked
@@ -61,7 +61,9 @@ def test_a_measurement_is_that_of_the_averaged_weights_and_the_best_are_kept(tmp
     with run._averaged() as model:
         assert model is run.model and not torch.equal(weights(run), own)
         kept = {name: value.detach().clone() for name, value in model.named_parameters()}
-        report = evaluate(build_pipeline(model), run.data.validation, 10, 2, 8, max_images=24)
+        report = evaluate(
+            build_pipeline(model), run.data.validation, VariationalBound(10), replicates=2, batch_size=8, max_images=24
+        )
     (figure,) = run.history.to_dict()["validation"]["bits_per_dim"]
     assert figure == report.bits_per_dim == run.early_stopping.best and run.early_stopping.best_step == 2
     assert all(torch.equal(value, kept[name]) for name, value in run.early_stopping.weights.items()) and kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -27,9 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == [TRAIN]:
         return report_errors(lambda: interruptible_import("vdm_hub.commands.train").run(words[1:]))
-    arguments = _parser().parse_args(words)
-    module = interruptible_import(f"vdm_hub.commands.{arguments.command}")
-    return report_errors(partial(module.run, arguments))
+    return report_errors(partial(_run, _parser().parse_args(words)))
+
+
+def _run(arguments: argparse.Namespace) -> object:
+    """A command: first what can be said before anything heavy is imported, then the rest."""
+    if (prepare := getattr(arguments, "prepare", None)) is not None:
+        prepare(arguments)
+    return interruptible_import(f"vdm_hub.commands.{arguments.command}").run(arguments)
 
 
 def _parser() -> CommandLineParser:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vdm_hub.commands.images import load_images
 from vdm_hub.commands.loading import load_pipeline
-from vdm_hub.commands.options import DIVERGENCE_NAMES, OVERRIDES
+from vdm_hub.commands.options import OVERRIDES
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.images import ImageLevels
@@ -17,11 +17,11 @@ from vdm_hub.data.loading import check_outputs_apart
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.evaluation.journal import check_evaluation_journal
+from vdm_hub.evaluation.measuring import ReplicateStages
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.tables import write_per_image
 from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
-from vdm_hub.likelihood.protocol import ProbabilityFlow
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.plots import plot_likelihood
@@ -30,11 +30,9 @@ NOT_REACHED = 3
 """Exit status where the standard error that was asked for was not reached within the budget."""
 
 _RANGES = {
-    (1, 10**6): ("replicates", "max_replicates", "batch_size", "times_per_image", "draws", "probes", "max_steps"),
-    (1, 10**7): ("transitions",),
+    (1, 10**6): ("replicates", "max_replicates", "batch_size"),
     (1, 10**12): ("max_images", "max_evaluations"),
     (1, 16_384): ("resolution",),
-    (0, 10**9): ("pilot_evaluations",),
     (0, MAX_SEED): ("seed",),
     (2, 256): ("num_levels",),
 }
@@ -103,32 +101,18 @@ def _evaluate(
     description: dict[str, Any],
     processes: Processes,
 ) -> LikelihoodReport:
-    flow = ProbabilityFlow(
-        arguments.dequantization,
-        DIVERGENCE_NAMES[arguments.divergence],
-        arguments.probes,
-        arguments.tolerance,
-        arguments.max_steps,
-        arguments.solver,
-        arguments.dtype,
+    target, most = arguments.target_standard_error, arguments.max_replicates
+    stages = ReplicateStages(
+        arguments.replicates, target, most or max(256, arguments.replicates), arguments.max_evaluations
     )
     return evaluate(
         pipeline,
         images,
-        arguments.transitions,
-        arguments.replicates,
-        arguments.batch_size,
-        arguments.seed,
+        arguments.method,
+        stages,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
         dataset=description,
-        method=arguments.method,
-        flow=flow,
-        draws=arguments.draws,
-        decomposition=arguments.decomposition,
-        times_per_image=arguments.times_per_image,
-        pilot_evaluations=arguments.pilot_evaluations,
-        target_standard_error=arguments.target_standard_error,
-        max_replicates=arguments.max_replicates,
-        max_evaluations=arguments.max_evaluations,
         journal=arguments.journal,
         processes=processes,
     )

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from vdm_hub.likelihood.protocol import DEQUANTIZATIONS, DTYPES, FORMS, METHODS, SOLVERS, ProbabilityFlow
+from vdm_hub import registry
+from vdm_hub.errors import ConfigurationError, shortened
+from vdm_hub.likelihood.methods import KIND, METHODS, method_of
 
-DIVERGENCE_NAMES = {"hutchinson": "rademacher", "rademacher": "rademacher", "gaussian": "gaussian", "exact": "exact"}
-"""The names of divergences on the command line, and those of `ProbabilityFlow`."""
+METHOD_OPTIONS = {name: one for method in reversed(METHODS) for name, one in method.options().items()}
+"""What may be chosen of the methods that come with the package; of a plugin's, see ``--method``."""
 
 OVERRIDES = {
     "prediction_type": "what the network predicts: epsilon, sample, v_prediction, score, or a plugin's",
@@ -40,6 +43,7 @@ def explain(parser: argparse.ArgumentParser) -> None:
 def evaluate(parser: argparse.ArgumentParser) -> None:
     """Measure a pipeline's likelihood on a dataset, in bits per dimension."""
     parser.epilog = _EPILOG
+    parser.set_defaults(prepare=_choose_method)
     parser.add_argument(
         "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or of diffusers' DDPM family"
     )
@@ -85,46 +89,33 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method",
         default="bound",
-        choices=METHODS,
-        help="the variational bound; the probability-flow ODE; or importance weights, over chains where there are "
-        "--transitions, else over dequantised draws of the ODE (default: bound)",
+        help="bound, the variational bound; ode, the probability-flow ODE; importance_weighted, over chains where "
+        "there are --transitions, else over dequantised draws of the ODE; or a plugin's, whose options are given as "
+        """'{"name": ..., "config": {...}}' (default: bound)""",
     )
-    group.add_argument("--transitions", type=int, help="T, the number of transitions; without it, continuous time")
-    group.add_argument(
-        "--decomposition",
-        choices=FORMS,
-        help="the form of the bound, where the model's has several; of one expectation and other variance",
-    )
-    group.add_argument("--draws", type=int, default=16, help="importance weights: K, draws an image (default: 16)")
-    flow = ProbabilityFlow()
-    group.add_argument(
-        "--dequantization",
-        default=flow.dequantization,
-        choices=DEQUANTIZATIONS,
-        help=f"ODE: from levels to z_0 (default: {flow.dequantization})",
-    )
-    group.add_argument(
-        "--divergence",
-        default="hutchinson",
-        choices=DIVERGENCE_NAMES,
-        help="ODE: by random probes (hutchinson is rademacher), or exact, one backward pass a dimension "
-        "(default: hutchinson)",
-    )
-    group.add_argument(
-        "--probes", type=int, default=flow.probes, help=f"ODE: probes averaged (default: {flow.probes})"
-    )
-    group.add_argument(
-        "--tolerance", type=float, default=flow.tolerance, help=f"ODE: of a step's error (default: {flow.tolerance:g})"
-    )
-    group.add_argument(
-        "--max_steps", type=int, default=flow.max_steps, help=f"ODE: the most steps (default: {flow.max_steps})"
-    )
-    group.add_argument(
-        "--solver", default=flow.solver, choices=SOLVERS, help=f"ODE: an adaptive method (default: {flow.solver})"
-    )
-    group.add_argument(
-        "--dtype", default=flow.dtype, choices=DTYPES, help=f"ODE: the network's arithmetic (default: {flow.dtype})"
-    )
+    for name, one in METHOD_OPTIONS.items():
+        of = " and ".join(method.name for method in METHODS if name in method.options())
+        kind = next(known for known in (int, float, str) if known.__name__ in str(one.type))
+        default = "" if one.default is None else f"; default: {one.default}"
+        choices = one.metadata["choices"]
+        group.add_argument(f"--{name}", type=kind, choices=choices, help=f"{one.metadata['help']} ({of}{default})")
+
+
+def _choose_method(arguments: argparse.Namespace) -> None:
+    """Make the method's name and the options that are given the method itself.
+
+    Raises:
+        ConfigurationError: There is no such method, an option is another's, or its value is out of range.
+    """
+    given = {name: value for name in METHOD_OPTIONS if (value := getattr(arguments, name)) is not None}
+    cls: Any
+    cls, config = registry.resolve(KIND, arguments.method)
+    if given and config:
+        raise ConfigurationError(
+            f"--method is {shortened(arguments.method)}, and --{next(iter(given))} is given too: give the options in "
+            f"one of the two."
+        )
+    arguments.method = cls.from_options(given) if given else method_of(arguments.method)
 
 
 def _add_effort(group: argparse._ArgumentGroup) -> None:
@@ -136,18 +127,6 @@ def _add_effort(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--max_replicates", type=int, help="with a target: the most replicates (default: 256)")
     group.add_argument("--max_evaluations", type=int, help="with a target: the most network evaluations")
-    group.add_argument(
-        "--times_per_image",
-        type=int,
-        default=1,
-        help="the bound: evaluations of each image in each replicate, at stratified times (default: 1)",
-    )
-    group.add_argument(
-        "--pilot_evaluations",
-        type=int,
-        help="the bound: draws, in no figure, that say where times are best drawn; 0 for none (default: twice the "
-        "images, from 256 to 4,096)",
-    )
     group.add_argument("--batch_size", type=int, default=256, help="images at once; changes no figure (default: 256)")
     group.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     group.add_argument(

@@ -21,10 +21,8 @@ from vdm_hub.evaluation.measuring import ReplicateStages, measure_images
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights_fingerprint
 from vdm_hub.likelihood.measurement import Measurement
-from vdm_hub.likelihood.methods import build_measurement
-from vdm_hub.likelihood.protocol import ProbabilityFlow
+from vdm_hub.likelihood.methods import Method, build_measurement, method_of
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.objectives.decompositions import form_of
 from vdm_hub.objectives.variational_bound import Batch, Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.version import __version__
@@ -35,23 +33,14 @@ _EXAMINED = 1024  # images, whose latents are looked at
 def evaluate(
     pipeline: LikelihoodPipeline,
     images: ImageLevels | ImageStream,
-    transitions: int | None = None,
-    replicates: int = 8,
+    method: Method = "bound",
+    replicates: int | ReplicateStages = 8,
+    *,
     batch_size: int = 256,
     seed: int = 0,
     max_images: int | None = None,
     progress: bool = True,
     dataset: Mapping[str, Any] | None = None,
-    *,
-    method: str = "bound",
-    flow: ProbabilityFlow | None = None,
-    draws: int = 16,
-    decomposition: str | None = None,
-    times_per_image: int = 1,
-    pilot_evaluations: int | None = None,
-    target_standard_error: float | None = None,
-    max_replicates: int | None = None,
-    max_evaluations: int | None = None,
     journal: Path | None = None,
     processes: Processes | None = None,
 ) -> LikelihoodReport:
@@ -63,24 +52,15 @@ def evaluate(
     Args:
         pipeline: The model.
         images: The images, in memory or as a stream; their labels are given to a class-conditional network.
-        transitions: T, or ``None`` for continuous time.
-        replicates: Independent passes over the images, behind the standard error.
+        method: What it is measured by, or its name: see `LikelihoodPipeline.log_likelihood`.
+        replicates: Independent passes over the images, behind the standard error; or `ReplicateStages`, with a standard error
+            at which it ends, and a budget.
         batch_size: Images at once, at most; it changes no figure.
         seed: Of all draws.
         max_images: Only the first so many.
         progress: Whether to show a progress bar.
         dataset: What `vdm_hub.evaluation.provenance.describe_images` says of the images; the report repeats it, with
             the number and the fingerprint of those that were measured.
-        method: ``bound``, ``ode`` or ``importance_weighted``: see `vdm_hub.likelihood.methods.build_measurement`.
-        flow: The protocol of a probability flow.
-        draws: K, of ``importance_weighted``.
-        decomposition: The form of the bound, where the model's has several: see
-            `vdm_hub.objectives.decompositions.decompositions`. Its own, which it trains on, where not given.
-        times_per_image: Of ``bound``: evaluations of each image in each replicate, at stratified times.
-        pilot_evaluations: Of ``bound``: see `vdm_hub.likelihood.estimator.BoundEstimator`.
-        target_standard_error: Add replicates until the Monte Carlo standard error is at most this, in bits/dim.
-        max_replicates: The most of them, with a target; 256 where not given, or ``replicates`` if those are more.
-        max_evaluations: The most network evaluations, with a target.
         journal: A folder that keeps what is finished; with the same folder, an evaluation that was killed goes on.
         processes: Those that share the images; this one is alone by default.
 
@@ -103,41 +83,38 @@ def evaluate(
     levels, labels = _read(images, batch_size, max_images)
     _check(pipeline, levels, images.num_levels)
     labels = _check_labels(pipeline, labels)
-    limit = max(256, replicates) if max_replicates is None else max_replicates
-    stages = ReplicateStages(replicates, target_standard_error, limit, max_evaluations)
+    method = method_of(method)
+    stages = (
+        replicates
+        if isinstance(replicates, ReplicateStages)
+        else ReplicateStages(replicates, max_replicates=max(256, replicates))
+    )
     told = _describe(dataset, levels)
     weights = weights_fingerprint(pipeline)
     key = {
         "images": told["fingerprint"],
         "weights": weights,
         "labels": None if labels is None else fingerprint(labels),
-        **({} if decomposition is None else {"decomposition": decomposition}),
     }
     how = _How(pipeline, levels, labels, batch_size, key, journal, processes, progress)
 
-    effort: dict[str, Any] = {"times_per_image": times_per_image, "pilot_evaluations": pilot_evaluations}
-
     def one(objective: Objective, stages: ReplicateStages, model: str) -> LikelihoodReport:
-        objective = form_of(objective, decomposition, method)
-        measurement = build_measurement(objective, len(levels), method, flow=flow, draws=draws, seed=seed, **effort)
-        return how.measure(measurement, stages, model)
+        return how.measure(build_measurement(objective, len(levels), method, seed), stages, model)
 
-    report = one(pipeline.objective(transitions), stages, "unclipped")
-    clipped = pipeline.clipped_objective(transitions)
+    report = one(pipeline.objective(method.transitions), stages, "unclipped")
+    clipped = pipeline.clipped_objective(method.transitions)
     if clipped is not None:
         same = replace(stages, replicates=report.replicates, target=None)
         report = report.with_clipped(lambda: one(clipped, same, "clipped"))
     details, notes = pipeline.examine(levels[:_EXAMINED].to(pipeline.device_of_latents))
     report.details |= details
-    report.with_notes([*pipeline.notes(transitions), *notes])
+    report.with_notes([*pipeline.notes(method.transitions), *notes])
     report.details |= {"seed": seed, "weights": weights} | ({} if dataset is None else {"dataset": told})
     report.details |= {"processes": processes.count, "versions": library_versions()}
     report.details |= {
         "device": pipeline.device_of_latents.type,
         "dtype": str(pipeline.main_model.dtype).removeprefix("torch."),
     }
-    if decomposition is not None:
-        report.details["decomposition"] = decomposition
     report.details["seconds"] = round(time.perf_counter() - started, 3)
     return report
 
@@ -183,7 +160,7 @@ class _How:
             "vdm_hub": __version__,
             "model_config": self.pipeline.description(),
             "method": measurement.method,
-            "transitions": measurement.transitions,
+            "options": measurement.options,
             "protocol": measurement.protocol(),
             "seed": measurement.seed,
             "model": model,

@@ -70,7 +70,7 @@ class _Estimator(TypedDict):
     stratified: bool
     importance_sampling: bool
     control_variate: bool
-    times_per_image: Natural
+    times_per_datum: Natural
     pilot_evaluations: Whole
     defensive: Fraction
 
@@ -109,7 +109,7 @@ class Evaluation(_Figures):
     replicates: Natural
     transitions: Natural | None
     is_bound: bool
-    method: Literal["bound", "ode", "importance_weighted"]
+    method: Text
     dimensions: Natural
     weights: Fingerprint
     seed: Annotated[int, Within(0, 2**63)]
@@ -121,7 +121,7 @@ class Evaluation(_Figures):
     dtype: NotRequired[Text]
     dataset: NotRequired[DatasetRecord]
     notes: NotRequired[list[Text]]
-    decomposition: NotRequired[Text]
+    options: NotRequired[dict[str, Figure | Text | bool | None]]
     estimator: NotRequired[_Estimator]
     target: NotRequired[_Target]
     probability_flow: NotRequired[_Flow]
@@ -272,8 +272,11 @@ def _miscounted(record: Mapping[str, Any]) -> Iterator[str]:
         if (record[error] is None) != (record[of] < 2):
             yield f"{error} is {record[error]}, and {of} is {record[of]}"
     by_flow, shown = "probability_flow" in record, record["replicates"] * record["num_images"]
-    by_method = {"bound": False, "ode": True}.get(record["method"], by_flow)
-    if (by_flow, record["is_bound"]) != (by_method, not by_method):
+    of_flow = {"bound": False, "ode": True}.get(record["method"], by_flow)
+    is_ours = record["method"] in ("bound", "ode", "importance_weighted")
+    if is_ours and record.get("options", {}).get("transitions") != record["transitions"]:
+        yield f"transitions is {record['transitions']}, and its options are {record.get('options', {})}"
+    if is_ours and (by_flow, record["is_bound"]) != (of_flow, not of_flow):
         yield f"is_bound is {record['is_bound']}, which no figure of the method {record['method']} is"
     if record["standard_error"] == 0 and not by_flow:
         yield "standard_error is 0, and the replicates are drawn independently"

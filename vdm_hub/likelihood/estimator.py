@@ -60,7 +60,7 @@ class BoundEstimator(Measurement):
         stratified: Stratify the times; else each is drawn by itself.
         importance_sampling: Draw times where the pilot saw large values.
         control_variate: Subtract one where an exact one is known: Gaussian processes with a scalar gamma.
-        times_per_image: k, evaluations of each image in each replicate, at stratified times.
+        times_per_datum: k, evaluations of each image in each replicate, at stratified times.
         pilot_evaluations: P; by default as many as images, from 256 to 4,096.
         defensive: The share of the uniform in the proposal.
 
@@ -87,21 +87,21 @@ class BoundEstimator(Measurement):
         stratified: bool = True,
         importance_sampling: bool = True,
         control_variate: bool = True,
-        times_per_image: int = 1,
+        times_per_datum: int = 1,
         pilot_evaluations: int | None = None,
         defensive: float = 0.1,
     ) -> None:
         super().__init__(objective, seed)
         if num_images < 1:
             raise DataError(f"{num_images} images were given: give at least one.")
-        whole_number("times_per_image", times_per_image)
+        whole_number("times_per_datum", times_per_datum)
         if pilot_evaluations is not None:
             whole_number("pilot_evaluations", pilot_evaluations, 0)
         if pilot_evaluations and pilot_evaluations < _FEWEST_PILOT:
             raise ConfigurationError(
                 f"pilot_evaluations is {pilot_evaluations}: give at least {_FEWEST_PILOT}, or 0 for no pilot."
             )
-        self.num_images, self.stratified, self.times_per_image = num_images, stratified, times_per_image
+        self.num_images, self.stratified, self.times_per_datum = num_images, stratified, times_per_datum
         self.importance_sampling, self.defensive = importance_sampling, defensive
         self.control_variate = control_variate and _has_control_variate(objective)
         default = min(max(num_images, _FEWEST_PILOT), _MOST_PILOT)
@@ -198,8 +198,8 @@ class BoundEstimator(Measurement):
             known = self.variate, features, self.variate.integral(features)
         sums: dict[str, Tensor] = {}
         before = self.network_evaluations
-        integrand = torch.empty(len(index), self.times_per_image, dtype=torch.float64)
-        for draw in range(self.times_per_image):
+        integrand = torch.empty(len(index), self.times_per_datum, dtype=torch.float64)
+        for draw in range(self.times_per_datum):
             generators = [image_generator(self.seed, replicate, int(i), draw, _NOISE) for i in index]
             noise = self.objective.draw_noise(batch, generators)
             terms = self._terms(batch, draws.times[index, draw], noise)
@@ -210,7 +210,7 @@ class BoundEstimator(Measurement):
                 value = variate.value(features, draws.cells[index, draw], noise["marginal"])
                 terms[name] = terms[name] - weight * value + integral
             for term, values in terms.items():
-                sums[term] = sums.get(term, 0) + values / self.times_per_image
+                sums[term] = sums.get(term, 0) + values / self.times_per_datum
         each = (self.network_evaluations - before) / len(index)  # a decoder may call the network, too
         counts = torch.full((len(index),), each, dtype=torch.float64)
         return Measured(sums, {"time": draws.times[index], "integrand": integrand, "evaluations": counts})
@@ -221,7 +221,7 @@ class BoundEstimator(Measurement):
 
     def _draws(self, replicate: int) -> _Draws:
         if self._latest is None or self._latest[0] != replicate:
-            source, k = np.random.default_rng([self.seed, replicate, _TIMES]), self.times_per_image
+            source, k = np.random.default_rng([self.seed, replicate, _TIMES]), self.times_per_datum
             if self.stratified:
                 orders = torch.from_numpy(np.stack([source.permutation(self.num_images) for _ in range(k)]))
                 uniforms = times_of_data(self.num_images, k, torch.from_numpy(source.random(k)), orders)
@@ -248,7 +248,7 @@ class BoundEstimator(Measurement):
 
     def fewest_evaluations(self, replicates: int) -> int:
         """The pilot's, and one at each time of each image; a decoder may take more."""
-        return self._planned_pilot + replicates * self.num_images * self.times_per_image
+        return self._planned_pilot + replicates * self.num_images * self.times_per_datum
 
     def protocol(self) -> dict[str, Any]:
         """The techniques."""
@@ -257,7 +257,7 @@ class BoundEstimator(Measurement):
                 "stratified": self.stratified,
                 "importance_sampling": self.importance_sampling and bool(self._planned_pilot),
                 "control_variate": self.control_variate and bool(self._planned_pilot),
-                "times_per_image": self.times_per_image,
+                "times_per_datum": self.times_per_datum,
                 "pilot_evaluations": self._planned_pilot,
                 "defensive": self.defensive,
             }

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from vdm_hub.diffusion.draws import image_generator
-from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import whole_number
 from vdm_hub.likelihood.importance_weighted import effective_sizes, weighted
 from vdm_hub.likelihood.measurement import Measured, Measurement
@@ -30,6 +29,7 @@ class HierarchicalMeasurement(Measurement):
         objective: The model.
         seed: Of all draws.
 
+    >>> from vdm_hub import HVAEObjective, MarkovianHVAE
     >>> objective = HVAEObjective(MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(4,)]))
     >>> batch = {"levels": torch.zeros(2, 1, 8, 8, dtype=torch.long), "indices": torch.arange(2)}
     >>> list(HierarchicalMeasurement(objective).measure(batch, replicate=0).terms)
@@ -95,21 +95,3 @@ class HierarchicalChains(Measurement):
         """The protocol with the effective sample sizes."""
         protocol = self.protocol()
         return protocol | {"importance_weights": protocol["importance_weights"] | effective_sizes(diagnostics)}
-
-
-def hierarchical_measurement(
-    objective: HierarchicalObjective, method: str, draws: int = 16, seed: int = 0
-) -> HierarchicalMeasurement | HierarchicalChains:
-    """A likelihood method by its name.
-
-    Raises:
-        ConfigurationError: A hierarchical VAE has no such likelihood.
-    """
-    if method == "bound":
-        return HierarchicalMeasurement(objective, seed)
-    if method == "importance_weighted":
-        return HierarchicalChains(objective, draws, seed)
-    raise ConfigurationError(
-        f"a hierarchical VAE has no {method!r} likelihood, as it has no continuous time: ask for 'bound' or "
-        f"'importance_weighted'."
-    )

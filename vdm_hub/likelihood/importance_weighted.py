@@ -29,7 +29,7 @@ from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import whole_number
 from vdm_hub.likelihood.measurement import Measured, Measurement
 from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow
-from vdm_hub.likelihood.protocol import ProbabilityFlow
+from vdm_hub.likelihood.protocol import FlowSettings
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.calls import CountedNetwork
 from vdm_hub.objectives.variational_bound import Batch, Terms, VDMObjective
@@ -118,14 +118,14 @@ class WeightedFlowMeasurement(FlowMeasurement):
     method = "importance_weighted"
 
     def __init__(
-        self, objective: VDMObjective, flow: ProbabilityFlow | None = None, draws: int = 16, seed: int = 0
+        self, objective: VDMObjective, flow: FlowSettings | None = None, draws: int = 16, seed: int = 0
     ) -> None:
         whole_number("draws", draws)
         super().__init__(objective, flow, seed)
         check_exact_weights(objective.process)
         self.draws = draws
 
-    def _measure(self, batch: Batch, replicate: int, flow: ProbabilityFlow) -> Measured:
+    def _measure(self, batch: Batch, replicate: int, flow: FlowSettings) -> Measured:
         """K dequantised draws of each image, and their ODEs."""
         arguments = *self.model, batch, flow, (self.seed, replicate)
         solved = [draw_flow(*arguments, k) for k in range(self.draws)]

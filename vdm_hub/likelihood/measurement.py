@@ -45,6 +45,7 @@ class Measurement(ABC):
         method: Its name.
         is_bound: Whether its sum bounds minus the log-likelihood from above, in expectation.
         pilot_evaluations: Network evaluations that `fit` took.
+        options: Of the method, those that were chosen, as plain JSON; the report repeats them.
     """
 
     method = "bound"
@@ -53,6 +54,7 @@ class Measurement(ABC):
 
     def __init__(self, objective: Objective, seed: int = 0) -> None:
         self.objective, self.seed = objective, seed
+        self.options: dict[str, Any] = {}
 
     @property
     def transitions(self) -> int | None:
@@ -164,6 +166,8 @@ class Results:
         evaluations = diagnostics.get("evaluations", torch.zeros(()))
         report.network_evaluations = int(evaluations.sum()) + measurement.pilot_evaluations
         report.details |= measurement.protocol() | measurement.details(diagnostics)
+        if measurement.options:
+            report.details["options"] = measurement.options
         return report.with_notes(measurement.notes(report))
 
     def _stacked(self, kind: str, replicates: Sequence[int]) -> Terms:

@@ -42,7 +42,7 @@ from vdm_hub.errors import ConfigurationError, NonFiniteLossError
 from vdm_hub.likelihood.dequantization import dequantization
 from vdm_hub.likelihood.lockstep import Array, Trajectory, integrate_ode, solver_library
 from vdm_hub.likelihood.measurement import Measured, Measurement
-from vdm_hub.likelihood.protocol import ProbabilityFlow
+from vdm_hub.likelihood.protocol import FlowSettings
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.calls import CountedNetwork
 from vdm_hub.objectives.variational_bound import Batch, Terms, VDMObjective
@@ -100,7 +100,7 @@ def flow_density(
         NonFiniteLossError: The flow of a datum is not finite; the message names the image.
         ConfigurationError: A datum needs more than ``max_steps`` steps.
 
-    >>> from vdm_hub.diffusion.noise_schedules import LinearSchedule
+    >>> from vdm_hub import GaussianProcess, LinearSchedule
     >>> process = GaussianProcess.from_fields({}, LinearSchedule(-8.0, 8.0))
     >>> standard_normal = lambda z, timestep: sigma(process.conditioning.inverse(timestep))[:, None] * z
     >>> density = flow_density(process.bind(None, {})[1], standard_normal, torch.zeros(1, 2), probes=None)
@@ -204,9 +204,9 @@ class FlowMeasurement(Measurement):
     method, is_bound, transitions = "ode", False, None
     objective: VDMObjective
 
-    def __init__(self, objective: VDMObjective, flow: ProbabilityFlow | None = None, seed: int = 0) -> None:
+    def __init__(self, objective: VDMObjective, flow: FlowSettings | None = None, seed: int = 0) -> None:
         super().__init__(objective, seed)
-        self.flow = flow or ProbabilityFlow()
+        self.flow = flow or FlowSettings()
         gaussian_of(objective.process)
         solver_library()
         self._copies: tuple[ForwardProcess, nn.Module] | None = None
@@ -228,12 +228,12 @@ class FlowMeasurement(Measurement):
         """One dequantised draw of each image, and its ODE."""
         return self._checked(batch, replicate, lambda flow: self._measure(batch, replicate, flow))
 
-    def _measure(self, batch: Batch, replicate: int, flow: ProbabilityFlow) -> Measured:
+    def _measure(self, batch: Batch, replicate: int, flow: FlowSettings) -> Measured:
         draw = draw_flow(*self.model, batch, flow, (self.seed, replicate), 0)
         counts = {"evaluations": draw.evaluations, "steps": draw.steps}
         return Measured(draw.terms | {"dequantization": -draw.entropy}, counts)
 
-    def _checked(self, batch: Batch, replicate: int, solve: Callable[[ProbabilityFlow], Measured]) -> Measured:
+    def _checked(self, batch: Batch, replicate: int, solve: Callable[[FlowSettings], Measured]) -> Measured:
         """What was found at the protocol's tolerance, and how far it is from a coarser one's, in replicate 0."""
         found = solve(self.flow)
         change = torch.zeros_like(found.diagnostics["evaluations"])
@@ -281,7 +281,7 @@ class FlowDraw:
 
 
 def draw_flow(
-    process: ForwardProcess, network: nn.Module, batch: Batch, flow: ProbabilityFlow, key: tuple[int, int], draw: int
+    process: ForwardProcess, network: nn.Module, batch: Batch, flow: FlowSettings, key: tuple[int, int], draw: int
 ) -> FlowDraw:
     """Dequantise each image of a batch once and solve its ODE.
 
@@ -319,7 +319,7 @@ def draw_flow(
 
 
 def _probes(
-    flow: ProbabilityFlow, shape: tuple[int, ...], generators: list[torch.Generator], like: Tensor
+    flow: FlowSettings, shape: tuple[int, ...], generators: list[torch.Generator], like: Tensor
 ) -> Tensor | None:
     if flow.divergence == "exact":
         return None

@@ -158,9 +158,9 @@ class LikelihoodReport:
     def _time(self) -> str:
         if hierarchy := self.details.get("hierarchy"):
             return f"{hierarchy['depth']} latent{'s' if hierarchy['depth'] > 1 else ''}"
-        if self.method == "bound" or self.transitions is not None:
-            return "continuous time" if self.transitions is None else f"{self.transitions} transitions"
-        return "probability-flow ODE"
+        if "probability_flow" in self.details:
+            return "probability-flow ODE"
+        return "continuous time" if self.transitions is None else f"{self.transitions} transitions"
 
 
 _READ = ("resolution", "color", "image_column")  # how images were read, where that is not as they are
@@ -185,7 +185,7 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
     if techniques := details.get("estimator"):
         used = [f"{name}" if value is True else f"{name} {value}" for name, value in techniques.items() if value]
         lines.append(f"estimator: {', '.join(word.replace('_', ' ') for word in used)}")
-    if form := details.get("decomposition"):
+    if form := details.get("options", {}).get("decomposition"):
         lines.append(f"decomposition: {form.replace('_', ' ')}")
     if clipped := details.get("clipped"):
         lines.append(

@@ -33,16 +33,14 @@ def decompositions(objective: Objective) -> dict[str, Objective]:
     return known if objective.transitions is None else known | {"consistency": ConsistencyObjective(*parts)}
 
 
-def form_of(objective: Objective, name: str | None, method: str = "bound") -> Objective:
+def form_of(objective: Objective, name: str | None) -> Objective:
     """A model's bound in one of its forms; the objective itself where no form is asked for.
 
     Raises:
-        ConfigurationError: The model's bound has no such form, or the method is no bound of that kind.
+        ConfigurationError: The model's bound has no such form.
     """
     if name is None:
         return objective
-    if method != "bound":
-        raise ConfigurationError(f"decomposition is {name!r}, and method {method!r} has none: leave one of them out.")
     known = decompositions(objective)
     if name == "consistency" and name not in known:
         raise ConfigurationError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.times import discretise
-from vdm_hub.errors import DataError
+from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.fields import whole_number
 from vdm_hub.models.calls import check_context
 
@@ -201,3 +201,23 @@ class _OutsideIslands:
         with torch.autocast(self._device_type, enabled=self._enabled):  # its dtype holds within the islands
             output: Tensor = self._network(sample, timestep, return_dict=False, **self._arguments, **context)[0]
         return output
+
+
+def check_finite_ends(process: ForwardProcess) -> None:
+    """Refuse a schedule whose ends have no finite log-SNR: its prior or reconstruction term would have no value.
+
+    Raises:
+        ConfigurationError: gamma(0) or gamma(1) is not finite.
+    """
+    schedule = process.diffused.scalar_gamma
+    if schedule is None:
+        return
+    device = next((parameter.device for parameter in process.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        ends = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)).tolist()
+    for time, gamma in zip((0, 1), ends, strict=True):
+        if not abs(gamma) < float("inf"):
+            raise ConfigurationError(
+                f"{type(schedule).__name__} has gamma({time}) = {gamma}, and a bound needs finite endpoints: "
+                f"cut the schedule in t where it passes, say, gamma = -13.3 and 5."
+            )

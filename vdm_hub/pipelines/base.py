@@ -6,7 +6,6 @@ import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,11 +24,9 @@ from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.hub.schemas import check_arguments
 from vdm_hub.hub.weights import check_finite_weights
 from vdm_hub.likelihood.measurement import collect
-from vdm_hub.likelihood.methods import build_measurement
-from vdm_hub.likelihood.protocol import ProbabilityFlow
+from vdm_hub.likelihood.methods import METHODS, Method, build_measurement, method_of
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.loading import REMEDY, refuse_pickles
-from vdm_hub.objectives.decompositions import form_of
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.published_card import KeepsPublishedCard
 
@@ -288,17 +285,11 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     def log_likelihood(
         self,
         images: Any,
-        method: str = "bound",
-        transitions: int | None = None,
+        method: Method = "bound",
         replicates: int = 8,
         seed: int = 0,
         class_labels: Tensor | Sequence[int] | None = None,
         *,
-        flow: ProbabilityFlow | None = None,
-        draws: int = 16,
-        decomposition: str | None = None,
-        times_per_image: int = 1,
-        pilot_evaluations: int | None = None,
         batch_size: int = 256,
         **network_arguments: Tensor,
     ) -> LikelihoodReport:
@@ -307,21 +298,13 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         Args:
             images: PIL images, arrays (B, H, W, C) or tensors (B, C, H, W) as the pipeline returns them (in [0, 1], on
                 the K levels), or integer tensors of levels.
-            method: ``bound``, the variational lower bound; ``ode``, the likelihood of the probability-flow ODE;
-                ``importance_weighted``, over ``draws`` whole chains where there is a number of transitions, or a
-                hierarchy of latents, else over dequantised draws of the probability flow.
-            transitions: T, or ``None`` for continuous time.
+            method: What it is measured by: `VariationalBound`, `ProbabilityFlow` or `ImportanceWeighted`, with their
+                options, or another that is registered; or a method's name, ``bound``, ``ode`` or
+                ``importance_weighted``, for its defaults.
             replicates: Independent estimates per image, behind the standard error.
             seed: Of all draws: an image's noise is a function of it, the replicate and the image's index; its time
                 also of how many images there are, over which times are stratified.
             class_labels: Class of each image, (B,).
-            flow: The protocol of the probability flow: dequantisation, divergence, tolerance.
-            draws: K, of ``importance_weighted``.
-            decomposition: The form of the bound, where the model's has several: ``denoising_matching``,
-                ``consistency`` or ``joint``; see `vdm_hub.objectives.decompositions.decompositions`.
-            times_per_image: Of ``bound``: evaluations of each image in each replicate, at stratified times.
-            pilot_evaluations: Of ``bound``: draws, in no result, from which it learns where times are best drawn and
-                what may be subtracted; 0 for none. As many as images, from 256 to 4,096, where not given.
             batch_size: Images at once, at most.
             network_arguments: Passed to the network by name, each (B, ...).
 
@@ -332,7 +315,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
         Example:
             >>> import torch
-            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> from vdm_hub import UNetVDMModel, VariationalBound, VDMPipeline, VDMScheduler
             >>> unet = UNetVDMModel(
             ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
             ...     norm_num_groups=4,
@@ -341,8 +324,11 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             >>> report = pipe.log_likelihood(torch.zeros(3, 1, 8, 8))
             >>> report.log_likelihood.shape, report.per_image.shape, report.is_bound  # nats, bits/dim
             (torch.Size([3]), torch.Size([3]), True)
+            >>> pipe.log_likelihood(torch.zeros(3, 1, 8, 8), VariationalBound(transitions=10)).transitions
+            10
         """
         batch_size, replicates = whole_number("batch_size", batch_size), whole_number("replicates", replicates)
+        method = method_of(method)
         levels = levels_from_images(images, self.num_levels)
         if tuple(levels.shape[1:]) != self.image_shape:
             raise DataError(
@@ -357,19 +343,16 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             parts = torch.arange(levels.shape[0]).split(batch_size)
             return ({name: value[part.to(value.device)] for name, value in whole.items()} for part in parts)
 
-        effort: dict[str, Any] = {"times_per_image": times_per_image, "pilot_evaluations": pilot_evaluations}
-
         def measured(objective: Objective) -> LikelihoodReport:
-            count, objective = levels.shape[0], form_of(objective, decomposition, method)
-            measurement = build_measurement(objective, count, method, flow=flow, draws=draws, seed=seed, **effort)
-            return collect(measurement, batches, count, replicates)
+            count = levels.shape[0]
+            return collect(build_measurement(objective, count, method, seed), batches, count, replicates)
 
-        report, clipped = measured(self.objective(transitions)), self.clipped_objective(transitions)
+        report, clipped = measured(self.objective(method.transitions)), self.clipped_objective(method.transitions)
         if clipped is not None:
             report = report.with_clipped(lambda: measured(clipped))
         details, notes = self.examine(whole["levels"])
         report.details |= details
-        return report.with_notes([*self.notes(transitions), *notes])
+        return report.with_notes([*self.notes(method.transitions), *notes])
 
     def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
         """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
@@ -377,11 +360,12 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
     def _check_arguments(self, given: Mapping[str, Any], batch_size: int) -> None:
         """Refuse arguments that no one takes, and those for a network that are not one for each image."""
-        flow = sorted(
-            given.keys() & {field.name for field in fields(ProbabilityFlow)} - {*(self._named_arguments or ())}
+        method = next(
+            (cls for cls in METHODS if given.keys() & cls.options().keys() - {*(self._named_arguments or ())}), None
         )
-        if flow:
-            raise ConfigurationError(f"{flow[0]} is the probability flow's: give flow=ProbabilityFlow({flow[0]}=...).")
+        if method is not None:
+            name = min(given.keys() & method.options().keys())
+            raise ConfigurationError(f"{name} is an option of a method: give method={method.__name__}({name}=...).")
         self._check_names(given, LikelihoodPipeline.log_likelihood)
         for name, value in given.items():
             if not isinstance(value, Tensor) or value.shape[:1] != (batch_size,):

@@ -12,7 +12,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from vdm_hub.likelihood.protocol import FORMS
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.publishing.contents import Contents
 from vdm_hub.publishing.markdown import markdown, python, render, visible, words
@@ -274,8 +273,8 @@ def _evaluation_command(
         "--dataset_config_name": dataset.get("config"),
         "--split": dataset.get("split"),
         **_image_options(source, pipeline, dataset),
-        **_method_options(report),
-        "--transitions": report.get("transitions"),
+        "--method": None if report.get("method", "bound") == "bound" else report["method"],
+        **{f"--{name}": value for name, value in (report.get("options") or {}).items()},
         "--replicates": report.get("replicates"),
         "--seed": report.get("seed", source.recipe.get("seed")),
     }
@@ -298,16 +297,6 @@ def _command(*parts: Any) -> Markup | None:
     hidden = any(value is None or value != visible(value) for value in values)
     options = any(str(value).startswith("-") and not re.fullmatch(r"--[a-z_]+", str(value)) for value in values)
     return None if hidden or options else words(values)
-
-
-def _method_options(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of another method than the bound, as its protocol has them."""
-    method = report.get("method", "bound")
-    flow, weights = report.get("probability_flow") or {}, report.get("importance_weights") or {}
-    options = {f"--{name}": flow.get(name) for name in ("dequantization", "divergence", "probes", "tolerance")}
-    form = report.get("decomposition")
-    options |= {"--decomposition": form if form in FORMS else None}
-    return {"--method": None if method == "bound" else method, "--draws": weights.get("draws")} | options
 
 
 def _made(run: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from vdm_hub.data.loading import Images, RunData, load_data
 from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
+from vdm_hub.likelihood.methods import VariationalBound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.plots import save_grid
@@ -170,7 +171,7 @@ class TrainingRun(RunState):
         report = evaluate(
             build_pipeline(model),
             images,
-            transitions=self.configuration.diffusion.transitions,
+            VariationalBound(self.configuration.diffusion.transitions),
             replicates=2,
             batch_size=self.training.eval_batch_size,
             max_images=self.training.validation_images,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdm_hub import VDMPipeline, load_split, parse_recipe, train_model
+from vdm_hub import VariationalBound, VDMPipeline, load_split, parse_recipe, train_model
 from vdm_hub_binomial.binarise import binarise
 
 RECIPE = Path(__file__).resolve().parents[1] / "binary_digits.yaml"
@@ -41,7 +41,8 @@ def main() -> None:
         pipes = [_train(data, Path(folder) / f"run-{seed}", seed, overrides) for seed in arguments.seeds]
         for transitions in (*arguments.transitions, None):
             found = [
-                pipe.bits_per_dim(test, transitions=transitions, replicates=arguments.replicates) for pipe in pipes
+                pipe.bits_per_dim(test, VariationalBound(transitions), replicates=arguments.replicates)
+                for pipe in pipes
             ]
             each = [report.bits_per_dim for report in found]
             shown, name = ", ".join(f"{bits:.4f}" for bits in each), transitions or "continuous time"

@@ -10,7 +10,7 @@ import torch
 
 from naming import naming
 from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
-from vdm_hub import ConfigurationError, VDMPipeline, VDMScheduler, load_split, parse_recipe
+from vdm_hub import ConfigurationError, VariationalBound, VDMPipeline, VDMScheduler, load_split, parse_recipe
 from vdm_hub_binomial.binarise import binarise, main
 
 RECIPE = Path(__file__).resolve().parents[1] / "binary_digits.yaml"
@@ -48,7 +48,7 @@ def test_samples_are_bits_and_both_bounds_are_measured(run: Path, binary_digits:
     images = pipe(4, torch.Generator().manual_seed(0), num_inference_steps=5, output_type="pt").images
     assert set(images.unique().tolist()) == {0.0, 1.0}
     bits = load_split(str(binary_digits), "test[:64]", num_levels=2).levels
-    reports = [pipe.bits_per_dim(bits, transitions=transitions, replicates=4) for transitions in (None, 1, 200)]
+    reports = [pipe.bits_per_dim(bits, VariationalBound(transitions), replicates=4) for transitions in (None, 1, 200)]
     for report in reports:
         assert report.is_bound and set(report.terms) == {"reconstruction", "prior", "diffusion"}
         assert report.terms["reconstruction"] == report.terms["prior"] == 0

@@ -16,6 +16,7 @@ from vdm_hub.data.loading import RunData, check_outputs_apart
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, entries, expanded, is_locked, leftovers, locked, written_beside
+from vdm_hub.likelihood.methods import VariationalBound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
@@ -225,7 +226,7 @@ def publish_locally(
         report = evaluate(
             pipeline,
             data.test,
-            transitions=configuration.diffusion.transitions,
+            VariationalBound(configuration.diffusion.transitions),
             replicates=training.evaluation_replicates,
             batch_size=training.eval_batch_size,
             seed=training.seed,
