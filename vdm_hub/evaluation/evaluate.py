@@ -53,7 +53,7 @@ def evaluate(
         pipeline: The model.
         images: The images, in memory or as a stream; their labels are given to a class-conditional network.
         method: What it is measured by, or its name: see `LikelihoodPipeline.log_likelihood`.
-        replicates: Independent passes over the images, behind the standard error; or `ReplicateStages`, with a standard error
+        replicates: Independent passes over the images, behind the standard error; or `ReplicateStages`, with an error
             at which it ends, and a budget.
         batch_size: Images at once, at most; it changes no figure.
         seed: Of all draws.
