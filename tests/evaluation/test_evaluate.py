@@ -15,6 +15,7 @@ from PIL import Image
 
 from naming import naming
 from runs import finished_run
+from tiny import tiny_unet
 from vdm_hub import VariationalBound, VDMPipeline, VDMScheduler
 from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream
 from vdm_hub.data.loading import load_split

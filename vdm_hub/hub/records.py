@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+from vdm_hub import registry
 from vdm_hub.errors import CheckpointError
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.schemas import Like, Within, check_record
@@ -272,6 +273,8 @@ def _miscounted(record: Mapping[str, Any]) -> Iterator[str]:
         if (record[error] is None) != (record[of] < 2):
             yield f"{error} is {record[error]}, and {of} is {record[of]}"
     by_flow, shown = "probability_flow" in record, record["replicates"] * record["num_images"]
+    if record["method"] not in {one.name for one in registry.registrations("likelihood_methods")}:
+        yield f"method is {record['method']!r}, and no method of that name is installed here"
     of_flow = {"bound": False, "ode": True}.get(record["method"], by_flow)
     is_ours = record["method"] in ("bound", "ode", "importance_weighted")
     if is_ours and record.get("options", {}).get("transitions") != record["transitions"]:
