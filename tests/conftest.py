@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, settings
+
+import fork_server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: no test may need the network
 torch.set_num_threads(1)
@@ -17,6 +20,16 @@ settings.load_profile("laws")
 settings.register_profile("one_failure", settings.get_profile("laws"), phases=[Phase.explicit, Phase.generate])
 
 DATA_VARIABLE = "VDM_HUB_TEST_DATA"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    fork_server.install(getattr(config, "workerinput", {}).get("fork servers"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Each worker of pytest-xdist forks from the servers that there are."""
+    node.workerinput["fork servers"] = fork_server.Popen.servers
 
 
 @pytest.fixture(scope="session")
