@@ -1,13 +1,13 @@
 """New Python processes without the seconds that it takes to import torch: forks of a process that has imported it.
 
-After ``install()``, ``subprocess`` starts a program as ever, unless this environment's own Python is to run a module, a
-script or ``-c``: that is forked from a server, which has imported the libraries that `LAYERS` names and nothing of
+After ``install()``, ``subprocess`` starts a program as ever, unless this environment's own Python is to run a module,
+a script or ``-c``: that is forked from a server, which has imported the libraries that `LAYERS` names and nothing of
 vdm_hub. The fork is a process in every respect (its pid, signals, session, files and exit status are its own), and
 finds the arguments, the path, the environment and the folder that a new interpreter finds.
 
 What a library has read from the environment while it was imported stays in it. A server therefore keeps what was read,
 and forks for those only who would read the same. There are two, since the libraries of Hugging Face read much; who
-agrees with neither gets a new interpreter, and so does who gives Python an option: ``python -q`` is always new.
+agrees with neither gets a new interpreter, and so does who gives Python an option: `NEW` is always new.
 
 Two things differ: the libraries are in ``sys.modules`` at once, and modules are not taken down at the end.
 """
@@ -35,20 +35,23 @@ from pathlib import Path
 from typing import Any
 
 LAYERS = (
-    "numpy scipy.stats torch torch._dynamo torch.distributed.run pandas pyarrow.csv pyarrow.dataset pyarrow.parquet PIL.Image "
-    "matplotlib.pyplot sklearn.datasets safetensors.torch yaml jinja2 fsspec requests regex xml.etree.ElementTree "
-    "lazy_loader packaging.tags packaging.utils",
-    "huggingface_hub.hf_api datasets accelerate.commands.launch transformers.modeling_utils "
+    "numpy scipy.stats torch torch._dynamo torch.distributed.run pandas pyarrow.csv pyarrow.dataset pyarrow.parquet "
+    "PIL.Image matplotlib.pyplot sklearn.datasets safetensors.torch yaml jinja2 fsspec requests regex lazy_loader "
+    "packaging.tags packaging.utils xml.etree.ElementTree",
+    "huggingface_hub.hf_api datasets accelerate.commands.launch transformers.modeling_utils tenacity "
     "diffusers.pipelines.pipeline_utils diffusers.models.unets.unet_2d diffusers.models.unets.unet_2d_condition "
     "diffusers.models.autoencoders.autoencoder_kl diffusers.schedulers.scheduling_ddpm diffusers.training_utils "
-    "diffusers.optimization diffusers.pipelines.ddpm.pipeline_ddpm tenacity",
+    "diffusers.optimization diffusers.pipelines.ddpm.pipeline_ddpm",
 )
 # What is read below Python, or by going through the whole environment; PYTHONPATH alone is carried over.
 READ_UNSEEN = ("ARROW_", "FSSPEC_", "GOMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_")
 READ_UNSEEN += ("PYTHON", "TQDM_")
 
+# The start of a command for a new interpreter, where a test asks what is imported, or is about the process tree.
+NEW = (sys.executable, "-q")
 
-class Popen(subprocess.Popen):  # type: ignore[type-arg]
+
+class Popen(subprocess.Popen):
     """``subprocess.Popen``, with a fork for a new interpreter where a server has one."""
 
     servers: list[str] | None = None  # their sockets, the one that has imported most first
@@ -61,23 +64,24 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         special = executable or preexec_fn or pass_fds or shell or isinstance(args, (str, bytes, os.PathLike))
         if not special and [*identity, group] == [None, None, None, -1, -1]:
             settings = {os.fsdecode(name): os.fsdecode(value) for name, value in (env or os.environ).items()}
-            words = _program([os.fsdecode(word) for word in args], settings)
+            folder = Path(os.fsdecode(cwd or ".")).absolute()
+            words = _program([os.fsdecode(word) for word in args], settings, folder) if folder.is_dir() else []
             files = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
-            if words and self._fork(words, settings, os.path.abspath(os.fsdecode(cwd or ".")), new_session, files):
-                self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+            if words and self._fork(words, settings, folder, new_session, files):
+                self._close_pipe_fds(*pipes)
                 return
         before = (args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell)
-        super()._execute_child(*before, *rest)  # type: ignore[misc]
+        super()._execute_child(*before, *rest)
 
-    def _fork(self, words: list[str], settings: dict[str, str], folder: str, session: bool, files: list[int]) -> bool:
-        if not os.path.isdir(folder) or not (session or (os.getsid(0), os.getpgrp()) == Popen.session):
+    def _fork(self, words: list[str], settings: dict[str, str], folder: Path, session: bool, files: list[int]) -> bool:
+        if not session and (os.getsid(0), os.getpgrp()) != Popen.session:
             return False
         ignored = [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
         for address in Popen.servers or ():
             server = socket.socket(socket.AF_UNIX)
             server.connect(address)
             socket.send_fds(server, [b" "], files)
-            server.sendall(json.dumps([words, settings, folder, session, ignored]).encode() + b"\n")
+            server.sendall(json.dumps([words, settings, str(folder), session, ignored]).encode() + b"\n")
             if pid := int.from_bytes(server.recv(4), "big"):
                 self.pid, self._server, self._child_created = pid, server, True
                 return True
@@ -86,7 +90,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
         if self._server is None:
-            return super()._try_wait(wait_flags)  # type: ignore[misc,no-any-return]
+            return super()._try_wait(wait_flags)
         self._server.setblocking(not wait_flags & os.WNOHANG)
         try:
             status = self._server.recv(4)
@@ -95,36 +99,36 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         self._server.close()
         return self.pid, int.from_bytes(status, "big") if status else signal.SIGKILL
 
-    def _internal_poll(self, _deadstate: int | None = None) -> int | None:  # type: ignore[override]
+    def _internal_poll(self, _deadstate: int | None = None) -> int | None:
         if self._server is None:
-            return super()._internal_poll(_deadstate)  # type: ignore[misc,no-any-return]
-        if self.returncode is None and self._waitpid_lock.acquire(False):  # type: ignore[attr-defined]
+            return super()._internal_poll(_deadstate)
+        if self.returncode is None and self._waitpid_lock.acquire(False):
             try:
                 if self.returncode is None and (status := self._try_wait(os.WNOHANG))[0]:
-                    self._handle_exitstatus(status[1])  # type: ignore[attr-defined]
+                    self._handle_exitstatus(status[1])
             finally:
-                self._waitpid_lock.release()  # type: ignore[attr-defined]
+                self._waitpid_lock.release()
         return self.returncode
 
 
-def _program(words: list[str], settings: dict[str, str]) -> list[str]:
+def _program(words: list[str], settings: dict[str, str], folder: Path) -> list[str]:
     """What follows the name of Python; empty where something else is to run, or Python is given an option."""
     found = shutil.which(words[0], path=settings.get("PATH"))
-    if found is not None and Path(found).absolute() == Path(sys.executable):
-        unbuffered = words[1:2] == ["-u"]
-        program = words[1 + unbuffered :]
-        ours = len(program) > 1 and program[0] in ("-c", "-m") or bool(program) and os.path.isfile(program[0])
-        return words[1:] if ours else []
-    with open(found or os.devnull, "rb") as file:
-        first = file.readline().rstrip()
-    return [found or "", *words[1:]] if first == b"#!" + os.fsencode(sys.executable) else []
+    if found is None:
+        return []
+    if Path(found).absolute() == Path(sys.executable):
+        program = words[2:] if words[1:2] == ["-u"] else words[1:]
+        return words[1:] if program and (program[0] in ("-c", "-m") or Path(folder, program[0]).is_file()) else []
+    with Path(found).open("rb") as file:
+        ours = file.readline().rstrip() == b"#!" + os.fsencode(sys.executable)
+    return [found, *words[1:]] if ours else []
 
 
 def install(servers: list[str] | None = None) -> list[str] | None:
     """Let ``subprocess`` fork from now on: from these servers, or from new ones, which end with this process."""
     if hasattr(os, "pidfd_open"):
         Popen.servers, Popen.session = servers or _start(), (os.getsid(0), os.getpgrp())
-        subprocess.Popen = Popen  # type: ignore[misc]
+        subprocess.Popen = Popen
     return Popen.servers
 
 
@@ -142,13 +146,14 @@ def _start() -> list[str]:
     return addresses[::-1]
 
 
-class Noting(type(os.environ)):  # type: ignore[misc]
+class Noting(type(os.environ)):
     """The environment, which notes the names that it is asked for."""
 
     read: set[str] = set()
 
     def __getitem__(self, name: str) -> str:
-        self.read.add(name)
+        if sys._getframe(1).f_globals["__name__"] != "fsspec.config":  # copies all, and looks for its own
+            self.read.add(name)
         return str(super().__getitem__(name))
 
     def items(self) -> Any:
@@ -171,19 +176,24 @@ def serve(listener: socket.socket, before: dict[str, str]) -> tuple[socket.socke
                     request = json.loads(lines.readline())
                 pid = os.fork() if _agrees(before, *request[:3]) else None
                 if pid == 0:
-                    for other in list(selector.get_map().values())[2:]:
-                        other.data[1].close(), os.close(other.fd)
-                    selector.close(), listener.close()
+                    for other in list(selector.get_map().values()):
+                        if other.data:
+                            other.data[1].close()
+                            os.close(other.fd)
+                    selector.close()
+                    listener.close()
                     return connection, files, request
                 for file in files:
                     os.close(file)
                 if pid is None:
-                    connection.sendall(bytes(4)), connection.close()
+                    connection.sendall(bytes(4))
+                    connection.close()
                 else:
                     selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
             else:
                 pid, connection = key.data
-                selector.unregister(key.fd), os.close(key.fd)
+                selector.unregister(key.fd)
+                os.close(key.fd)
                 status = os.waitpid(pid, 0)[1]
                 with contextlib.suppress(OSError), connection:
                     connection.sendall(status.to_bytes(4, "big"))
@@ -194,35 +204,39 @@ def _agrees(before: dict[str, str], words: list[str], settings: dict[str, str], 
     unseen = {name for name in before | settings if name.startswith(READ_UNSEEN)} - {"PYTHONPATH"}
     after = {name: os.environ.get(name) for name in Noting.read | unseen}  # a library may have given it a value itself
     if any(settings.get(name) not in (before.get(name), after[name]) for name in after):
-        if os.environ.get("DEBUG_FORKS"): print([(n, settings.get(n), before.get(n)) for n in after if settings.get(n) not in (before.get(n), after[n])], file=sys.stderr)
         return False
     imported = {name.partition(".")[0] for name in sys.modules}
-    places = [os.path.join(folder, place) for place in _path(words, settings) if place not in sys.path]
-    return not any({name.partition(".")[0] for name in os.listdir(place)} & imported for place in places if os.path.isdir(place))
+    places = (Path(folder, place) for place in _path(words, settings, folder) if place not in sys.path)
+    return not any(
+        path.name.partition(".")[0] in imported for place in places if place.is_dir() for path in place.iterdir()
+    )
 
 
-def _path(words: list[str], settings: dict[str, str]) -> list[str]:
+def _path(words: list[str], settings: dict[str, str], folder: str) -> list[str]:
     """What stands before the installed packages on ``sys.path``."""
     program = next(word for word in words if word != "-u")
-    first = {"-c": "", "-m": os.getcwd()}.get(program, os.path.dirname(os.path.realpath(program)))
+    script = Path(folder, program).resolve().parent
     places = settings.get("PYTHONPATH", "")
-    return [first, *(os.path.abspath(place) for place in places.split(os.pathsep) if places)]
+    own = [os.path.normpath(Path(folder, place)) for place in places.split(os.pathsep) if places]
+    return [{"-c": "", "-m": folder}.get(program, str(script)), *dict.fromkeys(own)]
 
 
 def become(connection: socket.socket, files: list[int], request: Any) -> list[str]:
     """What a new interpreter finds."""
     words, settings, folder, session, ignored = request
     for number, file in enumerate(files):
-        os.dup2(file, number), os.close(file)
+        os.dup2(file, number)
+        os.close(file)
     if session:
         os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(settings)
     sys.orig_argv = [sys.executable, *words]
-    sys.path[:0] = _path(words, settings)
+    sys.path[:0] = _path(words, settings, str(Path.cwd()))
     importlib.invalidate_caches()
     sys.modules["numpy"].random.seed()
+    sys.modules["torch"].default_generator.seed()
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     connection.sendall(os.getpid().to_bytes(4, "big"))
@@ -235,7 +249,7 @@ def run(words: list[str]) -> int:
     if words[0] == "-u":
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
-            raw = open(stream.fileno(), "wb", 0, closefd=False)
+            raw = io.FileIO(stream.fileno(), "w", closefd=False)
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True))
             setattr(sys, f"__{name}__", getattr(sys, name))
         words = words[1:]
@@ -243,28 +257,29 @@ def run(words: list[str]) -> int:
     try:
         if words[0] == "-m":
             sys.argv = ["-m", *words[2:]]
-            runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
+            runpy._run_module_as_main(words[1])
         elif words[0] == "-c":
             sys.argv = ["-c", *words[2:]]
             exec(compile(words[1], "<string>", "exec"), main.__dict__)
         else:
             sys.argv = words
-            main.__file__ = words[0]
-            exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), main.__dict__)
+            main.__file__ = str(Path(words[0]).absolute())
+            exec(compile(Path(words[0]).read_bytes(), main.__file__, "exec"), main.__dict__)
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
         print(error.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
+        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+        sys.excepthook(type(error), error, error.__traceback__)
         return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
 def end(status: int) -> None:
     """As Python ends, without taking down the modules."""
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -284,17 +299,18 @@ def main() -> None:
     addresses, before = sys.argv[half:], dict(os.environ)
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     del sys.path[0]
-    subprocess.Popen = Popen  # type: ignore[misc]  # some keep it by its name
+    subprocess.Popen = Popen  # some keep it by its name
     os.environ.__class__ = Noting
-    for layer, listener in zip(LAYERS, listeners, strict=True):
-        for name in layer.split():
+    listener, *others = listeners
+    for name in LAYERS[0].split():
+        importlib.import_module(name)
+    if not os.fork():
+        *others, listener = listeners
+        for name in LAYERS[1].split():
             importlib.import_module(name)
-        if layer == LAYERS[-1] or os.fork():
-            break
     os.environ.__class__ = os._Environ
-    for other in listeners:
-        if other is not listener:
-            other.close()
+    for other in others:
+        other.close()
     gc.collect()
     gc.freeze()
     fork = serve(listener, before)

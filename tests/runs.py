@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+import fork_server
 from vdm_hub.data.loading import load_data
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.recipes.arguments import Configuration
@@ -88,9 +89,9 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | quiet | changes
 
 
-def python(module: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """``python -m module arguments``, to its end."""
-    command = [sys.executable, "-m", module, *arguments]
+def python(module: str, *arguments: str, new: bool = False, **changes: str) -> subprocess.CompletedProcess[str]:
+    """``python -m module arguments``, to its end; forked, and so are its workers, unless all is to be new."""
+    command = [*(fork_server.NEW if new else [sys.executable]), "-m", module, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=environment(**changes), cwd=ROOT, check=False
     )
@@ -113,7 +114,7 @@ def finished_run() -> tuple[Path, subprocess.CompletedProcess[str]]:
         if name != "dataset_name"
         for word in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
     ]
-    return output, python(*LAUNCH, SHIM, "digits", *words)
+    return output, python(*LAUNCH, SHIM, "digits", *words, new=True)
 
 
 def contents(folder: Path) -> dict[str, str]:

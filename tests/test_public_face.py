@@ -6,7 +6,6 @@ import ast
 import inspect
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 
@@ -14,6 +13,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers.optimization import SchedulerType
 
+import fork_server
 import vdm_hub
 from runs import ROOT, environment
 from vdm_hub import registry
@@ -115,7 +115,7 @@ def test_names_that_are_kept_apart_from_torch_are_those_of_the_libraries(capsys:
 
 
 def answered(script: str) -> str:
-    command = [sys.executable, "-c", script]
+    command = [*fork_server.NEW, "-c", script]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

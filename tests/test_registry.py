@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import fork_server
 import registered
 from distributions import write_metadata
 from naming import paragraph
@@ -243,7 +244,7 @@ def test_listing_imports_nothing(install: Install, tmp_path: Path) -> None:
     (tmp_path / "plugin_of_vdm_hub_steep.py").write_text("raise SystemExit('a plugin was imported by a listing')\n")
     repository = Path(__file__).resolve().parents[1]
     process = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(tmp_path), str(repository)]!r}\n{LISTING}"],
+        [*fork_server.NEW, "-c", f"import sys; sys.path[:0] = {[str(tmp_path), str(repository)]!r}\n{LISTING}"],
         capture_output=True,
         text=True,
     )

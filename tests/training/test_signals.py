@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import fork_server
 from runs import ROOT, TORCHRUN, contents, environment, recipe, train_here
 from vdm_hub.training.signals import StopSignals, TrainingStopped
 from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
@@ -23,7 +24,11 @@ DOOR = ("-m", "vdm_hub.train")
 
 def begin(run: Path, *words: str, **fields: Any) -> subprocess.Popen[str]:
     """A run in a process of its own, after its first checkpoint."""
-    command = [sys.executable, *words, recipe(run.parent / "recipe", run, **fields)]
+    command = [
+        *(fork_server.NEW if TORCHRUN[0] in words else [sys.executable]),
+        *words,
+        recipe(run.parent / "recipe", run, **fields),
+    ]
     here = environment(ACCELERATE_USE_CPU="true")
     process = subprocess.Popen(
         command, env=here, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
