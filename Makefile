@@ -19,21 +19,11 @@ RECIPE_ARGS ?=
 help:  ## Show this list.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s%s\n", $$1, $$2}' Makefile
 
-# The tests start hundreds of processes. Looking for garbage among the million objects that they import takes a third of
-# the time of most of them: in this environment Python looks less often, and not at exit.
-define QUICK_PROCESSES
-import pathlib, sysconfig
-line = "import atexit, gc; gc.set_threshold(100_000, 50, 100); atexit.register(gc.freeze)"
-pathlib.Path(sysconfig.get_path("purelib"), "quick_processes.pth").write_text(line)
-endef
-export QUICK_PROCESSES
-
 # What an environment was installed from; a change of either file installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python >= 3.11 is needed; this is %s. Set PYTHON=..." % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[test,quality]'
-	@$(RUN)/python -c "$$QUICK_PROCESSES"
 	@touch $@
 
 install: $(VENV)/.installed  ## Create .venv and install vdm_hub with its test and quality tools.

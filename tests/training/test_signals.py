@@ -24,11 +24,8 @@ DOOR = ("-m", "vdm_hub.train")
 
 def begin(run: Path, *words: str, **fields: Any) -> subprocess.Popen[str]:
     """A run in a process of its own, after its first checkpoint."""
-    command = [
-        *(fork_server.NEW if TORCHRUN[0] in words else [sys.executable]),
-        *words,
-        recipe(run.parent / "recipe", run, **fields),
-    ]
+    start = fork_server.NEW if TORCHRUN[0] in words else [sys.executable]
+    command = [*start, *words, recipe(run.parent / "recipe", run, **fields)]
     here = environment(ACCELERATE_USE_CPU="true")
     process = subprocess.Popen(
         command, env=here, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
