@@ -55,7 +55,6 @@ class Popen(subprocess.Popen):
     """``subprocess.Popen``, with a fork for a new interpreter where a server has one."""
 
     servers: list[str] | None = None  # their sockets, the one that has imported most first
-    session = (0, 0)  # a process in another one can't be forked from here
     _server: socket.socket | None = None
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any,
@@ -74,14 +73,14 @@ class Popen(subprocess.Popen):
         super()._execute_child(*before, *rest)
 
     def _fork(self, words: list[str], settings: dict[str, str], folder: Path, session: bool, files: list[int]) -> bool:
-        if not session and (os.getsid(0), os.getpgrp()) != Popen.session:
-            return False
         ignored = [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
         for address in Popen.servers or ():
             server = socket.socket(socket.AF_UNIX)
             server.connect(address)
             socket.send_fds(server, [b" "], files)
-            server.sendall(json.dumps([words, settings, str(folder), session, ignored]).encode() + b"\n")
+            server.sendall(
+                json.dumps([words, settings, str(folder), None if session else _group(), ignored]).encode() + b"\n"
+            )
             if pid := int.from_bytes(server.recv(4), "big"):
                 self.pid, self._server, self._child_created = pid, server, True
                 return True
@@ -127,7 +126,7 @@ def _program(words: list[str], settings: dict[str, str], folder: Path) -> list[s
 def install(servers: list[str] | None = None) -> list[str] | None:
     """Let ``subprocess`` fork from now on: from these servers, or from new ones, which end with this process."""
     if hasattr(os, "pidfd_open"):
-        Popen.servers, Popen.session = servers or _start(), (os.getsid(0), os.getpgrp())
+        Popen.servers = servers or _start()
         subprocess.Popen = Popen
     return Popen.servers
 
@@ -174,7 +173,7 @@ def serve(listener: socket.socket, before: dict[str, str]) -> tuple[socket.socke
                 files = socket.recv_fds(connection, 1, 3)[1]
                 with connection.makefile() as lines:
                     request = json.loads(lines.readline())
-                pid = os.fork() if _agrees(before, *request[:3]) else None
+                pid = os.fork() if _agrees(before, *request[:4]) else None
                 if pid == 0:
                     for other in list(selector.get_map().values()):
                         if other.data:
@@ -199,8 +198,15 @@ def serve(listener: socket.socket, before: dict[str, str]) -> tuple[socket.socke
                     connection.sendall(status.to_bytes(4, "big"))
 
 
-def _agrees(before: dict[str, str], words: list[str], settings: dict[str, str], folder: str) -> bool:
+def _group() -> list[int]:
+    """A process can be forked into no other session and group than the server's own, or into a new one."""
+    return [os.getsid(0), os.getpgrp()]
+
+
+def _agrees(before: dict[str, str], words: list[str], settings: dict[str, str], folder: str, group: Any) -> bool:
     """Whether a new interpreter would have imported the same modules, with the same values in them."""
+    if group not in (None, _group()):
+        return False
     unseen = {name for name in before | settings if name.startswith(READ_UNSEEN)} - {"PYTHONPATH"}
     after = {name: os.environ.get(name) for name in Noting.read | unseen}  # a library may have given it a value itself
     if any(settings.get(name) not in (before.get(name), after[name]) for name in after):
@@ -223,11 +229,11 @@ def _path(words: list[str], settings: dict[str, str], folder: str) -> list[str]:
 
 def become(connection: socket.socket, files: list[int], request: Any) -> list[str]:
     """What a new interpreter finds."""
-    words, settings, folder, session, ignored = request
+    words, settings, folder, group, ignored = request
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    if session:
+    if group is None:
         os.setsid()
     os.chdir(folder)
     os.environ.clear()
