@@ -14,7 +14,7 @@ THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 RECIPE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-plugins quickstart quickstart-short test test-plugins test-slow test-diffusers test-latest quality style mutants bench clean
+.PHONY: help install install-plugins quickstart quickstart-short test test-plugins test-slow test-diffusers test-latest quality style docs mutants bench clean
 
 help:  ## Show this list.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s%s\n", $$1, $$2}' Makefile
@@ -76,6 +76,15 @@ quality: install  ## Check style, types and the floors.
 style: install  ## Mend what the style checks can mend by themselves.
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+	$(RUN)/python scripts/house.py
+
+# Only here: the tests and the other checks do without mkdocs. The variable is of mkdocs-material, which is pinned.
+$(VENV)/.docs: $(VENV)/.installed
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## Make the site of README and docs/, with a reference of all public names: build/site/index.html.
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 # Only here: the tests and the other checks do without mutmut.
 $(VENV)/.mutants: $(VENV)/.installed

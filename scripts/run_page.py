@@ -1,5 +1,7 @@
 """Run the Python of a documentation page, block after block, in one process.
 
+A block that begins with an import starts anew: nothing of those above it is known there.
+
 ``python scripts/run_page.py docs/ladder/1_vae.md`` leaves the page's pictures in ``docs/images``; ``--folder`` puts
 them elsewhere.
 """
@@ -22,9 +24,11 @@ def main() -> None:
     arguments = parser.parse_args()
     page = arguments.page.resolve()
     text = page.read_text(encoding="utf-8")
-    os.chdir(arguments.folder or page.parents[1] / "images")
-    names: dict[str, object] = {"__name__": "__main__"}
+    os.chdir(arguments.folder or Path(__file__).parents[1] / "docs" / "images")
+    names: dict[str, object] = {}
     for block in BLOCK.finditer(text):
+        if block.group(1).startswith(("import ", "from ")):
+            names = {"__name__": "__main__"}
         lines_above = text.count("\n", 0, block.start(1))
         exec(compile("\n" * lines_above + block.group(1), str(page), "exec"), names)
 

@@ -1,6 +1,6 @@
 """Both forms of a VDM's bound on the same images, their totals and variances, and a picture of both over t.
 
-``python scripts/bench/decompositions.py runs/digits/pipeline --dataset_name digits`` prints README's numbers of a
+``python scripts/bench/decompositions.py runs/digits/pipeline --dataset_name digits`` prints the figures of a
 model, and draws docs/images/decompositions.png.
 """
 

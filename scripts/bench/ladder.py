@@ -1,4 +1,4 @@
-"""Train every rung of the ladder on the digits, and print README's tables and draw its picture.
+"""Train every rung of the ladder on the digits, and print the tables of docs/results.md and draw its picture.
 
 ``python scripts/bench/ladder.py`` runs what a user runs, ``accelerate launch scripts/train.py RECIPE --seed SEED``,
 for the recipes ``digits_vae``, ``digits_hvae``, ``digits`` and ``digits_latent`` and three seeds, into

@@ -1,4 +1,4 @@
-"""The command ``vdm-hub``: argument parsing and printing, nothing else."""
+"""The command ``vdm-hub``: the options of each subcommand, and what it prints."""
 
 from __future__ import annotations
 

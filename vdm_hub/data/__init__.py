@@ -1,1 +1,4 @@
-"""From a dataset to batches of levels: sources, decoding, loading. It knows nothing of models."""
+"""From a dataset to batches of levels: where images come from, splits, what is held out, decoding, labels.
+
+It knows nothing of models.
+"""

@@ -1,1 +1,4 @@
-"""The mathematics: forward processes, noise schedules, targets, decoders and times. It imports only torch."""
+"""The mathematics: forward processes, noise schedules, targets, reverse steps, samplers, decoders, times.
+
+It imports only torch.
+"""

@@ -1,4 +1,4 @@
-"""The errors and warnings that a user may meet. Each says what is wrong, with the value, and what to do about it."""
+"""The errors and warnings that a user may meet: what is wrong, with the value, and what to do; never a secret."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What others wrote, read with care: where files come from, and what they may say."""
+"""Files that others wrote, in a folder or on the Hub: found, fetched, and checked before they are used."""

@@ -1,1 +1,1 @@
-"""What evaluation measures: likelihood methods, their estimators, and the report."""
+"""What evaluation measures: likelihood methods, their estimators, what lowers their variance, and the report."""

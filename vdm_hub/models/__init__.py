@@ -1,1 +1,1 @@
-"""Networks, and schedules that have weights at inference."""
+"""Networks: the U-Net of a VDM, hierarchical VAEs, first stages, and noise schedules with weights at inference."""

@@ -1,1 +1,1 @@
-"""What training minimises: the variational bound in its named terms, its forms, and the restrictions between rungs."""
+"""What training minimises: the variational bound in its named terms, its forms, and a VDM as a hierarchical VAE."""

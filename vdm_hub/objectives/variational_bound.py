@@ -72,7 +72,7 @@ class Objective(nn.Module, ABC):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """All modules by what they are: those that are counted and, the ``schedule``, not decayed."""
+        """The trained submodules, by role: all are counted, and the ``schedule`` is not decayed."""
         return {"network": self.body}
 
     def prepare(self, batches: Iterable[Batch]) -> str | None:

@@ -1,1 +1,1 @@
-"""The pipelines of the ladder: samples and likelihoods, saved and loaded; diffusers knows them once it is imported."""
+"""The pipelines of the ladder: samples and likelihoods, saved and loaded, and how diffusers comes to know them."""

@@ -1,1 +1,1 @@
-"""Recipes: one YAML file each, with the fields of `vdm_hub.recipes.configuration` as flat keys."""
+"""Recipes, one YAML file each: the fields of a run, and how they and the words of a command line are read."""

@@ -1,1 +1,1 @@
-"""`VDMScheduler`, whose config is the whole truth of a process; diffusers' schedulers and checkpoints as such."""
+"""`VDMScheduler`, whose config is the whole truth of a process; diffusers' schedulers and checkpoints read as one."""

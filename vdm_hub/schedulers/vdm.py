@@ -86,9 +86,19 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         forward_process: ``gaussian`` or a plugin's.
         final_sigmas_type: ``sigma_min`` ends at z_0, ``zero`` at the data as DDPM does; ``None`` as `data_scaling`.
         trained_betas: The table behind ``discrete_betas``; otherwise derived, so that stock samplers read the process.
-        beta_start, beta_end, beta_schedule, rescale_betas_zero_snr: DDPM's, for ``discrete_betas``.
-        variance_type, clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value,
-        timestep_spacing, steps_offset: DDPM's; they act on ``discrete_betas`` and are carried for stock samplers.
+        beta_start: DDPM's first beta, for ``discrete_betas``.
+        beta_end: Its last one.
+        beta_schedule: How the betas run from one to the other.
+        variance_type: DDPM's name for the variance of the reverse step; this and what follows acts on
+            ``discrete_betas``, and is carried for stock samplers.
+        clip_sample: Whether estimates of the data are clipped.
+        clip_sample_range: To which size.
+        thresholding: Whether they are clipped to a quantile of their own sizes instead.
+        dynamic_thresholding_ratio: Which quantile.
+        sample_max_value: The largest size that it may be.
+        timestep_spacing: DDPM's: ``leading``, ``linspace`` or ``trailing``.
+        steps_offset: What is added to the timesteps of ``leading``.
+        rescale_betas_zero_snr: Whether the betas are rescaled so that the last latent holds no signal.
 
     Example:
         >>> import torch

@@ -1,1 +1,1 @@
-"""Training: the loop, what a run is made of, and what it keeps."""
+"""Training: the loop, and around it the dry run, memory, signals, trackers and publication."""
