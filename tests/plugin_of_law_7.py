@@ -1,13 +1,13 @@
 """What a third party might bring, for law 7: a distribution of its own, which the core never names.
 
 `PixelwiseSchedule` has a gamma per pixel, `ContextSchedule` an extra bound term and a latent per datum,
-`ResamplingProcess` no gamma at all.
+`ResamplingProcess` no gamma at all, `LogitsProcess` a network that gives K logits for each level of data of any shape.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class ResamplingProcess(ForwardProcess):
         return 2 * levels.float() / (self.num_levels - 1) - 1
 
     def quantise(self, x: Tensor) -> Tensor:
-        return ((x + 1) / 2 * (self.num_levels - 1)).round().long()
+        return ((x + 1) / 2 * (self.num_levels - 1)).round().long().clamp(0, self.num_levels - 1)
 
     def draw_noise(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
         names = ("keep", "level", "first_keep", "first_level")
@@ -171,3 +171,22 @@ class BoundResampling(BoundProcess):
     def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
         t = torch.zeros(z_0.shape[0], device=z_0.device)
         return self._draw(self.predict(network, z_0, t).exp(), generator)
+
+
+class LogitsProcess(ResamplingProcess):
+    """The same, its network's output the K logits of each level: (C K, H, W) for (C, H, W), (L K) for (L)."""
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (shape[0] * self.num_levels, *shape[1:])
+
+    def bind(self, x: Tensor | None, noise: Noise) -> tuple[dict[str, Tensor], BoundLogits]:
+        return {}, BoundLogits(self)
+
+
+class BoundLogits(BoundResampling):
+    """A softmax of the network's own logits."""
+
+    def predict(self, network: Network, z_t: Tensor, t: Tensor) -> Tensor:
+        timestep = (t.to(z_t.device) * (self.process.num_train_timesteps - 1)).float().expand(z_t.shape[0])
+        logits = network(z_t, timestep).unflatten(1, (z_t.shape[1], self.num_levels))
+        return torch.log_softmax(logits.movedim(2, -1), -1)

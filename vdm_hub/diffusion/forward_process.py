@@ -19,9 +19,10 @@ from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.errors import ConfigurationError
 
 Network = Callable[..., Tensor]
-"""``(sample (B, C, H, W), timestep (B,)) -> output``: the bare network, its other arguments closed over.
+"""``(sample (B, *data), timestep (B,)) -> output``: the bare network, its other arguments closed over.
 
-Where the process has a `ForwardProcess.context_size`, it is given ``context=`` (B, context_size) too.
+The output has `ForwardProcess.output_shape`, which for most processes is the sample's. Where the process has
+a `ForwardProcess.context_size`, it is given ``context=`` (B, context_size) too.
 """
 
 Noise = Mapping[str, Tensor]
@@ -98,6 +99,17 @@ class ForwardProcess(nn.Module, ABC):
     num_levels: int
     num_train_timesteps: int
 
+    example_shape: tuple[int, ...] = (1, 8, 8)
+    """Of a datum, without the batch, that the conformance kit may put it under its laws with."""
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the network's output for ``z_t`` of a shape, both without the batch.
+
+        It is the same, unless the network says more of each dimension than one number: K logits of each level of an
+        image may be (C K, H, W), and those of each token of a text (L, K).
+        """
+        return tuple(shape)
+
     @property
     def context_size(self) -> int | None:
         """Length of the vector that the network is told beside the timestep; ``None`` where there is none."""
@@ -139,7 +151,7 @@ class ForwardProcess(nn.Module, ABC):
         """Take from some of the data, before training, what the process is to know of them.
 
         Args:
-            levels: Batches, (B, C, H, W), to be read only if they are needed.
+            levels: Batches, (B, *data), to be read only if they are needed.
 
         Returns:
             What is to be said of it, if anything.

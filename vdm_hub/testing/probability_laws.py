@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
 from vdm_hub.testing.laws import require
-from vdm_hub.testing.process_laws import PROCESS_LAWS, BoundBatch, FittedOutput, network
-from vdm_hub.testing.subjects import CPU, SHAPE, cast, evaluated, require_close, seeded
+from vdm_hub.testing.process_laws import PROCESS_LAWS, BoundBatch, FakeNetwork, FittedOutput
+from vdm_hub.testing.subjects import CPU, cast, evaluated, require_close, seeded
 
 _COPIES = 128
 _BINS = 32
@@ -53,7 +53,7 @@ def transition_kl_is_seen(process: ForwardProcess) -> None:
     moved, seen = fitted.output, 0.0
     for power in range(-10, 7):  # until it is seen well: too far away, draws do not meet
         moved = fitted.output.clone()
-        moved[:, 0, 0, 0] += 2.0**power
+        moved.flatten(1)[:, 0] += 2.0**power
         seen = seen_kl(true, _draws(fitted, moved, 5))
         if seen > 0.3:
             break
@@ -73,7 +73,7 @@ def _draws(fitted: FittedOutput, output: Tensor, seed: int) -> Tensor:
         bound = fitted.process.bind(x, noise)[1]
         z_t = bound.sample(x, t.expand(len(x)), noise)
         prediction = bound.predict(lambda sample, timestep, **context: _repeated(output), z_t, t)
-        return bound.reverse_step(prediction, z_t, s, t, seeded(seed))[0][:, 0, 0, 0]
+        return bound.reverse_step(prediction, z_t, s, t, seeded(seed))[0].flatten(1)[:, 0]
 
 
 def _repeated(value: Tensor) -> Tensor:
@@ -83,13 +83,16 @@ def _repeated(value: Tensor) -> Tensor:
 @PROCESS_LAWS.add
 def prior_kl_is_seen(process: ForwardProcess) -> None:
     """The prior KL is at least what draws of z_1 ~ q(z_1|x), against prior_sample(), show of it."""
-    process, shape = evaluated(process), (4096, *SHAPE)
+    process, shape = evaluated(process), (4096, *process.example_shape)
     levels = torch.randint(0, 2, shape, generator=seeded(2)) * (process.num_levels - 1)
     x = process.encode(levels)
     noise = cast(process.draw_noise(shape, seeded(3), CPU), x.dtype)
     with torch.no_grad():
         bound: BoundProcess = process.bind(x, noise)[1]
-        z_1, drawn = bound.sample(x, torch.ones(len(x)), noise), bound.prior_sample(shape, seeded(4), CPU)
+        z_1, drawn = (
+            bound.sample(x, torch.ones(len(x)), noise),
+            bound.prior_sample(tuple(process.latent_shape(shape)), seeded(4), CPU),
+        )
         stated = float(bound.prior_kl(x).mean())
     # Of all pixels at a level together: their mean is at most the mean of their KLs, and dimensions of p add up.
     shares = [(levels == level) for level in levels.unique()]
@@ -108,11 +111,10 @@ def decoder(process: ForwardProcess) -> None:
     with torch.no_grad():
         bound = batch.bind()[1]
         z_0 = bound.sample(batch.x, torch.zeros(len(batch.x)), batch.noise)
-        wrong = (bound.decode(z_0, network, seeded(6)) != batch.levels).flatten(1).sum(1).double()
-        cost = bound.reconstruction(batch.levels, batch.x, batch.noise, network).double()
-        other = bound.reconstruction(
-            batch.levels, batch.x, batch.noise, lambda sample, timestep, **context: -sample
-        ).double()
+        wrong = (bound.decode(z_0, batch.network, seeded(6)) != batch.levels).flatten(1).sum(1).double()
+        cost = bound.reconstruction(batch.levels, batch.x, batch.noise, batch.network).double()
+        another = FakeNetwork(process, scale=-1.0)
+        other = bound.reconstruction(batch.levels, batch.x, batch.noise, another).double()
     dimensions, stated_cost = batch.x[0].numel(), f"reconstruction() is {float(cost.mean()):.4g} nats a datum"
     errors, noise = float(wrong.mean()), 4 * float((wrong.std() + cost.std()) / math.sqrt(len(wrong)))
     # A level that another one beats, or that a draw misses, has p(x|z_0) <= 1/2, or costs -log p >= 1 - p.
@@ -139,7 +141,7 @@ def reconstruction_by_level(process: ForwardProcess) -> None:
         return
     batch = BoundBatch(process, size=256)
     with torch.no_grad():
-        drawn = batch.bind()[1].reconstruction(batch.levels, batch.x, batch.noise, network).double()
+        drawn = batch.bind()[1].reconstruction(batch.levels, batch.x, batch.noise, batch.network).double()
     expected = by_level.to(drawn)[batch.levels].flatten(1).sum(1)
     off, error = float((drawn - expected).mean()), float((drawn - expected).std()) / math.sqrt(len(drawn))
     require(
@@ -164,9 +166,9 @@ def one_timestep(process: ForwardProcess) -> None:
     batch = BoundBatch(process)
     timesteps: list[Tensor] = []
 
-    def listen(sample: Tensor, timestep: Tensor) -> Tensor:
+    def listen(sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         timesteps.append(timestep.detach().double())
-        return network(sample, timestep)
+        return batch.network(sample, timestep)
 
     bound = batch.bind()[1]
     bound.predict(listen, bound.sample(batch.x, batch.t, batch.noise), batch.t)

@@ -6,6 +6,7 @@ minimising the process' own transition KL.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -19,7 +20,6 @@ from vdm_hub.testing.subjects import (
     BATCH,
     CPU,
     OWN_TERMS,
-    SHAPE,
     cast,
     evaluated,
     json_round_trip,
@@ -34,27 +34,46 @@ from vdm_hub.testing.subjects import (
 PROCESS_LAWS = Laws("forward_processes", ForwardProcess)
 
 
-def network(sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
-    """A network that denoises nothing: smooth, elementwise, and dependent on both of its inputs."""
-    level = torch.as_tensor(timestep, device=sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
-    return torch.tanh(0.7 * sample + 0.3 * torch.sin(level / 300).to(sample.dtype))
+class FakeNetwork:
+    """No denoiser of anything: smooth, and dependent on both of its inputs, an output of each dimension on it alone.
+
+    Args:
+        process: It says the output's shape.
+        scale: Of the output.
+    """
+
+    def __init__(self, process: ForwardProcess, scale: float = 0.7) -> None:
+        self.scale = scale
+        self.shape = process.output_shape(process.latent_shape((1, *process.example_shape))[1:])
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
+        """The output at a sample and its timestep."""
+        level = torch.as_tensor(timestep, device=sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
+        output = torch.tanh(self.scale * sample + 0.3 * torch.sin(level / 300).to(sample.dtype)).flatten(1)
+        entries = math.prod(self.shape)
+        if entries != output.shape[1]:
+            each = torch.linspace(-1, 1, -(-entries // output.shape[1]), dtype=sample.dtype)
+            output = (output[:, None, :] * each[:, None]).flatten(1)[:, :entries]
+        return output.reshape(len(sample), *self.shape)
 
 
 class BoundBatch:
     """A batch for the laws: levels, data, noise, and the process bound to them."""
 
     def __init__(self, process: ForwardProcess, size: int = BATCH, dtype: torch.dtype = torch.float32) -> None:
-        self.process = evaluated(process, dtype)
-        self.levels = torch.randint(0, process.num_levels, (size, *SHAPE), generator=seeded(1))
+        self.process, shape = evaluated(process, dtype), (size, *process.example_shape)
+        self.network = FakeNetwork(process)
+        self.levels = torch.randint(0, process.num_levels, shape, generator=seeded(1))
         self.x = self.process.encode(self.levels).to(dtype)
-        self.noise = cast(self.process.draw_noise((size, *SHAPE), one_each(*range(size)), CPU), dtype)
+        self.noise = cast(self.process.draw_noise(shape, one_each(*range(size)), CPU), dtype)
         self.s = torch.linspace(0.2, 0.6, size, dtype=dtype)
         self.t = self.s + 0.2
 
     def rows(self, rows: slice) -> BoundBatch:
         """The batch of some of its data."""
         part = object.__new__(BoundBatch)
-        part.process, part.noise = self.process, {name: value[rows] for name, value in self.noise.items()}
+        part.process, part.network = self.process, self.network
+        part.noise = {name: value[rows] for name, value in self.noise.items()}
         part.levels, part.x, part.s, part.t = self.levels[rows], self.x[rows], self.s[rows], self.t[rows]
         return part
 
@@ -67,16 +86,16 @@ class BoundBatch:
         extras, bound = self.bind()
         terms = {
             "prior_kl": bound.prior_kl(self.x),
-            "reconstruction": bound.reconstruction(self.levels, self.x, self.noise, network),
-            "transition_kl": bound.transition_kl(self.x, self.s, self.t, self.noise, network),
+            "reconstruction": bound.reconstruction(self.levels, self.x, self.noise, self.network),
+            "transition_kl": bound.transition_kl(self.x, self.s, self.t, self.noise, self.network),
         }
-        rate = self.rate(bound, network)
+        rate = self.rate(bound, self.network)
         return terms | ({} if rate is None else {"kl_rate": rate}) | {f"the extra {n}": v for n, v in extras.items()}
 
     def rate(self, bound: BoundProcess, network: Network) -> Tensor | None:
         """The rate of the KL, or ``None`` where the process says that it has none."""
         try:
-            return bound.kl_rate(self.x, self.t, self.noise, network)
+            return bound.kl_rate(self.x, self.t, self.noise, self.network)
         except ConfigurationError:
             return None
 
@@ -103,7 +122,8 @@ def levels_round_trip(process: ForwardProcess) -> None:
 def draws_follow_their_generator(process: ForwardProcess) -> None:
     """The base noise of a datum comes from its own generator alone, wherever it stands in a batch."""
     for draw in (process.draw_noise, process.draw_context):
-        whole, last = draw((BATCH, *SHAPE), one_each(*range(BATCH)), CPU), draw((1, *SHAPE), one_each(BATCH - 1), CPU)
+        shape = process.example_shape
+        whole, last = draw((BATCH, *shape), one_each(*range(BATCH)), CPU), draw((1, *shape), one_each(BATCH - 1), CPU)
         what = f"{draw.__name__}() gives" if whole.keys() != last.keys() else ""
         require(not what, f"{what} {sorted(whole)} for a batch and {sorted(last)} for one datum")
         for name, value in whole.items():
@@ -148,6 +168,7 @@ def data_do_not_mix(process: ForwardProcess) -> None:
 def network_inputs(process: ForwardProcess) -> None:
     """The network is called with a finite (B, *data), one timestep a datum in float32 or better, and the context."""
     batch = BoundBatch(process)
+    latent = process.latent_shape((1, *process.example_shape))[1:]
 
     def listen(sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         sizes = {} if process.context_size is None else {"context": process.context_size}
@@ -155,7 +176,7 @@ def network_inputs(process: ForwardProcess) -> None:
         for name, value in context.items():
             require_shape(value, (BATCH, sizes[name]), f"the {name} that the network is given")
             require_finite(value, f"the {name} that the network is given")
-        require_shape(sample, (BATCH, *SHAPE), "the sample that the network is given")
+        require_shape(sample, (BATCH, *latent), "the sample that the network is given")
         require_shape(timestep, (BATCH,), "the timestep that the network is given")
         require(
             timestep.dtype in (torch.float32, torch.float64),
@@ -163,7 +184,7 @@ def network_inputs(process: ForwardProcess) -> None:
         )
         require_finite(sample, "the sample that the network is given")
         require_finite(timestep, "the timestep that the network is given")
-        return network(sample, timestep)
+        return batch.network(sample, timestep)
 
     bound = batch.bind()[1]
     z_t = bound.sample(batch.x, batch.t, batch.noise)
@@ -177,9 +198,9 @@ def network_inputs(process: ForwardProcess) -> None:
 def gradients_reach_the_network(process: ForwardProcess) -> None:
     """Both forms of the diffusion term train the network."""
     batch = BoundBatch(process)
-    weight = torch.ones(SHAPE, requires_grad=True)
+    weight = torch.ones(batch.network.shape, requires_grad=True)
     bound = batch.bind()[1]
-    emit: Network = lambda sample, timestep, **context: weight * network(sample, timestep)  # noqa: E731
+    emit: Network = lambda sample, timestep, **context: weight * batch.network(sample, timestep)  # noqa: E731
     losses = {"transition_kl": bound.transition_kl(batch.x, batch.s, batch.t, batch.noise, emit)}
     rate = batch.rate(bound, emit)
     for name, loss in (losses if rate is None else losses | {"kl_rate": rate}).items():
@@ -195,9 +216,9 @@ def rate_is_the_limit(process: ForwardProcess) -> None:
     batch, transitions = BoundBatch(process, dtype=torch.float64), 4096
     bound = batch.bind()[1]
     with torch.no_grad():
-        rate = batch.rate(bound, network)
+        rate = batch.rate(bound, batch.network)
         if rate is not None:
-            kl = bound.transition_kl(batch.x, batch.t - 1 / transitions, batch.t, batch.noise, network)
+            kl = bound.transition_kl(batch.x, batch.t - 1 / transitions, batch.t, batch.noise, batch.network)
             require_close(
                 transitions * kl, rate, f"{transitions} transition KLs, against the rate,", rtol=0.05, atol=0.01
             )
@@ -241,16 +262,17 @@ class FittedOutput:
     """Data at the lowest and highest level, and the output of a network that knows them: that of the least KL."""
 
     def __init__(self, process: ForwardProcess, s: float = 0.4, t: float = 0.6, size: int = 64) -> None:
-        self.process, self.s, self.t, shape = evaluated(process, torch.float64), s, t, (size, *SHAPE)
+        self.process, self.s, self.t = evaluated(process, torch.float64), s, t
+        shape, of_output = (size, *process.example_shape), (size, *FakeNetwork(process).shape)
         for parameter in self.process.parameters():
             parameter.requires_grad_(False)
         self.levels = torch.randint(0, 2, shape, generator=seeded(2)) * (process.num_levels - 1)
-        self.levels[:, 0, 0, 0] = 0  # the same for all data, so that what is drawn of it is of one distribution
+        self.levels.flatten(1)[:, 0] = 0  # the same for all data, so that what is drawn of it is of one distribution
         self.x = self.process.encode(self.levels).double()
         self.noise = cast(self.process.draw_noise(shape, seeded(3), CPU), torch.float64)
         self.bound = self.process.bind(self.x, self.noise)[1]
-        self.kl_at_zero = self.kl_of(torch.zeros(shape, dtype=torch.float64))
-        self.output = self._fit(torch.zeros(shape, dtype=torch.float64, requires_grad=True))
+        self.kl_at_zero = self.kl_of(torch.zeros(of_output, dtype=torch.float64))
+        self.output = self._fit(torch.zeros(of_output, dtype=torch.float64, requires_grad=True))
         self.kl = self.kl_of(self.output)
 
     def kl_of(self, output: Tensor) -> float:
@@ -296,7 +318,8 @@ def sampling(process: ForwardProcess) -> None:
     """A chain bound to no data keeps its shape, follows each datum's generator, and decodes to levels."""
     whole, alone = _chain(process, BATCH), _chain(process, 1)
     for name, value in whole.items():
-        require_shape(value, (BATCH, *SHAPE), name)
+        latent = tuple(process.latent_shape((BATCH, *process.example_shape)))
+        require_shape(value, (BATCH, *process.example_shape) if name == "decode()" else latent, name)
         require_finite(value.float(), name)
     for name, value in alone.items():
         require_close(whole[name][:1], value, f"{name} of a datum in a batch, against alone,", rtol=1e-4, atol=1e-4)
@@ -311,13 +334,14 @@ def sampling(process: ForwardProcess) -> None:
 @torch.no_grad()
 def _chain(process: ForwardProcess, size: int) -> dict[str, Tensor]:
     """Three steps from the prior to levels, with a generator for each datum."""
-    process, generators, shape = evaluated(process), one_each(*range(size)), (size, *SHAPE)
+    process, generators, shape = evaluated(process), one_each(*range(size)), (size, *process.example_shape)
+    network = FakeNetwork(process)
     context = process.draw_context(shape, generators, CPU)
     unknown = sorted(context.keys() - process.draw_noise(shape, one_each(*range(size)), CPU).keys())
     if unknown:
         raise LawViolation(f"draw_context() gives {unknown}, which draw_noise() does not")
     bound = process.bind(None, context)[1]
-    z = bound.prior_sample(shape, generators, CPU)
+    z = bound.prior_sample(tuple(process.latent_shape(shape)), generators, CPU)
     found = {"prior_sample()": z}
     times = torch.linspace(1, 0, 4, dtype=torch.float64)
     for t, s in pairwise(times):
