@@ -1,20 +1,39 @@
 """What a third party might bring, for law 7: a distribution of its own, which the core never names.
 
 `PixelwiseSchedule` has a gamma per pixel, `ContextSchedule` an extra bound term and a latent per datum,
-`ResamplingProcess` no gamma at all, `LogitsProcess` a network that gives K logits for each level of data of any shape.
+`ResamplingProcess` no gamma at all, `LogitsProcess` a network that gives K logits for each level of data of any shape,
+`LearnedResampling` weights of its own; `PixelNetwork` is a network, `Shout` a command of ``vdm-hub``.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
-from vdm_hub import BoundProcess, ForwardProcess, NoiseSchedule, registry
+from vdm_hub import (
+    BoundProcess,
+    Command,
+    ConfigurationError,
+    ForwardProcess,
+    LikelihoodMethod,
+    Measured,
+    Measurement,
+    ModelMixin,
+    NoiseSchedule,
+    Objective,
+    check_fields,
+    image_generator,
+    option,
+    registry,
+)
 from vdm_hub.diffusion.draws import Generator, normal_noise, uniform_noise
 from vdm_hub.diffusion.forward_process import Network, Noise
 from vdm_hub.diffusion.noise_schedules import Gamma
@@ -190,3 +209,92 @@ class BoundLogits(BoundResampling):
         timestep = (t.to(z_t.device) * (self.process.num_train_timesteps - 1)).float().expand(z_t.shape[0])
         logits = network(z_t, timestep).unflatten(1, (z_t.shape[1], self.num_levels))
         return torch.log_softmax(logits.movedim(2, -1), -1)
+
+
+class LearnedResampling(ResamplingProcess):
+    """The same, what it keeps at t = 0 a weight of its own."""
+
+    has_weights = True
+
+    def __init__(self, num_levels: int = 2, num_train_timesteps: int = 1000, first_keep: float = 0.95) -> None:
+        super().__init__(num_levels, num_train_timesteps, first_keep)
+        self.logit = nn.Parameter(torch.logit(torch.tensor(first_keep)))
+
+    def keep(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(self.logit).to(t.device) * (1 - t).float()
+
+
+class PixelNetwork(ModelMixin, ConfigMixin):
+    """A network of a third party: each pixel by itself, told the timestep and, where it has one, a context."""
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 8,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        width: int = 8,
+        context_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.into = nn.Conv2d(in_channels, width, 1)
+        self.told = nn.Linear(1 + (context_size or 0), width)
+        self.conv_out = nn.Conv2d(width, out_channels, 1)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, return_dict: bool = True, context: Tensor | None = None
+    ) -> tuple[Tensor]:
+        told = torch.sin(timestep.to(sample.dtype).reshape(-1, 1).expand(len(sample), 1) / 300)
+        if context is not None:
+            told = torch.cat([told, context.to(sample.dtype)], 1)
+        return (self.conv_out(torch.tanh(self.into(sample) + self.told(told)[:, :, None, None])),)
+
+
+class Shout(Command):
+    """Say a word loudly."""
+
+    def declare(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("word")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        if arguments.word == "nothing":
+            raise ConfigurationError("word is 'nothing': give another.")
+        print(arguments.word.upper())
+        return 0
+
+
+@dataclass(frozen=True)
+class Mean(LikelihoodMethod):
+    """A likelihood method of a third party: the bound at so many independent times."""
+
+    name = "mean_bound"
+
+    times: int = option(3, "independent times", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def build(self, objective: Objective, num_images: int, seed: int) -> Measurement:
+        return MeanOfTimes(objective, seed, self.times)
+
+
+class MeanOfTimes(Measurement):
+    """At times of each image's own."""
+
+    method = "mean_bound"
+
+    def __init__(self, objective: Objective, seed: int, times: int) -> None:
+        super().__init__(objective, seed)
+        self.times = times
+
+    def measure(self, batch: Any, replicate: int) -> Measured:
+        sums: dict[str, Tensor] = {}
+        for k in range(self.times):
+            generators = [image_generator(self.seed, replicate, k, int(i)) for i in batch["indices"]]
+            times = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+            terms = self.objective(batch, times, self.objective.draw_noise(batch, generators)).terms
+            sums = {name: sums.get(name, 0) + term.double() / self.times for name, term in terms.items()}
+        return Measured(sums, {"evaluations": torch.full((len(generators),), float(self.times))})
+
+    def protocol(self) -> dict[str, Any]:
+        return {}

@@ -7,6 +7,7 @@ from . import registry as registry
 # Images, runs and commands.
 from .recipes.command_line import CommandLineParser as CommandLineParser
 from .commands import report_errors as report_errors
+from .commands.command import Command as Command
 from .commands.images import load_images as load_images
 from .commands.loading import load_pipeline as load_pipeline
 from .commands.outputs import check_output as check_output
@@ -18,6 +19,7 @@ from .diffusion.conditioning import Conditioning as Conditioning
 from .diffusion.continuous_time import DiffusionSDE as DiffusionSDE
 from .diffusion.decoders import FactorisedDecoder as FactorisedDecoder
 from .diffusion.draws import Generator as Generator
+from .diffusion.draws import image_generator as image_generator
 from .diffusion.draws import normal_noise as normal_noise
 from .diffusion.draws import uniform_noise as uniform_noise
 from .diffusion.forward_process import BoundProcess as BoundProcess
@@ -63,6 +65,8 @@ from .errors import VDMHubError as VDMHubError
 
 # What training minimises, and what evaluation measures.
 from .evaluation.evaluate import evaluate as evaluate
+from .fields import check_fields as check_fields
+from .fields import option as option
 from .evaluation.measuring import ReplicateStages as ReplicateStages
 from .evaluation.measuring import measure_images as measure_images
 from .data.levels import images_from_levels as images_from_levels
@@ -93,7 +97,7 @@ from .pipelines.base import LikelihoodPipeline as LikelihoodPipeline
 from .models.first_stages import AutoencoderKLFirstStage as AutoencoderKLFirstStage
 from .models.hvae import MarkovianHVAE as MarkovianHVAE
 from .models.loading import ModelMixin as ModelMixin  # diffusers looks for it, and for the next, in each library
-from .models.noise_schedule_model import NoiseScheduleModel as NoiseScheduleModel
+from .models.registered_model import RegisteredModel as RegisteredModel
 from .models.unet_vdm import UNetVDMModel as UNetVDMModel
 from .pipelines.hvae import HVAEPipeline as HVAEPipeline
 from .pipelines.latent_vdm import LatentVDMPipeline as LatentVDMPipeline

@@ -73,12 +73,19 @@ BUILT_INS: dict[str, dict[str, str]] = {
     "forward_processes": {
         "gaussian": f"{_DIFFUSION}.gaussian_process:GaussianProcess",
     },
+    "networks": {
+        "UNetVDMModel": f"{_PACKAGE}.models.unet_vdm:UNetVDMModel",
+    },
     "likelihood_methods": {
         "bound": f"{_PACKAGE}.likelihood.methods:VariationalBound",
         "ode": f"{_PACKAGE}.likelihood.methods:ProbabilityFlow",
         "importance_weighted": f"{_PACKAGE}.likelihood.methods:ImportanceWeighted",
     },
+    "commands": {},
 }
+
+RESERVED = {"commands": ("train", "recipes", "explain", "evaluate", "sample", "publish", "plugins")}
+"""Names that are taken, though no class is registered under them: the commands of ``vdm-hub`` itself."""
 
 _BASES = {
     "noise_schedules": f"{_DIFFUSION}.noise_schedules:NoiseSchedule",
@@ -86,7 +93,9 @@ _BASES = {
     "conditionings": f"{_DIFFUSION}.conditioning:Conditioning",
     "decoders": f"{_DIFFUSION}.decoders:Decoder",
     "forward_processes": f"{_DIFFUSION}.forward_process:ForwardProcess",
+    "networks": "diffusers.models.modeling_utils:ModelMixin",
     "likelihood_methods": f"{_PACKAGE}.likelihood.methods:LikelihoodMethod",
+    "commands": f"{_PACKAGE}.commands.command:Command",
 }
 
 SERIALISED_FIELDS = {
@@ -260,7 +269,8 @@ def packages(fields: Mapping[str, Any]) -> dict[str, str]:
     >>> packages({"noise_schedule": {"name": "steep", "package": "vdm-hub-steep", "version": "1.2"}})
     {'vdm-hub-steep': '1.2'}
     """
-    forms = [fields.get(field) for field in SERIALISED_FIELDS]
+    forms = [fields.get(field) for field in (*SERIALISED_FIELDS, "network")]
+    forms += [form.get("forward_process") for form in forms if isinstance(form, Mapping)]  # all fields of a process
     return {
         str(form["package"]): str(form.get("version") or "0")
         for form in forms
@@ -340,7 +350,7 @@ def serialise(kind: str, instance: Any, complete: bool = False) -> Serialised:
             f"{target} is not registered as a {KIND_WORDS[kind]}, so no config can name it. Declare it as an entry "
             f"point in the group 'vdm_hub.{kind}' of an installed package. Registered: {known}."
         )
-    config = _json_object(f"{KIND_WORDS[kind]} {registration.name!r}", instance.to_config())
+    config = _json_object(f"{KIND_WORDS[kind]} {registration.name!r}", _config_of(instance))
     parameters = inspect.signature(type(instance)).parameters
     arguments = {k: v for k, v in config.items() if complete or k not in parameters or parameters[k].default != v}
     if registration.package != BUILT_IN_PACKAGE:
@@ -351,6 +361,13 @@ def serialise(kind: str, instance: Any, complete: bool = False) -> Serialised:
             "version": registration.version,
         }
     return {"name": registration.name, "config": arguments} if arguments else registration.name
+
+
+def _config_of(instance: Any) -> Any:
+    """The constructor's arguments: as ``to_config`` gives them, or as diffusers keeps a model's."""
+    if hasattr(instance, "to_config"):
+        return instance.to_config()
+    return {name: value for name, value in instance.config.items() if not name.startswith("_")}
 
 
 def registration_of(kind: str, cls: type) -> Registration | None:

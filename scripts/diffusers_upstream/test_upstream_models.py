@@ -1,4 +1,4 @@
-"""diffusers' model mixins on `UNetVDMModel` and `NoiseScheduleModel`."""
+"""diffusers' model mixins on `UNetVDMModel` and `RegisteredModel`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.models.testing_utils import (
 )
 from tests.testing_utils import enable_full_determinism, torch_device
 
-from vdm_hub import NoiseScheduleModel, UNetVDMModel
+from vdm_hub import RegisteredModel, UNetVDMModel
 
 enable_full_determinism()
 
@@ -98,7 +98,7 @@ class GammaOutput(BaseOutput):
     gamma: torch.Tensor
 
 
-class NoiseScheduleWithOutputs(NoiseScheduleModel):
+class NoiseScheduleWithOutputs(RegisteredModel):
     """Answers as the mixin asks; the component itself is called like any schedule, for a tensor."""
 
     def forward(self, t: torch.Tensor, return_dict: bool = True) -> Any:
@@ -118,9 +118,9 @@ class _Schedule(BaseModelTesterConfig):
         return {"t": torch.linspace(0, 1, 4, device=torch_device)}
 
 
-class TestNoiseScheduleModel(_Schedule, _ModelTests):
+class TestRegisteredModel(_Schedule, _ModelTests):
     """The component that carries a schedule's weights."""
 
 
-class TestNoiseScheduleModelMemory(_Schedule, MemoryTesterMixin):
+class TestRegisteredModelMemory(_Schedule, MemoryTesterMixin):
     """Needs an accelerator."""

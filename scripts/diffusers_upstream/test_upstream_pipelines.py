@@ -14,7 +14,7 @@ from tests.pipelines.pipeline_params import (
 from tests.pipelines.test_pipelines_common import PipelineTesterMixin
 from tests.testing_utils import enable_full_determinism
 
-from vdm_hub import NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler
+from vdm_hub import RegisteredModel, UNetVDMModel, VDMPipeline, VDMScheduler
 
 enable_full_determinism()
 
@@ -54,4 +54,4 @@ class VDMPipelineWithScheduleTest(VDMPipelineTest):
     """The schedule's weights ride in a component of their own."""
 
     def get_dummy_components(self) -> dict[str, Any]:
-        return super().get_dummy_components() | {"noise_schedule": NoiseScheduleModel("learned_linear")}
+        return super().get_dummy_components() | {"noise_schedule": RegisteredModel("learned_linear")}

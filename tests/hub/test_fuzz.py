@@ -26,7 +26,7 @@ from vdm_hub import (
     HVAEPipeline,
     LatentVDMPipeline,
     MarkovianHVAE,
-    NoiseScheduleModel,
+    RegisteredModel,
     UNetVDMModel,
     VDMPipeline,
     VDMScheduler,
@@ -56,7 +56,7 @@ PIPELINES: dict[str, list[Door]] = {
         Door("DiffusionPipeline", DiffusionPipeline.from_pretrained),
         component(VDMScheduler, "scheduler"),
         component(UNetVDMModel, "unet"),
-        component(NoiseScheduleModel, "noise_schedule"),
+        component(RegisteredModel, "noise_schedule"),
     ],
     "stock": [
         Door("VDMPipeline", VDMPipeline.from_pretrained),
@@ -74,7 +74,7 @@ PIPELINES: dict[str, list[Door]] = {
 def built(kind: str) -> Any:
     torch.manual_seed(0)
     if kind == "carried":
-        schedule = NoiseScheduleModel.from_schedule(LearnedMonotoneSchedule(hidden_features=4))
+        schedule = RegisteredModel.carrying(LearnedMonotoneSchedule(hidden_features=4))
         return VDMPipeline(tiny_unet(), VDMScheduler(num_levels=17, noise_schedule="learned_monotone"), schedule)
     if kind == "stock":
         return tiny_pipeline(tiny_unet_2d())

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import vdm_hub
 from hub.server import Blob, Call, LoopbackHub, Repository
 from tiny import LEVELS, quiet, randomised, sampled, tiny_pipeline, tiny_unet, tiny_unet_2d
-from vdm_hub import NoiseScheduleModel, VDMPipeline, VDMScheduler
+from vdm_hub import RegisteredModel, VDMPipeline, VDMScheduler
 from vdm_hub.hub.install_hint import FORMER_HINTS, INSTALL_HINT, add_install_hint
 from vdm_hub.version import HOW_TO_INSTALL
 
@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 import diffusers
 from diffusers import AutoModel, DiffusionPipeline
 import vdm_hub
-from vdm_hub import NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler
+from vdm_hub import RegisteredModel, UNetVDMModel, VDMPipeline, VDMScheduler
 from tiny import quiet, sampled
 
 repo, stock, commit, place = sys.argv[1:]
@@ -48,7 +48,7 @@ def measure(name, pipe):
 
 def parts(network, **revision):
     unet = network.from_pretrained(repo, subfolder="unet", **where, **revision)
-    schedule = NoiseScheduleModel.from_pretrained(repo, subfolder="noise_schedule", **where, **revision)
+    schedule = RegisteredModel.from_pretrained(repo, subfolder="noise_schedule", **where, **revision)
     return VDMPipeline(unet, VDMScheduler.from_pretrained(repo, subfolder="scheduler", **where, **revision), schedule)
 
 for name, revision in {"main": {}, "branch": {"revision": "older"}, "commit": {"revision": commit}}.items():
@@ -114,7 +114,7 @@ def run(script: str, *arguments: str, **environment: str) -> Any:
 
 
 def carried_pipeline(seed: int) -> VDMPipeline:
-    schedule = randomised(NoiseScheduleModel("learned_monotone"), seed)
+    schedule = randomised(RegisteredModel("learned_monotone"), seed)
     scheduler = VDMScheduler(num_levels=LEVELS, noise_schedule="learned_monotone")
     return quiet(VDMPipeline(randomised(tiny_unet(), seed), scheduler, schedule))
 
@@ -176,8 +176,8 @@ def test_every_idiom_gives_the_same_samples(loaded: dict[str, Any], folders: dic
         assert measured[f"{idiom}/branch"] == measured[f"{idiom}/commit"] == older, idiom
     assert measured["AutoModel/schedule"] == newer
     assert measured["DiffusionPipeline/saved again"] == measured["VDMPipeline/saved again"] == newer
-    of_parts = ["VDMPipeline", "noise_schedule=NoiseScheduleModel", "scheduler=VDMScheduler"]
-    stock = [*(part.replace("=NoiseScheduleModel", "=NoneType") for part in of_parts), "unet=UNet2DModel"]
+    of_parts = ["VDMPipeline", "noise_schedule=RegisteredModel", "scheduler=VDMScheduler"]
+    stock = [*(part.replace("=RegisteredModel", "=NoneType") for part in of_parts), "unet=UNet2DModel"]
     assert kinds.pop("stock network") == stock
     assert {tuple(kind) for kind in kinds.values()} == {(*of_parts, "unet=UNetVDMModel")}
 

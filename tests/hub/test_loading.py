@@ -15,7 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import registered
 from hub.server import LoopbackHub
-from vdm_hub import NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler
+from vdm_hub import RegisteredModel, UNetVDMModel, VDMPipeline, VDMScheduler
 from vdm_hub.diffusion.learned_schedules import LearnedMonotoneSchedule
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ LOAD = (
     + """
 import json, sys
 from diffusers import DiffusionPipeline
-from vdm_hub import NoiseScheduleModel, UNetVDMModel, VDMPipeline, VDMScheduler
+from vdm_hub import RegisteredModel, UNetVDMModel, VDMPipeline, VDMScheduler
 answers = {}
 for name, place in zip(sys.argv[1::2], sys.argv[2::2]):
     if name == "stock":
@@ -56,7 +56,7 @@ for name, place in zip(sys.argv[1::2], sys.argv[2::2]):
         continue
     pipes = [cls.from_pretrained(place) for cls in (DiffusionPipeline, VDMPipeline)]
     parts = {"unet": UNetVDMModel, "scheduler": VDMScheduler}
-    parts |= {"noise_schedule": NoiseScheduleModel} if name == "carried" else {}
+    parts |= {"noise_schedule": RegisteredModel} if name == "carried" else {}
     pipes.append(VDMPipeline(**{part: cls.from_pretrained(place, subfolder=part) for part, cls in parts.items()}))
     assert all(type(pipe) is VDMPipeline for pipe in pipes)
     answers[name] = [measure(pipe) for pipe in pipes]
@@ -88,7 +88,7 @@ def build_pipeline(kind: str) -> VDMPipeline:
         return VDMPipeline(unet, VDMScheduler(num_levels=17, prediction_type="v_prediction"))
     if kind == "carried":
         scheduler = VDMScheduler(num_levels=17, noise_schedule="learned_monotone")
-        return VDMPipeline(unet, scheduler, NoiseScheduleModel.from_schedule(schedule))
+        return VDMPipeline(unet, scheduler, RegisteredModel.carrying(schedule))
     scheduler = VDMScheduler(num_levels=17, noise_schedule="learned_monotone")
     scheduler.process.schedule.load_state_dict(schedule.state_dict())  # type: ignore[union-attr]
     return VDMPipeline(unet, VDMScheduler(**scheduler.process.fields()))
@@ -191,7 +191,7 @@ def test_model_index_names_only_diffusers_and_the_core(folders: dict[str, Path],
     assert parts == {
         "unet": ["vdm_hub", "UNetVDMModel"],
         "scheduler": ["vdm_hub", "VDMScheduler"],
-        "noise_schedule": ["vdm_hub", "NoiseScheduleModel"] if kind == "carried" else [None, None],
+        "noise_schedule": ["vdm_hub", "RegisteredModel"] if kind == "carried" else [None, None],
     }
 
 

@@ -17,7 +17,7 @@ from hub.server import LoopbackHub, Repository
 from hub.test_idioms import blobs, run, weights_asked_for
 from naming import naming
 from tiny import LEVELS, quiet, randomised, sampled, tiny_pipeline, tiny_unet
-from vdm_hub import NoiseScheduleModel, VDMPipeline, VDMScheduler, registry
+from vdm_hub import RegisteredModel, VDMPipeline, VDMScheduler, registry
 from vdm_hub.errors import CheckpointError, ConfigurationError, MissingPluginError
 from vdm_hub.registry import SERIALISED_FIELDS
 
@@ -47,7 +47,7 @@ import json
 import torch
 torch.set_num_threads(1)  # sums of floats depend on it
 from diffusers import DiffusionPipeline
-from vdm_hub import NoiseScheduleModel, VDMPipeline, VDMScheduler
+from vdm_hub import RegisteredModel, VDMPipeline, VDMScheduler
 from tiny import quiet, sampled
 said, answers = {}, {}
 for repo in ("me/fixed", "me/carried", "me/denied"):
@@ -79,12 +79,12 @@ def saved(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     root = tmp_path_factory.mktemp("saved")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(plugin)
-        schedule = randomised(NoiseScheduleModel.from_schedule(registry.build("noise_schedules", "steep")), 3)
+        schedule = randomised(RegisteredModel.carrying(registry.build("noise_schedules", "steep")), 3)
         # By its name, as a user writes it, and from the schedule itself, as training does.
         by_name = VDMScheduler(num_levels=LEVELS, noise_schedule="steep")
         form = registry.serialise("noise_schedules", schedule.schedule)
         as_trained = VDMScheduler(num_levels=LEVELS, noise_schedule=form)
-        assert NoiseScheduleModel("steep").config == schedule.config
+        assert RegisteredModel("steep").config == schedule.config
         fixed = quiet(VDMPipeline(tiny_unet(), by_name))
         carried = quiet(VDMPipeline(tiny_unet(), as_trained, schedule))
         pipes = {"fixed": fixed, "carried": carried}

@@ -20,7 +20,7 @@ from distributions import write_pixelwise
 from exact_denoisers import ExactDenoiser, Mixture
 from naming import naming
 from tiny import LEVELS, quiet, sampled, seeded, tiny_pipeline, tiny_unet, tiny_unet_2d
-from vdm_hub import NoiseScheduleModel, VDMPipeline, VDMScheduler
+from vdm_hub import RegisteredModel, VDMPipeline, VDMScheduler
 from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.publishing.stock_twin import TwinError, build_stock_twin, twin_error
@@ -134,7 +134,7 @@ def test_the_pipeline_keeps_its_sampler_and_its_network() -> None:
 def test_a_schedule_carried_as_weights_has_a_twin() -> None:
     schedule = LearnedLinearSchedule(-8.0, 4.0)
     scheduler = VDMScheduler(noise_schedule="learned_linear", conditioning={"name": "affine", "config": RANGE})
-    carried = quiet(VDMPipeline(tiny_unet_2d(), scheduler, NoiseScheduleModel.from_schedule(schedule)))
+    carried = quiet(VDMPipeline(tiny_unet_2d(), scheduler, RegisteredModel.carrying(schedule)))
     baked = tiny_pipeline(
         tiny_unet_2d(),
         noise_schedule={"name": "linear", "config": RANGE},

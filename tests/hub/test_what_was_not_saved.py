@@ -25,7 +25,7 @@ from vdm_hub import (
     HVAEPipeline,
     LatentVDMPipeline,
     MarkovianHVAE,
-    NoiseScheduleModel,
+    RegisteredModel,
     UNetVDMModel,
     VDMPipeline,
     VDMScheduler,
@@ -44,7 +44,7 @@ KINDS: Mapping[str, Any] = {
 PARTS: Mapping[str, Any] = {
     "scheduler": VDMScheduler,
     "unet": UNetVDMModel,
-    "noise_schedule": NoiseScheduleModel,
+    "noise_schedule": RegisteredModel,
     "hvae": MarkovianHVAE,
     "first_stage": AutoencoderKLFirstStage,
 }
@@ -280,7 +280,7 @@ def test_a_learned_schedule_is_never_replaced_by_an_untrained_one(
     whole: bool, saved: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(saved["carried"], tmp_path / "model"))
-    own = NoiseScheduleModel.from_pretrained(folder, subfolder="noise_schedule")
+    own = RegisteredModel.from_pretrained(folder, subfolder="noise_schedule")
     scheduler = VDMScheduler.from_pretrained(folder, subfolder="scheduler")
     if not whole:
         shutil.rmtree(folder / "noise_schedule")

@@ -18,7 +18,7 @@ from vdm_hub import (
     HVAEPipeline,
     LatentVDMPipeline,
     MarkovianHVAE,
-    NoiseScheduleModel,
+    RegisteredModel,
     UNetVDMModel,
     VDMPipeline,
     VDMScheduler,
@@ -266,7 +266,7 @@ def latent_pipeline() -> LatentVDMPipeline:
 
 def learned_pipeline() -> VDMPipeline:
     scheduler = VDMScheduler(num_levels=17, noise_schedule="learned_linear")
-    return VDMPipeline(tiny_unet(), scheduler, NoiseScheduleModel("learned_linear"))
+    return VDMPipeline(tiny_unet(), scheduler, RegisteredModel("learned_linear"))
 
 
 MADE = {

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from naming import naming
 from tiny import LEVELS, Inputs, quiet, randomised, sampled, seeded, tiny_pipeline, tiny_unet, tiny_unet_2d
-from vdm_hub import NoiseScheduleModel, UNetVDMModel, VariationalBound, VDMPipeline, VDMScheduler
+from vdm_hub import RegisteredModel, UNetVDMModel, VariationalBound, VDMPipeline, VDMScheduler
 from vdm_hub.errors import ConfigurationError
 
 STOCK_SAMPLERS = (
@@ -302,7 +302,7 @@ class Malice:
 @pytest.mark.parametrize("loader", [VDMPipeline, DiffusionPipeline])
 def test_nothing_is_unpickled_from_a_pipeline(loader: Any, component: str, tmp_path: Path) -> None:
     scheduler = VDMScheduler(num_levels=LEVELS, noise_schedule="learned_linear")
-    VDMPipeline(tiny_unet(), scheduler, NoiseScheduleModel("learned_linear")).save_pretrained(tmp_path / "pipeline")
+    VDMPipeline(tiny_unet(), scheduler, RegisteredModel("learned_linear")).save_pretrained(tmp_path / "pipeline")
     folder, mark = tmp_path / "pipeline" / component, tmp_path / "mark"
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Malice(mark)))

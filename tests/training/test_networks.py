@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from naming import naming
+from plugin_of_law_7 import LogitsProcess, ResamplingProcess
 from runs import UNET, configuration
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.training.parts.networks import build_hvae, build_network, sketched
@@ -18,8 +19,15 @@ ATTENTIVE |= {"down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_type
 VAE = {"latent_shapes": [[1, 8, 8]], "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
 
 
-def config(tmp_path: Path, shape: tuple[int, int, int], *more: Any, **fields: Any) -> Any:
-    network: Any = build_network(configuration(tmp_path, **fields), shape, *more)
+class Telling(ResamplingProcess):
+    """A process that tells its network three numbers."""
+
+    context_size = 3
+
+
+def config(tmp_path: Path, shape: Any, features: bool = True, tells: bool = False, **fields: Any) -> Any:
+    process = Telling() if tells else ResamplingProcess()
+    network: Any = build_network(configuration(tmp_path, **fields), shape, process, features)
     return network.config
 
 
@@ -32,6 +40,23 @@ def test_size_and_channels_are_those_of_the_data(unet: Any, shape: Any, size: An
     assert found["block_out_channels"] == unet["block_out_channels"]
 
 
+def test_the_process_says_what_comes_out(tmp_path: Path) -> None:
+    built: Any = build_network(configuration(tmp_path), (3, 8, 8), LogitsProcess(5))
+    assert (built.config.in_channels, built.config.out_channels) == (3, 15)
+
+
+@pytest.mark.parametrize("name", ["UNetVDMModell", "VDMPipeline", "DDPMScheduler", "os.system", "Model"])
+def test_what_is_no_network_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=naming(name, "UNetVDMModel")):
+        config(tmp_path, (1, 8, 8), unet={"_class_name": name})
+
+
+def test_another_network_of_diffusers_is_built_by_its_class(tmp_path: Path) -> None:
+    said = {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1}
+    found = config(tmp_path, (1, 8, 8), unet=said | {"norm_num_groups": 1})
+    assert (found["sample_size"], found["in_channels"], found["out_channels"]) == (8, 1, 1)
+
+
 def test_a_description_goes_before_a_default_and_may_repeat_the_data(tmp_path: Path) -> None:
     said = UNET | {"fourier_features": [5], "num_train_timesteps": 300, "in_channels": 1, "sample_size": None}
     found = config(tmp_path, (1, 8, 8), False, unet=said)
@@ -41,12 +66,12 @@ def test_a_description_goes_before_a_default_and_may_repeat_the_data(tmp_path: P
 
 
 def test_a_network_is_told_the_context_of_the_process_or_refused(tmp_path: Path) -> None:
-    assert config(tmp_path, (1, 8, 8), True, 3)["context_size"] == 3
+    assert config(tmp_path, (1, 8, 8), tells=True)["context_size"] == 3
     assert config(tmp_path, (1, 8, 8))["context_size"] is None
     with pytest.raises(ConfigurationError, match=naming("in_channels=2", "1x8x8")):
         config(tmp_path, (1, 8, 8), unet=UNET | {"in_channels": 2})
     with pytest.raises(ConfigurationError, match=naming("UNet2DModel")):
-        config(tmp_path, (1, 8, 8), True, 3, unet=ATTENTIVE)
+        config(tmp_path, (1, 8, 8), tells=True, unet=ATTENTIVE)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +102,7 @@ def test_a_hierarchy_has_the_size_and_the_levels_of_the_data(tmp_path: Path) -> 
 
 def test_a_sketch_takes_no_memory_and_ends_with_its_block(tmp_path: Path) -> None:
     def device() -> torch.device:
-        return next(build_network(configuration(tmp_path), (1, 8, 8)).parameters()).device
+        return next(build_network(configuration(tmp_path), (1, 8, 8), ResamplingProcess()).parameters()).device
 
     with sketched():
         assert device().type == "meta"

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from plugin_of_law_7 import ResamplingProcess
 from runs import forget_accelerator
+from vdm_hub import UNetVDMModel
 from vdm_hub.recipes.arguments import parse_recipe, recipes
 from vdm_hub.training.loop import train_model
 from vdm_hub.training.parts.networks import build_network
@@ -38,14 +40,18 @@ def test_each_builds_its_network_and_process(name: str) -> None:
     recipe = parse_recipe([name])
     is_vdm = recipe.model.model == "vdm"
     with torch.device("meta" if is_vdm else "cpu"):  # some are large
-        network = build_network(recipe, SHAPES[name]) if is_vdm else build_objective(recipe, SHAPES[name]).body
+        network = (
+            build_network(recipe, SHAPES[name], ResamplingProcess())
+            if is_vdm
+            else build_objective(recipe, SHAPES[name]).body
+        )
     assert network.config.sample_size == SHAPES[name][1]
 
 
 def test_the_network_of_the_paper_has_its_size() -> None:
     """The CIFAR-10 network of the reference code: 30.58 million parameters."""
     with torch.device("meta"):
-        network = build_network(parse_recipe(["cifar10"]), (3, 32, 32))
+        network = build_network(parse_recipe(["cifar10"]), (3, 32, 32), ResamplingProcess())
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == 30.58
 
 
@@ -70,6 +76,6 @@ def test_each_small_one_takes_a_step_that_learns(name: str, tmp_path: Path) -> N
     train_model(configuration)
     forget_accelerator()
     before = build_objective(configuration, SHAPES[name]).network.state_dict()
-    after = type(build_network(configuration, SHAPES[name])).from_pretrained(tmp_path / "run" / "pipeline" / "unet")
+    after = UNetVDMModel.from_pretrained(tmp_path / "run" / "pipeline" / "unet")
     moved = {key: not torch.equal(value, before[key]) for key, value in after.state_dict().items()}
     assert all(moved.values()), [key for key, changed in moved.items() if not changed]

@@ -9,7 +9,9 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+from vdm_hub import registry
 from vdm_hub.commands import interrupts, options
 from vdm_hub.commands.interrupts import interruptible_import
 from vdm_hub.errors import Interrupted, VDMHubError, in_one_line, in_words
@@ -28,7 +30,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == [TRAIN]:
         return report_errors(lambda: interruptible_import("vdm_hub.commands.train").run(words[1:]))
+    if words[:1] and (found := _by_plugin(words[0])):
+        return report_errors(partial(_run_plugin, found, words[1:]))
     return report_errors(partial(_run, _parser().parse_args(words)))
+
+
+def _by_plugin(name: str) -> registry.Registration | None:
+    """The command of an installed package by that name, where none of our own has it."""
+    return next((one for one in _of_plugins() if one.name == name), None)
+
+
+def _of_plugins() -> list[registry.Registration]:
+    return [one for one in registry.registrations("commands") if one.name not in registry.RESERVED["commands"]]
+
+
+def _run_plugin(found: registry.Registration, words: Sequence[str]) -> object:
+    """A plugin's command, by the one package that brings it and may be loaded."""
+    command: Any = registry.lookup("commands", found.name).load()()
+    said = (command.__doc__ or "").partition("\n")[0]
+    parser = CommandLineParser(prog=f"vdm-hub {found.name}", description=said)
+    command.declare(parser)
+    return command.run(parser.parse_args(words))
 
 
 def _run(arguments: argparse.Namespace) -> object:
@@ -48,6 +70,9 @@ def _parser() -> CommandLineParser:
     for name, declare in COMMANDS.items():
         said = (declare.__doc__ or "").splitlines()[0]
         declare(commands.add_parser(name, help=said, description=said))
+    for name in dict.fromkeys(one.name for one in _of_plugins()):
+        package = next(one.package for one in _of_plugins() if one.name == name)
+        commands.add_parser(name, help=f"A command of the package {package}.", add_help=False)
     return parser
 
 

@@ -102,6 +102,9 @@ class ForwardProcess(nn.Module, ABC):
     example_shape: tuple[int, ...] = (1, 8, 8)
     """Of a datum, without the batch, that the conformance kit may put it under its laws with."""
 
+    has_weights: bool = False
+    """Whether it holds parameters, beside its noise schedule's, that no config can hold: a pipeline carries it."""
+
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the network's output for ``z_t`` of a shape, both without the batch.
 

@@ -173,8 +173,10 @@ def check_names_in(config: Mapping[str, Any], is_own: bool = True) -> None:
     vdm_hub.errors.ConfigurationError: 'os:system' is no valid name of a decoder: ...
     """
     if is_own or "noise_schedule" in config:
-        for field, kind in registry.SERIALISED_FIELDS.items():
-            if config.get(field) is not None:
+        for field, kind in (registry.SERIALISED_FIELDS | {"network": "networks"}).items():
+            if isinstance(config.get(field), Mapping) and field in config[field]:  # all fields of a process
+                check_names_in(config[field])
+            elif config.get(field) is not None:
                 registry.resolve(kind, config[field])
 
 

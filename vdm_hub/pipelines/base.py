@@ -42,7 +42,7 @@ _LOADING = (
 class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     """A generative model of K-level images that knows their likelihood, on whichever rung of the ladder."""
 
-    _left_out_where_none = ("preprocessing", "held_out")
+    _left_out_where_none: tuple[str, ...] = ("preprocessing", "held_out")
     """The entries of a pipeline's index that stand there only where they are known."""
 
     @property
@@ -354,9 +354,9 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         report.details |= details
         return report.with_notes([*self.notes(method.transitions), *notes])
 
-    def bits_per_dim(self, images: Any, **kwargs: Any) -> LikelihoodReport:
+    def bits_per_dim(self, images: Any, method: Method = "bound", **kwargs: Any) -> LikelihoodReport:
         """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
-        return self.log_likelihood(images, **kwargs)
+        return self.log_likelihood(images, method, **kwargs)
 
     def _check_arguments(self, given: Mapping[str, Any], batch_size: int) -> None:
         """Refuse arguments that no one takes, and those for a network that are not one for each image."""

@@ -17,7 +17,7 @@ from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.hub.schemas import Record, check_arguments
-from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
+from vdm_hub.models.registered_model import RegisteredModel, config_of
 from vdm_hub.pipelines.vdm import VDMPipeline
 
 _INTERFACE = ("image_shape", "latent_shape", "num_levels", "posterior", "log_likelihood", "draw_levels")
@@ -71,7 +71,7 @@ class LatentVDMPipeline(VDMPipeline):
         first_stage: ModelMixin,
         unet: ModelMixin,
         scheduler: SchedulerMixin,
-        noise_schedule: NoiseScheduleModel | None = None,
+        noise_schedule: RegisteredModel | None = None,
         latent_scaling: Scaling = _AS_THEY_ARE,
         preprocessing: PreprocessingMapping | None = None,
         held_out: HeldOutMapping | None = None,
@@ -178,12 +178,13 @@ def _check_first_stage(stage: Any) -> None:
 def _check_network(stage: Any, unet: ModelMixin) -> None:
     latent = tuple(stage.latent_shape)
     latent = (*latent, *(1,) * (3 - len(latent)))
-    size = unet.config.get("sample_size")
+    config = config_of(unet)
+    size = config.get("sample_size")
     size = (size, size) if isinstance(size, int) else tuple(size) if size is not None else latent[1:]
-    if (unet.config.get("in_channels"), *size) != latent:
+    if (config.get("in_channels"), *size) != latent:
         raise ConfigurationError(
             f"the first stage's latents are {'x'.join(map(str, latent))} (channels, height, width), and the network "
-            f"takes {'x'.join(map(str, (unet.config.get('in_channels'), *size)))}: give one of the latents' shape."
+            f"takes {'x'.join(map(str, (config.get('in_channels'), *size)))}: give one of the latents' shape."
         )
 
 

@@ -27,7 +27,7 @@ PIPELINE_NAMES = ("HVAEPipeline", "LatentVDMPipeline", "VDMPipeline")
 CLASSES = (
     "AutoencoderKLFirstStage",
     "MarkovianHVAE",
-    "NoiseScheduleModel",
+    "RegisteredModel",
     "UNetVDMModel",
     "VDMScheduler",
     *PIPELINE_NAMES,

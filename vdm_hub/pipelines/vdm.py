@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from vdm_hub import registry
 from vdm_hub.data.levels import images_from_levels
 from vdm_hub.data.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.diffusion.draws import Generator
@@ -27,7 +28,7 @@ from vdm_hub.fields import whole_number
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
 from vdm_hub.models.calls import check_context, named_arguments
-from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
+from vdm_hub.models.registered_model import RegisteredModel, bare_network, config_of
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.objectives.variational_bound import VDMObjective
 from vdm_hub.pipelines.base import LikelihoodPipeline
@@ -59,28 +60,35 @@ class VDMPipeline(LikelihoodPipeline):
             that they are saved.
         preprocessing: How images become the model's levels, as `vdm_hub.data.preprocessing.Preprocessing` has it.
         held_out: How its test images were held out, as `vdm_hub.data.preprocessing.HeldOut` has it.
+        forward_process: For processes with weights of their own; made from the scheduler's where it has some.
     """
 
     model_cpu_offload_seq = "unet"
-    _optional_components = ["noise_schedule"]
+    _optional_components = ["noise_schedule", "forward_process"]
+    _left_out_where_none = (*LikelihoodPipeline._left_out_where_none, "forward_process")
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
         unet: ModelMixin,
         scheduler: SchedulerMixin,
-        noise_schedule: NoiseScheduleModel | None = None,
+        noise_schedule: RegisteredModel | None = None,
         preprocessing: PreprocessingMapping | None = None,
         held_out: HeldOutMapping | None = None,
+        forward_process: RegisteredModel | None = None,
     ) -> None:
         super().__init__()
         self._steps_of: dict[int | None, int] = {}  # by thread, and of the last call
+        unet = _as_component(unet)
         weights = _weights_of_schedule(scheduler) if noise_schedule is None else noise_schedule
+        process = getattr(scheduler, "process", None)
+        if forward_process is None and isinstance(process, ForwardProcess) and process.has_weights:
+            forward_process = RegisteredModel.carrying(process)
         if isinstance(scheduler, VDMScheduler):
-            check_context(scheduler.process.context_size, unet)
+            check_context(scheduler.process.context_size, bare_network(unet))
             if (shape := _shape_of(unet)) is not None:
                 scheduler.process.check_shape(shape)
-        self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=weights)
+        self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=weights, forward_process=forward_process)
         self._register_images(preprocessing, held_out)
 
     @classmethod
@@ -142,23 +150,33 @@ class VDMPipeline(LikelihoodPipeline):
     @classmethod
     def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
         pipeline = super()._from_checked(files, arguments)
-        saved = files.read_json(INDEX).get("noise_schedule") not in (None, [None, None])
-        loaded = arguments.get("noise_schedule") is not None or (saved and "noise_schedule" not in arguments)
-        if pipeline.noise_schedule is not None and not loaded:
-            raise CheckpointError(
-                f"{files.name} has the noise schedule {shortened(pipeline.scheduler.config.noise_schedule)}, which is "
-                f"learned, and no component noise_schedule that holds its weights: it is incomplete. Save the "
-                f"pipeline again, or download it again, or give a noise_schedule."
-            )
+        for name in ("noise_schedule", "forward_process"):
+            saved = files.read_json(INDEX).get(name) not in (None, [None, None])
+            loaded = arguments.get(name) is not None or (saved and name not in arguments)
+            if getattr(pipeline, name) is not None and not loaded:
+                raise CheckpointError(
+                    f"{files.name} has the {name} {shortened(pipeline.scheduler.config.get(name))}, which is learned, "
+                    f"and no component {name} that holds its weights: it is incomplete. Save the pipeline again, or "
+                    f"download it again, or give a {name}."
+                )
         return pipeline
 
     @property
     def process(self) -> ForwardProcess:
         """The forward process of the scheduler's config, on the pipeline's device."""
         scheduler = self._vdm_scheduler
+        if self.forward_process is not None:
+            carried: ForwardProcess = self.forward_process.module
+            if carried.fields() != scheduler.process.fields():
+                raise ConfigurationError(
+                    f"the scheduler's process has the fields {shortened(scheduler.process.fields())}, and the "
+                    f"pipeline's component forward_process {shortened(carried.fields())}: give the scheduler that was "
+                    f"saved with it, or make a new pipeline of the network and this scheduler."
+                )
+            return carried
         if self.noise_schedule is None:
             return scheduler.process.to(self._execution_device)
-        own, said = self.noise_schedule.schedule, getattr(scheduler.process, "schedule", None)
+        own, said = self.noise_schedule.module, getattr(scheduler.process, "schedule", None)
         published = said.bake() if isinstance(said, NoiseSchedule) else said
         if not isinstance(said, TabulatedSchedule) and type(own) not in (type(said), type(published)):
             raise ConfigurationError(
@@ -294,12 +312,12 @@ class VDMPipeline(LikelihoodPipeline):
     @property
     def num_classes(self) -> int | None:
         """The classes that the network is conditioned on."""
-        classes: int | None = self.unet.config.get("num_class_embeds")
+        classes: int | None = config_of(self.unet).get("num_class_embeds")
         return classes
 
     @property
     def _takes_labels(self) -> bool:
-        config = self.unet.config
+        config = config_of(self.unet)
         return "num_class_embeds" not in config or any(config.get(k) for k in ("num_class_embeds", "class_embed_type"))
 
     @property
@@ -309,7 +327,7 @@ class VDMPipeline(LikelihoodPipeline):
 
     @property
     def _named_arguments(self) -> list[str] | None:
-        return named_arguments(self.unet)
+        return named_arguments(bare_network(self.unet))
 
     def _scheduler_of_call(self, num_inference_steps: int, sampler: Sampler | None) -> Any:
         """A scheduler of this call's own on its grid: threads that share the pipeline share no step."""
@@ -385,18 +403,26 @@ class _InOwnPrecision(nn.Module):
 
 def _shape_of(unet: ModelMixin) -> tuple[int, int, int] | None:
     """The shape (C, H, W) that a network takes, if its config says so."""
-    size = unet.config.get("sample_size")
+    config = config_of(unet)
+    size = config.get("sample_size")
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
-    return int(unet.config.in_channels), int(height), int(width)
+    return int(config["in_channels"]), int(height), int(width)
 
 
-def _weights_of_schedule(scheduler: SchedulerMixin) -> NoiseScheduleModel | None:
+def _as_component(unet: ModelMixin) -> ModelMixin:
+    """A network as a component of this package's: a plugin's is carried, as an index names no plugin's library."""
+    found = registry.registration_of("networks", type(unet))
+    is_plugins = found is not None and found.package != registry.BUILT_IN_PACKAGE
+    return RegisteredModel.carrying(unet) if is_plugins else unet
+
+
+def _weights_of_schedule(scheduler: SchedulerMixin) -> RegisteredModel | None:
     schedule = getattr(getattr(scheduler, "process", None), "schedule", None)
     if not isinstance(schedule, nn.Module) or not any(True for _ in schedule.parameters()):
         return None
-    return NoiseScheduleModel.from_schedule(cast(NoiseSchedule, schedule))
+    return RegisteredModel.carrying(cast(NoiseSchedule, schedule))
 
 
 def _steps(num_inference_steps: int, sampler: Sampler | None) -> int:

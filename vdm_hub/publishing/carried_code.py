@@ -17,7 +17,7 @@ from vdm_hub.version import __version__
 
 PACKAGE = "vdm_hub"
 PUBLIC_CLASSES = {
-    "NoiseScheduleModel": "models.noise_schedule_model",
+    "RegisteredModel": "models.registered_model",
     "UNetVDMModel": "models.unet_vdm",
     "VDMPipeline": "pipelines.vdm",
     "VDMScheduler": "schedulers.vdm",

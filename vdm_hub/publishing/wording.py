@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from vdm_hub import registry
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.models.registered_model import RegisteredModel, bare_network
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.pipelines.hvae import HVAEPipeline
 from vdm_hub.pipelines.latent_vdm import LatentVDMPipeline
@@ -123,13 +124,15 @@ def plugin_packages(pipeline: LikelihoodPipeline) -> dict[str, str]:
     """The plugin packages that a pipeline's config names, with the versions that it was saved with."""
     if not isinstance(pipeline, VDMPipeline):
         return {}
-    carried = {} if pipeline.noise_schedule is None else registry.packages(pipeline.noise_schedule.config)
-    named = registry.packages(pipeline.scheduler.config) | carried
+    named = registry.packages(pipeline.scheduler.config)
+    for component in (pipeline.noise_schedule, pipeline.forward_process, pipeline.unet):
+        if isinstance(component, RegisteredModel):
+            named |= registry.packages(component.config)
     return {package: re.sub(r"[^\w.+!-]", "", version) for package, version in named.items()}
 
 
 def _network(pipeline: VDMPipeline) -> Markup:
-    name, size = code(type(pipeline.unet).__name__), f"{pipeline.unet.num_parameters():,}"
+    name, size = code(type(bare_network(pipeline.unet)).__name__), f"{pipeline.unet.num_parameters():,}"
     return markdown("Network: {}, {} parameters.", name, size)
 
 

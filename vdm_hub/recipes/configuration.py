@@ -7,6 +7,7 @@ Every field has a ``help`` text, which ``--help`` prints. Values are checked on 
 # ruff: noqa: RUF009 - `option` is dataclasses.field with a help text
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -155,6 +156,14 @@ def _with_package(kind: str, serialised: NameOrJSON) -> NameOrJSON:
     return NameOrJSON(json.dumps(form | {"package": found.package}))
 
 
+def _is_of_diffusers(name: str) -> bool:
+    """Whether diffusers exports such a name, as far as its text says: importing it would import torch."""
+    found = importlib.util.find_spec("diffusers")
+    return bool(
+        found and found.origin and name.isidentifier() and f'"{name}"' in Path(found.origin).read_text("utf-8")
+    )
+
+
 @dataclass(frozen=True)
 class ModelArguments:
     """The rung of the ladder, and its networks."""
@@ -188,14 +197,15 @@ class ModelArguments:
     )
     unet: NameOrJSON = option(
         NameOrJSON("{}"),
-        "The network, as a mapping in YAML or JSON here: '_class_name' (UNetVDMModel, the default, or diffusers' "
-        "UNet2DModel) and the arguments of that class.",
+        "The network, as a mapping in YAML or JSON here: '_class_name' (UNetVDMModel, the default, diffusers' "
+        "UNet2DModel or another of its models that is called alike, or a plugin's) and the arguments of that class.",
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.unet_class not in UNET_CLASSES:
-            raise unknown_name("_class_name of unet", self.unet_class, UNET_CLASSES)
+        networks = {*UNET_CLASSES, *(one.name for one in registry.registrations("networks"))}
+        if self.unet_class not in networks and not _is_of_diffusers(self.unet_class):
+            raise unknown_name("_class_name of unet", self.unet_class, networks)
         for name, models in _FIELDS_OF_MODELS.items():
             value = getattr(self, name)
             require(

@@ -25,7 +25,7 @@ def problem(registration: Registration) -> str | None:
     kind, name = registration.kind, registration.name
     if registration.package == registry.BUILT_IN_PACKAGE:
         return None
-    if name in registry.BUILT_INS[kind]:
+    if name in registry.BUILT_INS[kind] or name in registry.RESERVED.get(kind, ()):
         return "unusable: the name of a built-in"
     if not registration.is_allowed:
         return f"not allowed by {registry.ALLOWED_VARIABLE}"

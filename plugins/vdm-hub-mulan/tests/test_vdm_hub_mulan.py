@@ -271,7 +271,7 @@ def test_without_the_package_loading_says_what_to_install(runs: dict[str, Path],
 @pytest.mark.parametrize("name", ["mulan", "mulan_latent"])
 def test_the_schedule_travels_in_float32(runs: dict[str, Path], name: str) -> None:
     pipe = VDMPipeline.from_pretrained(runs[name] / "pipeline").to(torch.float16)
-    weights = pipe.noise_schedule.schedule.state_dict()
+    weights = pipe.noise_schedule.module.state_dict()
     fresh = (MulanSchedule if name == "mulan" else MulanLatentSchedule)([1, 8, 8], **ENDS).state_dict()
     assert weights.keys() == fresh.keys()
     assert all(weight.dtype == torch.float32 for weight in weights.values())

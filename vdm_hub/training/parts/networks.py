@@ -10,13 +10,16 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from vdm_hub import registry
+from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.models.calls import check_context
 from vdm_hub.models.hvae import MarkovianHVAE
-from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.recipes.arguments import Configuration
+from vdm_hub.recipes.configuration import UNET_CLASSES
 
 _SKETCHED = ContextVar("_SKETCHED", default=False)
 
@@ -32,33 +35,52 @@ def sketched() -> Iterator[None]:
 
 
 def build_network(
-    configuration: Configuration, shape: Sequence[int], features: bool = True, context_size: int | None = None
+    configuration: Configuration, shape: Sequence[int], process: ForwardProcess, features: bool = True
 ) -> nn.Module:
     """The network that the recipe describes, its channels and size taken from the data where it is silent.
 
     Args:
         configuration: The recipe.
         shape: Of what is diffused, (C, H, W).
+        process: It says the shape of the network's output, and what it is told beside the timestep.
         features: Whether it is images: Fourier features tell their levels apart, and latents have none.
-        context_size: Of the process, which gives the network a vector so long beside the timestep.
 
     Raises:
         ConfigurationError: The description is wrong, or of a network that takes no context where there is one.
     """
-    name = configuration.model.unet_class
-    cls = UNetVDMModel if name == "UNetVDMModel" else getattr(diffusers, name)
+    cls = _network_class(configuration.model.unet_class)
+    context_size = process.context_size
     from_data = {
         "sample_size": _sample_size(*shape[1:]),
         "in_channels": shape[0],
-        "out_channels": shape[0],
+        "out_channels": process.output_shape(shape)[0],
     }
     others: dict[str, Any] = {"num_train_timesteps": configuration.diffusion.num_train_timesteps}
-    if cls is UNetVDMModel:
-        others |= {"context_size": context_size} | ({} if features else {"fourier_features": ()})
+    others |= {"context_size": context_size} | ({} if features else {"fourier_features": ()})
+    if from_data["out_channels"] != from_data["in_channels"]:
+        others["add_input"] = False  # of another shape than the output
+    takes = inspect.signature(cls).parameters
+    from_data, others = ({key: value for key, value in one.items() if key in takes} for one in (from_data, others))
     built: Any = build_described(cls, "unet", configuration.model.unet_config, from_data, others)
     check_context(context_size, built)
     network: nn.Module = built
     return network
+
+
+def _network_class(name: str) -> Any:
+    """The class of a network by its registered name, or that of one of diffusers' models.
+
+    Raises:
+        ConfigurationError: There is none.
+        MissingPluginError: It can't be imported.
+    """
+    known = {one.name for one in registry.registrations("networks")}
+    if name in known:
+        return registry.lookup("networks", name).load()
+    found = getattr(diffusers, name, None)
+    if isinstance(found, type) and issubclass(found, ModelMixin):
+        return found
+    raise unknown_name("_class_name of unet", name, known | {*UNET_CLASSES})
 
 
 def build_described(
@@ -117,6 +139,8 @@ def _sample_size(height: int, width: int) -> int | list[int]:
 
 
 def _of_images(from_data: Mapping[str, Any]) -> str:
+    if "sample_size" not in from_data:
+        return f"of {from_data['in_channels']} channels"
     size = from_data["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     levels = f" of {from_data['num_levels']} levels" if "num_levels" in from_data else ""

@@ -13,7 +13,7 @@ from vdm_hub.data.preprocessing import HeldOut, Preprocessing
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.models.noise_schedule_model import NoiseScheduleModel
+from vdm_hub.models.registered_model import RegisteredModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.objectives.hierarchical import HierarchicalObjective, HVAEObjective
 from vdm_hub.objectives.variational_bound import Objective, VDMObjective
@@ -57,7 +57,7 @@ def build_objective(configuration: Configuration, shape: tuple[int, int, int]) -
 
 def _build_vdm(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
     process = build_scheduler(configuration).build_process()
-    network = build_network(configuration, shape, context_size=process.context_size)
+    network = build_network(configuration, shape, process)
     return VDMObjective(network, process, configuration.diffusion.transitions)
 
 
@@ -74,7 +74,7 @@ def _build_latent_vdm(configuration: Configuration, shape: tuple[int, int, int])
     process = LatentProcess(build_first_stage(configuration, shape), gaussian)
     process.normalises = configuration.model.scale_latents
     process.frozen = configuration.model.freeze_first_stage
-    network = build_network(configuration, process.latent_shape((1,))[1:], False, process.context_size)
+    network = build_network(configuration, process.latent_shape((1,))[1:], process, features=False)
     return VDMObjective(network, process, configuration.diffusion.transitions)
 
 
@@ -139,13 +139,14 @@ def _(objective: VDMObjective, preprocessing: Any = None, held_out: Any = None) 
     parts: dict[str, Any] = {
         "unet": objective.network,
         "scheduler": VDMScheduler(**process.fields()),
-        "noise_schedule": None if carried is None else NoiseScheduleModel.from_schedule(carried),
+        "noise_schedule": None if carried is None else RegisteredModel.carrying(carried),
         "preprocessing": preprocessing,
         "held_out": held_out,
     }
     if isinstance(process, LatentProcess):
         return LatentVDMPipeline(process.first_stage, **parts, latent_scaling=process.scaling())
-    return VDMPipeline(**parts)
+    weights = RegisteredModel.carrying(process) if process.has_weights else None
+    return VDMPipeline(**parts, forward_process=weights)
 
 
 def describe_preprocessing(arguments: DataArguments) -> Preprocessing:
