@@ -192,6 +192,7 @@ def test_model_index_names_only_diffusers_and_the_core(folders: dict[str, Path],
         "unet": ["vdm_hub", "UNetVDMModel"],
         "scheduler": ["vdm_hub", "VDMScheduler"],
         "noise_schedule": ["vdm_hub", "RegisteredModel"] if kind == "carried" else [None, None],
+        "forward_process": [None, None],
     }
 
 

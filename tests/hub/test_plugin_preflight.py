@@ -84,7 +84,7 @@ def saved(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         by_name = VDMScheduler(num_levels=LEVELS, noise_schedule="steep")
         form = registry.serialise("noise_schedules", schedule.schedule)
         as_trained = VDMScheduler(num_levels=LEVELS, noise_schedule=form)
-        assert RegisteredModel("steep").config == schedule.config
+        assert RegisteredModel(noise_schedule="steep").config == schedule.config
         fixed = quiet(VDMPipeline(tiny_unet(), by_name))
         carried = quiet(VDMPipeline(tiny_unet(), as_trained, schedule))
         pipes = {"fixed": fixed, "carried": carried}

@@ -49,6 +49,7 @@ class LatentVDMPipeline(VDMPipeline):
             channel. y itself where not given.
         preprocessing: How images become the model's levels, as `vdm_hub.data.preprocessing.Preprocessing` has it.
         held_out: How its test images were held out, as `vdm_hub.data.preprocessing.HeldOut` has it.
+        forward_process: As of `VDMPipeline`; latents are diffused by a Gaussian process, which needs none.
 
     Example:
         >>> from vdm_hub import LatentVDMPipeline, MarkovianHVAE, UNetVDMModel, VDMScheduler
@@ -75,8 +76,9 @@ class LatentVDMPipeline(VDMPipeline):
         latent_scaling: Scaling = _AS_THEY_ARE,
         preprocessing: PreprocessingMapping | None = None,
         held_out: HeldOutMapping | None = None,
+        forward_process: RegisteredModel | None = None,
     ) -> None:
-        super().__init__(unet, scheduler, noise_schedule)
+        super().__init__(unet, scheduler, noise_schedule, forward_process=forward_process)
         _check_first_stage(first_stage)
         check_arguments(type(self), {"latent_scaling": latent_scaling})
         _check_network(first_stage, unet)
