@@ -197,6 +197,8 @@ class Tests:
             os.setpgid(0, 0)  # not a session of its own, which would leave the priority that this one was given
             with contextlib.nullcontext() if loud else quiet():
                 resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 5))
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, 5 * seconds + 60)  # one that waits for ever takes no CPU time
                 resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
                 if mutant is not None:
                     self._become(mutant)
