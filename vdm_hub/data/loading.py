@@ -1,4 +1,4 @@
-"""From the name of a dataset to images as levels, ready for `vdm_hub.data.batches`."""
+"""From the name of a dataset to images as levels."""
 
 from __future__ import annotations
 
