@@ -1,1 +1,1 @@
-"""Networks: the U-Net of a VDM, hierarchical VAEs, first stages, and what carries the weights of a registered class."""
+"""Networks: the U-Net of a VDM, hierarchical VAEs, first stages, and what carries a registered class."""
