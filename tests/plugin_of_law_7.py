@@ -1,8 +1,9 @@
 """What a third party might bring, for law 7: a distribution of its own, which the core never names.
 
-`PixelwiseSchedule` has a gamma per pixel, `ContextSchedule` an extra bound term and a latent per datum,
-`ResamplingProcess` no gamma at all, `LogitsProcess` a network that gives K logits for each level of data of any shape,
-`LearnedResampling` weights of its own; `PixelNetwork` is a network, `Shout` a command of ``vdm-hub``.
+`PixelwiseSchedule` has a gamma per pixel, `ContextSchedule` an extra bound term and a latent per datum, which
+`TellingSchedule` tells the network; `ResamplingProcess` has no gamma at all, `LogitsProcess` a network that gives K
+logits for each level of data of any shape, `LearnedResampling` weights of its own; `PixelNetwork` is a network, `Mean`
+a likelihood method and `Shout` a command of ``vdm-hub``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from vdm_hub import (
+    BoundGamma,
     BoundProcess,
     Command,
     ConfigurationError,
@@ -81,6 +83,17 @@ class ContextSchedule(PixelwiseSchedule):
             mean = self.encoder * x.mean((1, 2, 3), keepdim=True)
             context, extras = context + mean, {"context": 0.5 * mean.flatten() ** 2}
         return extras, lambda t: self.bent(t, context * self.bend)
+
+
+class TellingSchedule(ContextSchedule):
+    """The same, its latent told to the network."""
+
+    context_size = 1
+
+    def bind(self, x: Tensor | None, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Gamma]:
+        context = noise["context"] if x is None else noise["context"] + self.encoder * x.mean((1, 2, 3), keepdim=True)
+        extras, gamma = super().bind(x, noise)
+        return extras, BoundGamma(gamma, context.flatten(1))
 
 
 class ResamplingProcess(ForwardProcess):

@@ -37,6 +37,7 @@ ENTRY_POINTS = f"""
 [vdm_hub.noise_schedules]
 pixelwise = {MODULE}:PixelwiseSchedule
 context = {MODULE}:ContextSchedule
+telling = {MODULE}:TellingSchedule
 
 [vdm_hub.forward_processes]
 resampling = {MODULE}:ResamplingProcess
@@ -58,6 +59,7 @@ SHAPE = (1, 8, 8)
 CASES: dict[str, dict[str, Any]] = {
     "pixelwise": {"noise_schedule": {"name": "pixelwise", "config": {"size": 8}, "package": PACKAGE}},
     "context": {"noise_schedule": {"name": "context", "config": {"size": 8}, "package": PACKAGE}},
+    "telling": {"noise_schedule": {"name": "telling", "config": {"size": 8}, "package": PACKAGE}},
     "resampling": {
         "forward_process": {"name": "resampling", "config": {"first_keep": 0.95}, "package": PACKAGE},
         "transitions": 5,
@@ -158,7 +160,9 @@ def test_the_objective_bounds_and_trains(installed: Path, tmp_path: Path, case: 
     noise = objective.draw_noise(batch, torch.Generator().manual_seed(0))
     bound = objective(batch, stratified_times(6, 0.3), noise)
     bound.loss.backward()
-    assert set(bound.terms) == {"reconstruction", "prior", "diffusion"} | ({"context"} if case == "context" else set())
+    assert set(bound.terms) == {"reconstruction", "prior", "diffusion"} | (
+        {"context"} if case in ("context", "telling") else set()
+    )
     assert all(term.shape == (6,) and bool(torch.isfinite(term).all()) for term in bound.terms.values())
     assert float(bound.loss.detach()) > 0
     gradients = {name: parameter.grad for name, parameter in objective.process.named_parameters()}
@@ -177,7 +181,7 @@ def test_what_the_loop_saves_is_what_a_fresh_process_loads(
     assert measured_afresh[case] == [images, diffusion, bits_per_dim]
 
 
-@pytest.mark.parametrize("case", ["pixelwise", "context"])
+@pytest.mark.parametrize("case", ["pixelwise", "context", "telling"])
 def test_the_learned_weights_travel_with_the_pipeline(trained: dict[str, Path], tmp_path: Path, case: str) -> None:
     untrained = build_objective(configuration(case, tmp_path), SHAPE).process.state_dict()
     pipe = VDMPipeline.from_pretrained(trained[case])
