@@ -115,12 +115,17 @@ def _program(words: list[str], settings: dict[str, str], folder: Path) -> list[s
     found = shutil.which(words[0], path=settings.get("PATH"))
     if found is None:
         return []
-    if Path(found).absolute() == Path(sys.executable):
+    if _is_python(found):
         program = words[2:] if words[1:2] == ["-u"] else words[1:]
         return words[1:] if program and (program[0] in ("-c", "-m") or Path(folder, program[0]).is_file()) else []
     with Path(found).open("rb") as file:
-        ours = file.readline().rstrip() == b"#!" + os.fsencode(sys.executable)
-    return [found, *words[1:]] if ours else []
+        first = file.readline().rstrip()
+    return [found, *words[1:]] if first[:2] == b"#!" and _is_python(os.fsdecode(first[2:])) else []
+
+
+def _is_python(name: str) -> bool:
+    """Whether it is this environment's own, by whichever of its names."""
+    return Path(name).absolute().parent == Path(sys.executable).parent and Path(name).name.startswith("python")
 
 
 def install(servers: list[str] | None = None) -> list[str] | None:
@@ -213,9 +218,9 @@ def _agrees(before: dict[str, str], words: list[str], settings: dict[str, str], 
         return False
     imported = {name.partition(".")[0] for name in sys.modules}
     places = (Path(folder, place) for place in _path(words, settings, folder) if place not in sys.path)
-    return not any(
-        path.name.partition(".")[0] in imported for place in places if place.is_dir() for path in place.iterdir()
-    )
+    found = (path for place in places if place.is_dir() for path in place.iterdir())
+    modules = (path for path in found if path.suffix in (".py", ".so") or (path / "__init__.py").exists())
+    return not any(path.name.partition(".")[0] in imported for path in modules)
 
 
 def _path(words: list[str], settings: dict[str, str], folder: str) -> list[str]:
