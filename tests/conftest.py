@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib.metadata
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,27 @@ settings.register_profile("one_failure", settings.get_profile("laws"), phases=[P
 DATA_VARIABLE = "VDM_HUB_TEST_DATA"
 
 
+_entry_points, _path = importlib.metadata.entry_points, tuple(sys.path)
+_installed = functools.cache(lambda group: _entry_points(group=group))
+
+
+def entry_points(**wanted: str) -> importlib.metadata.EntryPoints:
+    """Those of this environment are read once, not fifty times a run; where a test adds a folder, all are read anew."""
+    same = tuple(sys.path) == _path and wanted.keys() == {"group"}
+    return _installed(wanted["group"]) if same else _entry_points(**wanted)
+
+
+importlib.metadata.entry_points = entry_points
+
+
 def pytest_configure(config: pytest.Config) -> None:
     fork_server.install(getattr(config, "workerinput", {}).get("fork servers"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is no garbage; to look for some among a million objects takes longer than the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

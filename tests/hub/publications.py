@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 from diffusers import UNet2DModel
 from PIL import Image
 
+import fork_server
 from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
 from vdm_hub.evaluation.provenance import weights_fingerprint
 
@@ -117,7 +117,8 @@ def answer_of(script: str, *words: object) -> dict[str, Any]:
     """What a script of this folder answers from a process of its own."""
     here = Path(__file__).resolve().parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parent), str(here.parents[1])))}
-    command = [sys.executable, str(here / script), *map(str, words)]
+    # It chooses its environment itself, before it imports what reads it.
+    command = [*fork_server.NEW, str(here / script), *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     answer: dict[str, Any] = json.loads(done.stdout.split("ANSWER")[-1])
