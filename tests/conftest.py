@@ -31,7 +31,7 @@ _installed = functools.cache(lambda group: _entry_points(group=group))
 
 
 def entry_points(**wanted: str) -> importlib.metadata.EntryPoints:
-    """Those of this environment are read once, not fifty times a run; where a test adds a folder, all are read anew."""
+    """Those of this environment are read once, not fifty times a run; with a folder that a test adds, all anew."""
     same = tuple(sys.path) == _path and wanted.keys() == {"group"}
     return _installed(wanted["group"]) if same else _entry_points(**wanted)
 
