@@ -24,8 +24,8 @@ from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.batches import ShuffledBatches, StreamedBatches, evaluation_batches, training_batches
 from vdm_hub.data.digits import digits
 from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream
+from vdm_hub.data.levels import image_from_levels, levels_from_image, pixel_values
 from vdm_hub.data.loading import load_data, load_split
-from vdm_hub.data.pixels import image_from_levels, levels_from_image, pixel_values
 
 
 @pytest.fixture(autouse=True, scope="module")

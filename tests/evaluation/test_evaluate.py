@@ -18,8 +18,8 @@ from runs import finished_run
 from tiny import tiny_unet
 from vdm_hub import VariationalBound, VDMPipeline, VDMScheduler
 from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream
+from vdm_hub.data.levels import image_from_levels
 from vdm_hub.data.loading import load_split
-from vdm_hub.data.pixels import image_from_levels
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.evaluation.provenance import describe_images

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from vdm_hub.data.colors import Color
 from vdm_hub.data.held_out import SPLIT, names_held_out
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import load_split
-from vdm_hub.data.pixels import Color
 from vdm_hub.data.preprocessing import HeldOut
 from vdm_hub.data.sources import UnknownColumnError, UnknownSplitError
 from vdm_hub.errors import DataError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import numpy as np
 
-from vdm_hub.data.pixels import image_from_levels
+from vdm_hub.data.levels import image_from_levels
 
 NUM_LEVELS = 17
 TEST_SIZE = 360

@@ -17,16 +17,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from vdm_hub.data.colors import Color, check_depth, convert_color, load_pixels
+from vdm_hub.data.levels import Levels, levels_from_image, nearest_levels
 from vdm_hub.data.picture_files import FORMATS, check_one_picture, check_palette, check_size, check_values
-from vdm_hub.data.pixels import (
-    Color,
-    Levels,
-    check_depth,
-    convert_color,
-    levels_from_image,
-    load_pixels,
-    nearest_levels,
-)
 from vdm_hub.data.sources import Opener, check_memory
 from vdm_hub.errors import DataError, in_one_line
 

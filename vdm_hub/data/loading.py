@@ -11,13 +11,13 @@ import datasets
 import torch
 
 from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.colors import Color
 from vdm_hub.data.corrupt import without_corrupt
 from vdm_hub.data.files import lies_in, list_folder
 from vdm_hub.data.held_out import choose_again, count, hold_out, names_held_out
 from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream, decode_all
 from vdm_hub.data.labels import read_labels
 from vdm_hub.data.overlaps import overlaps
-from vdm_hub.data.pixels import Color
 from vdm_hub.data.preprocessing import HeldOut
 from vdm_hub.data.sources import (
     AnyDataset,

@@ -12,6 +12,7 @@ from typing import IO, Any, TypeAlias
 
 import datasets
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
@@ -343,11 +344,7 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
     Raises:
         DataError: It would be more.
     """
-    try:
-        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every platform
-        return
-    if needed > present / 2:
+    if needed > psutil.virtual_memory().total / 2:
         raise DataError(f"{what} need {needed / 2**30:.1f} GiB, more than half of this machine's memory: {remedy}.")
 
 

@@ -30,7 +30,6 @@ from vdm_hub.errors import CheckpointError, HubError, VDMHubError, in_one_line
 # What the client's HTTP library raises without an answer, whichever library its version stands on.
 HTTP_ERROR: type[Exception] = hub_errors.HfHubHTTPError.__bases__[0]
 _CONTENT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_CHUNK = 2**20
 _REMEDIES = {
     401: "log in with `hf auth login`, or set HF_TOKEN; and check the name",
     403: "log in with `hf auth login` as someone who may read it, or ask its owner for access",
@@ -109,10 +108,8 @@ def is_content(path: Path, listed: Listed) -> bool:
     if listed.content_hash is None:
         return True
     is_git = len(listed.content_hash) == 40
-    digest = hashlib.sha1(b"blob %d\0" % size) if is_git else hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % size) if is_git else hashlib.sha256())
     return digest.hexdigest() == listed.content_hash
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from vdm_hub.errors import OutputError
-from vdm_hub.files import check_writable, destination, written_beside
+from vdm_hub.files import check_writable, destination, sha256, written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.publishing.card import Edition
 from vdm_hub.publishing.publishing import CODE_BRANCH, TWIN_BRANCH, check_revision, prepared_publication, side_branch
@@ -100,10 +99,5 @@ def _hashes(folder: Path) -> dict[str, str | None]:
         plain = path.is_file() and not path.is_symlink()
         if plain or not path.is_dir() or path.is_symlink() or not any(path.iterdir()):
             name = path.relative_to(folder).as_posix()
-            found[name] = _sha256(path) if plain else None
+            found[name] = sha256(path) if plain else None
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -101,7 +101,9 @@ def refuse_what_cannot_fit(needs: Needs, accelerator: Accelerator) -> None:
     beside = processes_said("LOCAL_WORLD_SIZE")
     everything = needs.weights + needs.training + needs.fewest
     on_gpu = accelerator.device.type == "cuda"
-    host = beside * (needs.weights if on_gpu else everything) + _in_use()  # networks are built on the host
+    host = (
+        beside * (needs.weights if on_gpu else everything) + psutil.Process().memory_info().rss
+    )  # networks are built on the host
     places = {"this machine": (host, host_memory())}
     if on_gpu:
         places["the GPU"] = (everything, torch.cuda.mem_get_info(accelerator.device)[1])
@@ -117,7 +119,7 @@ def refuse_what_cannot_fit(needs: Needs, accelerator: Accelerator) -> None:
 
 def host_memory() -> int:
     """The memory that this process may take, in bytes: the machine's, or what a container or a limit leaves of it."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_container_limits()]
+    limits = [psutil.virtual_memory().total, *_container_limits()]
     limits += [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     return min(limit for limit in limits if limit > 0)  # -1 is no limit
 
@@ -142,14 +144,6 @@ def _container_limits() -> Iterator[int]:
                 yield int((folder / name).read_text())
             except (OSError, ValueError):  # not seen from within a container; or "max"
                 continue
-
-
-def _in_use() -> int:
-    """The bytes that this process holds already, such as its images."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux
-        return 0
 
 
 def _least(training: TrainingArguments, accelerator: Accelerator) -> float:

@@ -7,7 +7,6 @@ the name of another step, and a folder that holds anything else are never rename
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vdm_hub.errors import CheckpointError, shortened, warn
-from vdm_hub.files import clear_leftovers, entries, expanded, remove, written_beside
+from vdm_hub.files import clear_leftovers, entries, expanded, remove, sha256, written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.records import Whole
 from vdm_hub.hub.schemas import Within, check_record
@@ -81,9 +80,7 @@ def save_checkpoint(
         for group, named in tensors.items():
             save_file({name: _plain(tensor) for name, tensor in named.items()}, beside / f"{group}.safetensors")
         (beside / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
-        files = {
-            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(beside.iterdir())
-        }
+        files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(beside.iterdir())}
         (beside / "manifest.json").write_text(json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1))
         for file in beside.iterdir():  # a power cut must not leave the name of a checkpoint without its content
             _to_disk(file)
@@ -108,7 +105,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     manifest = _manifest(path)
     for name, expected in manifest["files"].items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
+        if not file.is_file() or file.stat().st_size != expected["size"] or sha256(file) != expected["sha256"]:
             others = [str(p) for p in checkpoints(path.parent) if p != path][-1:]
             hint = (
                 f"move it away and resume from {others[0]} instead"
@@ -235,8 +232,3 @@ def _remove(paths: list[Path]) -> None:
 def _to_disk(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
