@@ -101,12 +101,19 @@ def _check_number(name: str, value: Any, bounds: dict[str, float], whole: bool =
         raise ConfigurationError(f"{name} is {reprlib.repr(value)}: give a {wanted}.")
 
 
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type.
+
+    >>> members(int | None), members(str)
+    ((<class 'int'>, <class 'NoneType'>), (<class 'str'>,))
+    """
+    is_union = typing.get_origin(annotation) in (Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
 def _names_in(annotation: Any) -> tuple[str, ...]:
     """The names of a `Literal`, also of one that may be ``None``."""
-    options = (
-        typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    )
-    literals = [option for option in options if typing.get_origin(option) is Literal]
+    literals = [member for member in members(annotation) if typing.get_origin(member) is Literal]
     return tuple(name for literal in literals for name in typing.get_args(literal))
 
 

@@ -1,8 +1,8 @@
 """Levels and pictures: one convention for how level i of K is stored, and what is refused.
 
 An 8-bit picture holds level i as ``round(255 i/(K-1))`` (half to even): for K = 256 the level is the byte, for K = 2
-the bytes are 0 and 255. The spacing of the stored values is at least 1, so the levels come back exactly. As a number in
-[0, 1] it is ``i / (K-1)``. Whatever lies between levels is refused, never rounded.
+the bytes are 0 and 255. The spacing of the stored values is at least 1, so the levels come back exactly. As a number
+in [0, 1] it is ``i / (K-1)``. Whatever lies between levels is refused, never rounded.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import diffusers
 from huggingface_hub.dataclasses import type_validator
 
 from vdm_hub.errors import CheckpointError, ConfigurationError, shortened, unknown_name
+from vdm_hub.fields import members
 
 LARGEST_INTEGER = 2**20
 """The largest integer in a model's config: nothing that a network is made of is counted in millions."""
@@ -145,9 +146,7 @@ def type_of_field(cls: type, field: str) -> tuple[type, ...]:
     """The classes of which an argument of a constructor may be; any, where it does not say."""
     annotation = fields_of_class(cls)[field].annotation
     annotation = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
-    union = typing.get_origin(annotation) in (Union, types.UnionType)
-    members = typing.get_args(annotation) if union else (annotation,)
-    return tuple(member for member in members if isinstance(member, type)) or (object,)
+    return tuple(member for member in members(annotation) if isinstance(member, type)) or (object,)
 
 
 def check_arguments(cls: type, config: Mapping[str, Any], whose: str | None = None) -> None:
@@ -226,8 +225,8 @@ def fields_of_record(schema: type) -> Fields:
 
 def _annotated(annotation: Any) -> list[Any]:
     """The metadata in the annotations of a type, or of the members of a union."""
-    members = [annotation, *typing.get_args(annotation)]
-    return [one for member in members for one in getattr(member, "__metadata__", ())]
+    parts = [annotation, *typing.get_args(annotation)]
+    return [one for part in parts for one in getattr(part, "__metadata__", ())]
 
 
 def _is_ours(cls: type) -> bool:
@@ -330,7 +329,7 @@ def _check_ranges(annotation: Any, value: Any) -> None:
         for check in arguments[1:]:
             check(value)
     elif origin in (Union, types.UnionType):
-        _check_union(arguments, value)
+        _check_union(annotation, value)
     elif typing.is_typeddict(annotation):
         Record(annotation)(value)
     elif isinstance(value, list) and arguments:
@@ -344,10 +343,10 @@ def _check_ranges(annotation: Any, value: Any) -> None:
             _check_ranges(arguments[-1], item)
 
 
-def _check_union(members: Sequence[Any], value: Any) -> None:
+def _check_union(annotation: Any, value: Any) -> None:
     """Raise what the last member that the value is of says against it, unless one has nothing to say."""
     failure: ValueError | None = None
-    for member in members:
+    for member in members(annotation):
         if _is(member, value):
             try:
                 return _check_ranges(member, value)

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, TypeVar, Union
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from vdm_hub import registry
 from vdm_hub.data.arguments import DataArguments, Share
 from vdm_hub.errors import ConfigurationError, shortened, unknown_name, warn
-from vdm_hub.fields import require
+from vdm_hub.fields import members, require
 from vdm_hub.files import expanded
 from vdm_hub.recipes import plain_yaml
 from vdm_hub.recipes.command_line import CommandLineParser
@@ -122,7 +122,7 @@ class Configuration:
         """`to_dict` as a recipe, with mappings for what is JSON on the command line."""
         values = self.to_dict()
         for name, annotation in FIELDS.items():
-            if NameOrJSON in _options(annotation) and isinstance(values[name], str) and values[name].startswith("{"):
+            if NameOrJSON in members(annotation) and isinstance(values[name], str) and values[name].startswith("{"):
                 values[name] = json.loads(values[name])
         return plain_yaml.dump(values)
 
@@ -249,7 +249,7 @@ def _change(name: str, text: str) -> tuple[str, dict[str, Any]]:
     field = field.replace("-", "_")
     if field not in FIELDS:
         raise _unknown_field(field, "on the command line")
-    if NameOrJSON not in _options(FIELDS[field]) or not all(keys):
+    if NameOrJSON not in members(FIELDS[field]) or not all(keys):
         raise ConfigurationError(f"{name} is no key of a mapping: write `--unet.layers_per_block 3`, or `--{field}`.")
     refuse_secret(name[2:], text)
     change: Any = plain_yaml.load(text, f"of {name} on the command line")
@@ -400,15 +400,8 @@ def _typed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: _convert(name, value, where) for name, value in values.items()}
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type."""
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
 def _base(annotation: Any) -> Any:
-    return next(option for option in _options(annotation) if option is not types.NoneType)
+    return next(option for option in members(annotation) if option is not types.NoneType)
 
 
 def _expected(annotation: Any) -> str:
@@ -426,7 +419,7 @@ def _convert(name: str, value: Any, where: str) -> Any:
     """
     refuse_secret(name, value)
     annotation = FIELDS[name]
-    optional = types.NoneType in _options(annotation)
+    optional = types.NoneType in members(annotation)
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
     base = _base(annotation)
