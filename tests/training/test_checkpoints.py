@@ -24,12 +24,12 @@ from vdm_hub.files import entries
 from vdm_hub.training.state.checkpoints import (
     checkpoints,
     find_checkpoint,
+    foreign_entries,
     load_checkpoint,
     save_checkpoint,
-    strangers,
     tidy,
 )
-from vdm_hub.training.state.resuming import find_start
+from vdm_hub.training.state.resuming import find_resume_point
 
 FILES = ("manifest.json", "objective.safetensors", "optimizer.safetensors", "state.json")
 
@@ -188,7 +188,7 @@ def test_a_copy_of_a_checkpoint_is_kept_and_is_never_the_latest(name: str, tmp_p
     """Also one that has the name of a later step: its manifest says which it is."""
     shutil.copytree(save(tmp_path, 1), tmp_path / name)
     before = contents(tmp_path / name)
-    found = find_start(tmp_path, "latest")
+    found = find_resume_point(tmp_path, "latest")
     assert found is not None and found.path.name == "step-00000001"
     save(tmp_path, 2, keep=1)
     tidy(tmp_path, keep=1)
@@ -217,7 +217,7 @@ def test_a_stranger_with_a_checkpoint_s_name_is_never_touched(kind: str, name: s
     assert contents(tmp_path) == before
     assert os.path.lexists(place)
     if name == "step-00000003":
-        assert strangers(tmp_path / "checkpoints") == [place]
+        assert foreign_entries(tmp_path / "checkpoints") == [place]
         if kind in ("a file", "a folder of other files"):
             with pytest.raises(OSError):
                 save(tmp_path / "checkpoints", 3)
@@ -265,14 +265,14 @@ def test_a_damaged_checkpoint_goes_aside_beside_what_has_that_name(tmp_path: Pat
     save(tmp_path, 1)
     (save(tmp_path, 2) / "state.json").write_text("{")
     (tmp_path / "damaged-step-00000002").symlink_to(tmp_path / "nowhere")
-    start = find_start(tmp_path, "latest")
+    start = find_resume_point(tmp_path, "latest")
     assert start is not None
     with pytest.warns(UserWarning, match=naming("damaged-step-00000002.2")):
         start.set_aside()
     assert (tmp_path / "damaged-step-00000002").is_symlink()
     (save(tmp_path, 3) / "state.json").write_text("{")
     (tmp_path / "step-00000003" / "notes.txt").write_text("mine")
-    again = find_start(tmp_path, "latest")
+    again = find_resume_point(tmp_path, "latest")
     assert again is not None
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match=naming("step-00000003")):
@@ -282,8 +282,8 @@ def test_a_damaged_checkpoint_goes_aside_beside_what_has_that_name(tmp_path: Pat
 
 def test_a_copy_named_by_its_path_is_gone_on_from(tmp_path: Path) -> None:
     copy = shutil.copytree(save(tmp_path, 1), tmp_path / "step-00000001-good")
-    start = find_start(tmp_path, str(copy))
+    start = find_resume_point(tmp_path, str(copy))
     assert start is not None and start.checkpoint.state == {"step": 1}
     save(tmp_path, 2)
     with pytest.raises(CheckpointError, match=naming("step-00000002")):
-        find_start(tmp_path, str(copy))
+        find_resume_point(tmp_path, str(copy))

@@ -23,7 +23,7 @@ from vdm_hub.hub.json_files import parse_json
 from vdm_hub.training.loop import TrainingRun
 from vdm_hub.training.state.checkpoint_state import restore_state
 from vdm_hub.training.state.checkpoints import Checkpoint, checkpoints, load_checkpoint, save_checkpoint
-from vdm_hub.training.state.resuming import find_start
+from vdm_hub.training.state.resuming import find_resume_point
 
 FIELDS: dict[str, Any] = {"validation_size": 40, "validation_steps": 1, "early_stopping_patience": 9}
 FIELDS |= {"max_train_steps": 2, "logging_steps": 1, "checkpointing_steps": 1, "lr_scheduler": "constant"}
@@ -106,7 +106,7 @@ def test_a_state_that_no_run_wrote_is_refused(what: str, saved: Saved) -> None:
 def test_a_state_of_another_step_than_its_manifest_s_is_damaged(step: Any, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 2, {}, {} if step is ... else {"step": step})
     with pytest.raises(CheckpointError, match=naming("manifest", "step 2")):
-        find_start(tmp_path, str(path))
+        find_resume_point(tmp_path, str(path))
 
 
 def damage(saved: Saved, draw: Any, counts: Counter[str]) -> None:

@@ -17,7 +17,7 @@ from naming import naming
 from runs import configuration, contents, forget_accelerator, start, train_here
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.training import memory
-from vdm_hub.training.memory import host_memory, needed
+from vdm_hub.training.memory import host_memory, memory_needs
 
 VAE = {"latent_shapes": [[1, 8, 8]], "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
 RUNGS: dict[str, dict[str, Any]] = {
@@ -30,9 +30,9 @@ RUNGS: dict[str, dict[str, Any]] = {
 }
 
 
-def counted(tmp_path: Path, **fields: Any) -> memory.Needs:
+def counted(tmp_path: Path, **fields: Any) -> memory.MemoryNeeds:
     forget_accelerator()
-    return needed(configuration(tmp_path / "run", **fields), (1, 8, 8), Accelerator(cpu=True))
+    return memory_needs(configuration(tmp_path / "run", **fields), (1, 8, 8), Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("rung", RUNGS)

@@ -12,7 +12,7 @@ from naming import naming
 from plugin_of_law_7 import LogitsProcess, ResamplingProcess
 from runs import UNET, configuration
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.parts.networks import build_hvae, build_network, sketched
+from vdm_hub.training.parts.networks import build_hvae, build_network, on_meta_device
 
 ATTENTIVE = {"_class_name": "UNet2DModel", "block_out_channels": [8, 8], "norm_num_groups": 4}
 ATTENTIVE |= {"down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]}
@@ -104,9 +104,9 @@ def test_a_sketch_takes_no_memory_and_ends_with_its_block(tmp_path: Path) -> Non
     def device() -> torch.device:
         return next(build_network(configuration(tmp_path), (1, 8, 8), ResamplingProcess()).parameters()).device
 
-    with sketched():
+    with on_meta_device():
         assert device().type == "meta"
-        with pytest.raises(ArithmeticError), sketched():
+        with pytest.raises(ArithmeticError), on_meta_device():
             raise ArithmeticError
         assert device().type == "meta"
     assert device().type == "cpu"

@@ -182,7 +182,7 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint_and_sets_a_damaged_one_asi
     run.resume()
     assert run.step == 1 and capsys.readouterr().out == "", "the main process says it"
     as_process(0, 1)
-    run.said = "how the latents are scaled"
+    run.preparation = "how the latents are scaled"
     with pytest.warns(UserWarning, match=naming("damaged-step-00000002")):
         run.announce()
     assert "how the latents are scaled" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runs import configuration
-from vdm_hub.training.parts.weights import averages, build_ema, step_ema, these_weights
+from vdm_hub.training.parts.weights import averages, build_ema, step_ema, using_weights
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -30,7 +30,7 @@ def test_other_weights_are_there_within_the_block_and_the_own_ones_after_it(fail
     model, other = network(), own(network(1))
     before, places = own(model), [parameter.data_ptr() for parameter in model.parameters()]
     try:
-        with these_weights(model, other):
+        with using_weights(model, other):
             assert equal(own(model), other)
             if fails:
                 raise ArithmeticError
@@ -38,7 +38,7 @@ def test_other_weights_are_there_within_the_block_and_the_own_ones_after_it(fail
         pass
     assert equal(own(model), before) and places == [parameter.data_ptr() for parameter in model.parameters()]
     assert all(parameter.requires_grad for parameter in model.parameters())
-    with these_weights(model, {}):
+    with using_weights(model, {}):
         assert equal(own(model), before)
 
 

@@ -68,8 +68,8 @@ def _parser() -> CommandLineParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(TRAIN, help="Train a model by a recipe: `vdm-hub train RECIPE [--field value ...]`.")
     for name, declare in COMMANDS.items():
-        said = (declare.__doc__ or "").splitlines()[0]
-        declare(commands.add_parser(name, help=said, description=said))
+        summary = (declare.__doc__ or "").splitlines()[0]
+        declare(commands.add_parser(name, help=summary, description=summary))
     for name in dict.fromkeys(one.name for one in _of_plugins()):
         package = next(one.package for one in _of_plugins() if one.name == name)
         commands.add_parser(name, help=f"A command of the package {package}.", add_help=False)
@@ -83,17 +83,17 @@ def report_errors(run: Callable[[], object]) -> int:
     Warnings are shown as errors are, whatever library they are of.
     """
     warnings.formatwarning = _line_of_warning
-    interrupts.heed()
+    interrupts.restore_interrupts()
     try:
         status = run()
     except (VDMHubError, OSError) as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        said = str(stop) if isinstance(stop, Interrupted) else "nothing half-written is left."
+        message = str(stop) if isinstance(stop, Interrupted) else "nothing half-written is left."
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one waits for nothing
         if os.environ.get("RANK", "0") == "0":
-            print(f"\ninterrupted: {said}", file=sys.stderr)
+            print(f"\ninterrupted: {message}", file=sys.stderr)
         return 128 + signal.SIGINT
     return status if isinstance(status, int) else 0
 

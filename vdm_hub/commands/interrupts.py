@@ -20,7 +20,7 @@ def interruptible_import(module: str) -> Any:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def heed() -> None:
+def restore_interrupts() -> None:
     """Let Ctrl-C raise KeyboardInterrupt, unless whoever started the process had it ignored."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN and _is_main():
         signal.signal(signal.SIGINT, signal.default_int_handler)

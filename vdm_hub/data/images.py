@@ -318,8 +318,8 @@ def _why(error: Exception) -> str:
     # Pillow shows the buffer's address, which tells nobody anything.
     if isinstance(error, PIL.UnidentifiedImageError):
         return f"it is none of {', '.join(FORMATS)}"
-    said = in_one_line(error)
-    return said if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
+    message = in_one_line(error)
+    return message if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {message}"
 
 
 def _mixed(name: object, shape: tuple[int, ...], other_name: object, other: tuple[int, ...]) -> DataError:

@@ -161,11 +161,11 @@ def load_split(
     dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
     images = _in_memory(opened, dataset, image_column, reader, split, label_column)
     _warn_if_resized(images)
-    said = summary_of(opened, [("reads" if chosen is None else "reads what a run held out,", images, whole)])
+    summary = summary_of(opened, [("reads" if chosen is None else "reads what a run held out,", images, whole)])
     if say is not None:
-        say(said)
+        say(summary)
     elif opened.note or (opened.layout is not None and opened.layout.listing.unused):
-        warn(said, stacklevel=2)
+        warn(summary, stacklevel=2)
     return images
 
 
@@ -360,9 +360,9 @@ def _warn_of_overlaps(source: Source, arguments: DataArguments, held_out: int, h
     limit = arguments.max_train_samples
     limit = None if limit is None else limit + held_out
     found = overlaps(source, splits, limit, streaming=arguments.streaming)
-    for said in found.values():
-        warn(said, stacklevel=3)
-    return tuple(said for (_, measured), said in found.items() if measured == "test")
+    for note in found.values():
+        warn(note, stacklevel=3)
+    return tuple(note for (_, measured), note in found.items() if measured == "test")
 
 
 def _warn_if_resized(*splits: Images | None) -> None:

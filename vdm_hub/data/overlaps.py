@@ -30,7 +30,7 @@ def overlaps(
         use: _spans(source, split, limit if use == "train" else None, streaming=streaming)
         for use, split in splits.items()
     }
-    said = {}
+    notes = {}
     for one, other in combinations(spans, 2):
         common = sum(
             max(0, min(stop, other_stop) - max(start, other_start))
@@ -40,11 +40,11 @@ def overlaps(
         )
         if common:
             count = "images" if streaming else f"{common:,} images"
-            said[one, other] = (
+            notes[one, other] = (
                 f"{count} of {splits[other]!r}, which the run {_USES[other]}, are also of {splits[one]!r}, which it "
                 f"{_USES[one]}: the figure is not one of held-out images; name another split with --{other}_split."
             )
-    return said
+    return notes
 
 
 def _spans(source: Source, split: str, limit: int | None, *, streaming: bool) -> list[Span]:

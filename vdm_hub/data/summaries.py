@@ -19,13 +19,13 @@ def summary_of(source: Source, uses: Sequence[Use], *, streaming: bool = False) 
     """The paragraph that says how many images each use has, which splits have none, and which files are no images."""
     sizes = {} if streaming and source.is_remote else source.sizes  # else it takes a download
     counts = [f"{what} {_count(sizes, images, split)}" for what, images, split in uses]
-    said = [f"data from {source.name!r}: {', '.join(counts)}"]
+    clauses = [f"data from {source.name!r}: {', '.join(counts)}"]
     unused = _unused(source, sizes, [split for _, images, split in uses if images is not None and split is not None])
     if source.layout is not None:
-        said += [source.layout.note] if source.note else []
+        clauses += [source.layout.note] if source.note else []
         unused += [said_of(source.layout.listing.unused)] if source.layout.listing.unused else []
-    said += [f"not used: {'; '.join(unused)}"] if unused else []
-    return "; ".join(said) + "."
+    clauses += [f"not used: {'; '.join(unused)}"] if unused else []
+    return "; ".join(clauses) + "."
 
 
 def _count(sizes: Mapping[str, int], images: ImageLevels | ImageStream | None, split: str | None) -> str:

@@ -140,9 +140,9 @@ def explained(what: str, remedy: str, error_class: type[VDMHubError] = Checkpoin
         raise
     except Exception as error:
         # A bare KeyError or IndexError says nothing without its name.
-        said = in_one_line(error)[:400].rstrip(". ")
+        message = in_one_line(error)[:400].rstrip(". ")
         name = type(error).__name__
-        raise error_class(f"{what} ({said if said == name else f'{name}: {said}'}): {remedy}.") from error
+        raise error_class(f"{what} ({message if message == name else f'{name}: {message}'}): {remedy}.") from error
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigurationError:

@@ -27,17 +27,17 @@ class SearchedUpload:
         return super()._upload_folder(working_dir, repo_id, *arguments, **kwargs)  # type: ignore[misc]
 
 
-def make_public(folder: Path, said: object = ()) -> None:
+def make_public(folder: Path, texts: object = ()) -> None:
     """Take out of a folder where its model lay, and refuse to send secrets.
 
     Args:
         folder: All of it is sent, but what the client leaves out, such as ``.git``.
-        said: What is sent besides: names and words.
+        texts: What is sent besides: names and words.
 
     Raises:
         PublishError: With the file's name and the kind of secret, and never the secret.
     """
-    if what := find_secret(said):
+    if what := find_secret(texts):
         raise PublishError(f"the name or the message of the commit holds {what}: nothing was sent. Leave it out.")
     forget_places(folder)
     refuse_secrets(folder)

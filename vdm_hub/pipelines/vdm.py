@@ -176,9 +176,9 @@ class VDMPipeline(LikelihoodPipeline):
             return carried
         if self.noise_schedule is None:
             return scheduler.process.to(self._execution_device)
-        own, said = self.noise_schedule.module, getattr(scheduler.process, "schedule", None)
-        published = said.bake() if isinstance(said, NoiseSchedule) else said
-        if not isinstance(said, TabulatedSchedule) and type(own) not in (type(said), type(published)):
+        own, described = self.noise_schedule.module, getattr(scheduler.process, "schedule", None)
+        published = described.bake() if isinstance(described, NoiseSchedule) else described
+        if not isinstance(described, TabulatedSchedule) and type(own) not in (type(described), type(published)):
             raise ConfigurationError(
                 f"the scheduler's noise_schedule is {shortened(scheduler.config.noise_schedule)}, and the pipeline's "
                 f"component noise_schedule holds a {type(own).__name__}: give the scheduler that was saved with it, "

@@ -312,8 +312,8 @@ def _together(field: str, before: Mapping[str, Any], change: Mapping[str, Any]) 
         was = before.get(key, DEFAULT_CLASSES.get(field))
         if key in change and was not in (None, change[key]):
             left = ", ".join(sorted(before.keys() - {key})) or "none"
-            said = f"{field} is {change[key]!r} on the command line, and {was!r} in the recipe, whose other arguments"
-            warn(f"{said} are not taken over: {left}.", stacklevel=2)
+            classes = f"{field} is {change[key]!r} on the command line, and {was!r} in the recipe"
+            warn(f"{classes}, whose other arguments are not taken over: {left}.", stacklevel=2)
             return change
     return _deep(before, change)
 

@@ -43,11 +43,11 @@ class _Once(argparse.Action):
     """An action that sets its value once, and refuses a second one."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        said = str(option_string) if values == [] else f"{option_string} {values}"
+        words = str(option_string) if values == [] else f"{option_string} {values}"
         if option_string is not None and self.dest in parser.given:
-            both = f"{shortened(parser.given[self.dest])} and {shortened(said)}"
+            both = f"{shortened(parser.given[self.dest])} and {shortened(words)}"
             parser.error(f"{option_string} is given twice, as {both}: give it once")
-        parser.given[self.dest] = said
+        parser.given[self.dest] = words
         super().__call__(parser, namespace, values, option_string)
 
 

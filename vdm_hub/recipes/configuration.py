@@ -82,8 +82,8 @@ def allowed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     >>> allowed_changes({"seed": 0, "logging_steps": 1}, {"seed": 1, "logging_steps": 50})
     ['logging_steps was 1 and is 50']
     """
-    said = (_MAY_CHANGE | _NAME_IMAGES) - {"recipe", "output_dir", "resume_from_checkpoint", "dry_run"}
-    return _changes(before, now, said)
+    named = (_MAY_CHANGE | _NAME_IMAGES) - {"recipe", "output_dir", "resume_from_checkpoint", "dry_run"}
+    return _changes(before, now, named)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], fields: set[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels
-from vdm_hub.training.parts.shards import own_part
+from vdm_hub.training.parts.shards import local_part
 from vdm_hub.training.state.run_state import RunState
 
 _MIB = 2**20
@@ -80,7 +80,7 @@ def _bytes(run: RunState) -> int:
     weights = list(run.model.parameters())
     gradients = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]  # of their sizes
     kept = [*weights, *gradients, *moments, *averages]
-    parts = [own_part(tensor) for tensor in kept if isinstance(tensor, Tensor)]
+    parts = [local_part(tensor) for tensor in kept if isinstance(tensor, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in parts)
 
 

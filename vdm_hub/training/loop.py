@@ -28,18 +28,18 @@ from vdm_hub.plots import save_grid
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import allowed_changes
 from vdm_hub.training.dry_run import describe_run
-from vdm_hub.training.memory import needed, refuse_what_cannot_fit
+from vdm_hub.training.memory import memory_needs, refuse_what_cannot_fit
 from vdm_hub.training.opening import describe, without_effect
 from vdm_hub.training.parts.processes import build_accelerator, is_sharded
 from vdm_hub.training.parts.setup import build_objective, build_pipeline
-from vdm_hub.training.parts.shards import gathered
-from vdm_hub.training.parts.weights import averages, these_weights
+from vdm_hub.training.parts.shards import full_tensors
+from vdm_hub.training.parts.weights import averages, using_weights
 from vdm_hub.training.publishing import check_publishing, publish_run
 from vdm_hub.training.signals import StopSignals, TrainingStopped
 from vdm_hub.training.state.checkpoint_state import pack_state, restore_state
 from vdm_hub.training.state.checkpoints import find_checkpoint, save_checkpoint
 from vdm_hub.training.state.outputs import OutputFolder, Validation, publish_locally, results, sample_images
-from vdm_hub.training.state.resuming import Start, find_start, not_saved
+from vdm_hub.training.state.resuming import ResumePoint, find_resume_point, not_saved
 from vdm_hub.training.state.run_state import RunState
 from vdm_hub.training.tracking import Trackers
 
@@ -67,7 +67,7 @@ def train_model(configuration: Configuration) -> LikelihoodReport | None:
 def _train(configuration: Configuration, accelerator: Accelerator, folder: OutputFolder) -> LikelihoodReport | None:
     show = accelerator.is_main_process
     data = load_data(configuration.data)
-    needs = needed(configuration, data.image_shape, accelerator)
+    needs = memory_needs(configuration, data.image_shape, accelerator)
     if show:
         print(describe(configuration), data.summary, needs, sep="\n", flush=True)
     refuse_what_cannot_fit(needs, accelerator)
@@ -113,7 +113,7 @@ class TrainingRun(RunState):
         super().__init__(configuration, accelerator, data, folder)
         self.trackers = Trackers(accelerator, wanted=bool(self.training.trackers))
         self.stop, self._stop_is_agreed = StopSignals(), False
-        self._start: Start | None = None
+        self._start: ResumePoint | None = None
         self._clock = time.perf_counter()
 
     def announce(self) -> None:
@@ -122,8 +122,8 @@ class TrainingRun(RunState):
             if self._start is not None:
                 self._start.set_aside()
             self.folder.claim(self.configuration)
-            if self.said is not None:
-                tqdm.write(self.said)
+            if self.preparation is not None:
+                tqdm.write(self.preparation)
         self.trackers.open(self.configuration.to_dict())
         self._clock = time.perf_counter()
 
@@ -250,7 +250,7 @@ class TrainingRun(RunState):
         Raises:
             CheckpointError: It is damaged, not a checkpoint, or another model's.
         """
-        self._start = find_start(self.folder.checkpoints, self.training.resume_from_checkpoint)
+        self._start = find_resume_point(self.folder.checkpoints, self.training.resume_from_checkpoint)
         if self._start is not None:
             restore_state(self, self._start.path, self._start.checkpoint)
             if self.accelerator.is_main_process:
@@ -313,19 +313,19 @@ class TrainingRun(RunState):
         is_main, model = self.accelerator.is_main_process, self.model
         weights = averages(self.model, self.ema) if is_main or is_sharded(self.accelerator) else {}
         if is_sharded(self.accelerator):
-            own, weights = gathered(self.model.state_dict(), is_main), gathered(weights, is_main)
+            own, weights = full_tensors(self.model.state_dict(), is_main), full_tensors(weights, is_main)
             if is_main:
                 model = build_objective(self.configuration, self.data.image_shape).to(self.accelerator.device)
                 model.load_state_dict(own)
         if not is_main:
             yield None
             return
-        with these_weights(model, instead or weights):
+        with using_weights(model, instead or weights):
             yield model
 
     def try_dry(self) -> None:
         """Take a step for ``--dry_run``, and print what the run will need; nothing is written."""
-        said = describe_run(self)
+        report = describe_run(self)
         if self.accelerator.is_main_process:
-            print(f"{said}\ndry run: nothing was written to {self.folder.path}.")
+            print(f"{report}\ndry run: nothing was written to {self.folder.path}.")
         self.trackers.close()

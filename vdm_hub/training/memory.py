@@ -20,8 +20,8 @@ from vdm_hub.objectives.hierarchical import HVAEObjective
 from vdm_hub.objectives.variational_bound import Objective, VDMObjective
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
-from vdm_hub.training.parts.networks import sketched
-from vdm_hub.training.parts.processes import is_sharded, processes_said
+from vdm_hub.training.parts.networks import on_meta_device
+from vdm_hub.training.parts.processes import is_sharded, launched_processes
 from vdm_hub.training.parts.setup import build_objective
 
 _FLOAT = 4  # bytes: weights and all that belongs to them are float32, whatever the network computes in
@@ -31,7 +31,7 @@ _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # those of this pro
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryNeeds:
     """The memory of a process of a run, in bytes.
 
     Attributes:
@@ -59,7 +59,7 @@ class Needs:
         )
 
 
-def needed(configuration: Configuration, shape: tuple[int, int, int], accelerator: Accelerator) -> Needs:
+def memory_needs(configuration: Configuration, shape: tuple[int, int, int], accelerator: Accelerator) -> MemoryNeeds:
     """The memory that a process of a run will need, counted without taking any of it.
 
     Args:
@@ -71,7 +71,7 @@ def needed(configuration: Configuration, shape: tuple[int, int, int], accelerato
         ConfigurationError: The networks can't be built, or do not take such images.
     """
     training = configuration.training
-    with sketched():
+    with on_meta_device():
         objective = build_objective(replace(configuration, training=replace(training, compile="none")), shape)
     for part in (objective.body, getattr(getattr(objective, "process", None), "first_stage", None)):
         if part is not None:
@@ -83,7 +83,7 @@ def needed(configuration: Configuration, shape: tuple[int, int, int], accelerato
     average = every / shares if training.use_ema else 0
     gradients = trained * (1 + moments) / shares
     kept = _kept(objective, shape) * training.train_batch_size // _IMAGES
-    return Needs(
+    return MemoryNeeds(
         {name: count for name, count in counts.items() if count},
         every * _FLOAT // shares,
         int((gradients + average) * _FLOAT),
@@ -92,13 +92,13 @@ def needed(configuration: Configuration, shape: tuple[int, int, int], accelerato
     )
 
 
-def refuse_what_cannot_fit(needs: Needs, accelerator: Accelerator) -> None:
+def refuse_what_cannot_fit(needs: MemoryNeeds, accelerator: Accelerator) -> None:
     """Refuse a run that needs more memory than there is.
 
     Raises:
         ConfigurationError: With both figures, and the fields that decide.
     """
-    beside = processes_said("LOCAL_WORLD_SIZE")
+    beside = launched_processes("LOCAL_WORLD_SIZE")
     everything = needs.weights + needs.training + needs.fewest
     on_gpu = accelerator.device.type == "cuda"
     host = (

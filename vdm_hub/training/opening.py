@@ -35,7 +35,7 @@ def without_effect(configuration: Configuration, total_steps: int) -> list[str]:
     warm_up, held_out = training.lr_warmup_steps, bool(data.validation_split or data.validation_size)
     usual = defaults()["lr_warmup_steps"]
     of_run = f"and the run has {total_steps:,} steps"
-    said = {
+    reasons = {
         f"lr_warmup_steps is {warm_up:,} {of_run}: learning_rate is never reached": (
             training.lr_scheduler != "constant" and warm_up > total_steps
         ),
@@ -55,4 +55,4 @@ def without_effect(configuration: Configuration, total_steps: int) -> list[str]:
             bool(data.test_size) and training.evaluation_replicates == 0
         ),
     }
-    return [*idle_fields(training), *(words for words, is_so in said.items() if is_so)]
+    return [*idle_fields(training), *(words for words, is_so in reasons.items() if is_so)]

@@ -25,7 +25,7 @@ _SKETCHED = ContextVar("_SKETCHED", default=False)
 
 
 @contextmanager
-def sketched() -> Iterator[None]:
+def on_meta_device() -> Iterator[None]:
     """Within the block, networks that are described are built without memory, on torch's meta device."""
     token = _SKETCHED.set(True)
     try:

@@ -38,7 +38,7 @@ def build_accelerator(configuration: Configuration, folder: Path, logs: Path) ->
             f"it out of report_to."
         )
     check_environment(training, os.environ)
-    launched = processes_said("WORLD_SIZE")
+    launched = launched_processes("WORLD_SIZE")
     remedy = f"change {_sources_of_settings(training)}, or run `accelerate config`"
     with explained("accelerate can't run this", remedy, ConfigurationError):
         accelerator = Accelerator(
@@ -65,7 +65,7 @@ def build_accelerator(configuration: Configuration, folder: Path, logs: Path) ->
     return accelerator
 
 
-def processes_said(variable: str) -> int:
+def launched_processes(variable: str) -> int:
     """The number of processes that a launcher gives in the environment; one where it gives none.
 
     Raises:

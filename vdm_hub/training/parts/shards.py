@@ -81,22 +81,22 @@ def _know_the_bound() -> None:
     torch.export.register_dataclass(Bound)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor of a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """The whole tensors, one after the other, on the processes that keep them; the others take part and keep none."""
     found = {}
     for name, tensor in tensors.items():
-        complete = whole(tensor.detach()).cpu() if isinstance(tensor, DTensor) else tensor
+        complete = full_tensor(tensor.detach()).cpu() if isinstance(tensor, DTensor) else tensor
         if keep:
             found[name] = complete
     return found
 
 
-def own_part(parameter: Tensor) -> Tensor:
+def local_part(parameter: Tensor) -> Tensor:
     """This process's part of a parameter, in the same memory, and asking for a gradient where it does."""
     if not isinstance(parameter, DTensor):
         return parameter
@@ -104,7 +104,7 @@ def own_part(parameter: Tensor) -> Tensor:
     return part.requires_grad_(parameter.requires_grad)
 
 
-def put_together(part: Tensor, like: Tensor) -> Tensor:
+def sharded_from_part(part: Tensor, like: Tensor) -> Tensor:
     """The tensor of which the processes hold these parts, sharded as ``like`` is."""
     if not isinstance(like, DTensor):
         return part

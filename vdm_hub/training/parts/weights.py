@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vdm_hub.recipes.configuration import TrainingArguments
-from vdm_hub.training.parts.shards import own_part, put_together
+from vdm_hub.training.parts.shards import local_part, sharded_from_part
 
 
 def build_ema(training: TrainingArguments, model: nn.Module, device: torch.device) -> EMAModel | None:
@@ -25,7 +25,7 @@ def build_ema(training: TrainingArguments, model: nn.Module, device: torch.devic
     # diffusers counts the first step as none, and has a rise of its own without the warm-up.
     constant = {} if training.ema_warmup else {"min_decay": training.ema_max_decay, "update_after_step": -1}
     ema = EMAModel(
-        [own_part(parameter) for parameter in model.parameters()],
+        [local_part(parameter) for parameter in model.parameters()],
         decay=training.ema_max_decay,
         use_ema_warmup=training.ema_warmup,
         inv_gamma=training.ema_inv_gamma,
@@ -40,7 +40,7 @@ def build_ema(training: TrainingArguments, model: nn.Module, device: torch.devic
 
 def step_ema(ema: EMAModel, parameters: Sequence[Tensor], *, offload: bool) -> None:
     """Update the moving average; one that lives in the host's memory visits the GPU for that."""
-    parameters = [own_part(parameter) for parameter in parameters]
+    parameters = [local_part(parameter) for parameter in parameters]
     device = parameters[0].device
     offload = offload and device.type == "cuda"
     if offload:
@@ -58,11 +58,11 @@ def averages(model: nn.Module, ema: EMAModel | None) -> dict[str, Tensor]:
     if ema is None:
         return {}
     pairs = zip(model.named_parameters(), ema.shadow_params, strict=True)
-    return {name: put_together(average, parameter) for (name, parameter), average in pairs}
+    return {name: sharded_from_part(average, parameter) for (name, parameter), average in pairs}
 
 
 @contextmanager
-def these_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def using_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """A block in which the model has other weights, by name; its own, where none are given."""
     if not weights:
         yield

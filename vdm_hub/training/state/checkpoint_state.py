@@ -16,7 +16,7 @@ from vdm_hub.hub.schemas import check_record
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import differences
 from vdm_hub.training.parts import optimizers
-from vdm_hub.training.parts.shards import gathered, own_part, sharded_like
+from vdm_hub.training.parts.shards import full_tensors, local_part, sharded_like
 from vdm_hub.training.parts.weights import averages
 from vdm_hub.training.state.checkpoints import Checkpoint
 from vdm_hub.training.state.history import History
@@ -64,7 +64,7 @@ def pack_state(run: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     """The state of a run as groups of tensors and as JSON; where they are sharded, all processes take part."""
     keep = run.accelerator.is_main_process
     moments, numbers = optimizers.pack_optimizer(run.optimizer)
-    tensors = {"objective": gathered(run.model.state_dict(), keep), "optimizer": gathered(moments, keep)}
+    tensors = {"objective": full_tensors(run.model.state_dict(), keep), "optimizer": full_tensors(moments, keep)}
     state: dict[str, Any] = {
         "step": run.step,
         "optimizer": numbers,
@@ -76,7 +76,7 @@ def pack_state(run: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     if run.early_stopping.weights:
         tensors["best"] = run.early_stopping.weights
     if run.ema is not None:
-        tensors["ema"] = gathered(averages(run.model, run.ema), keep)
+        tensors["ema"] = full_tensors(averages(run.model, run.ema), keep)
     if run.accelerator.scaler is not None:
         state["scaler"] = run.accelerator.scaler.state_dict()
     return tensors, state
@@ -154,7 +154,7 @@ def _restore(run: RunState, tensors: dict[str, dict[str, Tensor]], state: dict[s
     _resume_learning_rate(run, state["step"])
     if run.ema is not None:
         for (name, parameter), shadow in zip(run.model.named_parameters(), run.ema.shadow_params, strict=True):
-            shadow.copy_(own_part(sharded_like(tensors["ema"][name], parameter)))
+            shadow.copy_(local_part(sharded_like(tensors["ema"][name], parameter)))
         run.ema.optimization_step = state["step"]
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])

@@ -137,7 +137,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for path in entries(folder) if _NAME.fullmatch(path.name) and _is_checkpoint(path)]
 
 
-def strangers(folder: Path) -> list[Path]:
+def foreign_entries(folder: Path) -> list[Path]:
     """The entries with the name of a checkpoint that are none: where they lie, none can be written."""
     return [path for path in entries(folder) if _NAME.fullmatch(path.name) and not _is_checkpoint(path)]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vdm_hub.errors import NonFiniteLossError
 from vdm_hub.recipes.configuration import TrainingArguments
-from vdm_hub.training.parts.shards import whole
+from vdm_hub.training.parts.shards import full_tensor
 from vdm_hub.training.state.checkpoints import find_checkpoint
 
 GRADIENT_NORM = "gradient norm"
@@ -78,7 +78,7 @@ class LossWatch:
             NonFiniteLossError: Naming the parameter.
         """
         for name, parameter in model.named_parameters():
-            if not bool(torch.isfinite(whole(parameter)).all()):
+            if not bool(torch.isfinite(full_tensor(parameter)).all()):
                 raise NonFiniteLossError(
                     f"the weights {name} are not finite after step {step}. Training stopped, nothing was saved; the "
                     f"last good checkpoint is {self._last_good()}. Lower the learning rate "

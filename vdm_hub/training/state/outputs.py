@@ -24,7 +24,7 @@ from vdm_hub.plots import plot_schedule, plot_training_curve, save_grid
 from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.recipes.configuration import differences
 from vdm_hub.training.parts.setup import build_pipeline, describe_preprocessing
-from vdm_hub.training.state.checkpoints import checkpoints, strangers, tidy
+from vdm_hub.training.state.checkpoints import checkpoints, foreign_entries, tidy
 from vdm_hub.training.state.history import History
 from vdm_hub.training.state.provenance import describe_split
 
@@ -107,7 +107,7 @@ class OutputFolder:
                 f"output_dir {self.path} {what}. Choose another --output_dir, {remedy}or remove the folder yourself: "
                 f"nothing is overwritten."
             )
-        if in_the_way := strangers(self.checkpoints):
+        if in_the_way := foreign_entries(self.checkpoints):
             raise CheckpointError(
                 f"{in_the_way[0]} has the name of a checkpoint, and is none of this run's: move it away."
             )

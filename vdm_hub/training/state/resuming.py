@@ -17,7 +17,7 @@ from vdm_hub.training.state.checkpoints import (
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """A whole checkpoint to go on from, and the damaged ones after it that were passed over."""
 
     path: Path
@@ -42,7 +42,7 @@ class Start:
             )
 
 
-def find_start(folder: Path, wanted: str | None) -> Start | None:
+def find_resume_point(folder: Path, wanted: str | None) -> ResumePoint | None:
     """The checkpoint that ``--resume_from_checkpoint`` means; ``latest`` is the last one that is whole.
 
     Nothing on the disk is changed.
@@ -60,11 +60,11 @@ def find_start(folder: Path, wanted: str | None) -> Start | None:
         assert path is not None
         checkpoint = load_checkpoint(path)
         _refuse_overwriting(folder, path, int(checkpoint.state["step"]))
-        return Start(path, checkpoint)
+        return ResumePoint(path, checkpoint)
     damaged: list[Path] = []
     for path in reversed(checkpoints(folder)):
         try:
-            return Start(path, load_checkpoint(path), tuple(damaged))
+            return ResumePoint(path, load_checkpoint(path), tuple(damaged))
         except CheckpointError:
             damaged.append(path)
     if damaged:

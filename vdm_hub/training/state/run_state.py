@@ -24,7 +24,7 @@ from vdm_hub.training.parts.early_stopping import EarlyStopping
 from vdm_hub.training.parts.optimizers import build_optimizer
 from vdm_hub.training.parts.processes import is_sharded, to_device
 from vdm_hub.training.parts.setup import build_objective, count_steps, learning_rate, repeated_blocks
-from vdm_hub.training.parts.shards import average_gradients, plan_shards, whole
+from vdm_hub.training.parts.shards import average_gradients, full_tensor, plan_shards
 from vdm_hub.training.parts.weights import build_ema, step_ema
 from vdm_hub.training.state.history import History
 from vdm_hub.training.state.losses import GRADIENT_NORM, LossWatch
@@ -58,7 +58,7 @@ class RunState:
         self.global_batch_size = training.train_batch_size * accumulation * processes
         self.model = build_objective(configuration, data.image_shape)
         self.model.to(accelerator.device)
-        self.said = self.model.prepare(self._first_images())
+        self.preparation = self.model.prepare(self._first_images())
         optimizer = build_optimizer(self.model, training, learning_rate(training, processes))
         self._replicated: list[torch.nn.Parameter] = []
         if is_sharded(accelerator):
@@ -170,5 +170,5 @@ class RunState:
         The gradient is the mean over all processes, so they all stop at the same step.
         """
         if self.accelerator.scaler is None:  # with fp16 it may overflow: the scaler then skips the step
-            terms = terms | {GRADIENT_NORM: whole(gradient_norm.detach())}
+            terms = terms | {GRADIENT_NORM: full_tensor(gradient_norm.detach())}
         self.losses.add(self.step + 1, terms)
