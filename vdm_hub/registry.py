@@ -42,11 +42,11 @@ BUILT_IN_PACKAGE = "vdm-hub"
 ALLOWED_VARIABLE = "VDM_HUB_PLUGINS"
 """The environment variable that limits which distributions may be loaded."""
 
-# A copy of this package under another name, as a repository may carry it, finds its own classes. It takes no plugins:
-# theirs are derived from the classes of the package proper.
-_PACKAGE = __name__.rpartition(".")[0]
-_TAKES_PLUGINS = _PACKAGE == "vdm_hub"
-_DIFFUSION = f"{_PACKAGE}.diffusion"
+PACKAGE = __name__.rpartition(".")[0]
+"""The name of this package: a copy that a repository carries has another, and finds its own classes by that."""
+# Such a copy takes no plugins: theirs are derived from the classes of the package proper.
+_TAKES_PLUGINS = PACKAGE == "vdm_hub"
+_DIFFUSION = f"{PACKAGE}.diffusion"
 BUILT_INS: dict[str, dict[str, str]] = {
     "noise_schedules": {
         "linear": f"{_DIFFUSION}.noise_schedules:LinearSchedule",
@@ -74,12 +74,12 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "gaussian": f"{_DIFFUSION}.gaussian_process:GaussianProcess",
     },
     "networks": {
-        "UNetVDMModel": f"{_PACKAGE}.models.unet_vdm:UNetVDMModel",
+        "UNetVDMModel": f"{PACKAGE}.models.unet_vdm:UNetVDMModel",
     },
     "likelihood_methods": {
-        "bound": f"{_PACKAGE}.likelihood.methods:VariationalBound",
-        "ode": f"{_PACKAGE}.likelihood.methods:ProbabilityFlow",
-        "importance_weighted": f"{_PACKAGE}.likelihood.methods:ImportanceWeighted",
+        "bound": f"{PACKAGE}.likelihood.methods:VariationalBound",
+        "ode": f"{PACKAGE}.likelihood.methods:ProbabilityFlow",
+        "importance_weighted": f"{PACKAGE}.likelihood.methods:ImportanceWeighted",
     },
     "commands": {},
 }
@@ -94,8 +94,8 @@ _BASES = {
     "decoders": f"{_DIFFUSION}.decoders:Decoder",
     "forward_processes": f"{_DIFFUSION}.forward_process:ForwardProcess",
     "networks": "diffusers.models.modeling_utils:ModelMixin",
-    "likelihood_methods": f"{_PACKAGE}.likelihood.methods:LikelihoodMethod",
-    "commands": f"{_PACKAGE}.commands.command:Command",
+    "likelihood_methods": f"{PACKAGE}.likelihood.methods:LikelihoodMethod",
+    "commands": f"{PACKAGE}.commands.command:Command",
 }
 
 SERIALISED_FIELDS = {

@@ -29,9 +29,7 @@ from vdm_hub.hub.repositories import CONFIGS, ModelFiles
 from vdm_hub.hub.schemas import check_config, check_given_fields, type_of_field
 from vdm_hub.hub.weights import WeightFiles, check_weights, weight_files
 
-# A copy of this package under another name, as a repository may carry it, is named so in its own index.
-_PACKAGE = __name__.partition(".")[0]
-_LIBRARIES = ("diffusers", "transformers", _PACKAGE)
+_LIBRARIES = ("diffusers", "transformers", registry.PACKAGE)
 _COMPONENT_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 _INDEX_KEYS = ("_class_name", "_diffusers_version", "_name_or_path", "_requires", "_module", "_ignore_files")
 _CHECKED: ContextVar[Path | None] = ContextVar("checked", default=None)
@@ -79,7 +77,7 @@ def check_pipeline(
     looked_at = {name: value for name, value in components.items() if name not in given}
     if trusts_code:
         for component, (library, _) in looked_at.items():
-            _check_configs(files, component, is_own=library == _PACKAGE)
+            _check_configs(files, component, is_own=library == registry.PACKAGE)
         return
     described = []
     for component, (library, name) in looked_at.items():
@@ -278,7 +276,7 @@ def _class(name: str, component: str, library: str, cls: str) -> type:
 
 
 def _is_own(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == _PACKAGE
+    return cls.__module__.partition(".")[0] == registry.PACKAGE
 
 
 def _check_described(name: str, config: Mapping[str, Any], cls: type) -> None:
