@@ -9,9 +9,10 @@ import time
 from datetime import timedelta
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vdm_hub.data.images import ImageLevels
+from vdm_hub.training.parts.networks import count_parameters
 from vdm_hub.training.parts.shards import local_part
 from vdm_hub.training.state.run_state import RunState
 
@@ -31,8 +32,8 @@ def describe_run(run: RunState) -> str:
         return f"nothing is left to do: the run has taken its {run.step:,} steps."
     run.optimise(batches)
     seconds = _seconds(run, batches)
-    device, network = run.accelerator.device, _count(run.model.body)
-    schedule = _count(run.model) - network
+    device, network = run.accelerator.device, count_parameters(run.model.body)
+    schedule = count_parameters(run.model) - network
     rows = {
         "network": f"{type(run.model.body).__name__}, {network:,} parameters",
         "beside it": f"{schedule:,} learned parameters" if schedule else "nothing is learned",
@@ -63,10 +64,6 @@ def _seconds(run: RunState, batches: list[dict[str, Tensor]]) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _number_of_images(run: RunState) -> str:

@@ -20,7 +20,7 @@ from vdm_hub.objectives.hierarchical import HVAEObjective
 from vdm_hub.objectives.variational_bound import Objective, VDMObjective
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
-from vdm_hub.training.parts.networks import on_meta_device
+from vdm_hub.training.parts.networks import count_parameters, on_meta_device
 from vdm_hub.training.parts.processes import is_sharded, launched_processes
 from vdm_hub.training.parts.setup import build_objective
 
@@ -76,7 +76,7 @@ def memory_needs(configuration: Configuration, shape: tuple[int, int, int], acce
     for part in (objective.body, getattr(getattr(objective, "process", None), "first_stage", None)):
         if part is not None:
             part.to("meta")  # a trained first stage was loaded
-    counts = {name: sum(map(Tensor.numel, part.parameters())) for name, part in objective.parts.items()}
+    counts = {name: count_parameters(part) for name, part in objective.parts.items()}
     every, trained = sum(counts.values()), sum(p.numel() for p in objective.parameters() if p.requires_grad)
     moments = 0.5 if training.optimizer == "adamw_8bit" else 2
     shares = accelerator.num_processes if is_sharded(accelerator) else 1

@@ -145,3 +145,8 @@ def _of_images(from_data: Mapping[str, Any]) -> str:
     height, width = (size, size) if isinstance(size, int) else size
     levels = f" of {from_data['num_levels']} levels" if "num_levels" in from_data else ""
     return f"{from_data['in_channels']}x{height}x{width}{levels}"
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The number of parameters of a module, trained or not."""
+    return sum(parameter.numel() for parameter in module.parameters())

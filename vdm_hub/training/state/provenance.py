@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from vdm_hub import registry
 from vdm_hub.data.arguments import DataArguments
@@ -18,6 +17,7 @@ from vdm_hub.evaluation.provenance import describe_images, library_versions
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import DiffusionArguments
+from vdm_hub.training.parts.networks import count_parameters
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ class Provenance:
         self, configuration: Configuration, accelerator: Accelerator, objective: Objective, data: RunData
     ) -> None:
         self._configuration, self._accelerator, self._data = configuration, accelerator, data
-        self._parameters = {name: _size(part) for name, part in objective.parts.items()}
+        self._parameters = {name: count_parameters(part) for name, part in objective.parts.items()}
 
     def describe(self, steps: int, seconds: float) -> dict[str, Any]:
         """The record of the run as it is now.
@@ -145,7 +145,3 @@ def _command(configuration: Configuration, accelerator: Accelerator) -> str:
 
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
