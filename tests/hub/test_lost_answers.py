@@ -14,7 +14,7 @@ KINDS = ("dropped", "a gateway's answer", "then no rights", "never arrived")
 
 def said_by(text: str) -> list[str]:
     """The lines of a command, without those of progress bars and of further attempts."""
-    passing = ("it/s", "B/s", "?it", "; attempt ")
+    passing = ("it/s", "s/it", "B/s", "?it", "; attempt ")
     return [line for line in text.splitlines() if line and not any(word in line for word in passing)]
 
 
