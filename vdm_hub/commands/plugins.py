@@ -19,14 +19,14 @@ def run(arguments: argparse.Namespace) -> None:
     """List what is registered, and check it where asked to."""
     registry.allowed_packages()  # a value that is none is said once, and before anything else
     found = [registration for kind in registry.BUILT_INS for registration in registry.registrations(kind)]
-    rows = [describe(registration, arguments.check) for registration in found]
+    rows = [row_of(registration, arguments.check) for registration in found]
     print(json.dumps(rows, indent=2) if arguments.json else table(rows))
     failed = [f"{row['kind']}/{row['name']} of {row['package']}: {row['error']}" for row in rows if "error" in row]
     if failed:
         raise ConfigurationError(f"{len(failed)} of {len(rows)} fail their check. {' | '.join(failed)}")
 
 
-def describe(registration: Registration, check: bool) -> dict[str, str]:
+def row_of(registration: Registration, check: bool) -> dict[str, str]:
     """The row of one registration: its name, its origin and its status; with ``error`` where a check failed."""
     version = __version__ if registration.package == BUILT_IN_PACKAGE else registration.version or "unknown"
     texts = (registration.kind, registration.name, registration.package, version, registration.target)

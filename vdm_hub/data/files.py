@@ -114,10 +114,10 @@ def names_and_count(paths: Iterable[str]) -> str:
     return f"{len(names):,} ({', '.join(shown + ['...'] * (len(names) > _SHOWN))})"
 
 
-def said_of(unused: Mapping[str, list[str]]) -> str:
+def describe_unused(unused: Mapping[str, list[str]]) -> str:
     """A sentence on the files that are not used, by the reason.
 
-    >>> said_of({"hidden": [".DS_Store"], "broken links": ["a.png", "b.png"]})
+    >>> describe_unused({"hidden": [".DS_Store"], "broken links": ["a.png", "b.png"]})
     "1 ('.DS_Store') hidden; 2 ('a.png', 'b.png') broken links"
     """
     return "; ".join(f"{names_and_count(paths)} {reason}" for reason, paths in unused.items())

@@ -19,10 +19,10 @@ SEED = 0
 _LABELS = ("label", "labels", "class", "target")  # of columns of integers; a ClassLabel may have any name
 
 
-def count(size: float, images: int) -> int:
+def number_to_hold_out(size: float, images: int) -> int:
     """How many of so many images a share, or a number, is: at least one.
 
-    >>> count(0.1, 42), count(7, 42)
+    >>> number_to_hold_out(0.1, 42), number_to_hold_out(7, 42)
     (4, 7)
     """
     return int(size) if size >= 1 else max(1, round(size * images))
@@ -42,7 +42,7 @@ def hold_out(
     Raises:
         DataError: Nothing would be left to train on.
     """
-    rows, number = len(dataset), count(size, len(dataset))
+    rows, number = len(dataset), number_to_hold_out(size, len(dataset))
     if number >= rows:
         raise DataError(f"test_size is {size}, and {split!r} has {rows} images: hold out fewer with --test_size.")
     column, why = label_column(dataset), "they can't be spread so thinly."

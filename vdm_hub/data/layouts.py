@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from vdm_hub.data.files import IMAGE_SUFFIXES, METADATA_NAMES, Listing, list_folder, names_and_count, said_of
+from vdm_hub.data.files import IMAGE_SUFFIXES, METADATA_NAMES, Listing, describe_unused, list_folder, names_and_count
 from vdm_hub.errors import DataError, explained, shortened, warn
 
 _SPLITS = {
@@ -84,7 +84,7 @@ def read_layout(root: Path) -> Layout:
             f"files: name the folder of one of the two."
         )
     if not images and not parquet:
-        there = said_of(listing.unused) or "nothing"
+        there = describe_unused(listing.unused) or "nothing"
         raise DataError(
             f"the folder {str(root)!r} holds neither images nor Parquet files: it has {there}. Name another, or "
             f"unpack what is packed."

@@ -14,7 +14,7 @@ from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.colors import Color
 from vdm_hub.data.corrupt import without_corrupt
 from vdm_hub.data.files import lies_in, list_folder
-from vdm_hub.data.held_out import choose_again, count, hold_out, names_held_out
+from vdm_hub.data.held_out import choose_again, hold_out, names_held_out, number_to_hold_out
 from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream, decode_all
 from vdm_hub.data.labels import read_labels
 from vdm_hub.data.overlaps import overlaps
@@ -271,7 +271,7 @@ def _training_split(
         dataset = without_corrupt(dataset, column, _reader(source, arguments))
     if isinstance(dataset, datasets.IterableDataset):
         return _training_stream(source, dataset, arguments)
-    size = count(arguments.validation_size, len(dataset)) if arguments.validation_size else 0
+    size = number_to_hold_out(arguments.validation_size, len(dataset)) if arguments.validation_size else 0
     if size >= max(len(dataset), 1):
         raise DataError(
             f"validation_size is {arguments.validation_size}, and {name!r} has {len(dataset)} images: hold out fewer."

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from vdm_hub.data.files import said_of
+from vdm_hub.data.files import describe_unused
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.data.sources import Source
 
@@ -23,7 +23,7 @@ def summary_of(source: Source, uses: Sequence[Use], *, streaming: bool = False) 
     unused = _unused(source, sizes, [split for _, images, split in uses if images is not None and split is not None])
     if source.layout is not None:
         clauses += [source.layout.note] if source.note else []
-        unused += [said_of(source.layout.listing.unused)] if source.layout.listing.unused else []
+        unused += [describe_unused(source.layout.listing.unused)] if source.layout.listing.unused else []
     clauses += [f"not used: {'; '.join(unused)}"] if unused else []
     return "; ".join(clauses) + "."
 

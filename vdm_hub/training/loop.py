@@ -29,7 +29,7 @@ from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import allowed_changes
 from vdm_hub.training.dry_run import describe_run
 from vdm_hub.training.memory import memory_needs, refuse_what_cannot_fit
-from vdm_hub.training.opening import describe, without_effect
+from vdm_hub.training.opening import describe_recipe, without_effect
 from vdm_hub.training.parts.processes import build_accelerator, is_sharded
 from vdm_hub.training.parts.setup import build_objective, build_pipeline
 from vdm_hub.training.parts.shards import full_tensors
@@ -69,7 +69,7 @@ def _train(configuration: Configuration, accelerator: Accelerator, folder: Outpu
     data = load_data(configuration.data)
     needs = memory_needs(configuration, data.image_shape, accelerator)
     if show:
-        print(describe(configuration), data.summary, needs, sep="\n", flush=True)
+        print(describe_recipe(configuration), data.summary, needs, sep="\n", flush=True)
     refuse_what_cannot_fit(needs, accelerator)
     run = TrainingRun(configuration, accelerator, data, folder)
     if show:

@@ -10,10 +10,10 @@ from vdm_hub.recipes.arguments import Configuration, defaults
 _WIDTH = 119
 
 
-def describe(configuration: Configuration) -> str:
+def describe_recipe(configuration: Configuration) -> str:
     """The effective arguments: of a dry run all of them, as a recipe; else those that are not the defaults.
 
-    >>> print(describe(Configuration.from_dict({"dataset_name": "digits", "max_train_steps": 5}, "mine")))
+    >>> print(describe_recipe(Configuration.from_dict({"dataset_name": "digits", "max_train_steps": 5}, "mine")))
     mine: dataset_name digits, output_dir runs/mine, max_train_steps 5
     """
     if configuration.training.dry_run:
