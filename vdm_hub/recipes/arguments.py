@@ -219,7 +219,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 class _Words:
-    """A command line, with what it says of single keys of mappings (``--unet.layers_per_block 3``) apart.
+    """A command line, its options with underscores, and its single keys (``--unet.layers_per_block 3``) apart.
 
     >>> words = _Words(["digits", "--unet.layers_per_block", "3", "--seed", "1"])
     >>> words.plain, words.dotted
@@ -233,8 +233,9 @@ class _Words:
         while left:
             word = left.pop(0)
             name, equals, value = word.partition("=")
+            name = f"--{name[2:].replace('-', '_')}" if word.startswith("--") else name
             if not name.startswith("--") or "." not in name:
-                self.plain.append(word)
+                self.plain.append(name + equals + value)
                 continue
             if not equals:
                 if not left or left[0].startswith("--"):
@@ -246,7 +247,6 @@ class _Words:
 def _change(name: str, text: str) -> tuple[str, dict[str, Any]]:
     """The field that a dotted name belongs to, and what it is to say otherwise."""
     field, *keys = name[2:].split(".")
-    field = field.replace("-", "_")
     if field not in FIELDS:
         raise _unknown_field(field, "on the command line")
     if NameOrJSON not in members(FIELDS[field]) or not all(keys):
@@ -350,15 +350,12 @@ def _parser() -> _RecipeParser:
 
 
 def _add_option(section: argparse._ArgumentGroup, field: Field[Any]) -> None:
-    """Add ``--train_batch_size``, and, not shown, ``--train-batch-size``; ``--use_ema`` and ``--no_use_ema``."""
+    """Add ``--seed``; of a truth value ``--use_ema`` and, not shown, ``--no_use_ema``."""
     base, options = _base(FIELDS[field.name]), {"dest": field.name, "help": field.metadata["help"]}
     options |= {"nargs": "?", "const": True} if base is bool else {}
     section.add_argument(f"--{field.name}", metavar=_metavar(base), **options)
-    if "_" in field.name:
-        section.add_argument(f"--{field.name.replace('_', '-')}", **options | {"help": argparse.SUPPRESS})
     if base is bool:
-        for spelling in {f"no_{field.name}", f"no-{field.name.replace('_', '-')}"}:
-            section.add_argument(f"--{spelling}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
+        section.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
 
 
 def defaults() -> dict[str, Any]:
@@ -377,7 +374,7 @@ def _positional(rest: Sequence[str]) -> str | None:
     """The recipe, out of what argparse did not know."""
     for argument in rest:
         if argument.startswith("-"):
-            raise _unknown_field(argument.lstrip("-").partition("=")[0].replace("-", "_"), "on the command line")
+            raise _unknown_field(argument.lstrip("-").partition("=")[0], "on the command line")
     if len(rest) > 1:
         raise ConfigurationError(
             f"give one recipe, not {len(rest)} ({', '.join(map(repr, rest))}); a field is written `--field value`."
