@@ -1,4 +1,4 @@
-"""Bits per dimension of a pipeline on a dataset: every image counts, the last partial batch too."""
+"""The bits per dimension of a pipeline on a dataset: every image counts, the last partial batch too."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def evaluate(
         if isinstance(replicates, ReplicateStages)
         else ReplicateStages(replicates, max_replicates=max(256, replicates))
     )
-    told = _describe(dataset, levels)
+    description = _describe(dataset, levels)
     weights = weights_fingerprint(pipeline)
     key = {
-        "images": told["fingerprint"],
+        "images": description["fingerprint"],
         "weights": weights,
         "labels": None if labels is None else fingerprint(labels),
     }
@@ -109,7 +109,7 @@ def evaluate(
     details, notes = pipeline.examine(levels[:_EXAMINED].to(pipeline.device_of_latents))
     report.details |= details
     report.with_notes([*pipeline.notes(method.transitions), *notes])
-    report.details |= {"seed": seed, "weights": weights} | ({} if dataset is None else {"dataset": told})
+    report.details |= {"seed": seed, "weights": weights} | ({} if dataset is None else {"dataset": description})
     report.details |= {"processes": processes.count, "versions": library_versions()}
     report.details |= {
         "device": pipeline.device_of_latents.type,
@@ -121,7 +121,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _How:
-    """All of an evaluation but the method: images, batches, processes, and where it is kept."""
+    """The circumstances of an evaluation: images, batches, processes, and the journal's place."""
 
     pipeline: LikelihoodPipeline
     levels: Tensor
@@ -171,7 +171,7 @@ class _How:
 
 
 def _describe(dataset: Mapping[str, Any] | None, levels: Tensor) -> dict[str, Any]:
-    """What is said of the images, with the number and the fingerprint of those that are measured."""
+    """The description of the images, with the number and the fingerprint of those that are measured."""
     known = dataset is not None and dataset["images"] == len(levels)
     digest = dataset["fingerprint"] if dataset is not None and known else fingerprint(levels)
     return {**(dataset or {}), "images": len(levels), "fingerprint": digest}

@@ -1,4 +1,4 @@
-"""What is measured is kept: a kill at any moment loses no image that was finished.
+"""The journal of a measurement: a kill at any moment loses no image that was finished.
 
 A journal is a folder. ``key.json`` says what is measured: the weights, the images, the process and the protocol; a run
 with another key is refused. Each batch is one safetensors file, written beside its place, flushed to the disk and
@@ -30,13 +30,13 @@ from vdm_hub.hub.schemas import check_record
 from vdm_hub.likelihood.measurement import Measured, Results
 
 MODELS = ("unclipped", "clipped")
-"""What an evaluation measures: each has a journal of its own, in a folder of its name."""
+"""The models that an evaluation measures: each has a journal of its own, in a folder of its name."""
 
 _KEY, _STATE, _INDICES = "key.json", "state.json", "indices"
 
 
 class _State(TypedDict):
-    """What the pilot found, and its digest."""
+    """The pilot's findings, and their digest."""
 
     found: dict[str, Any]
     sha256: str
@@ -85,7 +85,7 @@ class Journal:
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """What the pilot found, where one has been kept."""
+        """The pilot's findings, where any have been kept."""
         path = self.folder / _STATE
         if not path.is_file():
             return None
@@ -99,12 +99,12 @@ class Journal:
         return found
 
     def keep_state(self, state: Mapping[str, Any]) -> None:
-        """Keep what the pilot found, for whoever goes on."""
+        """Keep the pilot's findings, for whoever goes on."""
         digest = _digest(self._key, {}, {"state": json.dumps(state, sort_keys=True)})
         _write(self.folder / _STATE, json.dumps({"found": state, "sha256": digest}).encode())
 
     def write(self, replicate: int, indices: Tensor, measured: Measured, seconds: float | None = None) -> None:
-        """Keep what was found of a batch; on the disk when this returns.
+        """Keep the results of a batch; they are on the disk when this returns.
 
         Args:
             replicate: Of all that was found.
@@ -148,7 +148,7 @@ class Journal:
         return self
 
     def read(self, results: Results) -> None:
-        """Take in all that is kept, whichever process measured it; ``seconds_before`` is what all of it took."""
+        """Add all that is kept to the results, whoever measured it; ``seconds_before`` is the time that all took."""
         self.seconds_before = 0.0
         for path in sorted(self.folder.glob("replicate-*.safetensors")):
             seconds, replicate, indices, measured = _read(path, self._key)
@@ -185,7 +185,7 @@ def check_evaluation_journal(folder: Path) -> None:
 
 
 def _shown(folder: Path) -> list[Path]:
-    """What lies in a folder and is not hidden, as what a kill leaves half-written is."""
+    """The entries of a folder that are not hidden, as those are which a kill leaves half-written."""
     return [path for path in entries(folder) if not path.name.startswith(".")]
 
 
@@ -196,7 +196,7 @@ def _strange(path: Path) -> CheckpointError:
 
 
 def _read(path: Path, key: str) -> tuple[float, int, Tensor, Measured]:
-    """What a piece holds, if it is what was written into the journal with this key."""
+    """The content of a piece, if it is what was written into the journal with this key."""
     with explained(
         f"{path} of the journal is damaged, or of another journal", "remove it, and its images are measured again"
     ):
@@ -215,7 +215,7 @@ def _read(path: Path, key: str) -> tuple[float, int, Tensor, Measured]:
 
 
 def _digest(key: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
-    """Of all that a piece holds, and of what its journal measures."""
+    """The digest of all that a piece holds, and of what its journal measures."""
     digest = hashlib.sha256(json.dumps([key, dict(about)], sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

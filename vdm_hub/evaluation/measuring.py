@@ -22,12 +22,12 @@ from vdm_hub.models.calls import evaluating
 from vdm_hub.objectives.variational_bound import Batch
 
 Take = Callable[[Tensor], Batch]
-"""The images with these indices, as the network's batch."""
+"""The function that gives the images with these indices as the network's batch."""
 
 
 @dataclass(frozen=True)
 class ReplicateStages:
-    """How many independent replicates: a first stage, and more until a standard error is met or a budget ends.
+    """The plan of independent replicates: a first stage, and more until a standard error is met or a budget ends.
 
     Attributes:
         replicates: Those of the first stage.
@@ -74,7 +74,7 @@ class ReplicateStages:
             )
 
     def next(self, report: LikelihoodReport, pilot: int = 0) -> int | None:
-        """How many replicates in all are to follow these, or ``None`` where they are enough, or the budget ends.
+        """The number of replicates in all after the next stage; ``None`` where these are enough, or the budget ends.
 
         The error falls with the square root of their number; a stage at most doubles it, as the error is itself
         uncertain.
@@ -98,15 +98,15 @@ class ReplicateStages:
         return min(self.max_replicates, int((self.max_evaluations - pilot) / max(of_one, 1e-9)))
 
     def describe(self, report: LikelihoodReport, pilot: int = 0) -> dict[str, object]:
-        """What was asked for, whether it was reached, and if not, what ended it, for the report."""
+        """The report's record of the target: whether it was reached, and if not, what ended the measurement."""
         if self.target is None:
             return {}
-        told: dict[str, object] = {"standard_error": self.target, "reached": report.standard_error <= self.target}
-        told |= {"max_replicates": self.max_replicates, "max_evaluations": self.max_evaluations}
-        if not told["reached"]:
+        target: dict[str, object] = {"standard_error": self.target, "reached": report.standard_error <= self.target}
+        target |= {"max_replicates": self.max_replicates, "max_evaluations": self.max_evaluations}
+        if not target["reached"]:
             by_evaluations = self._most(report, pilot) < self.max_replicates
-            told["ended_by"] = "max_evaluations" if by_evaluations else "max_replicates"
-        return {"target": told}
+            target["ended_by"] = "max_evaluations" if by_evaluations else "max_replicates"
+        return {"target": target}
 
 
 def measure_images(
@@ -184,7 +184,7 @@ def batches_of(num_images: int, batch_size: int, processes: int = 1) -> Iterable
 
 @dataclass(frozen=True)
 class _Worker:
-    """One process's part: its batches, and what is known of all images."""
+    """The part of one process: its batches, and what is known of all images."""
 
     measurement: Measurement
     take: Take
@@ -205,7 +205,7 @@ class _Worker:
         return fitted
 
     def begin(self, fitted: dict[str, Any] | None) -> None:
-        """From what the pilot found, and what is finished."""
+        """Begin with the pilot's findings, and with what is finished already."""
         assert fitted is not None
         self.measurement.load_state(fitted["state"])
         self.measurement.pilot_evaluations = int(fitted["evaluations"])
@@ -213,7 +213,7 @@ class _Worker:
             self.journal.read(self.results)
 
     def run(self, replicates: range) -> Results:
-        """This process's images in some replicates; those that are finished already are left out."""
+        """Measure this process's images in some replicates; those that are finished already are left out."""
         fresh = Results(self.results.num_images)
         self.bar.expect(len(replicates))
         for replicate in replicates:
@@ -248,24 +248,24 @@ class _Bar:
         self._bar.close()
 
     def say(self, words: str) -> None:
-        """Something beside the count."""
+        """Show words beside the count."""
         self._bar.set_postfix_str(words)
 
     def expect(self, replicates: int) -> None:
-        """More replicates are coming."""
+        """Expect more replicates."""
         if not self._bar.disable:
             self._bar.total = (self._bar.total or 0) + replicates * len(self._share)
             self._bar.refresh()
 
     def advance(self, images: int, replicate: int, results: Results) -> None:
-        """So many images are finished; before the first replicate is, there is no error to show."""
+        """Count finished images; before the first replicate is finished, there is no error to show."""
         if not self._bar.disable and not self._means:
             so_far = results.totals([replicate])[0, self._share].nanmean() / self._scale
             self._bar.set_postfix_str(f"{float(so_far):.4f} bits/dim", refresh=False)
         self._bar.update(images)
 
     def finish(self, replicate: int, results: Results) -> None:
-        """A replicate of this process's images is finished: the estimate on them and its standard error."""
+        """Show the estimate and its standard error after a finished replicate of this process's images."""
         if self._bar.disable:
             return
         self._means.append(float(results.totals([replicate])[0, self._share].mean() / self._scale))

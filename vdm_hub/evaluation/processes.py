@@ -33,7 +33,7 @@ class Processes:
 
     @classmethod
     def launched(cls) -> Processes:
-        """Those that ``accelerate launch`` or ``torchrun`` started.
+        """The processes that ``accelerate launch`` or ``torchrun`` started.
 
         Raises:
             ConfigurationError: The launcher started more processes than accelerate knows of.
@@ -52,11 +52,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether it is the one that prints and writes reports."""
+        """Whether this is the process that prints and writes reports."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Each process's value, in their order, on all of them."""
+        """The value of each process, in their order, on all of them."""
         if self.count == 1:
             return [value]
         gathered: list[T] = gather_object([value])
@@ -91,7 +91,7 @@ class Processes:
 
     @contextmanager
     def main_speaks(self) -> Iterator[None]:
-        """Errors of the other processes end these without a word: the main process has the same, and says it."""
+        """A block in which errors of other processes end these without a word: the main process says the same."""
         try:
             yield
         except (VDMHubError, OSError):

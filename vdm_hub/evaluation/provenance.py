@@ -1,4 +1,4 @@
-"""What a figure was measured on and with: the images, the weights, and the versions of the libraries."""
+"""The provenance of a figure: the images, the weights, and the versions of the libraries."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def describe_images(
     color: str = "auto",
     image_column: str = "image",
 ) -> dict[str, Any]:
-    """What may be said of a dataset in public: of a local folder or file only the last part of its path.
+    """The public description of a dataset: of a local folder or file only the last part of its path.
 
     Args:
         images: The images, as they were loaded.
@@ -88,7 +88,7 @@ def describe_images(
 
 
 def fingerprint(levels: Tensor | tuple[Tensor, ...]) -> str:
-    """SHA-256 of images as levels: ``sha256(str(shape) + bytes)`` with the shape (N, C, H, W), in uint8.
+    """The SHA-256 of images as levels: ``sha256(str(shape) + bytes)`` with the shape (N, C, H, W), in uint8.
 
     For images of different sizes, the same of each (C, H, W) one after the other.
 
@@ -106,7 +106,7 @@ def fingerprint(levels: Tensor | tuple[Tensor, ...]) -> str:
 
 
 def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """SHA-256 of all weights of a pipeline: which model a figure was measured with, wherever it is saved."""
+    """The SHA-256 of all weights of a pipeline: it tells the model of a figure, wherever that is saved."""
     digest = hashlib.sha256()
     for component, module in sorted(pipeline.components.items()):
         if isinstance(module, nn.Module):
@@ -117,7 +117,7 @@ def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
 
 
 def public_name(source: str) -> str:
-    """A dataset's name; of a local folder or file only the last part of its path, which says nothing of the machine.
+    """The name of a dataset; of a local folder or file only the last part of its path, which hides the machine.
 
     >>> public_name("uoft-cs/cifar10"), public_name("/home/ada/birds"), public_name("./birds.parquet")
     ('uoft-cs/cifar10', 'birds', 'birds.parquet')

@@ -1,4 +1,4 @@
-"""A report image by image, as a Parquet file."""
+"""The table of a report, image by image, as a Parquet file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vdm_hub.likelihood.report import LikelihoodReport
 
 
 def write_per_image(report: LikelihoodReport, path: Path, images: ImageLevels) -> None:
-    """One row per image, in their order, and the whole report as JSON in the file's metadata, under ``vdm_hub``.
+    """Write one row per image, in their order, and the report as JSON in the file's metadata, under ``vdm_hub``.
 
     All figures are in bits/dim, as the columns' names say; nats are ``bits_per_dim * dimensions * ln 2``, with
     ``dimensions`` of the report.

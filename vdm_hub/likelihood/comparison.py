@@ -20,7 +20,7 @@ _DRAWS = 108  # a stream of draws
 
 @dataclass(frozen=True)
 class FormsOfBound:
-    """Mean and spread of each form's estimator on the same images.
+    """The mean and the spread of each form's estimator on the same images.
 
     Attributes:
         bits_per_dim: By name: the mean over images and draws.

@@ -31,7 +31,7 @@ _PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0)
 
 @dataclass(frozen=True)
 class ControlVariate:
-    """See the module.
+    """A control variate of the diffusion term: see the module.
 
     Attributes:
         grid: The cells of time; its process is Gaussian with a scalar gamma.
@@ -45,7 +45,7 @@ class ControlVariate:
 
     @cached_property
     def grid_errors(self) -> Tensor:
-        """`expected_grid_error` at the gamma of each cell."""
+        """The `expected_grid_error` at the gamma of each cell."""
         assert self.grid.gammas is not None
         return expected_grid_error(self.grid.gammas, self.statistics.spacing)
 
@@ -54,16 +54,16 @@ class ControlVariate:
         return ImageFeatures(x, self.statistics)
 
     def integral(self, features: ImageFeatures) -> Tensor:
-        """``int E_eps C dt`` of each image, (B,), float64: exact."""
+        """The exact integral ``int E_eps C dt`` of each image, (B,), float64."""
         mass = hat_basis(self.grid.positions, KNOTS).T @ self.grid.mass
         return torch.einsum("k,kj,bkj->b", mass, self.coefficients, self._means_at_knots(features))
 
     def value(self, features: ImageFeatures, cell: Tensor, eps: Tensor) -> Tensor:
-        """C at one cell and one noise of each image, (B,), float64."""
+        """The value of C at one cell and one noise of each image, (B,), float64."""
         return self.grid.scale[cell] * (self.regressors(features, cell, eps) @ self.coefficients.flatten())
 
     def regressors(self, features: ImageFeatures, cell: Tensor, eps: Tensor) -> Tensor:
-        """What the coefficients multiply, (B, knots * features), float64."""
+        """The regressors that the coefficients multiply, (B, knots * features), float64."""
         assert self.grid.gammas is not None
         basis = hat_basis(self.grid.positions[cell], KNOTS)
         deviations = features.deviations(self.grid.gammas[cell].to(eps.device), eps, self.grid_errors[cell])
@@ -75,18 +75,18 @@ class ControlVariate:
         return torch.stack([features.means(level) for level in levels.tolist()], dim=1)
 
     def to_json(self) -> dict[str, Any]:
-        """As lists."""
+        """The coefficients and the statistics as lists."""
         return {"statistics": self.statistics.to_json(), "coefficients": self.coefficients.tolist()}
 
     @classmethod
     def from_json(cls, grid: TimeGrid, state: Mapping[str, Any]) -> ControlVariate:
-        """The inverse of `to_json`, on the same grid."""
+        """A control variate from `to_json`, on the same grid."""
         coefficients = torch.tensor(state["coefficients"], dtype=torch.float64)
         return cls(grid, ImageStatistics.from_json(state["statistics"]), coefficients)
 
 
 def hat_basis(positions: Tensor, knots: int) -> Tensor:
-    """Weights of linear interpolation between equally spaced knots on [0, 1], (N,) -> (N, knots).
+    """The weights of linear interpolation between equally spaced knots on [0, 1], (N,) -> (N, knots).
 
     >>> hat_basis(torch.tensor([0.25]), 3).tolist()
     [[0.5, 0.5, 0.0]]
@@ -145,7 +145,7 @@ def remaining_variance(grid: TimeGrid, cell: Tensor, values: Tensor) -> float:
 
 
 def _ridge(rows: Tensor, target: Tensor, weight: Tensor, penalty: float) -> Tensor:
-    """Weighted least squares with a penalty on coefficients' steps between knots and, slightly, on themselves."""
+    """The weighted least squares with a penalty on coefficients' steps between knots and, slightly, on themselves."""
     weight = weight / weight.mean()
     steps = torch.eye(KNOTS).diff(dim=0)
     smooth = steps.T @ steps + 0.01 * torch.eye(KNOTS, dtype=rows.dtype)

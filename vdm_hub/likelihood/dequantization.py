@@ -67,7 +67,7 @@ class UniformDequantization(Dequantization):
     """
 
     def draw(self, x: Tensor, gamma_0: Tensor, spacing: float, uniform: Tensor) -> Dequantized:
-        """See `Dequantization.draw`."""
+        """A draw: see `Dequantization.draw`."""
         log_alpha, _ = _log_alpha_sigma(gamma_0)
         z_0 = torch.exp(log_alpha) * (x.double() + spacing * (uniform.double() - 0.5))
         entropy = sum_dimensions((log_alpha + math.log(spacing)).expand_as(x))
@@ -89,7 +89,7 @@ class TruncatedNormalDequantization(Dequantization):
     """
 
     def draw(self, x: Tensor, gamma_0: Tensor, spacing: float, uniform: Tensor) -> Dequantized:
-        """See `Dequantization.draw`."""
+        """A draw: see `Dequantization.draw`."""
         log_alpha, log_sigma = _log_alpha_sigma(gamma_0)
         tau = torch.exp(log_alpha - log_sigma) * spacing / 2
         mass = torch.special.erf(tau / math.sqrt(2))

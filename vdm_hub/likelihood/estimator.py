@@ -36,7 +36,7 @@ _FEWEST_PILOT, _MOST_PILOT = 256, 4096
 
 @dataclass(frozen=True)
 class _Draws:
-    """Of one replicate: float64 times, their cells and importance weights, each (images, times per image)."""
+    """Draws of one replicate: float64 times, their cells and importance weights, each (images, times per image)."""
 
     times: Tensor
     cells: Tensor
@@ -117,7 +117,7 @@ class BoundEstimator(Measurement):
         self._latest: tuple[int, _Draws] | None = None
 
     def fit(self, batches: Batches) -> None:
-        """The pilot: the proposal and the control variate's coefficients, from draws that nothing else uses.
+        """Run the pilot: the proposal and the control variate's coefficients, from draws that nothing else uses.
 
         Args:
             batches: Called once or twice; each batch carries ``indices``, (B,), the images' indices.
@@ -149,7 +149,7 @@ class BoundEstimator(Measurement):
         return ControlVariate(self.grid, collector.statistics(), torch.zeros(0))
 
     def _pilot(self, batches: Iterable[Batch], trial: ControlVariate | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(cells, integrand with respect to dt, regressors)`` of the pilot's draws, at times of `Proposal.even`."""
+        """The pilot's ``(cells, integrand with respect to dt, regressors)``, at times of `Proposal.even`."""
         source = np.random.default_rng([self.seed, 0, _PILOT_TIMES])
         rounds = -(-self._planned_pilot // self.num_images)
         orders = torch.from_numpy(np.stack([source.permutation(self.num_images) for _ in range(rounds)]))
@@ -231,7 +231,7 @@ class BoundEstimator(Measurement):
         return self._latest[1]
 
     def state(self) -> dict[str, Any]:
-        """What the pilot found, as plain JSON."""
+        """The pilot's findings, as plain JSON."""
         return {
             "probabilities": self.proposal.probabilities.tolist(),
             "control_variate": None if self.variate is None else self.variate.to_json(),
@@ -239,7 +239,7 @@ class BoundEstimator(Measurement):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`, in an estimator of the same model and arguments."""
+        """Take over a `state`, in an estimator of the same model and arguments."""
         self.proposal = Proposal(self.grid, torch.tensor(state["probabilities"], dtype=torch.float64))
         found = state["control_variate"]
         self.variate = None if found is None else ControlVariate.from_json(self.grid, found)
@@ -247,11 +247,11 @@ class BoundEstimator(Measurement):
         self._latest = None
 
     def fewest_evaluations(self, replicates: int) -> int:
-        """The pilot's, and one at each time of each image; a decoder may take more."""
+        """The evaluations of the pilot, and one at each time of each image; a decoder may take more."""
         return self._planned_pilot + replicates * self.num_images * self.times_per_datum
 
     def protocol(self) -> dict[str, Any]:
-        """The techniques."""
+        """The techniques in use, as plain JSON."""
         return {
             "estimator": {
                 "stratified": self.stratified,

@@ -42,13 +42,13 @@ class HierarchicalMeasurement(Measurement):
         super().__init__(objective, seed)
 
     def measure(self, batch: Batch, replicate: int) -> Measured:
-        """One draw of each image."""
+        """The terms of one draw of each image."""
         generators = [image_generator(self.seed, replicate, int(i), _LATENTS) for i in batch["indices"]]
         bound = self.objective(batch, _NO_TIMES, self.objective.draw_noise(batch, generators))
         return Measured(bound.terms, {"evaluations": torch.ones(len(generators))})
 
     def protocol(self) -> dict[str, Any]:
-        """How many latents there are."""
+        """The number of latents, as plain JSON."""
         return {"hierarchy": {"depth": self.objective.model.depth}}
 
 
@@ -75,7 +75,7 @@ class HierarchicalChains(Measurement):
         self.draws = draws
 
     def measure(self, batch: Batch, replicate: int) -> Measured:
-        """K draws of each image."""
+        """The terms of K draws of each image."""
         drawn = [self._terms(batch, replicate, k) for k in range(self.draws)]
         terms, size = weighted(drawn)
         evaluations = torch.full((len(size),), float(self.draws))
@@ -87,7 +87,7 @@ class HierarchicalChains(Measurement):
         return {name: term.double() for name, term in self.objective(batch, _NO_TIMES, noise).terms.items()}
 
     def protocol(self) -> dict[str, Any]:
-        """K, and over what the draws are."""
+        """The number of draws K, and what is drawn."""
         weights = {"importance_weights": {"over": "latents", "draws": self.draws}}
         return weights | {"hierarchy": {"depth": self.objective.model.depth}}
 

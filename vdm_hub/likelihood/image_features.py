@@ -1,4 +1,4 @@
-r"""What simple denoisers would leave of the noise: the regressors of the control variate.
+r"""The regressors of the control variate: what simple denoisers would leave of the noise.
 
 A feature is a function ``A(x, gamma, eps)`` near in shape to ``|eps - eps_hat|^2``, split into its mean over
 ``eps ~ N(0, I)``, known exactly, and the rest, whose mean is zero:
@@ -48,30 +48,30 @@ class Gaussian:
 
     @classmethod
     def of_covariance(cls, mean: Tensor, covariance: Tensor) -> Gaussian:
-        """In the eigenbasis of a covariance, (D, D), float64."""
+        """A Gaussian in the eigenbasis of a covariance, (D, D), float64."""
         variances, basis = torch.linalg.eigh(covariance)
         # Contiguous, as one that is loaded: sums of one order.
         return cls(mean.float(), variances.clamp(min=0).float(), basis.float().contiguous())
 
     def rotate(self, x: Tensor) -> Tensor:
-        """``U^T x``, (B, *data) -> (B, D)."""
+        """The coordinates ``U^T x``, (B, *data) -> (B, D)."""
         return cosine_transform(x).flatten(1) if self.basis is None else x.flatten(1) @ self.basis.to(x)
 
     def to_json(self) -> dict[str, Any]:
-        """As lists."""
+        """The arrays as lists."""
         basis = None if self.basis is None else self.basis.tolist()
         return {"mean": self.mean.tolist(), "variances": self.variances.tolist(), "basis": basis}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Gaussian:
-        """The inverse of `to_json`."""
+        """The inverse: from what `to_json` gives."""
         basis = None if state["basis"] is None else torch.tensor(state["basis"])
         return cls(torch.tensor(state["mean"]), torch.tensor(state["variances"]), basis)
 
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """What the features know of the data set, found without the network.
+    """The statistics of a data set that the features need, found without the network.
 
     Attributes:
         all_data: The data as one Gaussian.
@@ -88,21 +88,21 @@ class ImageStatistics:
     spacing: float
 
     def to_json(self) -> dict[str, Any]:
-        """As lists."""
+        """The arrays as lists."""
         clusters = [cluster.to_json() for cluster in self.clusters]
         ends = {"darkest": self.darkest, "brightest": self.brightest, "spacing": self.spacing}
         return {"all_data": self.all_data.to_json(), "clusters": clusters} | ends
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> ImageStatistics:
-        """The inverse of `to_json`."""
+        """The inverse: from what `to_json` gives."""
         clusters = tuple(Gaussian.from_json(cluster) for cluster in state["clusters"])
         ends = {name: state[name] for name in ("darkest", "brightest", "spacing")}
         return cls(Gaussian.from_json(state["all_data"]), clusters, **ends)
 
 
 class StatisticsCollector:
-    """`ImageStatistics` of data that come in batches, in float64.
+    """A collector of `ImageStatistics` from data that come in batches, in float64.
 
     Args:
         spacing: Of the levels that they lie on.
@@ -127,7 +127,7 @@ class StatisticsCollector:
         self._range = min(self._range[0], float(x.min())), max(self._range[1], float(x.max()))
 
     def statistics(self) -> ImageStatistics:
-        """Of all that came in."""
+        """The statistics of all data that were added."""
         mean = self._sum / self._images
         clusters: tuple[Gaussian, ...] = ()
         if self._small:
@@ -158,7 +158,7 @@ class ImageFeatures:
         self._means: dict[float, Tensor] = {}
 
     def means(self, gamma: float) -> Tensor:
-        """Means over eps at one gamma for all data, (B, features), float64; remembered."""
+        """The means over eps at one gamma for all data, (B, features), float64; remembered."""
         if gamma not in self._means:
             level = torch.full((len(self._x),), gamma, dtype=self._x.dtype, device=self._x.device)
             known = 1 - float(expected_grid_error(torch.tensor([gamma]), self._statistics.spacing))
@@ -169,7 +169,7 @@ class ImageFeatures:
         return self._means[gamma]
 
     def deviations(self, gamma: Tensor, eps: Tensor, expected: Tensor) -> Tensor:
-        """Features less their means at each datum's own gamma, and eps: (B,), (B, *data) -> (B, features), float64.
+        """The features less their means at each datum's gamma and eps: (B,), (B, *data) -> (B, features), float64.
 
         Args:
             gamma: Of each datum, (B,).
@@ -204,7 +204,7 @@ class _Linear:
         self._variances = torch.stack([each.variances for each in gaussians]).to(x)[self._nearest]
 
     def rotate(self, x: Tensor) -> Tensor:
-        """``U^T x`` of each datum in its own basis, (B, *data) -> (B, D)."""
+        """The coordinates ``U^T x`` of each datum in its own basis, (B, *data) -> (B, D)."""
         if len(self._gaussians) == 1:
             return self._gaussians[0].rotate(x)
         rotated = torch.empty_like(x.flatten(1))
@@ -214,7 +214,7 @@ class _Linear:
         return rotated
 
     def at(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """``a`` and ``b`` of each datum at its gamma, (B, D)."""
+        """The values ``a`` and ``b`` of each datum at its gamma, (B, D)."""
         noise = gamma.exp()[:, None].to(self._rotated)
         total = self._variances + noise
         return self._variances / total, -noise.sqrt() / total * self._rotated
@@ -270,7 +270,7 @@ def cosine_transform(x: Tensor) -> Tensor:
 
 
 def _beside(of_datum: Tensor, like: Tensor) -> Tensor:
-    """(B,), ready to multiply (B, *data)."""
+    """The values of each datum, (B,), ready to multiply (B, *data)."""
     return of_datum.reshape(-1, *(1,) * (like.ndim - 1))
 
 

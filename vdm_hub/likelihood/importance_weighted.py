@@ -84,7 +84,7 @@ class ChainsMeasurement(Measurement):
         self.chains = chains
 
     def measure(self, batch: Batch, replicate: int) -> Measured:
-        """K chains of each image."""
+        """The terms of K chains of each image."""
         network = CountedNetwork(self.objective.network, batch)
         draws = [chain_terms(self.objective, batch, (self.seed, replicate), k, network) for k in range(self.chains)]
         terms, size = weighted(draws)
@@ -92,7 +92,7 @@ class ChainsMeasurement(Measurement):
         return Measured(terms, counts)
 
     def protocol(self) -> dict[str, Any]:
-        """K, and over what the draws are."""
+        """The number of draws K, and what is drawn."""
         return {"importance_weights": {"over": "chains", "draws": self.chains}}
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class WeightedFlowMeasurement(FlowMeasurement):
         self.draws = draws
 
     def _measure(self, batch: Batch, replicate: int, flow: FlowSettings) -> Measured:
-        """K dequantised draws of each image, and their ODEs."""
+        """The terms of K dequantised draws of each image, by their ODEs."""
         arguments = *self.model, batch, flow, (self.seed, replicate)
         solved = [draw_flow(*arguments, k) for k in range(self.draws)]
         terms, size = weighted([draw.terms | {"dequantization": draw.log_q} for draw in solved])
@@ -135,7 +135,7 @@ class WeightedFlowMeasurement(FlowMeasurement):
         return Measured(terms, {"evaluations": evaluations, "effective_sample_size": size, "steps": steps})
 
     def protocol(self) -> dict[str, Any]:
-        """K, and the protocol of each ODE."""
+        """The number of draws K, and the protocol of each ODE."""
         return super().protocol() | {"importance_weights": {"over": "dequantization", "draws": self.draws}}
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class WeightedFlowMeasurement(FlowMeasurement):
         return super().details(diagnostics) | {"importance_weights": weights}
 
     def notes(self, report: LikelihoodReport) -> list[str]:
-        """What kind of number it is."""
+        """A note on the kind of number."""
         if self.flow.divergence == "exact":
             return super().notes(report)
         return [
@@ -197,14 +197,14 @@ def chain_terms(
 
 
 def _last_latent(x: Tensor, gamma: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """``z_1`` from q(z_1|x), and ``log q(z_1|x) - log N(z_1; 0, I)``."""
+    """The last latent, ``z_1`` from q(z_1|x), and ``log q(z_1|x) - log N(z_1; 0, I)``."""
     z = gaussian.marginal_sample(x, gamma, eps)
     log_variance = torch.nn.functional.logsigmoid(broadcast(gamma, x))
     return z, sum_dimensions(0.5 * (z**2 - eps**2 - log_variance))
 
 
 def weighted(draws: list[Terms]) -> tuple[Terms, Tensor]:
-    """Terms averaged over draws, and what the weights gain; and the weights' effective sample sizes, (B,)."""
+    """The terms averaged over draws, the weights' gain, and their effective sample sizes, (B,)."""
     means = {name: torch.stack([terms[name] for terms in draws]).mean(0) for name in draws[0]}
     log_weights = -torch.stack([torch.stack(list(terms.values())).sum(0) for terms in draws])
     gain = {"importance_weighting": log_weights.mean(0) - log_mean_exp(log_weights)}
@@ -212,7 +212,7 @@ def weighted(draws: list[Terms]) -> tuple[Terms, Tensor]:
 
 
 def effective_sizes(diagnostics: Mapping[str, Tensor]) -> dict[str, float]:
-    """What a report says of the weights' effective sample sizes."""
+    """The report's figures of the weights' effective sample sizes."""
     size = diagnostics["effective_sample_size"]
     return {"effective_sample_size_mean": float(size.mean()), "effective_sample_size_min": float(size.min())}
 

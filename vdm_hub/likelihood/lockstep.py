@@ -22,12 +22,12 @@ from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.protocol import SOLVERS
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-Field = Callable[[Array, Array], Array]
+VectorField = Callable[[Array, Array], Array]
 """``(times (N,), states (N, S)) -> slopes (N, S)``, of every datum at a time of its own."""
 
 
 class Trajectory(NamedTuple):
-    """Where a datum's integration ended.
+    """The end of a datum's integration.
 
     Attributes:
         state: There, (S,).
@@ -43,15 +43,15 @@ class Trajectory(NamedTuple):
 
 
 class _NotFinite(Exception):
-    """A field is NaN or infinite."""
+    """The error for a field that is NaN or infinite."""
 
 
 class _Stopped(Exception):
-    """The calling thread answers no more."""
+    """The signal that the calling thread answers no more."""
 
 
 def solver_library() -> Any:
-    """Scipy's solvers.
+    """The module of scipy's solvers.
 
     Raises:
         ConfigurationError: scipy is missing, as it may be where this code came with a model.
@@ -83,7 +83,7 @@ def _in_even_steps(method: Any) -> Any:
 
 
 def integrate_ode(
-    field: Field, start: Array, interval: tuple[float, float], tolerance: float, max_steps: int, solver: str
+    field: VectorField, start: Array, interval: tuple[float, float], tolerance: float, max_steps: int, solver: str
 ) -> list[Trajectory]:
     """Each datum's state at the interval's end.
 
@@ -125,7 +125,7 @@ def integrate_ode(
     active: set[int] = set()
 
     def hear() -> None:
-        """The next question, or that a solver has none any more."""
+        """Take the next question, or the news that a solver has none any more."""
         i, time, state = asked.get()
         if state is None:
             active.discard(i)

@@ -1,4 +1,4 @@
-"""What every likelihood per image shares: what a method is, its draws, its calls of the network, and the results.
+"""The common parts of every likelihood per image: a method's interface, its draws, its calls, and the results.
 
 A method is a function of a batch and a replicate: `Measurement`. What it finds of an image depends on the seed, the
 replicate and the image's index, and on nothing else, so images may be measured in any batches, on any process, before
@@ -21,12 +21,12 @@ from vdm_hub.models.calls import evaluating
 from vdm_hub.objectives.variational_bound import Batch, Objective, Terms
 
 Batches = Callable[[], Iterable[Batch]]
-"""Called once a pass; each batch carries ``indices``, (B,), the images' indices."""
+"""The function that gives the batches of a pass; each carries ``indices``, (B,), the images' indices."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one replicate found of a batch of images.
+    """The result of one replicate on a batch of images.
 
     Attributes:
         terms: By name, each (B,), nats; they sum to minus the log-likelihood.
@@ -58,42 +58,42 @@ class Measurement(ABC):
 
     @property
     def transitions(self) -> int | None:
-        """Number of transitions T; ``None`` for continuous time, or where there are none."""
+        """The number of transitions T; ``None`` for continuous time, or where there are none."""
         return self.objective.transitions
 
     def fit(self, batches: Batches) -> None:  # noqa: B027 - most need none
-        """A pilot, where the method has one: its draws never enter a result."""
+        """Run a pilot, where the method has one: its draws never enter a result."""
 
     def state(self) -> dict[str, Any]:
-        """What `fit` found, as plain JSON: another process that loads it measures the same."""
+        """The findings of `fit`, as plain JSON: another process that loads them measures the same."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """The inverse of `state`."""
+        """Take over a `state` of the same method."""
 
     @abstractmethod
     def measure(self, batch: Batch, replicate: int) -> Measured:
         """One independent estimate of each image of a batch; a function of (seed, replicate, image) alone."""
 
     def fewest_evaluations(self, replicates: int) -> int:
-        """How often the network is called in so many replicates at least, as far as can be known beforehand."""
+        """The least number of network evaluations in so many replicates, as far as can be known beforehand."""
         return 0
 
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
-        """All that decides a result, besides the weights, the images and what `fit` finds, as plain JSON."""
+        """The settings that decide a result besides the weights, the images and what `fit` finds, as plain JSON."""
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the report says besides the protocol; each diagnostic is (replicates, images) or (..., n)."""
+        """The report's details besides the protocol; each diagnostic is (replicates, images) or (..., n)."""
         return {}
 
     def notes(self, report: LikelihoodReport) -> list[str]:
-        """What a reader of the number must know, one sentence each."""
+        """Notes for a reader of the number, one sentence each."""
         return []
 
 
 class Results:
-    """Terms of images by replicate, whoever measured them; complete or not.
+    """The terms of images by replicate, whoever measured them; complete or not.
 
     >>> results = Results(num_images=2)
     >>> results.add(0, torch.tensor([1]), Measured({"prior": torch.tensor([0.5])}))
@@ -107,7 +107,7 @@ class Results:
         self._values: dict[tuple[str, str], dict[int, Tensor]] = {}
 
     def add(self, replicate: int, indices: Tensor, measured: Measured) -> None:
-        """Take in what was found of the images with these indices.
+        """Add the result for the images with these indices.
 
         Raises:
             NonFiniteLossError: A term is not finite; the message names it and the image.
@@ -145,7 +145,7 @@ class Results:
         return (~self._done[replicate]).nonzero().flatten()
 
     def totals(self, replicates: Sequence[int]) -> Tensor:
-        """Minus the log-likelihood in nats, (replicates, images); NaN where it is missing."""
+        """The negative log-likelihood in nats, (replicates, images); NaN where it is missing."""
         return torch.stack(list(self._stacked("term", replicates).values())).sum(0)
 
     def report(self, measurement: Measurement, replicates: int, dimensions: int) -> LikelihoodReport:

@@ -26,7 +26,7 @@ _MOST_TRANSITIONS = 10**7
 
 
 class LikelihoodMethod(ABC):
-    """What a likelihood is measured by. A subclass is a frozen dataclass whose fields are `vdm_hub.fields.option`.
+    """A way to measure a likelihood. A subclass is a frozen dataclass whose fields are `vdm_hub.fields.option`.
 
     Attributes:
         name: Under which it is registered, and which reports and cards give.
@@ -44,7 +44,7 @@ class LikelihoodMethod(ABC):
 
     @abstractmethod
     def build(self, objective: Objective, num_images: int, seed: int) -> Measurement:
-        """The method on a model.
+        """The measurement by this method on a model.
 
         Args:
             objective: The model, with this method's `transitions`.
@@ -57,7 +57,7 @@ class LikelihoodMethod(ABC):
 
     @classmethod
     def options(cls) -> dict[str, Field[Any]]:
-        """What may be chosen, by name: the dataclass's fields, those of a nested `ProbabilityFlow` beside them."""
+        """The options by name: the dataclass's fields, those of a nested `ProbabilityFlow` beside them."""
         return {one.name: one for one in fields(cls)}  # type: ignore[arg-type]
 
     @classmethod
@@ -139,7 +139,7 @@ class VariationalBound(LikelihoodMethod):
         check_fields(self)
 
     def build(self, objective: Objective, num_images: int, seed: int) -> Measurement:
-        """`vdm_hub.BoundEstimator` on a diffusion; one draw of all latents on a hierarchy of them."""
+        """A `vdm_hub.BoundEstimator` on a diffusion; one draw of all latents on a hierarchy of them."""
         from vdm_hub.likelihood.estimator import BoundEstimator
         from vdm_hub.likelihood.hierarchical import HierarchicalMeasurement
         from vdm_hub.objectives.decompositions import form_of
@@ -195,7 +195,7 @@ class ProbabilityFlow(FlowSettings, LikelihoodMethod):
     name = "ode"
 
     def build(self, objective: Objective, num_images: int, seed: int) -> Measurement:
-        """`vdm_hub.FlowMeasurement`."""
+        """A `vdm_hub.FlowMeasurement`."""
         from vdm_hub.likelihood.probability_flow import FlowMeasurement
 
         return FlowMeasurement(_diffusion(objective, self), self, seed)
@@ -249,25 +249,25 @@ class ImportanceWeighted(LikelihoodMethod):
 
     @classmethod
     def options(cls) -> dict[str, Field[Any]]:
-        """Its own, and those of the flow."""
+        """The method's own options, and those of the flow."""
         return {name: one for name, one in super().options().items() if name != "flow"} | ProbabilityFlow.options()
 
     @classmethod
     def from_options(cls, given: Mapping[str, Any]) -> ImportanceWeighted:
-        """See `LikelihoodMethod.from_options`."""
+        """The method with options: see `LikelihoodMethod.from_options`."""
         cls._refuse_others(given)
         flow = {name: value for name, value in given.items() if name in ProbabilityFlow.options()}
         own = {name: value for name, value in given.items() if name not in flow}
         return cls(**own, flow=ProbabilityFlow(**flow) if flow else None)
 
     def chosen(self) -> dict[str, Any]:
-        """See `LikelihoodMethod.chosen`."""
+        """The options that were chosen: see `LikelihoodMethod.chosen`."""
         own = {name: value for name in ("transitions", "draws") if (value := getattr(self, name)) is not None}
         own = {name: value for name, value in own.items() if value != self.options()[name].default}
         return own | (self.flow.chosen() if self.flow is not None else {})
 
     def build(self, objective: Objective, num_images: int, seed: int) -> Measurement:
-        """Weights over latents, over chains, or over draws of the flow: what the model has."""
+        """A measurement by weights over latents, over chains, or over draws of the flow: what the model has."""
         from vdm_hub.likelihood.hierarchical import HierarchicalChains
         from vdm_hub.likelihood.importance_weighted import ChainsMeasurement, WeightedFlowMeasurement
         from vdm_hub.objectives.hierarchical import HierarchicalObjective
@@ -282,7 +282,7 @@ class ImportanceWeighted(LikelihoodMethod):
 
 
 def _diffusion(objective: Objective, method: LikelihoodMethod) -> VDMObjective:
-    """The objective, where it is a diffusion's.
+    """The objective itself, where it is a diffusion's; else an error.
 
     Raises:
         ConfigurationError: It is another.
@@ -298,14 +298,14 @@ def _diffusion(objective: Objective, method: LikelihoodMethod) -> VDMObjective:
 
 
 METHODS = (VariationalBound, ProbabilityFlow, ImportanceWeighted)
-"""Those that come with the package."""
+"""The methods that come with the package."""
 
 Method: TypeAlias = LikelihoodMethod | registry.Serialised
 """A method, its name, or its serialised form."""
 
 
 def method_of(method: Method) -> LikelihoodMethod:
-    """A method by its name or serialised form; itself, where it is one.
+    """The method of a name or a serialised form; a method stays itself.
 
     Raises:
         ConfigurationError: The name is unknown, or an option is none of the method's.
@@ -321,7 +321,7 @@ def method_of(method: Method) -> LikelihoodMethod:
 
 
 def build_measurement(objective: Objective, num_images: int, method: Method = "bound", seed: int = 0) -> Measurement:
-    """A method on a model.
+    """The measurement by a method on a model.
 
     Args:
         objective: The model, with the method's number of transitions.

@@ -48,7 +48,7 @@ from vdm_hub.models.calls import CountedNetwork
 from vdm_hub.objectives.variational_bound import Batch, Terms, VDMObjective
 
 COARSER = 10
-"""Times the tolerance, of the second solution from which a figure's numerical error is estimated."""
+"""The factor on the tolerance of the second solution, by which a figure's numerical error is estimated."""
 _DEQUANTIZATION_DRAWS, _PROBE_DRAWS, _CONTEXT_DRAWS = 0, 1, 2
 
 
@@ -225,7 +225,7 @@ class FlowMeasurement(Measurement):
         return self._copies
 
     def measure(self, batch: Batch, replicate: int) -> Measured:
-        """One dequantised draw of each image, and its ODE."""
+        """The terms of one dequantised draw of each image, by its ODE."""
         return self._checked(batch, replicate, lambda flow: self._measure(batch, replicate, flow))
 
     def _measure(self, batch: Batch, replicate: int, flow: FlowSettings) -> Measured:
@@ -234,7 +234,7 @@ class FlowMeasurement(Measurement):
         return Measured(draw.terms | {"dequantization": -draw.entropy}, counts)
 
     def _checked(self, batch: Batch, replicate: int, solve: Callable[[FlowSettings], Measured]) -> Measured:
-        """What was found at the protocol's tolerance, and how far it is from a coarser one's, in replicate 0."""
+        """The result at the protocol's tolerance, and its distance from a coarser one's, in replicate 0."""
         found = solve(self.flow)
         change = torch.zeros_like(found.diagnostics["evaluations"])
         counts = dict(found.diagnostics)
@@ -255,12 +255,12 @@ class FlowMeasurement(Measurement):
         return {"probability_flow": asdict(self.flow) | steps_taken(diagnostics) | {"numerical_error": error}}
 
     def notes(self, report: LikelihoodReport) -> list[str]:
-        """What kind of number it is."""
+        """A note on the kind of number."""
         return ["the ODE is another model than the bound's; its expectation over the dequantisation bounds -log2 p(x)"]
 
 
 def steps_taken(diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Mean and most steps over all solves, and network evaluations per solve."""
+    """The mean and the most steps over all solves, and the network evaluations per solve."""
     steps, evaluations = diagnostics["steps"], diagnostics["evaluations"]
     return {
         "steps_mean": float(steps.mean()),

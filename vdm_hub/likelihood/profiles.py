@@ -1,4 +1,4 @@
-"""Where a bound spends its bits: each transition's share, and how much one evaluation of it scatters."""
+"""The profile of a bound over time: each transition's bits, and how much one evaluation of it scatters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROFILE = 105  # a stream of draws
 
 @dataclass(frozen=True)
 class TransitionProfile:
-    """Bits over t, the data of a plot; all (T,), float64.
+    """The bits over t, as data of a plot; all (T,), float64.
 
     Attributes:
         times: The later end of each transition.
@@ -34,7 +34,7 @@ class TransitionProfile:
 
 @torch.no_grad()
 def transition_profile(objective: VDMObjective, batch: Batch, draws: int = 8, seed: int = 0) -> TransitionProfile:
-    """Bits over t with their spread, for either form of the bound: T draws evaluations of each image.
+    """The bits over t with their spread, for either form of the bound, from T draws evaluations of each image.
 
     Args:
         objective: `VDMObjective` or `ConsistencyObjective`, with a number of transitions.

@@ -39,19 +39,19 @@ class Proposal:
 
     @classmethod
     def uniform(cls, grid: TimeGrid) -> Proposal:
-        """Uniform in t: all weights are one."""
+        """The proposal that is uniform in t: all weights are one."""
         return cls(grid, grid.widths)
 
     @classmethod
     def even(cls, grid: TimeGrid) -> Proposal:
-        """Half of it even in log-SNR, half where data of variance one would lose most; uniform without a log-SNR."""
+        """The proposal of a pilot: half even in log-SNR, half where unit data would lose most; uniform without one."""
         if grid.gammas is None:
             return cls.uniform(grid)
         spans, lost = grid.spans, grid.mass * torch.sigmoid(-grid.gammas)
         return cls(grid, 0.5 * spans / spans.sum() + 0.5 * lost / lost.sum())
 
     def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(t, cell, 1/q(t))`` by the inverse of the distribution function: stratified draws stay stratified.
+        """Draws ``(t, cell, 1/q(t))`` by the inverse of the distribution function: stratified ones stay stratified.
 
         Args:
             uniforms: In [0, 1], any shape, float64.
@@ -88,12 +88,12 @@ def fit_proposal(grid: TimeGrid, cell: Tensor, integrand: Tensor, defensive: flo
 
 
 def root_mean_square(at: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-    """``sqrt(E values^2)`` as a function of position: see `smoothed_mean`."""
+    """The function ``sqrt(E values^2)`` of position: see `smoothed_mean`."""
     return smoothed_mean(at, positions, values.double() ** 2).clamp(min=0).sqrt()
 
 
 def smoothed_mean(at: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-    """``E values`` as a function of position: smoothed means of bins, linear between their centres.
+    """The function ``E values`` of position: smoothed means of bins, linear between their centres.
 
     Args:
         at: Where it is wanted, in [0, 1].

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from vdm_hub.fields import check_fields, option
 
 FORMS = ("denoising_matching", "consistency", "joint")
-"""Of the bound: see `vdm_hub.decompositions`."""
+"""The forms of the bound: see `vdm_hub.decompositions`."""
 DEQUANTIZATIONS = ("uniform", "truncated_normal")
-"""From levels to z_0: see `vdm_hub.likelihood.dequantization`."""
+"""The ways from levels to z_0: see `vdm_hub.likelihood.dequantization`."""
 SOLVERS = {"dop853": "DOP853", "rk45": "RK45"}
-"""Adaptive explicit Runge-Kutta methods of Dormand and Prince, of order 8(5, 3) and 5(4), and scipy's names."""
+"""The adaptive explicit Runge-Kutta methods of Dormand and Prince, of order 8(5, 3) and 5(4), and scipy's names."""
 DTYPES = ("float64", "float32")
-"""What the network may compute in."""
+"""The types that the network may compute in."""
 DIVERGENCES = ("rademacher", "gaussian", "exact")
-"""How ``div f`` is found: by random probes (Hutchinson's estimator), or a dimension at a time."""
+"""The ways to find ``div f``: by random probes (Hutchinson's estimator), or a dimension at a time."""
 
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """How an ODE of the probability flow is solved; the fields are described at `vdm_hub.ProbabilityFlow`."""
+    """The settings of an ODE of the probability flow; their meaning is described at `vdm_hub.ProbabilityFlow`."""
 
     dequantization: str = option(
         "truncated_normal",

@@ -1,4 +1,4 @@
-"""What is said of a likelihood: its number, its terms and its uncertainty, never one without the others."""
+"""The report of a likelihood: its number, its terms and its uncertainty, never one without the others."""
 
 from __future__ import annotations
 
@@ -48,42 +48,42 @@ class LikelihoodReport:
 
     @property
     def num_images(self) -> int:
-        """How many images were measured."""
+        """The number of images that were measured."""
         return int(self._total.shape[1])
 
     @property
     def replicates(self) -> int:
-        """How many independent estimates there are of each image."""
+        """The number of independent estimates of each image."""
         return int(self._total.shape[0])
 
     @property
     def per_image(self) -> Tensor:
-        """Bits per dimension of each image, (images,), the mean of its replicates."""
+        """The bits per dimension of each image, (images,), the mean of its replicates."""
         return self._total.mean(0)
 
     @property
     def log_likelihood(self) -> Tensor:
-        """Log p(x) of each image in nats, (images,): a lower bound where `is_bound`."""
+        """The log-likelihood of each image in nats, (images,): a lower bound where `is_bound`."""
         return -self.per_image * self.dimensions * math.log(2)
 
     @property
     def bits_per_dim(self) -> float:
-        """The mean over images."""
+        """The mean bits per dimension over images."""
         return float(self._total.mean())
 
     @property
     def standard_error(self) -> float:
-        """Monte Carlo standard error of `bits_per_dim` over these very images, from independent replicates."""
+        """The Monte Carlo standard error of `bits_per_dim` over these very images, from independent replicates."""
         return _standard_error(self._total.mean(1))
 
     @property
     def standard_error_over_images(self) -> float:
-        """Standard error of the mean as an estimate for the population that the images come from."""
+        """The standard error of the mean as an estimate for the population that the images come from."""
         return _standard_error(self.per_image)
 
     @property
     def standard_error_per_image(self) -> Tensor:
-        """Monte Carlo standard error of each image's `per_image`, (images,); NaN from one replicate."""
+        """The Monte Carlo standard error of each image's `per_image`, (images,); NaN from one replicate."""
         if self.replicates < 2:
             return torch.full((self.num_images,), math.nan, dtype=torch.float64)
         return self._total.std(0) / math.sqrt(self.replicates)
@@ -95,7 +95,7 @@ class LikelihoodReport:
 
     @property
     def terms(self) -> dict[str, float]:
-        """Each term's mean in bits per dimension."""
+        """The mean of each term in bits per dimension."""
         scale = self.dimensions * math.log(2)
         return {name: float(term.mean()) / scale for name, term in self.terms_per_image.items()}
 
@@ -167,7 +167,7 @@ _READ = ("resolution", "color", "image_column")  # how images were read, where t
 
 
 def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
-    """How it was measured, of what, in a few words."""
+    """The lines on how it was measured, and of what."""
     lines = []
     if flow := details.get("probability_flow"):
         probes = "" if flow["divergence"] == "exact" else f" ({flow['probes']} {flow['divergence']} probes)"
@@ -209,7 +209,7 @@ def _target_lines(details: Mapping[str, Any]) -> list[str]:
 
 
 def _few_replicates(replicates: int) -> list[str]:
-    """What a standard error from so few numbers is worth."""
+    """The words on what a standard error from so few numbers is worth."""
     if not 2 <= replicates < FEWEST_REPLICATES:
         return []
     share = 100 / math.sqrt(2 * (replicates - 1))

@@ -1,4 +1,4 @@
-r"""How many replicates a target needs: evaluations are added in stages, each planned from the error so far.
+r"""The number of replicates for a target: evaluations are added in stages, each planned from the error so far.
 
 The error of a mean of R independent replicates falls as ``R^{-1/2}``, so a target asks for ``R (error/target)^2``. The
 error itself is uncertain, by a share of about ``(2 (R-1))^{-1/2}``, so no stage more than doubles what there is.
@@ -11,11 +11,11 @@ import math
 from vdm_hub.errors import ConfigurationError
 
 FEWEST_REPLICATES = 8
-"""Fewer give no standard error to stop by."""
+"""The fewest replicates that give a standard error to stop by."""
 
 
 def next_replicates(done: int, standard_error: float, target: float, maximum: int) -> int:
-    """How many more replicates to measure: none once the target is met, or the maximum spent.
+    """The number of replicates that are to follow: none once the target is met, or the maximum spent.
 
     Args:
         done: Replicates so far.

@@ -1,4 +1,4 @@
-r"""Time cut into cells: what proposals and control variates know of the integral over t.
+r"""The cells of time, by which proposals and control variates know the integral over t.
 
 The diffusion term is ``int_0^1 f(t) dt`` (VDM eq. 17) or, with T transitions, the mean of T steps (VDM eq. 13), the
 integral of a step function. Proposals and control variates here are constant within a cell, so their integrals are
@@ -21,7 +21,7 @@ MOST_CELLS = 512
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """Cells of time, all float64, on the CPU.
+    """A grid of cells of time, all float64, on the CPU.
 
     Attributes:
         edges: Where cells begin and end in t, (n + 1,), rising from 0 to 1.
@@ -69,19 +69,19 @@ class TimeGrid:
 
     @property
     def mass(self) -> Tensor:
-        """What each cell adds to the integral where ``|eps - eps_hat|^2`` is one, (n,)."""
+        """The share of each cell in the integral where ``|eps - eps_hat|^2`` is one, (n,)."""
         return self.widths * self.scale
 
     @property
     def spans(self) -> Tensor:
-        """How far gamma rises within each cell, up to a factor, (n,)."""
+        """The rise of gamma within each cell, up to a factor, (n,)."""
         if self.transitions is None:
             return self.mass
         return self.widths * torch.log1p(2 * self.scale / self.transitions)  # of several transitions, alike enough
 
     @property
     def positions(self) -> Tensor:
-        """Where cells lie in [0, 1] as smooth functions should see it: affine in gamma, or in t without one; (n,)."""
+        """The places of cells in [0, 1] for smooth functions: affine in gamma, or in t without one; (n,)."""
         if self.gammas is None or len(self) == 1:
             return 0.5 * (self.edges[1:] + self.edges[:-1])
         return (self.gammas - self.gammas[0]) / (self.gammas[-1] - self.gammas[0])

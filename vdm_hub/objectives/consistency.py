@@ -117,7 +117,7 @@ class ConsistencyObjective(VDMObjective):
         return q.log_prob(z_s) - p.log_prob(z_s)
 
     def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
-        """That of `VDMObjective`, and of the steps of a chain."""
+        """The noise of `VDMObjective`, and that of the steps of a chain."""
         levels = batch["levels"]
         shape = self.process.latent_shape(levels.shape)
         steps = {name: normal_noise(shape, generator, levels.device) for name in _STEPS}

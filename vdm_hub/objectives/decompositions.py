@@ -12,7 +12,7 @@ _DRAWS = 108  # a stream of draws
 
 
 def decompositions(objective: Objective) -> dict[str, Objective]:
-    """Every form of a model's bound, by name; all have the same expectation.
+    """The forms of a model's bound, by name; all have the same expectation.
 
     A VDM has ``denoising_matching`` (Luo eq. 58) and, with a number of transitions, ``consistency`` (Luo eq. 44). A
     hierarchical VAE has ``consistency`` and ``joint``, in which nothing is in closed form, and ``denoising_matching``

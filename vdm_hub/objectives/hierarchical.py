@@ -37,7 +37,7 @@ class HierarchicalObjective(Objective):
 
     @property
     def body(self) -> nn.Module:
-        """The model."""
+        """The hierarchical VAE."""
         return self.model
 
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
@@ -52,7 +52,7 @@ class HierarchicalObjective(Objective):
         """The terms from one standard normal for each latent, ``z_1`` first."""
 
     def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
-        """``latent_1`` to ``latent_T``, standard normal."""
+        """The noise ``latent_1`` to ``latent_T``, standard normal."""
         levels = batch["levels"]
         shapes = [(levels.shape[0], *shape) for shape in self.model.latent_shapes]
         return {f"latent_{t}": normal_noise(shape, generator, levels.device) for t, shape in enumerate(shapes, 1)}
@@ -71,7 +71,7 @@ class HVAEObjective(HierarchicalObjective):
     """
 
     def terms(self, levels: Tensor, noise: Sequence[Tensor]) -> Terms:
-        """``reconstruction``, ``consistency_1`` to ``consistency_{T-1}`` and ``prior``."""
+        """The terms ``reconstruction``, ``consistency_1`` to ``consistency_{T-1}`` and ``prior``."""
         model, dtype = self.model, torch.promote_types(noise[0].dtype, torch.float32)
         climbed = list(model.climb(model.scale(levels, dtype), noise))
         terms = {"reconstruction": -model.log_likelihood(levels, climbed[0][1])}
@@ -86,7 +86,7 @@ class JointHVAEObjective(HierarchicalObjective):
     """The same bound with nothing in closed form: ``log q(z|x) - log p(x, z)`` at one draw of all latents."""
 
     def terms(self, levels: Tensor, noise: Sequence[Tensor]) -> Terms:
-        """As `HVAEObjective`, the prior's term sampled."""
+        """The terms of `HVAEObjective`, the prior's sampled."""
         model, dtype = self.model, torch.promote_types(noise[0].dtype, torch.float32)
         return joint_terms(model, levels, model.latents(model.scale(levels, dtype), noise))
 
@@ -124,7 +124,7 @@ def standard_kl(normal: Normal) -> Tensor:
 
 
 def _check_levels(levels: Tensor, num_levels: int) -> None:
-    """Refuse what is none of the levels; on a CPU only, where looking costs no synchronisation, and not compiled."""
+    """Refuse values that are no levels; on a CPU only, where looking costs no synchronisation, and not compiled."""
     if levels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     low, high = int(levels.min()), int(levels.max())

@@ -49,7 +49,7 @@ class LinearGaussianEncoder(nn.Module):
         self.register_buffer("variance", variance)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale at z."""
+        """The mean and the scale at z."""
         mean = self.gain * z
         return mean, self.variance.sqrt().expand_as(mean)
 
@@ -62,7 +62,7 @@ class ReverseStep(nn.Module):
         self.objective, self.s, self.t = objective, s, t
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale of z_s at z = z_t."""
+        """The mean and the scale of z_s at z = z_t."""
         process = scalar_gaussian(self.objective.process)
         gamma_s, gamma_t = process.schedule(z.new_tensor([self.s, self.t], dtype=torch.float64)).double()
         network = CountedNetwork(self.objective.network, {})
@@ -78,7 +78,7 @@ class FactorisedLevels(nn.Module):
         self.process = process
 
     def forward(self, z: Tensor) -> Tensor:
-        """Logits at z_0, (B, C, H, W) -> (B, C, H, W, K)."""
+        """The logits at z_0, (B, C, H, W) -> (B, C, H, W, K)."""
         gamma = self.process.schedule(z.new_zeros((), dtype=torch.float64)).double()
         values = self.process.scaling.encode(torch.arange(self.process.num_levels, device=z.device), z.dtype)
         return -0.5 * torch.exp(-gamma) * ((z / gaussian.alpha(gamma)).unsqueeze(-1) - values) ** 2

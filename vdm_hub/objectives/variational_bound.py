@@ -24,7 +24,7 @@ from vdm_hub.fields import whole_number
 from vdm_hub.models.calls import check_context
 
 Terms = dict[str, Tensor]
-"""By name, each per datum, (B,), in nats."""
+"""The terms of a bound by name, each per datum, (B,), in nats."""
 
 Batch = Mapping[str, Tensor]
 """``levels``: integers 0..K-1, (B, C, H, W). All else (``class_labels``, ...) is passed to the network by name."""
@@ -52,7 +52,7 @@ class Bound:
         return self.total.mean() / (self.dimensions * math.log(2))
 
     def bits_per_dim(self) -> dict[str, Tensor]:
-        """Each term per datum in bits per dimension."""
+        """The terms per datum in bits per dimension."""
         return {name: term / (self.dimensions * math.log(2)) for name, term in self.terms.items()}
 
 
@@ -68,7 +68,7 @@ class Objective(nn.Module, ABC):
     @property
     @abstractmethod
     def body(self) -> nn.Module:
-        """The network, or all of them: what is compiled, checkpointed and counted."""
+        """The network, or all networks: what is compiled, checkpointed and counted."""
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -76,7 +76,7 @@ class Objective(nn.Module, ABC):
         return {"network": self.body}
 
     def prepare(self, batches: Iterable[Batch]) -> str | None:
-        """See `ForwardProcess.prepare`."""
+        """Prepare the process: see `ForwardProcess.prepare`."""
         return None
 
     @abstractmethod
@@ -140,7 +140,7 @@ class VDMObjective(Objective):
         return {"network": self.network} | self.process.parts
 
     def prepare(self, batches: Iterable[Batch]) -> str | None:
-        """See `ForwardProcess.prepare`."""
+        """Prepare the process: see `ForwardProcess.prepare`."""
         return self.process.prepare(batch["levels"] for batch in batches)
 
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
@@ -167,13 +167,13 @@ class VDMObjective(Objective):
         return self.transitions * kl
 
     def draw_noise(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
-        """See `ForwardProcess.draw_noise`."""
+        """The noise of the process: see `ForwardProcess.draw_noise`."""
         levels = batch["levels"]
         return self.process.draw_noise(tuple(levels.shape), generator, levels.device)
 
 
 def _check_draws(levels: Tensor, times: Tensor, num_levels: int) -> None:
-    """Refuse what no bound exists for; on a CPU only, where looking costs no synchronisation, and not compiled."""
+    """Refuse draws without a bound; on a CPU only, where looking costs no synchronisation, and not compiled."""
     if levels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     low, high = int(levels.min()), int(levels.max())
@@ -191,7 +191,7 @@ def _network_arguments(batch: Batch) -> dict[str, Tensor]:
 
 
 class _OutsideIslands:
-    """Calls the network under the autocast that was in force outside the float32 islands."""
+    """A wrapper that calls the network under the autocast that was in force outside the float32 islands."""
 
     def __init__(self, network: nn.Module, device_type: str, arguments: dict[str, Tensor]) -> None:
         self._network, self._device_type, self._arguments = network, device_type, arguments
