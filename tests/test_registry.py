@@ -59,7 +59,9 @@ def test_every_registered_name_resolves_to_a_class_of_its_kind(kind: str) -> Non
         assert registry.lookup(kind, registration.name).target == registration.target
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "forward_processes"])
+@pytest.mark.parametrize(
+    "kind", sorted({*KINDS} - {"forward_processes", "networks"})
+)  # diffusers saves a network's config
 def test_every_instance_survives_its_serialised_form(kind: str) -> None:
     for name in registered.names(kind):
         instance = registered.build(kind, name)
