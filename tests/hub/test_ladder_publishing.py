@@ -118,6 +118,7 @@ def test_the_figure_on_the_card_can_be_measured_again(published: Published) -> N
     assert f"{total} bits/dim" in published.user.shell_block(command)
 
 
+@pytest.mark.slow  # tests/training/test_records.py repeats a run, too
 def test_the_run_can_be_repeated_to_the_same_weights(published: Published) -> None:
     (commands,) = (block for block in published.blocks("bash") if "vdm_hub.train" in block)
     published.user.shell_block(commands)

@@ -22,9 +22,9 @@ LONG: dict[str, Any] = {"max_train_steps": 100_000, "checkpointing_steps": 5, "c
 DOOR = ("-m", "vdm_hub.train")
 
 
-def begin(run: Path, *words: str, **fields: Any) -> subprocess.Popen[str]:
+def begin(run: Path, *words: str, new: bool = False, **fields: Any) -> subprocess.Popen[str]:
     """A run in a process of its own, after its first checkpoint."""
-    start = fork_server.NEW if TORCHRUN[0] in words else [sys.executable]
+    start = fork_server.NEW if new else [sys.executable]
     command = [*start, *words, recipe(run.parent / "recipe", run, **fields)]
     here = environment(ACCELERATE_USE_CPU="true")
     process = subprocess.Popen(
@@ -134,7 +134,7 @@ def test_a_signal_after_the_last_step_ends_at_once_and_the_results_come_later(tm
 @pytest.mark.parametrize("to", ["one worker", "the launcher"])
 def test_two_processes_stop_at_the_same_step(to: str, tmp_path: Path) -> None:
     fields = LONG | {"train_batch_size": 8, "logging_steps": 3, "lr_scheduler": "constant"}
-    process = begin(tmp_path / "run", "-m", *TORCHRUN, *DOOR, **fields)
+    process = begin(tmp_path / "run", "-m", *TORCHRUN, *DOOR, new=to == "one worker", **fields)
     if to == "the launcher":
         process.send_signal(signal.SIGTERM)
     else:
