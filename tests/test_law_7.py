@@ -23,7 +23,7 @@ from distributions import write_metadata
 from naming import naming
 from vdm_hub import VDMObjective, VDMPipeline, VDMScheduler, registry
 from vdm_hub.commands import COMMANDS, TRAIN, main
-from vdm_hub.commands.plugins import describe
+from vdm_hub.commands.plugins import row_of
 from vdm_hub.data.loading import load_split
 from vdm_hub.diffusion.times import stratified_times
 from vdm_hub.errors import CheckpointError, ConfigurationError
@@ -242,7 +242,7 @@ def test_a_command_of_a_plugin_is_one_of_ours(installed: Path, capsys: pytest.Ca
 
 
 def describe_row(registration: registry.Registration) -> dict[str, str]:
-    return describe(registration, check=False)
+    return row_of(registration, check=False)
 
 
 def test_a_process_without_weights_carries_no_schedule(trained: dict[str, Path]) -> None:
