@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin  # vdm_hub exports it
 from diffusers.utils import BaseOutput
@@ -28,7 +27,6 @@ from vdm_hub.hub.schemas import Within, check_arguments
 from vdm_hub.models.loading import CheckedLoading
 from vdm_hub.registry import Serialised
 from vdm_hub.schedulers.configs import (
-    DDPM_KEYS,
     SHOWN_SAMPLERS,
     SHOWN_STEPS,
     STOCK_TARGETS,
@@ -43,6 +41,7 @@ from vdm_hub.schedulers.configs import (
     unread_fields,
     without_steps,
 )
+from vdm_hub.schedulers.stock_ddpm import StockDDPM
 
 # Keys that no stock scheduler reads: only these may be listed as defaults, or `from_config` would drop the process.
 _OWN_KEYS = ("forward_process", "num_levels", "data_scaling", "decoder")
@@ -158,7 +157,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             conditioning=without_steps(conditioning) or ("table" if is_table else "affine"),
         )
         self._name_packages()
-        self._ddpm = self._stock_ddpm() if is_table else None
+        self._stock = self._stock_ddpm() if is_table else None
         check_steps(conditioning, self.config.num_train_timesteps)
         self.process = self.build_process()
         self.register_to_config(**unread_fields(self.process, self.config))
@@ -175,7 +174,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         for field, kind in registry.SERIALISED_FIELDS.items():
             self.register_to_config(**{field: registry.with_package(kind, self.config[field])})
 
-    def _stock_ddpm(self) -> DDPMScheduler:
+    def _stock_ddpm(self) -> StockDDPM:
         """The stock DDPM of this table: its betas are ours, and its steps too, where the chain ends at the data."""
         betas = registry.parse_serialised("noise_schedules", self.config.noise_schedule)[1].get("betas")
         if betas is not None:
@@ -183,15 +182,12 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             self.register_to_config(trained_betas=list(betas))  # where stock samplers look for it
         if self.config.trained_betas is not None:
             self.register_to_config(num_train_timesteps=len(self.config.trained_betas))
-        arguments = {key: self.config[key] for key in DDPM_KEYS}
-        if arguments["prediction_type"] not in STOCK_TARGETS:
-            arguments["prediction_type"] = "epsilon"  # `_ddpm_step` converts to it
-        return DDPMScheduler(**arguments)
+        return StockDDPM(self.config)
 
     def build_process(self, schedule: nn.Module | None = None) -> ForwardProcess:
         """A new process of this config, with its own parameters; ``schedule`` stands for weights carried elsewhere."""
         fields = dict(self.config)
-        fields["trained_betas"] = None if self._ddpm is None else self._ddpm.betas.tolist()
+        fields["trained_betas"] = None if self._stock is None else self._stock.ddpm.betas.tolist()
         form = fields["forward_process"]
         cls, arguments = registry.resolve("forward_processes", form)
         if not issubclass(cls, ForwardProcess):
@@ -206,15 +202,15 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
 
     def _record_derived(self, given_betas: list[float] | None) -> None:
         """Write what was derived into the config, and tell stock samplers to believe all of it."""
-        if self._ddpm is not None:
-            self.betas, self.alphas_cumprod = self._ddpm.betas, self._ddpm.alphas_cumprod
+        if self._stock is not None:
+            self.betas, self.alphas_cumprod = self._stock.ddpm.betas, self._stock.ddpm.alphas_cumprod
         else:
             derived = derived_betas(self.process)
             check_betas(given_betas, derived)
             self.betas = torch.tensor(derived or [], dtype=torch.float32)
             self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
             self.register_to_config(trained_betas=derived)
-        own_table = self._ddpm is not None and self.config.conditioning == "table"  # a table through its own betas
+        own_table = self._stock is not None and self.config.conditioning == "table"  # a table through its own betas
         if isinstance(self.process, GaussianProcess) and not own_table:
             constants = registry.serialise("conditionings", self.process.conditioning, complete=True)
             self.register_to_config(conditioning=without_steps(constants))
@@ -273,7 +269,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
                 f"diffusers' samplers know no target {target!r}, only {', '.join(STOCK_TARGETS)}: sample with "
                 f"VDMScheduler, or train with one of those."
             )
-        if not self.config.trained_betas and self._ddpm is None:
+        if not self.config.trained_betas and self._stock is None:
             raise ConfigurationError(
                 "diffusers' samplers need one noise level per time, told as an integer; this process has a gamma per "
                 "pixel or per datum, or none at all, or tells it otherwise. Sample it with VDMScheduler."
@@ -302,8 +298,9 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         """
         if sum(grid is not None for grid in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ConfigurationError("give exactly one of num_inference_steps, timesteps and sigmas.")
-        if self._ends_as_ddpm and sigmas is None:
-            self._follow_ddpm(num_inference_steps, device, timesteps)
+        if (stock := self._ending_stock) is not None and sigmas is None:
+            given = None if timesteps is None else _descending("timesteps", timesteps).tolist()
+            self._set_grid(*stock.grid(num_inference_steps, given), device)
             return
         if num_inference_steps is not None:
             steps = whole_number("num_inference_steps", num_inference_steps)
@@ -314,21 +311,9 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             times = self._times_of_sigmas(sigmas)
         self._set_grid(times, self.process.timestep(times).float() if timesteps is None else timesteps, device)
 
-    def _follow_ddpm(self, steps: int | None, device: Any, timesteps: Sequence[float] | None) -> None:
-        assert self._ddpm is not None
-        most = self.config.num_train_timesteps
-        if timesteps is not None:
-            given = _descending("timesteps", timesteps).tolist()
-            whole = [whole_number("a timestep", int(t) if t.is_integer() else t, 0, most - 1) for t in given]
-            self._ddpm.set_timesteps(timesteps=whole)
-        else:
-            self._ddpm.set_timesteps(whole_number("num_inference_steps", steps, 1, most))
-        times = self._ddpm.timesteps.double() / (self.config.num_train_timesteps - 1)
-        self._set_grid(times, self._ddpm.timesteps, device)
-
     def _set_grid(self, times: Tensor, timesteps: Any, device: Any) -> None:
         values = torch.as_tensor(timesteps)
-        values = values.float() if values.is_floating_point() or not self._ends_as_ddpm else values
+        values = values.float() if values.is_floating_point() or self._ending_stock is None else values
         self.timesteps: Tensor = values.to(device)
         self.times: list[float] = [*times.tolist(), 0.0]
         self._index = {value: i for i, value in enumerate(values.tolist())}
@@ -363,25 +348,19 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             ) from missing
 
     @property
-    def _ends_as_ddpm(self) -> bool:
-        return self._ddpm is not None and self.config.final_sigmas_type == "zero"
+    def _ending_stock(self) -> StockDDPM | None:
+        """Diffusers' own chain, where it ends at the data."""
+        return self._stock if self._stock is not None and self._stock.ends_at_data else None
 
     @property
     def clipping(self) -> Callable[[Tensor], Tensor] | None:
         """What the sampler's steps do to their estimates of the data, where they do: thresholding, or clipping."""
-        if not self._ends_as_ddpm or not (self.config.thresholding or self.config.clip_sample):
-            return None
-        if self.config.thresholding:
-            assert self._ddpm is not None
-            thresholded: Callable[[Tensor], Tensor] = self._ddpm._threshold_sample
-            return thresholded
-        most = float(self.config.clip_sample_range)
-        return lambda x_hat: x_hat.clamp(-most, most)
+        return None if self._stock is None else self._stock.clipping
 
     @property
     def ends_at_data(self) -> bool:
         """Whether the last step leaves data (DDPM's), rather than the latent z_0, which is still to be decoded."""
-        return self._ends_as_ddpm
+        return self._ending_stock is not None
 
     def _interval(self, timestep: float | Tensor) -> tuple[float, float]:
         """``(s, t)`` of the step that starts at a timestep, on the grid or between its points."""
@@ -421,8 +400,9 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         """
         kernel = self._kernel(sample, model_output, timestep, process) if return_log_prob else None
         output: tuple[Tensor | None, ...]
-        if self._ends_as_ddpm:
-            output = self._ddpm_step(model_output, timestep, sample, generator)
+        if (stock := self._ending_stock) is not None:
+            assert isinstance(self.process, GaussianProcess)
+            output = stock.step(self.process, model_output, timestep, sample, generator)
         else:
             s, t = (time_tensor(time, sample) for time in self._interval(timestep))
             output = (process or self._bound).reverse_step(model_output, sample, s, t, generator)
@@ -472,7 +452,8 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         self, sample: Tensor, model_output: Tensor, timestep: float | Tensor, process: BoundProcess | None
     ) -> ReverseKernel:
         """``p(z_s|z_t)`` of the step that starts at a timestep, in float64."""
-        s, t = self._ddpm_interval(timestep) if self._ends_as_ddpm else self._interval(timestep)
+        stock = self._ending_stock
+        s, t = self._interval(timestep) if stock is None else stock.interval(timestep)
         bound = process or self._bound
         if self.clipping is not None:
             clipped = self.build_process()
@@ -481,36 +462,12 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         z_t, output = _double(sample), _double(model_output)
         return bound.reverse_kernel(output, z_t, time_tensor(s, z_t), time_tensor(t, z_t))[1]
 
-    def _ddpm_interval(self, timestep: float | Tensor) -> tuple[float, float]:
-        """``(s, t)`` of a step of diffusers' own chain."""
-        assert self._ddpm is not None
-        before = int(self._ddpm.previous_timestep(int(timestep)))
-        if before < 0:
-            raise ConfigurationError(
-                f"the step from timestep {int(timestep)} is the last of DDPM's chain, which ends at the data without "
-                f"a draw, so it has no density: leave it out."
-            )
-        last = self.config.num_train_timesteps - 1
-        return before / last, int(timestep) / last
-
-    def _ddpm_step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
-        """The step of diffusers on its own table: bitwise DDPM."""
-        assert self._ddpm is not None and isinstance(self.process, GaussianProcess)
-        index = int(timestep)
-        if self.config.prediction_type not in STOCK_TARGETS:
-            gamma = self.process.schedule.gammas[index]  # type: ignore[index]
-            mean, variance = self.process.split(model_output, sample)
-            eps_hat = self.process.parameterization.eps_hat(mean, sample, gamma).to(sample.dtype)
-            model_output = torch.cat([eps_hat, variance], dim=1) if self.process.variance.learned else eps_hat
-        stepped: tuple[Tensor, Tensor] = self._ddpm.step(model_output, index, sample, generator, return_dict=False)
-        return stepped
-
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """``z_t = alpha_t x + sigma_t eps`` at each datum's timestep, (B,)."""
         if not isinstance(self.process, GaussianProcess):
             raise ConfigurationError("only a Gaussian process adds normal noise: bind() the process and sample().")
-        if self._ddpm is not None and not timesteps.is_floating_point():
-            noised: Tensor = self._ddpm.add_noise(original_samples, noise, timesteps)
+        if self._stock is not None and not timesteps.is_floating_point():
+            noised: Tensor = self._stock.ddpm.add_noise(original_samples, noise, timesteps)
             return noised
         t = self.process.time(timesteps.cpu()).to(_double_device(original_samples))
         return self._bound.sample(original_samples, t, {"marginal": noise}).to(original_samples.dtype)
@@ -519,8 +476,8 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         """``v = alpha_t eps - sigma_t x`` at each datum's timestep, (B,)."""
         if not isinstance(self.process, GaussianProcess):
             raise ConfigurationError("only a Gaussian process has a velocity.")
-        if self._ddpm is not None and not timesteps.is_floating_point():
-            velocity: Tensor = self._ddpm.get_velocity(sample, noise, timesteps)
+        if self._stock is not None and not timesteps.is_floating_point():
+            velocity: Tensor = self._stock.ddpm.get_velocity(sample, noise, timesteps)
             return velocity
         gamma = self.process.schedule(self.process.time(timesteps.cpu())).to(_double_device(sample))
         return Velocity().target(sample, noise, gamma).to(sample.dtype)
