@@ -193,16 +193,16 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: Another process holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    descriptor, is_ours = os.open(path, os.O_RDWR | os.O_CREAT), False
     try:
         _lock(descriptor)
-        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
+        is_ours = path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
+        if not is_ours:
             raise BlockingIOError(errno.EWOULDBLOCK, "its holder is just leaving", str(path))
-        try:
-            yield
-        finally:
+        yield
+    finally:  # an interruption may come at any moment
+        if is_ours:
             path.unlink(missing_ok=True)
-    finally:
         os.close(descriptor)
 
 

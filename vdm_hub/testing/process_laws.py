@@ -95,7 +95,7 @@ class BoundBatch:
     def rate(self, bound: BoundProcess, network: Network) -> Tensor | None:
         """The rate of the KL, or ``None`` where the process says that it has none."""
         try:
-            return bound.kl_rate(self.x, self.t, self.noise, self.network)
+            return bound.kl_rate(self.x, self.t, self.noise, network)
         except ConfigurationError:
             return None
 
