@@ -17,6 +17,7 @@ from hypothesis import Phase, settings
 import fork_server
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: no test may need the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as `runs.environment` says, or no process would be a fork
 torch.set_num_threads(1)
 settings.register_profile("laws", deadline=None, derandomize=True, max_examples=30, database=None)
 settings.load_profile("laws")

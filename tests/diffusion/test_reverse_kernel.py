@@ -123,7 +123,7 @@ def test_on_ddpm_s_chain_it_is_that_of_diffusers_own_draw(options: dict[str, Any
     for timestep in scheduler.timesteps[:4]:
         drawn = scheduler.step(output, timestep, z_t, torch.Generator().manual_seed(5), return_log_prob=True)
         eps = normal_noise(z_t.shape, torch.Generator().manual_seed(5), z_t.device, z_t.dtype)
-        s, t = (round(time * 49) for time in scheduler._ddpm_interval(timestep))
+        s, t = (round(time * 49) for time in scheduler._stock.interval(timestep))
         bars = scheduler.alphas_cumprod.double()
         beta = 1 - bars[t] / bars[s]
         variance = beta if options.get("variance_type") == "fixed_large" else beta * (1 - bars[s]) / (1 - bars[t])
