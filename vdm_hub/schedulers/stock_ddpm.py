@@ -33,8 +33,9 @@ class StockDDPM:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         arguments = {key: config[key] for key in DDPM_KEYS if key in config}
-        if arguments["prediction_type"] not in STOCK_TARGETS:
-            arguments["prediction_type"] = "epsilon"  # `step` converts to it
+        self._converts = arguments["prediction_type"] not in STOCK_TARGETS
+        if self._converts:
+            arguments["prediction_type"] = "epsilon"
         self.ddpm = DDPMScheduler(**arguments)
         self.ends_at_data = config["final_sigmas_type"] == "zero"
         self._last = int(self.ddpm.config.num_train_timesteps) - 1
@@ -82,11 +83,11 @@ class StockDDPM:
         self, process: GaussianProcess, output: Tensor, timestep: Any, sample: Tensor, generator: Any
     ) -> tuple[Tensor, Tensor]:
         """Diffusers' step, and its estimate of the data; a target that it does not know is converted to the noise."""
-        index, target = int(timestep), process.parameterization
-        if self.ddpm.config.prediction_type != process.fields()["prediction_type"]:
+        index = int(timestep)
+        if self._converts:
             gamma = process.schedule.gammas[index]  # type: ignore[index]
             mean, variance = process.split(output, sample)
-            eps_hat = target.eps_hat(mean, sample, gamma).to(sample.dtype)
+            eps_hat = process.parameterization.eps_hat(mean, sample, gamma).to(sample.dtype)
             output = torch.cat([eps_hat, variance], dim=1) if process.variance.learned else eps_hat
         stepped: tuple[Tensor, Tensor] = self.ddpm.step(output, index, sample, generator, return_dict=False)
         return stepped
