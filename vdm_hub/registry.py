@@ -239,9 +239,10 @@ def lookup(kind: str, name: str, package: str | None = None) -> Registration:
     if len(allowed) > 1:
         matching = allowed
         owners = " and ".join(repr(r.package) for r in matching)
+        in_recipe = " (in a recipe's unet, _package beside _class_name)" if kind == "networks" else ""
         raise ConfigurationError(
             f"the {KIND_WORDS[kind]} {name!r} is brought by {owners}: say which with "
-            f'{{"name": "{name}", "package": "{matching[0].package}"}}, or uninstall one.'
+            f'{{"name": "{name}", "package": "{matching[0].package}"}}{in_recipe}, or uninstall one.'
         )
     return allowed[0]
 
@@ -264,18 +265,22 @@ def with_package(kind: str, serialised: Serialised) -> Serialised:
 
 
 def packages(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The plugin packages that the serialised forms of a config name, with their versions.
+    """The plugin packages that the serialised forms of a config, or the fields of a recipe, name, with their versions.
 
     >>> packages({"noise_schedule": {"name": "steep", "package": "vdm-hub-steep", "version": "1.2"}})
     {'vdm-hub-steep': '1.2'}
     """
-    forms = [fields.get(field) for field in (*SERIALISED_FIELDS, "network")]
-    forms += [form.get("forward_process") for form in forms if isinstance(form, Mapping)]  # all fields of a process
-    return {
-        str(form["package"]): str(form.get("version") or "0")
-        for form in forms
-        if isinstance(form, Mapping) and form.get("package")
-    }
+    forms = [_mapping_of(fields.get(field)) for field in (*SERIALISED_FIELDS, "network", "unet")]
+    forms += [_mapping_of(form.get("forward_process")) for form in forms]  # all fields of a process
+    named = [(form.get("package") or form.get("_package"), form.get("version") or "0") for form in forms]
+    return {str(package): str(version) for package, version in named if package}
+
+
+def _mapping_of(form: Any) -> Mapping[str, Any]:
+    """A form as a mapping, also from a recipe's text; empty where it is a name alone."""
+    if isinstance(form, str) and form.startswith("{"):
+        form = json.loads(form)
+    return form if isinstance(form, Mapping) else {}
 
 
 def resolve_class(kind: str, serialised: Serialised) -> tuple[type, dict[str, Any]]:

@@ -308,8 +308,8 @@ def _together(field: str, before: Mapping[str, Any], change: Mapping[str, Any]) 
     >>> _together("unet", {"layers_per_block": 3, "dropout": 0.1}, {"dropout": 0.0})
     {'layers_per_block': 3, 'dropout': 0.0}
     """
-    for key in ("name", "package") if field in registry.SERIALISED_FIELDS else ("_class_name",):
-        was = before.get(key, DEFAULT_CLASSES.get(field))
+    for key in ("name", "package") if field in registry.SERIALISED_FIELDS else ("_class_name", "_package"):
+        was = before.get(key, DEFAULT_CLASSES.get(field) if key == "_class_name" else None)
         if key in change and was not in (None, change[key]):
             left = ", ".join(sorted(before.keys() - {key})) or "none"
             classes = f"{field} is {change[key]!r} on the command line, and {was!r} in the recipe"

@@ -99,7 +99,7 @@ def _meaning(field: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if field in DEFAULT_CLASSES:
-        return {"_class_name": DEFAULT_CLASSES[field], **json.loads(value)}
+        return {"_class_name": DEFAULT_CLASSES[field], "_package": registry.BUILT_IN_PACKAGE, **json.loads(value)}
     if (kind := registry.SERIALISED_FIELDS.get(field)) is not None:
         name, config, package = registry.parse_serialised(kind, value)
         return name, config, package or registry.BUILT_IN_PACKAGE
@@ -198,14 +198,13 @@ class ModelArguments:
     unet: NameOrJSON = option(
         NameOrJSON("{}"),
         "The network, as a mapping in YAML or JSON here: '_class_name' (UNetVDMModel, the default, diffusers' "
-        "UNet2DModel or another of its models that is called alike, or a plugin's) and the arguments of that class.",
+        "UNet2DModel or another of its models that is called alike, or a plugin's, with its '_package' where two "
+        "bring the name) and the arguments of that class.",
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        networks = {*UNET_CLASSES, *(one.name for one in registry.registrations("networks"))}
-        if self.unet_class not in networks and not _is_of_diffusers(self.unet_class):
-            raise unknown_name("_class_name of unet", self.unet_class, networks)
+        object.__setattr__(self, "unet", self._unet_with_package())
         for name, models in _FIELDS_OF_MODELS.items():
             value = getattr(self, name)
             require(
@@ -217,10 +216,28 @@ class ModelArguments:
         if self.first_stage_class not in FIRST_STAGE_CLASSES:
             raise unknown_name("_class_name of first_stage", self.first_stage_class, FIRST_STAGE_CLASSES)
 
+    def _unet_with_package(self) -> NameOrJSON:
+        """The network with the package of a plugin's, so that a recipe says what to install elsewhere."""
+        name, package = self.unet_class, self.unet_package
+        registered = {one.name for one in registry.registrations("networks")}
+        if package is None and name not in registered:
+            if name not in UNET_CLASSES and not _is_of_diffusers(name):
+                raise unknown_name("_class_name of unet", name, registered | {*UNET_CLASSES})
+            return self.unet
+        form = _with_package("networks", NameOrJSON(json.dumps({"name": name, "package": package})))
+        found = json.loads(form)["package"]
+        return NameOrJSON(json.dumps(self._mapping("unet") | {"_package": found})) if found else self.unet
+
     @property
     def unet_class(self) -> str:
         """The name of the network's class."""
         return str(self._mapping("unet").get("_class_name", UNET_CLASSES[0]))
+
+    @property
+    def unet_package(self) -> str | None:
+        """The package that brings the network's class; ``None`` for those of vdm_hub and of diffusers."""
+        package: str | None = self._mapping("unet").get("_package")
+        return package
 
     @property
     def unet_config(self) -> dict[str, Any]:
@@ -229,7 +246,7 @@ class ModelArguments:
         >>> ModelArguments(unet=NameOrJSON('{"_class_name": "UNet2DModel", "sample_size": 8}')).unet_config
         {'sample_size': 8}
         """
-        return {key: value for key, value in self._mapping("unet").items() if key != "_class_name"}
+        return {key: value for key, value in self._mapping("unet").items() if key not in ("_class_name", "_package")}
 
     @property
     def hvae_config(self) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from torch import nn
 
 from vdm_hub import registry
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.errors import ConfigurationError, unknown_name
+from vdm_hub.errors import ConfigurationError, VDMHubError, in_one_line, unknown_name
 from vdm_hub.models.calls import check_context
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import UNET_CLASSES
 
 _SKETCHED = ContextVar("_SKETCHED", default=False)
+_DATA = 2  # in the call that tells what a network gives
 
 
 @contextmanager
@@ -46,9 +47,11 @@ def build_network(
         features: Whether it is images: Fourier features tell their levels apart, and latents have none.
 
     Raises:
-        ConfigurationError: The description is wrong, or of a network that takes no context where there is one.
+        ConfigurationError: The description is wrong, or of a network that can't take the data, or that gives what the
+            process can't use: one call on torch's meta device, before any memory is taken, tells.
+        MissingPluginError: A package brings the network that is not installed, or can't be imported.
     """
-    cls = _network_class(configuration.model.unet_class)
+    cls = _network_class(configuration.model.unet_class, configuration.model.unet_package)
     context_size = process.context_size
     from_data = {
         "sample_size": _sample_size(*shape[1:]),
@@ -61,22 +64,70 @@ def build_network(
         others["add_input"] = False  # of another shape than the output
     takes = inspect.signature(cls).parameters
     from_data, others = ({key: value for key, value in one.items() if key in takes} for one in (from_data, others))
-    built: Any = build_described(cls, "unet", configuration.model.unet_config, from_data, others)
-    check_context(context_size, built)
-    network: nn.Module = built
+
+    def built() -> Any:
+        return build_described(cls, "unet", configuration.model.unet_config, from_data, others)
+
+    with on_meta_device(), torch.random.fork_rng(devices=[]):  # the run's own draws begin with its weights
+        sketch = built()
+        check_context(context_size, sketch)
+        _check_config(sketch, shape)
+        _check_output(sketch, shape, process)
+    network: nn.Module = sketch if _SKETCHED.get() else built()
     return network
 
 
-def _network_class(name: str) -> Any:
+def _check_config(network: Any, shape: Sequence[int]) -> None:
+    """Refuse a network whose config does not say the data's shape: a pipeline samples by what it says."""
+    config, wanted = getattr(network, "config", {}), {"in_channels": shape[0], "sample_size": _sample_size(*shape[1:])}
+    for key, value in wanted.items():
+        said = config.get(key)
+        if (list(said) if isinstance(said, tuple) else said) not in (value, [value, value]):
+            raise ConfigurationError(
+                f"the config of {type(network).__name__} says {key}={said}, and the data are {_shape_word(shape)}: "
+                f"its constructor must take {key} and register it, as a pipeline samples what that says; or use "
+                f"UNetVDMModel."
+            )
+
+
+def _check_output(network: nn.Module, shape: Sequence[int], process: ForwardProcess) -> None:
+    """Refuse a network that raises on such data, or gives another shape than the process uses: one call tells."""
+    told = {} if process.context_size is None else {"context": (_DATA, process.context_size)}
+    wanted, name = (_DATA, *process.output_shape(shape)), type(network).__name__
+    remedy = "change the recipe's unet, or use UNetVDMModel."
+    with torch.no_grad(), torch.device("meta"):
+        try:
+            context = {key: torch.zeros(size) for key, size in told.items()}
+            output = network(torch.zeros(_DATA, *shape), torch.zeros(_DATA), return_dict=False, **context)[0]
+        except Exception as error:  # a plugin's network may raise anything
+            raise ConfigurationError(
+                f"{name} can't be called as network(sample, timestep, return_dict=False) with data of shape "
+                f"{_shape_word(shape)} on torch's meta device; it raised {type(error).__name__}: "
+                f"{in_one_line(error)}. Mend it, or {remedy}"
+            ) from error
+    found = tuple(output.shape) if isinstance(output, torch.Tensor) else None
+    if found != wanted:
+        what = f"a {type(output).__name__}" if found is None else f"an output of shape {_shape_word(found[1:])}"
+        raise ConfigurationError(
+            f"{name} gives {what} for data of shape {_shape_word(shape)}, and the process needs "
+            f"{_shape_word(wanted[1:])}: {remedy}"
+        )
+
+
+def _shape_word(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "()"
+
+
+def _network_class(name: str, package: str | None) -> Any:
     """The class of a network by its registered name, or that of one of diffusers' models.
 
     Raises:
         ConfigurationError: There is none.
-        MissingPluginError: It can't be imported.
+        MissingPluginError: It can't be imported, or its package is not installed.
     """
     known = {one.name for one in registry.registrations("networks")}
-    if name in known:
-        return registry.lookup("networks", name).load()
+    if package is not None or name in known:
+        return registry.lookup("networks", name, package).load()
     found = getattr(diffusers, name, None)
     if isinstance(found, type) and issubclass(found, ModelMixin):
         return found
@@ -115,10 +166,12 @@ def build_described(
     try:
         with torch.device("meta") if _SKETCHED.get() else nullcontext():
             return cls(**{**from_data, **(others or {}), **described, **from_data})
-    except ConfigurationError:
+    except VDMHubError:
         raise
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{cls.__name__} can't be built from the recipe's {field}: {error}") from error
+    except Exception as error:  # a plugin's constructor may raise anything
+        raise ConfigurationError(
+            f"{cls.__name__} can't be built from the recipe's {field}: {type(error).__name__}: {in_one_line(error)}"
+        ) from error
 
 
 def build_hvae(
