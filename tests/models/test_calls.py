@@ -45,6 +45,8 @@ def test_what_a_network_takes_by_name() -> None:
     assert named_arguments(Anything()) is None
     assert named_arguments(Nothing()) == ["mask"]
     assert named_arguments(tiny_unet()) == ["class_labels"]
+    text = ["encoder_hidden_states", "encoder_attention_mask"]
+    assert named_arguments(tiny_unet(cross_attention_dim=4)) == ["class_labels", *text]
 
 
 class Told(nn.Module):

@@ -24,6 +24,9 @@ VARIANTS = {
     "scale_shift": SMALL | {"resnet_time_scale_shift": "scale_shift"},
     "no_input": SMALL | {"add_input": False, "in_channels": 2},
     "classes": SMALL | {"num_class_embeds": 10},
+    "text": SMALL | {"cross_attention_dim": 12},
+    "text_everywhere": SMALL
+    | {"cross_attention_dim": 6, "block_out_channels": (16, 24), "attention_levels": (1,), "attention_head_dim": 8},
 }
 
 
@@ -36,12 +39,18 @@ def build(name: str, randomise: bool = True, **changes) -> UNetVDMModel:
     return model
 
 
-def inputs(model: UNetVDMModel, batch: int = 3, size: int = 8) -> tuple[Tensor, Tensor, Tensor | None]:
+def inputs(model: UNetVDMModel, batch: int = 3, size: int = 8) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A sample, its timesteps and what the network is conditioned on; the captions have 1, 2, ... tokens of 5."""
     generator = torch.Generator().manual_seed(1)
     sample = torch.randn(batch, model.config.in_channels, size, size, generator=generator)
     timestep = torch.rand(batch, generator=generator) * (model.config.num_train_timesteps - 1)
-    classes = model.config.num_class_embeds
-    return sample, timestep, None if classes is None else torch.arange(batch) % classes
+    classes, width = model.config.num_class_embeds, model.config.cross_attention_dim
+    given = {} if classes is None else {"class_labels": torch.arange(batch) % classes}
+    if width is not None:
+        mask = torch.arange(5) <= torch.arange(batch)[:, None]
+        states = torch.randn(batch, 5, width, generator=generator)
+        given |= {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+    return sample, timestep, given
 
 
 @pytest.fixture(params=VARIANTS)
@@ -66,69 +75,70 @@ def test_the_default_is_the_papers_cifar10_network():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_before_training_it_is_the_identity_or_zero(name):
     model = build(name, randomise=False)
-    sample, timestep, labels = inputs(model)
+    sample, timestep, given = inputs(model)
     expected = sample if model.config.add_input else torch.zeros(3, 1, 8, 8)
-    assert torch.equal(model(sample, timestep, labels).sample, expected)
+    assert torch.equal(model(sample, timestep, **given).sample, expected)
 
 
 def test_the_output_has_the_images_size_and_the_asked_channels(model):
     for size in (8, 12):
-        sample, timestep, labels = inputs(model, size=size)
-        output = model(sample, timestep, labels, return_dict=False)[0]
+        sample, timestep, given = inputs(model, size=size)
+        output = model(sample, timestep, **given, return_dict=False)[0]
         assert output.shape == (3, model.config.out_channels, size, size)
         assert output.isfinite().all()
 
 
 def test_every_parameter_gets_a_gradient(model):
-    sample, timestep, labels = inputs(model)
-    model(sample, timestep, labels).sample.square().sum().backward()
+    sample, timestep, given = inputs(model)
+    model(sample, timestep, **given).sample.square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_what_is_saved_is_what_is_loaded(model, tmp_path):
     model.save_pretrained(tmp_path, safe_serialization=True)
     loaded = UNetVDMModel.from_pretrained(tmp_path, use_safetensors=True)
-    sample, timestep, labels = inputs(model)
+    sample, timestep, given = inputs(model)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
-    assert torch.equal(loaded(sample, timestep, labels).sample, model(sample, timestep, labels).sample)
+    assert torch.equal(loaded(sample, timestep, **given).sample, model(sample, timestep, **given).sample)
 
 
 def test_a_scalar_timestep_is_the_same_for_all(model):
-    sample, _, labels = inputs(model)
+    sample, _, given = inputs(model)
     scalar = torch.tensor(123.4)
-    expected = model(sample, scalar.expand(3), labels).sample
+    expected = model(sample, scalar.expand(3), **given).sample
     for timestep in (scalar, scalar[None], 123.4):
-        torch.testing.assert_close(model(sample, timestep, labels).sample, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(sample, timestep, **given).sample, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fractions_of_a_timestep_count(model):
-    sample, _, labels = inputs(model)
-    outputs = [model(sample, torch.tensor(timestep), labels).sample for timestep in (0.0, 0.5)]
+    sample, _, given = inputs(model)
+    outputs = [model(sample, torch.tensor(timestep), **given).sample for timestep in (0.0, 0.5)]
     assert not torch.allclose(*outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_each_image_is_predicted_on_its_own(model):
-    sample, timestep, labels = inputs(model)
-    together = model(sample, timestep, labels).sample
-    alone = [model(sample[i, None], timestep[i], None if labels is None else labels[i, None]).sample for i in range(3)]
+    sample, timestep, given = inputs(model)
+    together = model(sample, timestep, **given).sample
+    each = [{name: value[i, None] for name, value in given.items()} for i in range(3)]
+    alone = [model(sample[i, None], timestep[i], **each[i]).sample for i in range(3)]
     torch.testing.assert_close(torch.cat(alone), together, rtol=1e-4, atol=1e-5)
 
 
 def test_channels_last_changes_the_layout_and_nothing_else(model):
-    sample, timestep, labels = inputs(model)
-    expected = model(sample, timestep, labels).sample
+    sample, timestep, given = inputs(model)
+    expected = model(sample, timestep, **given).sample
     model.to(memory_format=torch.channels_last)
-    output = model(sample.contiguous(memory_format=torch.channels_last), timestep, labels).sample
+    output = model(sample.contiguous(memory_format=torch.channels_last), timestep, **given).sample
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model):
-    sample, timestep, labels = inputs(model)
+    sample, timestep, given = inputs(model)
     gradients = []
     for enabled in (False, True):
         model.enable_gradient_checkpointing() if enabled else model.disable_gradient_checkpointing()
         model.train().zero_grad()
-        model(sample, timestep, labels).sample.square().sum().backward()
+        model(sample, timestep, **given).sample.square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert model.is_gradient_checkpointing
     for plain, checkpointed in zip(*gradients, strict=True):
@@ -251,6 +261,121 @@ def test_a_context_is_one_vector_for_each_image(context: Any):
     sample, timestep, _ = inputs(model)
     with pytest.raises(ConfigurationError, match="context"):
         model(sample[:2], timestep[:2], context=context)
+
+
+# ---- a caption ------------------------------------------------------------------------------------------------------
+
+TEXTS = ("text", "text_everywhere")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_caption_changes_nothing_at_the_start_and_no_first_weight(name: str):
+    captioned, plain = build(name, randomise=False), build(name, randomise=False, cross_attention_dim=None)
+    own = plain.state_dict()
+    assert all(torch.equal(captioned.state_dict()[key], value) for key, value in own.items())
+    assert {key.split(".")[-3] for key in captioned.state_dict().keys() - own.keys()} == {"cross_attention"}
+    for parameter in captioned.conv_out.parameters():
+        nn.init.normal_(parameter)
+    plain.conv_out.load_state_dict(captioned.conv_out.state_dict())
+    sample, timestep, given = inputs(captioned)
+    assert torch.equal(captioned(sample, timestep, **given).sample, plain(sample, timestep).sample)
+
+
+@pytest.mark.parametrize(("name", "places"), [("text", 1), ("text_everywhere", 1 + 2 + 3)])
+def test_a_caption_is_attended_to_in_the_middle_and_after_each_attention_of_a_level(name: str, places: int):
+    blocks = [block for block in build(name).modules() if getattr(block, "cross_attention", None) is not None]
+    assert len(blocks) == places
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_each_token_counts_where_the_mask_says_so_and_nowhere_else(name: str):
+    model = build(name)
+    sample, timestep, given = inputs(model)
+    states, mask = given["encoder_hidden_states"].requires_grad_(), given["encoder_attention_mask"]
+    output = model(sample, timestep, **given).sample
+    (gradient,) = torch.autograd.grad(output.square().sum(), states)
+    assert torch.equal(gradient.any(2), mask)
+    no_padding = model(sample[-1:], timestep[-1:], encoder_hidden_states=states[-1:, :3]).sample
+    torch.testing.assert_close(no_padding, output[-1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_an_image_whose_tokens_are_all_hidden_is_told_nothing_and_disturbs_no_other(name: str):
+    model = build(name)
+    sample, timestep, given = inputs(model)
+    states, mask = given["encoder_hidden_states"].requires_grad_(), given["encoder_attention_mask"].clone()
+    expected = model(sample, timestep, **given).sample
+    mask[1] = False
+    output = model(sample, timestep, encoder_hidden_states=states, encoder_attention_mask=mask).sample
+    assert torch.equal(output[[0, 2]], expected[[0, 2]]) and not torch.allclose(output[1], expected[1])
+    silent = model(sample[1:2], timestep[1:2], encoder_hidden_states=torch.zeros_like(states[1:2])).sample
+    torch.testing.assert_close(output[1:2], silent, rtol=1e-4, atol=1e-5)
+    output.square().sum().backward()
+    gradients = [states.grad, *(parameter.grad for parameter in model.parameters())]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients) and not bool(states.grad[1].any())
+
+
+def test_the_divergence_of_a_captioned_network_is_that_of_its_jacobian():
+    model = build("text").double()
+    sample, timestep, given = (one.double() if isinstance(one, Tensor) else one for one in inputs(model, 1, 4))
+    given["encoder_hidden_states"] = given["encoder_hidden_states"].double()
+    probe = torch.randn(sample.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    z = sample.requires_grad_()
+    output = model(z, timestep, **given).sample
+    (product,) = torch.autograd.grad(output, z, probe)
+    step = 1e-6 * probe
+    with torch.no_grad():
+        change = model(z + step, timestep, **given).sample - model(z - step, timestep, **given).sample
+    assert float((probe * change).sum()) / 2e-6 == pytest.approx(float((product * probe).sum()), rel=1e-6)
+
+
+STATES, MASK = torch.zeros(3, 5, 12), torch.ones(3, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "states", "mask", "named"),
+    [
+        ("paper", STATES, None, ("cross_attention_dim", "(3, 5, 12)")),
+        ("paper", None, MASK, ("cross_attention_dim",)),
+        ("text", None, None, ("cross_attention_dim", 12)),
+        ("text", None, MASK, ("cross_attention_dim", 12)),
+        ("text", STATES[..., :7], None, ("encoder_hidden_states", "(3, 5, 7)", 12)),
+        ("text", STATES[:2], None, ("encoder_hidden_states", "(2, 5, 12)", "3 images")),
+        ("text", STATES[:, :0], None, ("encoder_hidden_states", "(3, 0, 12)")),
+        ("text", STATES[:, 0], None, ("encoder_hidden_states", "(3, 12)")),
+        ("text", STATES.long(), None, ("encoder_hidden_states", "torch.int64")),
+        ("text", [[0.0]], None, ("encoder_hidden_states", "list")),
+        ("text", STATES, MASK[:, :4], ("encoder_attention_mask", "(3, 4)", "(3, 5)")),
+        ("text", STATES, MASK[:1], ("encoder_attention_mask", "(1, 5)", "(3, 5)")),
+        ("text", STATES, MASK.float(), ("encoder_attention_mask", "torch.float32")),
+        ("text", STATES, MASK.tolist(), ("encoder_attention_mask", "list")),
+    ],
+)
+def test_a_caption_that_does_not_fit_is_refused(name: str, states: Any, mask: Any, named: tuple[Any, ...]):
+    model = build(name)
+    sample, timestep, _ = inputs(model)
+    with pytest.raises(ConfigurationError, match=naming(*named)):
+        model(sample, timestep, encoder_hidden_states=states, encoder_attention_mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_states_of_any_precision_are_taken(dtype: torch.dtype):
+    model = build("text")
+    sample, timestep, given = inputs(model)
+    exact = given["encoder_hidden_states"].to(dtype).float()
+    expected = model(sample, timestep, **given | {"encoder_hidden_states": exact}).sample
+    found = model(sample, timestep, **given | {"encoder_hidden_states": exact.to(dtype)}).sample
+    assert torch.equal(found, expected)
+    assert model.to(torch.bfloat16)(sample, timestep, **given).sample.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_captioned_network_is_one_graph():
+    model = build("text_everywhere")
+    sample, timestep, given = inputs(model)
+    expected = model(sample, timestep, **given).sample
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(sample, timestep, **given).sample, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- the first weights ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from vdm_hub.errors import ConfigurationError
 
 _GIVEN = ("sample", "timestep", "return_dict", "context")  # by whoever calls the network
+_TEXT = ("encoder_hidden_states", "encoder_attention_mask")
 
 
 def named_arguments(network: nn.Module) -> list[str] | None:
@@ -25,7 +27,24 @@ def named_arguments(network: nn.Module) -> list[str] | None:
     parameters = list(inspect.signature(network.forward).parameters.values())
     if any(one.kind is one.VAR_KEYWORD for one in parameters):
         return None
-    return [one.name for one in parameters[2:] if one.kind is not one.VAR_POSITIONAL and one.name not in _GIVEN]
+    says = "cross_attention_dim" in getattr(network, "config", {})
+    others = {*_GIVEN, *(_TEXT if says and text_width_of(network) is None else ())}
+    return [one.name for one in parameters[2:] if one.kind is not one.VAR_POSITIONAL and one.name not in others]
+
+
+def text_width_of(network: nn.Module) -> int | None:
+    """The width D of the ``encoder_hidden_states``, (B, L, D), that a network attends to; ``None`` where it does not.
+
+    >>> from vdm_hub import UNetVDMModel
+    >>> text_width_of(UNetVDMModel(8, block_out_channels=(8,), norm_num_groups=4, cross_attention_dim=384))
+    384
+    """
+    # The modules tell: a config may have a width, diffusers' 1280, and blocks without attention to it.
+    attending: list[Any] = [part for part in network.modules() if getattr(part, "is_cross_attention", False)]
+    if not attending:
+        return None
+    projected = getattr(network, "config", {}).get("encoder_hid_dim")
+    return int(projected or attending[0].cross_attention_dim)
 
 
 def check_context(context_size: int | None, network: nn.Module) -> None:

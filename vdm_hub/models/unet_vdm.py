@@ -73,6 +73,9 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
         num_train_timesteps: Timesteps lie in [0, num_train_timesteps - 1].
         context_size: Length of a vector ``context`` that is told beside the timestep, as a process with a
             `context_size` gives it; ``None`` takes none.
+        cross_attention_dim: Width D of ``encoder_hidden_states``, a caption's tokens, which are then attended to in
+            the middle and after each attention of ``attention_levels``; ``None`` takes none. Those branches start at
+            zero, and with one seed all other weights start as without them.
 
     Raises:
         ConfigurationError: If the arguments contradict each other.
@@ -110,6 +113,7 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
         num_class_embeds: Count | None = None,
         num_train_timesteps: Annotated[int, Within(2, 20_000)] = 1000,
         context_size: Count | None = None,
+        cross_attention_dim: Count | None = None,
     ) -> None:
         super().__init__()
         check_arguments(type(self), self.config)
@@ -151,6 +155,12 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
                 self.up_blocks.append(Upsample(channels))
         self.norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
         self.conv_out = _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
+        if cross_attention_dim is not None:  # at last, so that no other first weight is another draw
+            blocks: list[Any] = [*self.down_blocks, *self.mid_blocks, *self.up_blocks]
+            for one in blocks:
+                if one is self.mid_blocks[0] or isinstance(getattr(one, "attention", None), AttentionBlock):
+                    sizes = one.norm2.num_channels, cross_attention_dim
+                    one.cross_attention = CrossAttentionBlock(*sizes, norm_num_groups, norm_eps, attention_head_dim)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -170,6 +180,8 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
         context: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
     ) -> UNetVDMOutput | tuple[Tensor]:
         """Predict from a noisy latent.
 
@@ -180,12 +192,17 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
             class_labels: Integers below num_class_embeds, (B,), for class-conditional models.
             return_dict: Whether to return a `UNetVDMOutput` or a tuple.
             context: (B, context_size), for models that take it.
+            encoder_hidden_states: What an encoder makes of each image's caption, (B, L, cross_attention_dim) of any
+                floating dtype, for models that take it.
+            encoder_attention_mask: (B, L), bool, true where there is a token; ``None`` where all are. An image without
+                any is told nothing.
 
         Raises:
-            ConfigurationError: If the resolutions do not divide the image, or labels or context are missing or
-                uncalled for.
+            ConfigurationError: If the resolutions do not divide the image, or labels, context or states are missing,
+                uncalled for or of another shape.
         """
         self._check_size(sample)
+        _check_text(self.config.cross_attention_dim, len(sample), encoder_hidden_states, encoder_attention_mask)
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         if context is not None and (not isinstance(context, Tensor) or context.shape[:-1] != sample.shape[:1]):
             given = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
@@ -194,25 +211,27 @@ class UNetVDMModel(CheckedModel, ModelMixin, ConfigMixin):
             )
         embedding = self.time_embedding(times, class_labels, context)
         hidden = self.conv_in(self.input_features(sample).to(self.conv_in.weight.dtype))
+        states = None if encoder_hidden_states is None else encoder_hidden_states.to(hidden.dtype)
+        told: tuple[Tensor | None, ...] = (embedding, states, encoder_attention_mask)
         skips = [hidden]
         for block in self.down_blocks:
-            hidden = self._run(block, hidden, embedding)
+            hidden = self._run(block, hidden, *told)
             skips.append(hidden)
         for block in self.mid_blocks:
-            hidden = self._run(block, hidden, embedding)
+            hidden = self._run(block, hidden, *told)
         for block in self.up_blocks:
             if isinstance(block, ResnetBlock):
                 hidden = torch.cat([hidden, skips.pop()], dim=1)
-            hidden = self._run(block, hidden, embedding)
+            hidden = self._run(block, hidden, *told)
         output: Tensor = self.conv_out(F.silu(self.norm_out(hidden))).to(sample.dtype)
         if self.config.add_input:
             output = output + sample
         return UNetVDMOutput(sample=output) if return_dict else (output,)
 
-    def _run(self, block: nn.Module, hidden: Tensor, embedding: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, hidden: Tensor, *told: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, hidden, embedding)
-        return block(hidden, embedding)
+            return self._gradient_checkpointing_func(block, hidden, *told)
+        return block(hidden, *told)
 
     def _check_size(self, sample: Tensor) -> None:
         halvings = len(self.config.block_out_channels) - 1
@@ -288,7 +307,13 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Norm, SiLU, convolution, noise level, norm, SiLU, dropout, convolution from zero; then attention where given."""
+    """Norm, SiLU, convolution, noise level, norm, SiLU, dropout, convolution from zero; then attention where given.
+
+    Attributes:
+        cross_attention: Attention to a caption's tokens, after all else; ``None`` where there is none.
+    """
+
+    cross_attention: CrossAttentionBlock | None
 
     def __init__(
         self,
@@ -311,8 +336,11 @@ class ResnetBlock(nn.Module):
         self.conv2 = _zero(nn.Conv2d(out, out, 3, padding=1))
         self.conv_shortcut = nn.Identity() if channels == out else _lecun(nn.Conv2d(channels, out, 1))
         self.attention = nn.Identity() if attention is None else attention
+        self.cross_attention = None
 
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, embedding: Tensor, states: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         inner = self.conv1(F.silu(self.norm1(hidden)))
         level = self.time_emb_proj(embedding)[:, :, None, None]
         if self.scale_shift:
@@ -321,7 +349,10 @@ class ResnetBlock(nn.Module):
         else:
             inner = self.norm2(inner + level)
         inner = self.conv2(self.dropout(F.silu(inner)))
-        return self.attention(self.conv_shortcut(hidden) + inner)
+        hidden = self.attention(self.conv_shortcut(hidden) + inner)
+        if self.cross_attention is None or states is None:
+            return hidden
+        return self.cross_attention(hidden, states, mask)
 
 
 class AttentionBlock(nn.Module):
@@ -341,6 +372,34 @@ class AttentionBlock(nn.Module):
         return hidden + self.to_out(attended).transpose(1, 2).view_as(hidden)
 
 
+class CrossAttentionBlock(nn.Module):
+    """Attention of the pixels to tokens, added to its input; its output projection starts at zero.
+
+    Attributes:
+        cross_attention_dim: Width of a token, by the name that it has in diffusers' `Attention`.
+    """
+
+    is_cross_attention = True
+
+    def __init__(self, channels: int, width: int, groups: int, eps: float, head_dim: int | None) -> None:
+        super().__init__()
+        self.head_dim, self.cross_attention_dim = head_dim or channels, width
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.to_q = _lecun(nn.Linear(channels, channels))
+        self.to_kv = _lecun(nn.Linear(width, 2 * channels, bias=False))  # keys need none, values have to_out's
+        self.to_out = _zero(nn.Linear(channels, channels))
+
+    def forward(self, hidden: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        sequence = self.norm(hidden).flatten(2).transpose(1, 2)
+        query = self.to_q(sequence).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        key, value = self.to_kv(states).unflatten(2, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        if mask is not None:  # no softmax over nothing: where no token is, all are attended to, and what they say is 0
+            some = mask.any(1)[:, None, None, None]
+            value, mask = value * some, mask[:, None, None] | ~some
+        attended = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+        return hidden + self.to_out(attended).transpose(1, 2).view_as(hidden)
+
+
 class Downsample(nn.Module):
     """A convolution of stride 2."""
 
@@ -348,7 +407,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = _lecun(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
 
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *told: Tensor | None) -> Tensor:
         return self.conv(hidden)
 
 
@@ -359,7 +418,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = _lecun(nn.Conv2d(channels, channels, 3, padding=1))
 
-    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *told: Tensor | None) -> Tensor:
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
 
 
@@ -391,6 +450,36 @@ def _check(widths: Sequence[int], groups: int, attention_levels: Sequence[int], 
             f"attention_levels is {list(attention_levels)}: give indices into block_out_channels, 0 to "
             f"{len(widths) - 1}."
         )
+
+
+def _check_text(width: int | None, images: int, states: Tensor | None, mask: Tensor | None) -> None:
+    """Refuse a caption's states, or their mask, that a network of that ``cross_attention_dim`` can't attend to."""
+    if width is None and states is None and mask is None:
+        return
+    if width is None or states is None:
+        raise ConfigurationError(
+            f"encoder_hidden_states and cross_attention_dim go together: cross_attention_dim is {width}, and the "
+            f"states are {_shape_of(states)}: "
+            + ("leave states and mask out." if width is None else f"give (B, L, {width}) of floating numbers.")
+        )
+    numbers = isinstance(states, Tensor) and states.is_floating_point() and states.ndim == 3
+    if not (numbers and states.shape[1] and (states.shape[0], states.shape[2]) == (images, width)):
+        raise ConfigurationError(
+            f"encoder_hidden_states are {_shape_of(states)}, for {images} images and cross_attention_dim={width}: "
+            f"give floating-point numbers of shape ({images}, L, {width}), L at least 1."
+        )
+    if mask is not None and (
+        not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != states.shape[:2]
+    ):
+        raise ConfigurationError(
+            f"encoder_attention_mask is {_shape_of(mask)}, and encoder_hidden_states are {_shape_of(states)}: give "
+            f"booleans of shape {tuple(states.shape[:2])}, true where there is a token."
+        )
+
+
+def _shape_of(given: Any) -> str:
+    """The shape and dtype of what was given, in words."""
+    return f"{tuple(given.shape)}, {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
 
 
 UNetVDMModel.__module__ = "vdm_hub"
