@@ -44,18 +44,20 @@ class Batches:
             yield {"levels": self.levels[part], "indices": part}
 
 
-def exact_diffusion(process: GaussianProcess, levels: Tensor, transitions: int | None) -> Tensor:
+def exact_diffusion(
+    process: GaussianProcess, levels: Tensor, transitions: int | None, variance: float = VARIANCE
+) -> Tensor:
     """Each image's diffusion term in nats, (N,): ``E|eps - eps_hat|^2 = sum_i a^2 + n x_i^2 / (v + n)^2``.
 
     With ``n = e^gamma`` and ``a = v / (v + n)``; over gamma, ``a^2`` integrates to ``ln(n / (v + n)) + a`` and
     ``n / (v + n)^2`` to ``-1 / (v + n)``.
     """
     squares, dimensions = process.encode(levels).double().square().flatten(1).sum(1), levels[0].numel()
-    v = VARIANCE
+    v = variance
     if transitions is None:
         n_0, n_1 = (math.exp(gamma) for gamma in process.schedule.endpoints())
-        variance = math.log(n_1 / (v + n_1)) + v / (v + n_1) - math.log(n_0 / (v + n_0)) - v / (v + n_0)
-        return 0.5 * (dimensions * variance + squares * (1 / (v + n_0) - 1 / (v + n_1)))
+        noise = math.log(n_1 / (v + n_1)) + v / (v + n_1) - math.log(n_0 / (v + n_0)) - v / (v + n_0)
+        return 0.5 * (dimensions * noise + squares * (1 / (v + n_0) - 1 / (v + n_1)))
     gammas = process.schedule(torch.arange(transitions + 1, dtype=torch.float64) / transitions).double()
     n = gammas[1:].exp()
     error = dimensions * (v / (v + n)) ** 2 + squares[:, None] * n / (v + n) ** 2

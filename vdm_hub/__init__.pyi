@@ -72,6 +72,10 @@ from .evaluation.measuring import measure_images as measure_images
 from .data.levels import images_from_levels as images_from_levels
 from .data.levels import levels_from_images as levels_from_images
 from .likelihood.profiles import transition_profile as transition_profile
+from .likelihood.classification import BoundClassifier as BoundClassifier
+from .likelihood.classification import ClassificationEffort as ClassificationEffort
+from .likelihood.classification_report import ClassificationReport as ClassificationReport
+from .likelihood.classification_report import Standing as Standing
 from .likelihood.comparison import compare_decompositions as compare_decompositions
 from .objectives.decompositions import decompositions as decompositions
 from .likelihood.estimator import BoundEstimator as BoundEstimator

@@ -7,15 +7,13 @@ Four techniques, each unbiased: times stratified over all images and over each i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vdm_hub.diffusion.draws import image_generator
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
@@ -27,7 +25,7 @@ from vdm_hub.likelihood.image_features import StatisticsCollector
 from vdm_hub.likelihood.measurement import Batches, Measured, Measurement, check_finite
 from vdm_hub.likelihood.proposals import Proposal, fit_proposal
 from vdm_hub.likelihood.time_grid import TimeGrid
-from vdm_hub.models.calls import evaluating
+from vdm_hub.models.calls import counted_calls, evaluating
 from vdm_hub.objectives.variational_bound import Batch, VDMObjective
 
 _NOISE, _TIMES, _PILOT_NOISE, _PILOT_TIMES = 101, 102, 103, 104  # streams of draws that share no key
@@ -177,7 +175,7 @@ class BoundEstimator(Measurement):
         return cells[order], values[order], rows[order]
 
     def _terms(self, batch: Batch, times: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with _counted(self.objective.network) as calls:
+        with counted_calls(self.objective.network) as calls:
             bound = self.objective(batch, times.float().to(batch["levels"].device), noise)
         self.network_evaluations += sum(calls)
         terms = {name: term.double().cpu() for name, term in bound.terms.items()}
@@ -262,23 +260,6 @@ class BoundEstimator(Measurement):
                 "defensive": self.defensive,
             }
         }
-
-
-@contextmanager
-def _counted(network: nn.Module) -> Iterator[list[int]]:
-    """The sizes of the batches that this thread calls the network with."""
-    sizes: list[int] = []
-    thread = threading.get_ident()  # others may measure by the same network
-
-    def count(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == thread:
-            sizes.append(int(arguments[0].shape[0]))
-
-    handle = network.register_forward_pre_hook(count)
-    try:
-        yield sizes
-    finally:
-        handle.remove()
 
 
 def _has_control_variate(objective: VDMObjective) -> bool:

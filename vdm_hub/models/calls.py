@@ -93,6 +93,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                     part.training = True
 
 
+@contextmanager
+def counted_calls(network: nn.Module) -> Iterator[list[int]]:
+    """The sizes of the batches that this thread calls the network with."""
+    sizes: list[int] = []
+    thread = threading.get_ident()  # others may measure by the same network
+
+    def count(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            sizes.append(int(arguments[0].shape[0]))
+
+    handle = network.register_forward_pre_hook(count)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
 class CountedNetwork:
     """A network as float64 code sees it: called in its own precision, its calls counted per datum.
 

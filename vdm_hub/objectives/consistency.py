@@ -26,7 +26,7 @@ from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.diffusion.times import discretise
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.models.calls import CountedNetwork
-from vdm_hub.objectives.variational_bound import Batch, Bound, VDMObjective
+from vdm_hub.objectives.variational_bound import Batch, Bound, Terms, VDMObjective
 
 _STEPS = ("previous", "current", "next", "last")
 _PROFILE = 105  # a stream of draws
@@ -82,6 +82,12 @@ class ConsistencyObjective(VDMObjective):
                 "consistency": self.transitions * self._consistency(origin, s, t, noise, network),
             }
         return Bound(terms | extras, dimensions=levels[0].numel())
+
+    def network_terms(self, batch: Batch, times: Tensor, noise: Noise, *, reconstruction: bool) -> Terms:
+        """The terms that the network has a say in: see `VDMObjective.network_terms`."""
+        names = ("reconstruction", self.integrand) if reconstruction else (self.integrand,)
+        terms = self(batch, times, noise).terms
+        return {name: terms[name] for name in names}
 
     def _prior(self, x: Tensor, eps: Tensor) -> Tensor:
         """``KL(q(z_T|z_{T-1}) || N(0, I))`` at one draw of ``z_{T-1}``."""

@@ -158,6 +158,24 @@ class VDMObjective(Objective):
             }
         return Bound(terms | extras, dimensions=levels[0].numel())
 
+    def network_terms(self, batch: Batch, times: Tensor, noise: Noise, *, reconstruction: bool) -> Terms:
+        """The terms that the network has a say in, and so what it is told; the others are the same for any condition.
+
+        Args:
+            batch: See `forward`, as the next two.
+            times: In [0, 1), (B,).
+            noise: Base noise.
+            reconstruction: Whether the reconstruction is one of them, as with a decoder that asks the network.
+        """
+        levels = batch["levels"]
+        _check_draws(levels, times, self.process.num_levels)
+        network = _OutsideIslands(self.network, levels.device.type, _network_arguments(batch))
+        with torch.autocast(levels.device.type, enabled=False):
+            x = self.process.encode(levels)
+            _, bound = self.process.bind(x, noise)
+            terms = {"reconstruction": bound.reconstruction(levels, x, noise, network)} if reconstruction else {}
+            return terms | {self.integrand: self._diffusion(bound, x, times, noise, network)}
+
     def _diffusion(self, bound: Any, x: Tensor, times: Tensor, noise: Noise, network: Any) -> Tensor:
         if self.transitions is None:
             rate: Tensor = bound.kl_rate(x, times, noise, network)

@@ -23,11 +23,14 @@ from vdm_hub.hub.checks import already_checked, check_pipeline
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.hub.schemas import check_arguments
 from vdm_hub.hub.weights import check_finite_weights
+from vdm_hub.likelihood.classification import BoundClassifier, ClassificationEffort
+from vdm_hub.likelihood.classification_report import ClassificationReport
 from vdm_hub.likelihood.measurement import collect
 from vdm_hub.likelihood.methods import METHODS, Method, build_measurement, method_of
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.loading import REMEDY, refuse_pickles
 from vdm_hub.objectives.variational_bound import Objective
+from vdm_hub.pipelines.classes import checked_prior, chosen_classes, class_names
 from vdm_hub.pipelines.published_card import KeepsPublishedCard
 
 _LOADING = (
@@ -328,13 +331,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             10
         """
         batch_size, replicates = whole_number("batch_size", batch_size), whole_number("replicates", replicates)
-        method = method_of(method)
-        levels = levels_from_images(images, self.num_levels)
-        if tuple(levels.shape[1:]) != self.image_shape:
-            raise DataError(
-                f"the images are {tuple(levels.shape[1:])} (channels, height, width); the network's are "
-                f"{self.image_shape}: resize or convert them first."
-            )
+        method, levels = method_of(method), self._levels(images)
         whole = {"levels": levels.to(self.device_of_latents), "indices": torch.arange(levels.shape[0])}
         self._check_arguments(network_arguments, levels.shape[0])
         whole |= network_arguments | self._labels(class_labels, levels.shape[0])
@@ -353,6 +350,72 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         details, notes = self.examine(whole["levels"])
         report.details |= details
         return report.with_notes([*self.notes(method.transitions), *notes])
+
+    def classify(
+        self,
+        images: Any,
+        candidates: Sequence[int | str] | None = None,
+        *,
+        prior: Sequence[float] | Tensor | None = None,
+        labels: Sequence[int] | Tensor | None = None,
+        effort: ClassificationEffort | None = None,
+        transitions: int | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> ClassificationReport:
+        """The class of each image by the bound: ``p(c|x)`` in proportion to ``p(c) exp(-B_c(x))``.
+
+        All classes of an image see the same times and noise, and those that are out of the question are dropped after
+        a few draws (Li et al., arXiv 2303.16203; Clark & Jaini, arXiv 2303.15233).
+
+        Args:
+            images: As `log_likelihood` takes them.
+            candidates: The classes to choose from, by number or name; all of the network's by default.
+            prior: ``p(c)`` of the candidates; uniform by default.
+            labels: What each image is, the number of its candidate from 0, where the report is to say how often it
+                was found.
+            effort: How many evaluations of the network: see `ClassificationEffort`.
+            transitions: T; continuous time by default.
+            seed: Of all draws: an image's are a function of it and the image's index.
+            batch_size: Pairs of an image and a class in one call of the network; changes no figure.
+
+        Raises:
+            ConfigurationError: The network knows no classes, a candidate is none of them or there are fewer than two,
+                or the prior is none.
+            DataError: A pixel is none of the K levels, or the images' shape is not the network's.
+
+        Example:
+            >>> import torch
+            >>> from vdm_hub import ClassificationEffort, UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> unet = UNetVDMModel(
+            ...     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+            ...     norm_num_groups=4, num_class_embeds=3,
+            ... )
+            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
+            >>> report = pipe.classify(torch.zeros(2, 1, 8, 8), effort=ClassificationEffort(budget=30))
+            >>> report.names, report.posterior.shape
+            (('0', '1', '2'), torch.Size([2, 3]))
+        """
+        classes = chosen_classes(self, candidates)
+        chances = checked_prior(prior, len(classes))
+        levels = self._levels(images)
+        batch = {"levels": levels.to(self.device_of_latents), "indices": torch.arange(len(levels))}
+        told, objective = torch.tensor(classes), self.objective(transitions)
+        classifier = BoundClassifier(
+            objective, lambda chosen: {"class_labels": told[chosen]}, chances, effort, seed, batch_size
+        )
+        report = classifier.report(batch, tuple(class_names(self)[number] for number in classes))
+        return report if labels is None else report.scored(labels)
+
+    def _levels(self, images: Any) -> Tensor:
+        """The levels of images of the network's shape."""
+        levels = levels_from_images(images, self.num_levels)
+        if tuple(levels.shape[1:]) != self.image_shape:
+            raise DataError(
+                f"the images are {tuple(levels.shape[1:])} (channels, height, width); the network's are "
+                f"{self.image_shape}: resize or convert them first."
+            )
+        return levels
 
     def bits_per_dim(self, images: Any, method: Method = "bound", **kwargs: Any) -> LikelihoodReport:
         """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
