@@ -332,7 +332,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         """
         batch_size, replicates = whole_number("batch_size", batch_size), whole_number("replicates", replicates)
         method, levels = method_of(method), self._levels(images)
-        whole = {"levels": levels.to(self.device_of_latents), "indices": torch.arange(levels.shape[0])}
+        whole = {"levels": levels, "indices": torch.arange(levels.shape[0])}
         self._check_arguments(network_arguments, levels.shape[0])
         whole |= network_arguments | self._labels(class_labels, levels.shape[0])
 
@@ -399,7 +399,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         classes = chosen_classes(self, candidates)
         chances = checked_prior(prior, len(classes))
         levels = self._levels(images)
-        batch = {"levels": levels.to(self.device_of_latents), "indices": torch.arange(len(levels))}
+        batch = {"levels": levels, "indices": torch.arange(len(levels))}
         told, objective = torch.tensor(classes), self.objective(transitions)
         classifier = BoundClassifier(
             objective, lambda chosen: {"class_labels": told[chosen]}, chances, effort, seed, batch_size
@@ -408,11 +408,11 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         return report if labels is None else report.scored(labels)
 
     def _levels(self, images: Any) -> Tensor:
-        """The levels of images of the network's shape."""
-        levels = levels_from_images(images, self.num_levels)
+        """The levels of images, which must have the model's shape, on its device."""
+        levels = levels_from_images(images, self.num_levels).to(self.device_of_latents)
         if tuple(levels.shape[1:]) != self.image_shape:
             raise DataError(
-                f"the images are {tuple(levels.shape[1:])} (channels, height, width); the network's are "
+                f"the images are {tuple(levels.shape[1:])} (channels, height, width); the model's are "
                 f"{self.image_shape}: resize or convert them first."
             )
         return levels

@@ -9,7 +9,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from vdm_hub.data.levels import images_from_levels, levels_from_images
+from vdm_hub.data.levels import images_from_levels
 from vdm_hub.data.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.draws import Generator, normal_noise
@@ -217,15 +217,6 @@ class HVAEPipeline(LikelihoodPipeline):
         weights = torch.linspace(0, 1, steps, device=start.device)
         line = torch.stack([torch.lerp(start, end, float(weight)) for weight in weights], dim=1)
         return self._images(self._likeliest_levels(line.flatten(0, 1), self.hvae.depth), output_type)
-
-    def _levels(self, images: Any) -> Tensor:
-        levels = levels_from_images(images, self.num_levels).to(self.device_of_latents)
-        if tuple(levels.shape[1:]) != self.image_shape:
-            raise DataError(
-                f"the images are {tuple(levels.shape[1:])} (channels, height, width); the model's are "
-                f"{self.image_shape}: resize or convert them first."
-            )
-        return levels
 
     def _likeliest_levels(self, z: Tensor, t: int) -> Tensor:
         """The likeliest level of each pixel, down the hierarchy from ``z_t`` by the means."""
