@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import importlib.metadata
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +22,6 @@ settings.load_profile("laws")
 settings.register_profile("one_failure", settings.get_profile("laws"), phases=[Phase.explicit, Phase.generate])
 
 DATA_VARIABLE = "VDM_HUB_TEST_DATA"
-
-
-_entry_points, _path = importlib.metadata.entry_points, tuple(sys.path)
-_installed = functools.cache(lambda group: _entry_points(group=group))
-
-
-def entry_points(**wanted: str) -> importlib.metadata.EntryPoints:
-    """Those of this environment are read once, not fifty times a run; with a folder that a test adds, all anew."""
-    same = tuple(sys.path) == _path and wanted.keys() == {"group"}
-    return _installed(wanted["group"]) if same else _entry_points(**wanted)
-
-
-importlib.metadata.entry_points = entry_points
 
 
 def pytest_configure(config: pytest.Config) -> None:

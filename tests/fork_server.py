@@ -6,8 +6,11 @@ vdm_hub. The fork is a process in every respect (its pid, signals, session, file
 finds the arguments, the path, the environment and the folder that a new interpreter finds.
 
 What a library has read from the environment while it was imported stays in it. A server therefore keeps what was read,
-and forks for those only who would read the same. There are two, since the libraries of Hugging Face read much; who
-agrees with neither gets a new interpreter, and so does who gives Python an option: `NEW` is always new.
+and forks for those only who would read the same; for who agrees with none there is a new interpreter, and so there is
+for who gives Python an option: `NEW` is always new. The first server has imported the first of the layers, and forks a
+further server, which imports the second one, for each environment in which the libraries of Hugging Face differ. The
+Hub's address and folders are other ones in each test: these libraries are imported with the `STAND_INS`, and a fork
+writes its own wherever one of them is kept.
 
 Two things differ: the libraries are in ``sys.modules`` at once, and modules are not taken down at the end.
 """
@@ -16,11 +19,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import io
 import json
 import os
+import re
 import runpy
 import selectors
 import shutil
@@ -32,7 +37,8 @@ import tempfile
 import threading
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 LAYERS = (
     "numpy scipy.stats torch torch._dynamo torch.distributed.run pandas pyarrow.csv pyarrow.dataset pyarrow.parquet "
@@ -47,6 +53,15 @@ LAYERS = (
 READ_UNSEEN = ("ARROW_", "FSSPEC_", "GOMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_")
 READ_UNSEEN += ("PYTHON", "TQDM_")
 
+STAND_INS = {
+    "HF_ENDPOINT": "http://no-such-hub:9",
+    "HF_HOME": "/no-such-hub/home",
+    "HF_MODULES_CACHE": "/no-such-hub/own",
+}
+NOWHERE = dict.fromkeys(STAND_INS, "http://nowhere")
+LIMIT = 8  # servers of the second layer
+FIRST = "first"  # the socket of the first server
+
 # The start of a command for a new interpreter, where a test asks what is imported, or is about the process tree.
 NEW = (sys.executable, "-q")
 
@@ -54,7 +69,7 @@ NEW = (sys.executable, "-q")
 class Popen(subprocess.Popen):
     """``subprocess.Popen``, with a fork for a new interpreter where a server has one."""
 
-    servers: list[str] | None = None  # their sockets, the one that has imported most first
+    servers: str | None = None  # the folder of their sockets
     _server: socket.socket | None = None
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any,
@@ -74,9 +89,11 @@ class Popen(subprocess.Popen):
 
     def _fork(self, words: list[str], settings: dict[str, str], folder: Path, session: bool, files: list[int]) -> bool:
         ignored = [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
-        for address in Popen.servers or ():
+        if Popen.servers is None:
+            return False
+        for address in [*sorted(Path(Popen.servers).glob("hub*")), Path(Popen.servers, FIRST)]:
             server = socket.socket(socket.AF_UNIX)
-            server.connect(address)
+            server.connect(str(address))
             socket.send_fds(server, [b" "], files)
             server.sendall(
                 json.dumps([words, settings, str(folder), None if session else _group(), ignored]).encode() + b"\n"
@@ -128,7 +145,7 @@ def _is_python(name: str) -> bool:
     return Path(name).absolute().parent == Path(sys.executable).parent and Path(name).name.startswith("python")
 
 
-def install(servers: list[str] | None = None) -> list[str] | None:
+def install(servers: str | None = None) -> str | None:
     """Let ``subprocess`` fork from now on: from these servers, or from new ones, which end with this process."""
     if hasattr(os, "pidfd_open"):
         Popen.servers = servers or _start()
@@ -136,18 +153,24 @@ def install(servers: list[str] | None = None) -> list[str] | None:
     return Popen.servers
 
 
-def _start() -> list[str]:
+def _start() -> str:
     folder = tempfile.TemporaryDirectory(prefix="forks_")
     atexit.register(folder.cleanup)
-    addresses = [str(Path(folder.name, str(number))) for number in range(len(LAYERS))]
-    listeners = [socket.create_server(address, family=socket.AF_UNIX, backlog=100) for address in addresses]
-    numbers = [listener.fileno() for listener in listeners]
-    command = [sys.executable, __file__, *map(str, numbers), *addresses[::-1]]
+    listener = _listener(Path(folder.name, FIRST))
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command, number = [sys.executable, __file__, folder.name, str(listener.fileno())], listener.fileno()
     # Its standard input ends when this process does.
-    life = subprocess.Popen(command, env=settings, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=numbers)
+    life = subprocess.Popen(command, env=settings, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[number])
     atexit.register(life.communicate)
-    return addresses[::-1]
+    return folder.name
+
+
+def _listener(path: Path) -> socket.socket:
+    """A socket that has its name when it can be connected to."""
+    made = path.with_name(f".{path.name}")
+    listener = socket.create_server(str(made), family=socket.AF_UNIX, backlog=100)
+    made.rename(path)
+    return listener
 
 
 class Noting(type(os.environ)):
@@ -164,36 +187,65 @@ class Noting(type(os.environ)):
         return {self.decodekey(name): self.decodevalue(value) for name, value in self._data.items()}.items()
 
 
-def serve(listener: socket.socket, before: dict[str, str]) -> tuple[socket.socket, list[int], Any]:
-    """Fork for each request that agrees with ``before``, and pass on how the fork ended; return in the fork."""
+class Request(NamedTuple):
+    """A program that is to run, and who waits for it."""
+
+    connection: socket.socket
+    files: list[int]
+    words: list[str]
+    settings: dict[str, str]
+    folder: str
+    group: list[int] | None
+    ignored: list[int]
+
+    @classmethod
+    def accept(cls, listener: socket.socket) -> Request:
+        connection = listener.accept()[0]
+        files = socket.recv_fds(connection, 1, 3)[1]
+        with connection.makefile() as lines:
+            return cls(connection, files, *json.loads(lines.readline()))
+
+    def close(self, answer: bytes = b"") -> None:
+        for file in self.files:
+            os.close(file)
+        with contextlib.suppress(OSError), self.connection:
+            self.connection.sendall(answer)
+
+
+def serve(listener: socket.socket, before: dict[str, str], *waiting: Request, hubs: int = 0) -> tuple[Request, bool]:
+    """Fork for each request that agrees with ``before``, and pass on how the fork ended; return in the fork.
+
+    The first forks, as many as there may be servers of the Hub, are to be such servers, which see to the request.
+    """
     selector = selectors.DefaultSelector()
     for waited_for in (listener, sys.stdin):
         selector.register(waited_for, selectors.EVENT_READ)
+    requests = list(waiting)
     while True:
+        for request in requests:
+            if not _agrees(before, request):
+                request.close(bytes(4))
+            elif (pid := os.fork()) == 0:
+                for other in list(selector.get_map().values()):
+                    if other.data:
+                        other.data[1].close()
+                        os.close(other.fd)
+                selector.close()
+                listener.close()
+                return request, hubs > 0
+            elif hubs:
+                request.close()
+                hubs -= 1
+            else:
+                for file in request.files:
+                    os.close(file)
+                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, request.connection))
+        requests = []
         for key, _ in selector.select():
             if key.fileobj is sys.stdin:
                 os._exit(0)
             elif key.fileobj is listener:
-                connection = listener.accept()[0]
-                files = socket.recv_fds(connection, 1, 3)[1]
-                with connection.makefile() as lines:
-                    request = json.loads(lines.readline())
-                pid = os.fork() if _agrees(before, *request[:4]) else None
-                if pid == 0:
-                    for other in list(selector.get_map().values()):
-                        if other.data:
-                            other.data[1].close()
-                            os.close(other.fd)
-                    selector.close()
-                    listener.close()
-                    return connection, files, request
-                for file in files:
-                    os.close(file)
-                if pid is None:
-                    connection.sendall(bytes(4))
-                    connection.close()
-                else:
-                    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
+                requests.append(Request.accept(listener))
             else:
                 pid, connection = key.data
                 selector.unregister(key.fd)
@@ -208,51 +260,98 @@ def _group() -> list[int]:
     return [os.getsid(0), os.getpgrp()]
 
 
-def _agrees(before: dict[str, str], words: list[str], settings: dict[str, str], folder: str, group: Any) -> bool:
+def _agrees(before: dict[str, str], request: Request) -> bool:
     """Whether a new interpreter would have imported the same modules, with the same values in them."""
-    if group not in (None, _group()):
+    if request.group not in (None, _group()):
         return False
+    settings = request.settings | {name: STAND_INS[name] for name in _replaced(request.settings) if name in before}
     unseen = {name for name in before | settings if name.startswith(READ_UNSEEN)} - {"PYTHONPATH"}
     after = {name: os.environ.get(name) for name in Noting.read | unseen}  # a library may have given it a value itself
     if any(settings.get(name) not in (before.get(name), after[name]) for name in after):
         return False
     imported = {name.partition(".")[0] for name in sys.modules}
-    places = (Path(folder, place) for place in _path(words, settings, folder) if place not in sys.path)
+    places = (Path(request.folder, place) for place in _path(request) if place not in sys.path)
     found = (path for place in places if place.is_dir() for path in place.iterdir())
     modules = (path for path in found if path.suffix in (".py", ".so") or (path / "__init__.py").exists())
     return not any(path.name.partition(".")[0] in imported for path in modules)
 
 
-def _path(words: list[str], settings: dict[str, str], folder: str) -> list[str]:
+def _replaced(settings: dict[str, str]) -> list[str]:
+    """Which names a stand-in is imported for: those with a value that no library changes before it keeps it."""
+    plain = re.compile(r"https?://[^~$]*[^~$/]|/([^~$/]+/)*[^~$/]+")
+    return [name for name in STAND_INS if plain.fullmatch(settings.get(name, ""))]
+
+
+def _kept() -> list[tuple[Any, Any]]:
+    """Where the libraries keep a stand-in, or what they have made of it: how it is written, and the value."""
+    kept: list[tuple[Any, Any]] = []
+    for holder in gc.get_objects():
+        if type(holder) is dict:
+            parts, write = holder, dict.__setitem__
+        elif type(holder) is types.FunctionType:
+            parts, write = {"__defaults__": holder.__defaults__}, setattr
+        elif str(type(holder).__module__).startswith("huggingface_hub."):
+            parts, write = getattr(holder, "__dict__", {}), setattr
+        else:
+            continue
+        for name, value in parts.items():
+            moved = _moved(value, NOWHERE)
+            if moved is not value and moved != value:
+                kept.append((functools.partial(write, holder, name), value))
+    return kept
+
+
+def _moved(value: Any, settings: dict[str, str]) -> Any:
+    """The value that it would be if the settings had been there instead of their stand-ins."""
+    kind = type(value)
+    if kind is str and "no-such-hub" in value:
+        for name, stand_in in STAND_INS.items():
+            value = value.replace(stand_in, settings.get(name, stand_in))
+        return value.replace("no-such-hub", urlsplit(settings.get("HF_ENDPOINT", "")).hostname or "no-such-hub")
+    if issubclass(kind, Path):
+        return kind(_moved(str(value), settings))
+    if kind is tuple and value == _origin(STAND_INS["HF_ENDPOINT"]):
+        return _origin(settings.get("HF_ENDPOINT", STAND_INS["HF_ENDPOINT"]))
+    return kind(_moved(part, settings) for part in value) if kind in (tuple, frozenset) else value
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _path(request: Request) -> list[str]:
     """What stands before the installed packages on ``sys.path``."""
-    program = next(word for word in words if word != "-u")
-    script = Path(folder, program).resolve().parent
-    places = settings.get("PYTHONPATH", "")
-    own = [os.path.normpath(Path(folder, place)) for place in places.split(os.pathsep) if places]
-    return [{"-c": "", "-m": folder}.get(program, str(script)), *dict.fromkeys(own)]
+    program = next(word for word in request.words if word != "-u")
+    script = Path(request.folder, program).resolve().parent
+    places = request.settings.get("PYTHONPATH", "")
+    own = [os.path.normpath(Path(request.folder, place)) for place in places.split(os.pathsep) if places]
+    return [{"-c": "", "-m": request.folder}.get(program, str(script)), *dict.fromkeys(own)]
 
 
-def become(connection: socket.socket, files: list[int], request: Any) -> list[str]:
+def become(request: Request, kept: list[tuple[Any, Any]]) -> list[str]:
     """What a new interpreter finds."""
-    words, settings, folder, group, ignored = request
-    for number, file in enumerate(files):
+    for number, file in enumerate(request.files):
         os.dup2(file, number)
         os.close(file)
-    if group is None:
+    if request.group is None:
         os.setsid()
-    os.chdir(folder)
+    os.chdir(request.folder)
     os.environ.clear()
-    os.environ.update(settings)
-    sys.orig_argv = [sys.executable, *words]
-    sys.path[:0] = _path(words, settings, str(Path.cwd()))
+    os.environ.update(request.settings)
+    for write, value in kept:
+        write(_moved(value, request.settings))
+    kept.clear()
+    sys.orig_argv = [sys.executable, *request.words]
+    sys.path[:0] = _path(request._replace(folder=str(Path.cwd())))
     importlib.invalidate_caches()
     sys.modules["numpy"].random.seed()
     sys.modules["torch"].default_generator.seed()
-    for number in ignored:
+    for number in request.ignored:
         signal.signal(number, signal.SIG_IGN)
-    connection.sendall(os.getpid().to_bytes(4, "big"))
-    connection.close()
-    return words
+    request.connection.sendall(os.getpid().to_bytes(4, "big"))
+    request.connection.close()
+    return request.words
 
 
 def run(words: list[str]) -> int:
@@ -303,31 +402,37 @@ def end(status: int) -> None:
     os._exit(status & 0xFF)
 
 
+def load(layer: str) -> list[tuple[Any, Any]]:
+    """Import what is to be there in all forks."""
+    os.environ.__class__ = Noting
+    for name in layer.split():
+        importlib.import_module(name)
+    os.environ.__class__ = os._Environ
+    kept = _kept()
+    gc.collect()
+    gc.freeze()
+    return kept
+
+
 def main() -> None:
-    """``python fork_server.py LISTENER ... ADDRESS ...``: import, and fork, and begin again."""
-    half = len(LAYERS) + 1
-    listeners = [socket.socket(fileno=int(number)) for number in sys.argv[1:half]]
-    addresses, before = sys.argv[half:], dict(os.environ)
+    """``python fork_server.py FOLDER LISTENER``: import, and fork, and begin again."""
+    folder, listener = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
+    before = dict(os.environ)
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     del sys.path[0]
     subprocess.Popen = Popen  # some keep it by its name
-    os.environ.__class__ = Noting
-    listener, *others = listeners
-    for name in LAYERS[0].split():
-        importlib.import_module(name)
-    if not os.fork():
-        *others, listener = listeners
-        for name in LAYERS[1].split():
-            importlib.import_module(name)
-    os.environ.__class__ = os._Environ
-    for other in others:
-        other.close()
-    gc.collect()
-    gc.freeze()
-    fork = serve(listener, before)
+    kept = load(LAYERS[0])
+    request, hub = serve(listener, before, hubs=LIMIT)
+    if hub:
+        listener = _listener(Path(folder, f"hub{os.getpid()}"))
+        before = request.settings | {name: STAND_INS[name] for name in _replaced(request.settings)}
+        os.environ.clear()
+        os.environ.update({name: value for name, value in before.items() if name != "PYTHONPATH"})
+        kept = load(LAYERS[1])
+        request, _ = serve(listener, before, request)
     signal.signal(signal.SIGINT, interrupt)
-    install(addresses)
-    end(run(become(*fork)))
+    install(folder)
+    end(run(become(request, kept)))
 
 
 if __name__ == "__main__":

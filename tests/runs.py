@@ -17,9 +17,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import fork_server
 from vdm_hub.data.loading import load_data
+from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.plots import plot_schedule
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.loop import TrainingRun, build_accelerator, train_model
+from vdm_hub.training.state import outputs
 from vdm_hub.training.state.outputs import OutputFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +47,23 @@ LAUNCH = ("accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_
 LAUNCH += ("--mixed_precision", "no", "--dynamo_backend", "no")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 SHIM = str(ROOT / "scripts" / "train.py")
+
+
+def _draw_once(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
+    """Runs draw the same schedule again and again, for half a second: in this process it is drawn once."""
+    schedule, t = process.diffused.scalar_gamma, torch.linspace(0, 1, 201, dtype=torch.float64)
+    if report is not None or schedule is None:
+        return plot_schedule(process, report, path)
+    with torch.no_grad():
+        curve = schedule(t.to(next(schedule.parameters(), t).device)).cpu().numpy().tobytes()
+    if curve not in _drawn:
+        plot_schedule(process, report, path)
+        _drawn[curve] = path.read_bytes()
+    path.write_bytes(_drawn[curve])
+
+
+_drawn: dict[bytes, bytes] = {}
+outputs.plot_schedule = _draw_once
 
 
 def configuration(output: Path, **fields: Any) -> Configuration:

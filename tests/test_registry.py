@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,6 +159,14 @@ def test_a_plugin_is_found_built_and_serialised_with_its_package_and_version(ins
     t = torch.linspace(0, 1, 9)
     assert type(again) is type(built) and torch.equal(again(t), built(t))
     assert registry.serialise("noise_schedules", registry.build("noise_schedules", "steep"))["config"] == {}  # type: ignore[index]
+
+
+def test_what_is_installed_and_removed_meanwhile_is_noticed(install: Install, tmp_path: Path) -> None:
+    for version in ("1.2", "1.3"):
+        assert "steep" not in {found.name for found in registry.registrations("noise_schedules")}
+        install("another-package", "steep", version=version)
+        assert registry.lookup("noise_schedules", "steep").version == version
+        shutil.rmtree(next(tmp_path.glob("another*.dist-info")))
 
 
 @pytest.mark.parametrize("spelling", ["vdm-hub-steep", "vdm_hub_steep", "VDM.Hub--Steep"])

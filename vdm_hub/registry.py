@@ -11,6 +11,7 @@ adds ``"package"`` and ``"version"``.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -18,9 +19,10 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from packaging.utils import canonicalize_name
@@ -189,15 +191,32 @@ def registrations(kind: str) -> list[Registration]:
     if kind not in BUILT_INS:
         raise unknown_name("kind of plugin", kind, BUILT_INS)
     built_in = [Registration(kind, name, target) for name, target in BUILT_INS[kind].items()]
+    return built_in + list(_installed(kind, _searched()) if _TAKES_PLUGINS else ())
+
+
+def _searched() -> tuple[object, ...]:
+    """Where packages are looked for, and when each place last changed: as importlib decides whether to look anew."""
+    return (*map(id, sys.meta_path), *((place, _changed(Path(place))) for place in sys.path))
+
+
+def _changed(place: Path) -> tuple[Path, int] | None:
+    with suppress(OSError, ValueError):
+        return place.absolute(), place.stat().st_mtime_ns
+    return None
+
+
+@functools.lru_cache(maxsize=2 * len(BUILT_INS))
+def _installed(kind: str, searched: tuple[object, ...]) -> tuple[Registration, ...]:
+    """What installed distributions bring of a kind; a run asks fifty times, and each look takes milliseconds."""
     found: dict[tuple[str, str], Registration] = {}
-    for point in metadata.entry_points(group=f"vdm_hub.{kind}") if _TAKES_PLUGINS else ():
+    for point in metadata.entry_points(group=f"vdm_hub.{kind}"):
         about = point.dist.metadata if point.dist else None
         # Damaged metadata may lack both.
         package, version = (about["Name"] or "unknown", about["Version"]) if about else ("unknown", None)
         found.setdefault(
             (point.name, canonicalize_name(package)), Registration(kind, point.name, point.value, package, version)
         )
-    return built_in + list(found.values())
+    return tuple(found.values())
 
 
 def lookup(kind: str, name: str, package: str | None = None) -> Registration:

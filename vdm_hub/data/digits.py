@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import datasets
 import numpy as np
 
@@ -26,13 +28,19 @@ def digits() -> datasets.DatasetDict:
         num_rows: 360
     })
     """
+    return datasets.DatasetDict({split: dataset.with_format(None) for split, dataset in _digits().items()})
+
+
+@functools.cache
+def _digits() -> dict[str, datasets.Dataset]:
+    """The splits, which are encoded once in a process."""
     from sklearn.datasets import load_digits  # here, as it takes half a second that other data need not
     from sklearn.model_selection import train_test_split
 
     loaded = load_digits()
     levels, labels = loaded.images.astype(np.uint8), loaded.target
     train, test, train_labels, test_labels = train_test_split(levels, labels, test_size=TEST_SIZE, random_state=0)
-    return datasets.DatasetDict({"train": _dataset(train, train_labels), "test": _dataset(test, test_labels)})
+    return {"train": _dataset(train, train_labels), "test": _dataset(test, test_labels)}
 
 
 def _dataset(levels: np.ndarray, labels: np.ndarray) -> datasets.Dataset:
