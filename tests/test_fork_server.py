@@ -99,7 +99,9 @@ import gc, json
 from urllib.parse import SplitResult
 
 def holds(part):
-    return any(map(holds, part)) if type(part) in (tuple, frozenset) else type(part) is str and "-such-hub" in part
+    if type(part) in (tuple, frozenset):
+        return any(map(holds, part))
+    return type(part) is str and "no-such" + "-hub" in part
 
 gc.unfreeze()
 left = {}
