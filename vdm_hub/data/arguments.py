@@ -30,6 +30,18 @@ class DataArguments:
         "validation/ and test/ in it are splits where they hold all of the images; else all are the split 'train'.",
     )
     image_column: str = option("image", "The column that holds the images.")
+    label_column: str | None = option(
+        None,
+        "The column that holds the images' classes, integers or ClassLabel: the model is then conditioned on them.",
+    )
+    num_classes: int | None = option(
+        None,
+        "With a label_column of integers, which has no names: how many classes there are; not given, those that the "
+        "training images have. A stream must be told.",
+        at_least=1,
+        at_most=10**7,
+        only_with="label_column",
+    )
     train_split: str = option("train", "The split to train on; slices such as 'train[:90%%]' are understood.")
     validation_split: str | None = option(None, "The split for held-out bits/dim while training.")
     test_split: str | None = option(

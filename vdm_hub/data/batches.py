@@ -146,8 +146,10 @@ class StreamedBatches(TrainingBatches):
     def _decode(self, step: int, rows: list[dict[str, Any]]) -> Batch:
         place = step * self.world_size + self.rank  # in the order of the images, whatever the number of processes
         draws = torch.rand(self.batch_size, 3, generator=_generator(self.seed, place))
-        levels = self.images.decode(rows, draws[:, 1:])
-        return {"levels": _flip(levels, draws[:, 0]) if self.random_flip else levels}
+        batch: Batch = self.images.take(rows, draws[:, 1:])
+        if self.random_flip:
+            batch["levels"] = _flip(batch["levels"], draws[:, 0])
+        return batch
 
 
 def training_batches(images: ImageLevels | ImageStream, batch_size: int, **arguments: Any) -> TrainingBatches:
@@ -162,8 +164,9 @@ def evaluation_batches(
     """All images once, in order, the last incomplete batch included; image i goes to process ``i mod world_size``.
 
     Returns:
-        Batches with ``levels``, uint8 of shape (B, C, H, W), and ``indices``, int64 of shape (B,): each image's number
-        in the split. Processes may have different numbers of batches.
+        Batches with ``levels``, uint8 of shape (B, C, H, W); ``class_labels``, (B,), where the images have labels; and
+        ``indices``, int64 of shape (B,): each image's number in the split. Processes may have different numbers of
+        batches.
 
     >>> images = ImageLevels(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), (1, 2, 2), 256)
     >>> [batch["indices"].tolist() for batch in evaluation_batches(images, 2)]
@@ -177,7 +180,7 @@ def evaluation_batches(
     numbered = islice(enumerate(images.dataset), rank, None, world_size)
     while batch := _next(numbered, batch_size):
         indices, rows = zip(*batch, strict=True)
-        yield {"levels": images.decode(rows, indices=indices), "indices": torch.tensor(indices)}
+        yield images.take(rows, indices=indices) | {"indices": torch.tensor(indices)}
 
 
 def _next(rows: Iterator[T], number: int) -> list[T]:

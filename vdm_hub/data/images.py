@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, TypeAlias
 
 import datasets
@@ -18,10 +18,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from vdm_hub.data.colors import Color, check_depth, convert_color, load_pixels
+from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition
+from vdm_hub.data.labels import as_labels
 from vdm_hub.data.levels import Levels, levels_from_image, nearest_levels
 from vdm_hub.data.picture_files import FORMATS, check_one_picture, check_palette, check_size, check_values
 from vdm_hub.data.sources import Opener, check_memory
-from vdm_hub.errors import DataError, in_one_line
+from vdm_hub.errors import DataError, in_one_line, unknown_name
 
 ImageSize: TypeAlias = tuple[int, int]
 """The size of a picture, (W, H), as Pillow has it."""
@@ -168,6 +170,7 @@ class ImageLevels:
         image_shape: (C, H, W).
         num_levels: K.
         labels: int64 of shape (N,), where a label column was asked for.
+        class_names: The names of their classes, where the column has any.
         resized_from: The size of the first image that was resized or cropped, or is to be cropped at each use.
         names: The file of each image by its path in the folder, where they come from one.
     """
@@ -178,6 +181,7 @@ class ImageLevels:
     labels: Tensor | None = None
     resized_from: ImageSize | None = None
     names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         """The number of images, N."""
@@ -206,7 +210,7 @@ class ImageLevels:
             size, chosen = self.image_shape[-1], (self.levels[i] for i in indices.tolist())
             crops = [crop(image, size, *uv) for image, uv in zip(chosen, offsets.tolist(), strict=True)]
             levels = torch.stack(crops)
-        return {"levels": levels} | ({} if self.labels is None else {"class_labels": self.labels[indices]})
+        return {"levels": levels} | ({} if self.labels is None else {CLASS_LABELS: self.labels[indices]})
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,9 @@ class ImageStream:
         shuffle_buffer_size: Images in the shuffle buffer of training.
         resized_from: The size of the first image, where it is resized or cropped.
         size: How many images it has, with those that can't be decoded; ``None`` where only a download would tell.
+        label_column: The column that holds their classes, where they are asked for.
+        num_classes: How many classes there are, where that is known.
+        class_names: The names of their classes, where the column has any.
     """
 
     dataset: datasets.IterableDataset
@@ -232,11 +239,24 @@ class ImageStream:
     shuffle_buffer_size: int = 1
     resized_from: ImageSize | None = None
     size: int | None = None
+    label_column: str | None = None
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
 
     @property
     def resized(self) -> bool:
         """Whether the first image is resized or cropped."""
         return self.resized_from is not None
+
+    def take(
+        self, rows: Sequence[dict[str, Any]], offsets: Tensor | None = None, indices: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """A batch of some rows, as `ImageLevels.take` gives it; the arguments are those of `decode`."""
+        batch = {"levels": self.decode(rows, offsets, indices)}
+        if self.label_column is None:
+            return batch
+        values = [row[self.label_column] for row in rows]
+        return batch | {CLASS_LABELS: as_labels(values, self.label_column, self.num_classes, indices)}
 
     def decode(
         self, rows: Sequence[dict[str, Any]], offsets: Tensor | None = None, indices: Sequence[int] | None = None
@@ -293,6 +313,38 @@ def decode_all(
         nothing_to_crop = all(image.shape == shape for image in images)
         held = torch.stack(images) if nothing_to_crop else tuple(images)
     return ImageLevels(held, shape, reader.num_levels, labels, resized)
+
+
+def labelled_as(images: ImageLevels, classes: ClassCondition) -> ImageLevels:
+    """Images with labels by the numbers of these classes: a dataset may have the same names in another order.
+
+    Raises:
+        DataError: An image has a class that is none of these.
+
+    >>> levels = torch.zeros(2, 1, 1, 1, dtype=torch.uint8)
+    >>> images = ImageLevels(levels, (1, 1, 1), 256, labels=torch.tensor([0, 1]), class_names=("cat", "dog"))
+    >>> labelled_as(images, ClassCondition(2, ("dog", "cat"))).labels
+    tensor([1, 0])
+    """
+    labels, own = images.labels, images.class_names
+    if labels is None:
+        raise DataError(
+            f"the model is conditioned on {classes.count} classes, and the images have no labels: name the column "
+            f"that holds them with --label_column."
+        )
+    if own is not None and classes.names is not None and own != classes.names:
+        for number in labels.unique().tolist():
+            if own[number] not in classes.names:
+                unknown = unknown_name("class", own[number], classes.names)
+                raise DataError(f"of the images' classes the model does not know one: {unknown}")
+        places = [classes.names.index(name) if name in classes.names else -1 for name in own]
+        labels = torch.tensor(places)[labels]
+    if int(labels.max()) >= classes.count:
+        raise DataError(
+            f"the labels run to {int(labels.max())}, and the model knows classes 0 to {classes.count - 1}: name the "
+            f"column of its classes with --label_column, or give --num_classes when it is trained."
+        )
+    return replace(images, labels=labels, class_names=classes.names or own)
 
 
 def crop(levels: Any, size: int, down: float, right: float) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import datasets
 import torch
 from torch import Tensor
 
-from vdm_hub.errors import DataError
+from vdm_hub.errors import DataError, shortened
 
 _INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
@@ -26,26 +29,65 @@ def read_labels(dataset: datasets.Dataset, column: str, note: str = "") -> Tenso
     tensor([2, 0])
     """
     if column not in dataset.column_names:
-        raise DataError(f"no column {column!r}: the columns are {', '.join(dataset.column_names)}.{note}")
+        raise no_such_column(column, dataset.column_names, note)
     feature = dataset.features[column]
-    is_class = isinstance(feature, datasets.ClassLabel)
     if not holds_labels(feature):
-        first = str(dataset[0][column])[:40] if len(dataset) else ""
-        raise DataError(
-            f"the column {column!r} holds {str(feature)[:200]} (first {first!r}): labels are integers or ClassLabel, "
-            f"from 0. Name another column, or number the classes."
-        )
+        raise no_labels(column, feature, str(dataset[0][column])[:40] if len(dataset) else "")
     labels = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    count = feature.num_classes if is_class else None
-    limit = 2**63 if count is None else count
-    wrong = next((row for row, label in enumerate(labels) if label is None or not 0 <= label < limit), None)
-    if wrong is not None:
-        classes = "0 or more" if count is None else f"0 to {count - 1}, for the column has {count} classes"
+    return as_labels(labels, column, number_of_classes(feature))
+
+
+def as_labels(
+    values: Sequence[Any], column: str, classes: int | None = None, rows: Sequence[int] | None = None
+) -> Tensor:
+    """The values of a column as labels, int64 of shape (N,).
+
+    Args:
+        values: As the dataset has them.
+        column: Their column, for messages.
+        classes: How many classes the column has, where it says so.
+        rows: Their numbers in the dataset, for messages; from 0 where not given.
+
+    Raises:
+        DataError: One is missing, negative, no class, or no whole number.
+    """
+    limit = 2**63 if classes is None else classes
+    for place, label in enumerate(values):
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < limit:
+            continue
+        known = "0 or more" if classes is None else f"0 to {classes - 1}, for the column has {classes} classes"
         raise DataError(
-            f"row {wrong} of the column {column!r} holds {labels[wrong]}, and labels are {classes}: leave out the "
-            f"images without a label, or name another column."
+            f"row {place if rows is None else rows[place]} of the column {column!r} holds {shortened(label)}, and "
+            f"labels are {known}: leave out the images without a label, or name another column."
         )
-    return torch.tensor(labels, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def no_such_column(column: str, columns: Iterable[str], note: str = "") -> DataError:
+    """The error for a column that is not there."""
+    return DataError(f"no column {column!r}: the columns are {', '.join(columns)}.{note}")
+
+
+def no_labels(column: str, feature: object, first: str) -> DataError:
+    """The error for a column of another kind."""
+    return DataError(
+        f"the column {column!r} holds {str(feature)[:200]} (first {first!r}): labels are integers or ClassLabel, "
+        f"from 0. Name another column, or number the classes."
+    )
+
+
+def number_of_classes(feature: object) -> int | None:
+    """How many classes a column has, where it says so.
+
+    >>> number_of_classes(datasets.ClassLabel(names=["cat", "dog"])), number_of_classes(datasets.Value("uint8"))
+    (2, None)
+    """
+    return feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
+
+
+def names_of_classes(feature: object) -> tuple[str, ...] | None:
+    """The names of a column's classes, in their order, where it has any."""
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) and feature.names else None
 
 
 def holds_labels(feature: object) -> bool:

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import datasets
 import torch
 
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.colors import Color
+from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.data.corrupt import without_corrupt
 from vdm_hub.data.files import lies_in, list_folder
 from vdm_hub.data.held_out import choose_again, hold_out, names_held_out, number_to_hold_out
-from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream, decode_all
-from vdm_hub.data.labels import read_labels
+from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream, decode_all, labelled_as
+from vdm_hub.data.labels import (
+    holds_labels,
+    names_of_classes,
+    no_labels,
+    no_such_column,
+    number_of_classes,
+    read_labels,
+)
 from vdm_hub.data.overlaps import overlaps
 from vdm_hub.data.preprocessing import HeldOut
 from vdm_hub.data.sources import (
@@ -30,7 +38,7 @@ from vdm_hub.data.sources import (
     open_source,
 )
 from vdm_hub.data.summaries import Use, summary_of
-from vdm_hub.errors import DataError, warn
+from vdm_hub.errors import DataError, shortened, warn
 
 Images: TypeAlias = ImageLevels | ImageStream
 
@@ -49,6 +57,7 @@ class RunData:
         summary: How many images each of them has, and what lies in the folder and is not used: one paragraph.
         held_out_test: How the test images were chosen, where they were held out of the training split.
         notes: What the reader of a figure on the test images must know, one sentence each.
+        classes: Those of the label column, where one is asked for.
     """
 
     train: Images
@@ -58,6 +67,7 @@ class RunData:
     summary: str = ""
     held_out_test: HeldOut | None = None
     notes: tuple[str, ...] = ()
+    classes: ClassCondition | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -96,6 +106,9 @@ def load_data(arguments: DataArguments) -> RunData:
                 f"the {name} images have the shape {images.image_shape} (C, H, W) and the training images "
                 f"{train.image_shape}: set resolution and color so that they agree."
             )
+    classes = _classes_of(train, arguments)
+    if classes is not None:
+        held_out, validation, test = (_of_classes(images, classes) for images in (held_out, validation, test))
     _warn_if_resized(train, validation, test)
     uses: list[Use] = [("trains on", train, arguments.train_split)]
     if held_out is None:
@@ -109,7 +122,7 @@ def load_data(arguments: DataArguments) -> RunData:
     summary = summary_of(source, uses, streaming=arguments.streaming)
     sizes = (0 if held_out is None else len(held_out), 0 if chosen is None else chosen["size"])
     notes = _warn_of_overlaps(source, arguments, sum(sizes), test is not None and chosen is None)
-    return RunData(train, validation, test, sum(sizes), summary, chosen, notes)
+    return RunData(train, validation, test, sum(sizes), summary, chosen, notes, classes)
 
 
 def load_split(
@@ -259,7 +272,7 @@ def _held_out_test(
         )
     kept, held, chosen = hold_out(dataset, split, arguments.test_size, skip_corrupt=arguments.skip_corrupt_images)
     held = without_corrupt(held, column, reader) if arguments.skip_corrupt_images else held
-    return kept, _in_memory(source, held, column, reader, split), chosen
+    return kept, _in_memory(source, held, column, reader, split, arguments.label_column), chosen
 
 
 def _training_split(
@@ -283,8 +296,9 @@ def _training_split(
     if arguments.max_train_samples is not None:
         train = train.select(range(min(arguments.max_train_samples, len(train))))
     reader = _reader(source, arguments, center_crop=arguments.center_crop)
-    images = _in_memory(source, train, column, reader, name)
-    held_out = _in_memory(source, held, column, _reader(source, arguments), name) if size else None
+    labels = arguments.label_column
+    images = _in_memory(source, train, column, reader, name, labels)
+    held_out = _in_memory(source, held, column, _reader(source, arguments), name, labels) if size else None
     return images, held_out
 
 
@@ -302,7 +316,8 @@ def _training_stream(
     if size:
         with source.explained():
             rows = datasets.Dataset.from_list(list(dataset.take(size)), features=dataset.features)
-        held_out = _in_memory(source, rows, arguments.image_column, _reader(source, arguments), name)
+        reader = _reader(source, arguments)
+        held_out = _in_memory(source, rows, arguments.image_column, reader, name, arguments.label_column)
         dataset = dataset.skip(size)
     dataset = dataset if limit is None else dataset.take(limit)
     stream = _stream(source, dataset, arguments, name, center_crop=arguments.center_crop)
@@ -327,7 +342,7 @@ def _evaluation_split(source: Source, arguments: DataArguments, split: str | Non
     column = arguments.image_column
     if isinstance(dataset, datasets.IterableDataset):
         return _stream(source, undecoded(source, dataset, column, split), arguments, split, center_crop=True)
-    return _in_memory(source, dataset, column, _reader(source, arguments), split)
+    return _in_memory(source, dataset, column, _reader(source, arguments), split, arguments.label_column)
 
 
 def _in_memory(
@@ -346,6 +361,8 @@ def _in_memory(
         images = decode_all(encoded, column, reader, labels)
     except DataError as error:
         raise DataError(f"in the split {split!r}, {error}") from error
+    if labels is not None:
+        images = replace(images, class_names=names_of_classes(encoded.features[label_column]))
     if source.has_names:
         names = (row["path"] for row in encoded.select_columns([column])[:][column])
         images = replace(images, names=tuple(names))
@@ -386,4 +403,61 @@ def _stream(
     levels, resized = reader.fit(first[column], 0)
     shape, buffer = reader.output_shape(levels), arguments.shuffle_buffer_size
     size = None if source.is_remote else source.sizes[split]
-    return ImageStream(encoded, column, shape, reader.num_levels, reader, buffer, resized, size)
+    stream = ImageStream(encoded, column, shape, reader.num_levels, reader, buffer, resized, size)
+    return stream if arguments.label_column is None else _with_labels(stream, first, arguments, source.note)
+
+
+def _with_labels(stream: ImageStream, first: Mapping[str, Any], arguments: DataArguments, note: str) -> ImageStream:
+    """A stream whose batches hold the classes of their images, too."""
+    column = str(arguments.label_column)
+    if column not in first:
+        raise no_such_column(column, first, note)
+    feature = (stream.dataset.features or {}).get(column)
+    if feature is not None and not holds_labels(feature):
+        raise no_labels(column, feature, str(first[column])[:40])
+    count = number_of_classes(feature) or arguments.num_classes
+    return replace(stream, label_column=column, num_classes=count, class_names=names_of_classes(feature))
+
+
+def _classes_of(train: Images, arguments: DataArguments) -> ClassCondition | None:
+    """The classes of the training images, where they are to be told.
+
+    Raises:
+        DataError: A stream does not say how many there are, or they are more than are said.
+    """
+    if (column := arguments.label_column) is None:
+        return None
+    given, names = arguments.num_classes, train.class_names
+    if isinstance(train, ImageStream) and train.num_classes is None:
+        raise DataError(
+            f"the column {column!r} holds integers, and a stream does not know how many classes there are: give "
+            f"--num_classes, or leave --streaming out."
+        )
+    if isinstance(train, ImageLevels):
+        assert train.labels is not None
+        found = len(names) if names is not None else int(train.labels.max()) + 1
+    else:
+        found = int(train.num_classes or 0)
+    if given is not None and (given < found or (names is not None and given != found)):
+        raise DataError(
+            f"num_classes is {given}, and the column {column!r} holds {found} classes: give {found}, or leave it out."
+        )
+    return ClassCondition(given or found, names, column=column)
+
+
+def _of_classes(images: Any, classes: ClassCondition) -> Any:
+    """Images whose labels are the numbers of these classes, in whatever order their own column has them.
+
+    Raises:
+        DataError: They have another class.
+    """
+    if images is None:
+        return None
+    if isinstance(images, ImageStream):
+        if (images.class_names, images.num_classes) not in ((classes.names, classes.count), (None, None)):
+            raise DataError(
+                f"the stream's column {images.label_column!r} has the classes {shortened(images.class_names)}, and "
+                f"the training images' {shortened(classes.names)}: give both splits the same, in one order."
+            )
+        return replace(images, num_classes=classes.count)
+    return labelled_as(images, classes)

@@ -1,0 +1,180 @@
+"""The condition of an image: its class, which a network is told beside the timestep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypeAlias, TypedDict
+
+import torch
+from torch import Tensor
+
+from vdm_hub.errors import ConfigurationError, shortened, unknown_name
+from vdm_hub.hub.schemas import Record, Within
+
+CLASS_LABELS = "class_labels"
+"""The name under which a batch holds the classes of its images, and under which a network is given them."""
+
+MOST_CLASSES = 2**24
+_REMEDY = "give a class's number, or its name"
+
+
+class Classes(TypedDict):
+    """What a pipeline's config says of the classes that its model is conditioned on.
+
+    Attributes:
+        count: C, how many there are; the null class, of which training tells nothing, is number C.
+        names: Their names, in their order; ``None`` where they have none.
+        dropout: The share of training images whose class was replaced by the null class; 0: there is none.
+        column: The column of the training dataset that held them.
+    """
+
+    count: Annotated[int, Within(1, MOST_CLASSES)]
+    names: Annotated[list[Annotated[str, Within(0, 1000)]], Within(1, MOST_CLASSES)] | None
+    dropout: Annotated[float, Within(0, 1)]
+    column: Annotated[str, Within(1, 1000)]
+
+
+ClassesMapping: TypeAlias = Annotated[dict[str, Any], Record(Classes)]
+
+ClassLabels: TypeAlias = Tensor | Sequence[int | str] | int | str
+"""Classes by number or by name: one of each image, or one alone."""
+
+
+@dataclass(frozen=True)
+class ClassCondition:
+    """The classes that a model is conditioned on, by number and by name.
+
+    Args:
+        count: C, how many there are.
+        names: Their names, in their order.
+        dropout: The share of training images whose class is replaced by the null class, number C, so that the model
+            also learns ``p(x)``, which guidance asks for (Ho and Salimans, arXiv 2207.12598, algorithm 1); 0 for none.
+        column: The column of the training dataset that holds them.
+
+    Raises:
+        ConfigurationError: There are not as many names as classes, or two classes of one name.
+
+    >>> fashion = ClassCondition(3, ("shirt", "sandal", "sneaker"), dropout=0.1)
+    >>> fashion.numbers(["sneaker", 0]).tolist(), fashion.null_number, fashion.embeddings
+    ([2, 0], 3, 4)
+    """
+
+    count: int
+    names: tuple[str, ...] | None = None
+    dropout: float = 0.0
+    column: str = "label"
+
+    argument = CLASS_LABELS
+
+    def __post_init__(self) -> None:
+        if self.names is not None and (len(self.names) != self.count or len(set(self.names)) != self.count):
+            raise ConfigurationError(
+                f"{self.count} classes have the names {shortened(list(self.names))}: give each one of its own."
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ClassCondition:
+        """The condition of a `Classes` mapping."""
+        names = config["names"]
+        return cls(config["count"], None if names is None else tuple(names), config["dropout"], config["column"])
+
+    def to_config(self) -> dict[str, Any]:
+        """The `Classes` mapping of a pipeline's config."""
+        return asdict(self) | {"names": None if self.names is None else list(self.names)}
+
+    @property
+    def null_number(self) -> int | None:
+        """The number of the null class, C; ``None`` where training knew none."""
+        return self.count if self.dropout > 0 else None
+
+    @property
+    def embeddings(self) -> int:
+        """How many classes the network knows: C, and the null class where there is one."""
+        return self.count + (self.dropout > 0)
+
+    def name_of(self, number: int) -> str:
+        """The name of a class, or its number where it has none.
+
+        >>> ClassCondition(2).name_of(1)
+        '1'
+        """
+        return str(number) if self.names is None else self.names[number]
+
+    def numbers(self, given: ClassLabels) -> Tensor:
+        """Classes by number or name as numbers, int64.
+
+        Args:
+            given: One of each image, (B,), or one alone, which gives ().
+
+        Raises:
+            ConfigurationError: A number is out of range or of another type, or a name is unknown; the message holds
+                the nearest one.
+        """
+        if isinstance(given, Tensor):
+            return self._checked(given)
+        if isinstance(given, str | int) and not isinstance(given, bool):
+            return torch.tensor(self._number(given))
+        if not isinstance(given, Sequence) or not all(isinstance(one, str | int) for one in given):
+            try:
+                return self._checked(torch.as_tensor(given))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ConfigurationError(
+                    f"class_labels are {shortened(given)}, no numbers ({error}): {_REMEDY}, for each image."
+                ) from error
+        if any(isinstance(one, bool) for one in given):
+            raise ConfigurationError(f"class_labels are {shortened(given)}, of type bool: {_REMEDY}, for each image.")
+        return torch.tensor([self._number(one) for one in given], dtype=torch.int64)
+
+    def _number(self, given: int | str) -> int:
+        if isinstance(given, str):
+            if self.names is None:
+                raise ConfigurationError(
+                    f"the class {given!r} is asked for, and the model's classes have no names: give numbers from 0 to "
+                    f"{self.count - 1}."
+                )
+            if given not in self.names:
+                raise unknown_name("class", given, self.names)
+            return self.names.index(given)
+        return int(self._checked(torch.tensor(given)))
+
+    def _checked(self, labels: Tensor) -> Tensor:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ConfigurationError(
+                f"class_labels are {labels.dtype}: give whole numbers from 0 to {self.count - 1}{self._or_names}."
+            )
+        wrong = (labels < 0) | (labels >= self.count)
+        if bool(wrong.any()):
+            raise ConfigurationError(
+                f"class_labels hold {labels[wrong].flatten()[0].item()}: give whole numbers from 0 to "
+                f"{self.count - 1}{self._or_names}."
+            )
+        return labels.long()
+
+    @property
+    def _or_names(self) -> str:
+        return "" if self.names is None else f", or names such as {self.names[-1]!r}"
+
+    def hide(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
+        """The batch with the null class in place of those that are hidden.
+
+        Args:
+            batch: With ``class_labels``, (B,).
+            hidden: Which of them, bool, (B,).
+        """
+        labels = batch[CLASS_LABELS]
+        assert self.null_number is not None
+        return {**batch, CLASS_LABELS: labels.masked_fill(hidden.to(labels.device), self.null_number)}
+
+    def null(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        """The network's arguments of a batch that is told nothing.
+
+        Raises:
+            ConfigurationError: The model was trained without condition dropout, so it knows no null class.
+        """
+        if self.null_number is None:
+            raise ConfigurationError(
+                "the model was trained without condition dropout, so that it knows no image without its class: "
+                "leave guidance out, or train one with --condition_dropout 0.1."
+            )
+        return {CLASS_LABELS: torch.full((batch_size,), self.null_number, device=device)}
