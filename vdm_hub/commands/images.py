@@ -43,7 +43,8 @@ def load_images(
         image_column: The column that holds the images.
         color: ``"auto"``, ``"grey"`` or ``"rgb"``.
         resolution: Resize the shorter side and crop the centre.
-        label_column: Also take the labels from this column.
+        label_column: Take the labels from this column; not given, of a class-conditional model from the one that it
+            was trained with, where the dataset has it.
         max_images: Take this many images, from the start.
         say: As `vdm_hub.data.loading.load_split` takes it.
 

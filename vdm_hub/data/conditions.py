@@ -166,6 +166,10 @@ class ClassCondition:
         assert self.null_number is not None
         return {**batch, CLASS_LABELS: labels.masked_fill(hidden.to(labels.device), self.null_number)}
 
+    def example(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        """The network's arguments of some batch, for whoever looks at shapes alone."""
+        return {CLASS_LABELS: torch.zeros(batch_size, dtype=torch.int64, device=device)}
+
     def null(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """The network's arguments of a batch that is told nothing.
 

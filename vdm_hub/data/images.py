@@ -316,35 +316,43 @@ def decode_all(
 
 
 def labelled_as(images: ImageLevels, classes: ClassCondition) -> ImageLevels:
-    """Images with labels by the numbers of these classes: a dataset may have the same names in another order.
+    """The images with the labels that `labels_as` gives."""
+    labels = labels_as(images.labels, images.class_names, classes)
+    return replace(images, labels=labels, class_names=classes.names or images.class_names)
+
+
+def labels_as(labels: Tensor | None, names: tuple[str, ...] | None, classes: ClassCondition) -> Tensor:
+    """Labels by the numbers of a model's classes: a dataset may have the same names in another order.
+
+    Args:
+        labels: By the dataset's own numbers, (N,).
+        names: Of the dataset's classes, in its order, where it has any.
+        classes: The model's.
 
     Raises:
-        DataError: An image has a class that is none of these.
+        DataError: There are no labels, or one is of a class that the model does not know.
 
-    >>> levels = torch.zeros(2, 1, 1, 1, dtype=torch.uint8)
-    >>> images = ImageLevels(levels, (1, 1, 1), 256, labels=torch.tensor([0, 1]), class_names=("cat", "dog"))
-    >>> labelled_as(images, ClassCondition(2, ("dog", "cat"))).labels
-    tensor([1, 0])
+    >>> labels_as(torch.tensor([0, 1, 1]), ("cat", "dog"), ClassCondition(2, ("dog", "cat")))
+    tensor([1, 0, 0])
     """
-    labels, own = images.labels, images.class_names
     if labels is None:
         raise DataError(
-            f"the model is conditioned on {classes.count} classes, and the images have no labels: name the column "
+            f"the network is conditioned on {classes.count} classes, and the images have no labels: name the column "
             f"that holds them with --label_column."
         )
-    if own is not None and classes.names is not None and own != classes.names:
+    if names is not None and classes.names is not None and names != classes.names:
         for number in labels.unique().tolist():
-            if own[number] not in classes.names:
-                unknown = unknown_name("class", own[number], classes.names)
-                raise DataError(f"of the images' classes the model does not know one: {unknown}")
-        places = [classes.names.index(name) if name in classes.names else -1 for name in own]
-        labels = torch.tensor(places)[labels]
-    if int(labels.max()) >= classes.count:
+            if names[number] not in classes.names:
+                unknown = unknown_name("class", names[number], classes.names)
+                raise DataError(f"the images have a class that the model was not trained on: {unknown}")
+        labels = torch.tensor([classes.names.index(one) if one in classes.names else -1 for one in names])[labels]
+    if int(labels.min()) < 0 or int(labels.max()) >= classes.count:
         raise DataError(
-            f"the labels run to {int(labels.max())}, and the model knows classes 0 to {classes.count - 1}: name the "
-            f"column of its classes with --label_column, or give --num_classes when it is trained."
+            f"the labels run from {int(labels.min())} to {int(labels.max())}, and the model knows classes 0 to "
+            f"{classes.count - 1}: name the column of its classes with --label_column; of integers training takes as "
+            f"many as its images have, or --num_classes."
         )
-    return replace(images, labels=labels, class_names=classes.names or own)
+    return labels
 
 
 def crop(levels: Any, size: int, down: float, right: float) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vdm_hub.data.batches import evaluation_batches
-from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.data.images import ImageLevels, ImageStream, labels_as
 from vdm_hub.errors import DataError
 from vdm_hub.evaluation.journal import Journal, check_evaluation_journal
 from vdm_hub.evaluation.measuring import ReplicateStages, measure_images
@@ -82,7 +82,7 @@ def evaluate(
         check_evaluation_journal(journal)
     levels, labels = _read(images, batch_size, max_images)
     _check(pipeline, levels, images.num_levels)
-    labels = _check_labels(pipeline, labels)
+    labels = _check_labels(pipeline, labels, images.class_names)
     method = method_of(method)
     stages = (
         replicates
@@ -204,19 +204,8 @@ def _check(pipeline: LikelihoodPipeline, levels: Tensor, given_levels: int) -> N
         )
 
 
-def _check_labels(pipeline: LikelihoodPipeline, labels: Tensor | None) -> Tensor | None:
+def _check_labels(
+    pipeline: LikelihoodPipeline, labels: Tensor | None, names: tuple[str, ...] | None
+) -> Tensor | None:
     """The labels that the network is to be given: none, where it is not class-conditional."""
-    classes = pipeline.num_classes
-    if classes is None:
-        return None
-    if labels is None:
-        raise DataError(
-            f"the network is conditioned on {classes} classes, and the images have no labels: name the column that "
-            f"holds them with --label_column."
-        )
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise DataError(
-            f"the labels run from {int(labels.min())} to {int(labels.max())}, and the network knows classes 0 to "
-            f"{classes - 1}: name the column of its classes with --label_column."
-        )
-    return labels
+    return None if pipeline.condition is None else labels_as(labels, names, pipeline.condition)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.times import discretise
+from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.fields import whole_number
 from vdm_hub.models.calls import check_context
@@ -61,9 +62,11 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         transitions: T, or ``None`` for continuous time, and where there is no time.
+        condition: What the network is told of each datum; ``None`` for nothing.
     """
 
     transitions: int | None = None
+    condition: ClassCondition | None = None
 
     @property
     @abstractmethod
@@ -104,6 +107,7 @@ class VDMObjective(Objective):
         network: Any module called as ``network(sample, timestep, return_dict=False, **conditioning)[0]``.
         process: The forward process, with its schedule's parameters.
         transitions: T, or ``None`` for continuous time.
+        condition: What the network is told of each datum.
 
     Raises:
         ConfigurationError: The process tells its network a context, and the network takes none, or another.
@@ -123,11 +127,17 @@ class VDMObjective(Objective):
 
     integrand: str = "diffusion"
 
-    def __init__(self, network: nn.Module, process: ForwardProcess, transitions: int | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        process: ForwardProcess,
+        transitions: int | None = None,
+        condition: ClassCondition | None = None,
+    ) -> None:
         super().__init__()
         self.transitions = None if transitions is None else whole_number("transitions", transitions)
         check_context(process.context_size, network)
-        self.network, self.process = network, process
+        self.network, self.process, self.condition = network, process, condition
 
     @property
     def body(self) -> nn.Module:

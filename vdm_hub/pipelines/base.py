@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition, ClassLabels
 from vdm_hub.data.levels import levels_from_images
 from vdm_hub.data.preprocessing import HeldOut, Preprocessing
 from vdm_hub.diffusion.draws import Generator
@@ -45,7 +46,7 @@ _LOADING = (
 class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     """A generative model of K-level images that knows their likelihood, on whichever rung of the ladder."""
 
-    _left_out_where_none: tuple[str, ...] = ("preprocessing", "held_out")
+    _left_out_where_none: tuple[str, ...] = ("preprocessing", "held_out", "classes")
     """The entries of a pipeline's index that stand there only where they are known."""
 
     @property
@@ -58,12 +59,19 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         """How its test images were held out of the training split, a copy; ``None`` where none were."""
         return copy.deepcopy(self.config.get("held_out"))
 
-    def _register_images(self, preprocessing: Mapping[str, Any] | None, held_out: Mapping[str, Any] | None) -> None:
+    def _register_images(
+        self,
+        preprocessing: Mapping[str, Any] | None,
+        held_out: Mapping[str, Any] | None,
+        classes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Keep what is known of the images in the config, as mappings: a list there is a component's class."""
-        images = {"preprocessing": preprocessing, "held_out": held_out}
+        images = {"preprocessing": preprocessing, "held_out": held_out, "classes": classes}
         check_arguments(type(self), images)
         if preprocessing is not None:
             self._check_preprocessing(preprocessing)
+        if classes is not None:
+            self._check_classes(ClassCondition.from_config(classes))
         self.register_to_config(**{name: copy.deepcopy(known) for name, known in images.items() if known is not None})
 
     def _check_preprocessing(self, preprocessing: Mapping[str, Any]) -> None:
@@ -78,6 +86,16 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
                 f"preprocessing is {shortened(dict(preprocessing), 200)}: that makes images of shape {read['shape']} "
                 f"(channels, height, width) and {read['num_levels']} levels, and the model's are of {own['shape']} "
                 f"and {own['num_levels']} levels: give the preprocessing that it was trained with."
+            )
+
+    def _check_classes(self, condition: ClassCondition) -> None:
+        """Refuse classes that are not the network's."""
+        known = self._network_classes
+        if known is not None and known != condition.embeddings:
+            null = f" and the null class, for dropout is {condition.dropout}" if condition.null_number else ""
+            raise ConfigurationError(
+                f"classes says that there are {condition.count}{null}, and the network knows {known}: give the "
+                f"classes that it was trained with."
             )
 
     @property
@@ -101,8 +119,26 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         return None
 
     @property
+    def condition(self) -> ClassCondition | None:
+        """The classes that it is conditioned on, by number and by name; ``None`` for an unconditional model."""
+        if (classes := self.config.get("classes")) is not None:
+            return ClassCondition.from_config(classes)
+        known = self._network_classes
+        return None if known is None else ClassCondition(known)
+
+    @property
     def num_classes(self) -> int | None:
-        """The classes that it is conditioned on; ``None`` for an unconditional model."""
+        """How many classes it is conditioned on; ``None`` for an unconditional model."""
+        return None if self.condition is None else self.condition.count
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes that it is conditioned on, in their order, where it knows any."""
+        return None if self.condition is None else self.condition.names
+
+    @property
+    def _network_classes(self) -> int | None:
+        """How many classes its network has an embedding of, the null class among them."""
         return None
 
     @property
@@ -291,7 +327,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         method: Method = "bound",
         replicates: int = 8,
         seed: int = 0,
-        class_labels: Tensor | Sequence[int] | None = None,
+        class_labels: ClassLabels | None = None,
         *,
         batch_size: int = 256,
         **network_arguments: Tensor,
@@ -307,7 +343,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             replicates: Independent estimates per image, behind the standard error.
             seed: Of all draws: an image's noise is a function of it, the replicate and the image's index; its time
                 also of how many images there are, over which times are stratified.
-            class_labels: Class of each image, (B,).
+            class_labels: Class of each image, (B,), by number or name, or one for all.
             batch_size: Images at once, at most.
             network_arguments: Passed to the network by name, each (B, ...).
 
@@ -446,21 +482,23 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             if taken is not None and name not in taken:
                 raise unknown_name(f"argument of {type(self).__name__} or its network", name, {*known, *taken})
 
-    def _labels(self, class_labels: Tensor | Sequence[int] | None, batch_size: int) -> dict[str, Tensor]:
-        classes = self.num_classes
+    def _labels(self, class_labels: ClassLabels | None, batch_size: int) -> dict[str, Tensor]:
+        """The network's argument for the classes, one of each image."""
+        condition = self.condition
         if class_labels is None:
-            if classes is not None:
-                raise ConfigurationError(f"class_labels is None, and the network knows {classes} classes: give them.")
+            if condition is not None:
+                raise ConfigurationError(
+                    f"class_labels is None, and the network knows {condition.count} classes: give them."
+                )
             return {}
         if not self._takes_labels:
             raise ConfigurationError("class_labels were given, and the network knows no classes: leave them out.")
-        with explained("class_labels are no numbers", "give one whole number for each image", ConfigurationError):
-            labels = torch.as_tensor(class_labels, device=self.device_of_latents)
-        if labels.shape[:1] != (batch_size,) or (classes is not None and labels.ndim != 1):
+        if condition is None:  # a network of a user's own, whose labels may be anything
+            with explained("class_labels are no numbers", "give one whole number for each image", ConfigurationError):
+                labels = torch.as_tensor(class_labels)
+        else:
+            labels = condition.numbers(class_labels)
+            labels = labels.expand(batch_size) if labels.ndim == 0 else labels
+        if labels.shape[:1] != (batch_size,) or (condition is not None and labels.ndim != 1):
             raise ConfigurationError(f"{tuple(labels.shape)} class labels for {batch_size} images: give one each.")
-        if classes is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-            raise ConfigurationError(f"class_labels are {labels.dtype}: give whole numbers from 0 to {classes - 1}.")
-        if classes is not None and not bool(((labels >= 0) & (labels < classes)).all()):
-            first = labels[(labels < 0) | (labels >= classes)][0].item()
-            raise ConfigurationError(f"class_labels hold {first}: give whole numbers from 0 to {classes - 1}.")
-        return {"class_labels": labels if classes is None else labels.long()}
+        return {CLASS_LABELS: labels.to(self.device_of_latents)}

@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from vdm_hub.data.conditions import ClassesMapping
 from vdm_hub.data.levels import images_from_levels, levels_from_images
 from vdm_hub.data.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.diffusion.draws import Generator, normal_noise
@@ -50,6 +51,7 @@ class LatentVDMPipeline(VDMPipeline):
         preprocessing: How images become the model's levels, as `vdm_hub.data.preprocessing.Preprocessing` has it.
         held_out: How its test images were held out, as `vdm_hub.data.preprocessing.HeldOut` has it.
         forward_process: As of `VDMPipeline`; latents are diffused by a Gaussian process, which needs none.
+        classes: What it is conditioned on, as `vdm_hub.data.conditions.Classes` has it.
 
     Example:
         >>> from vdm_hub import LatentVDMPipeline, MarkovianHVAE, UNetVDMModel, VDMScheduler
@@ -77,6 +79,7 @@ class LatentVDMPipeline(VDMPipeline):
         preprocessing: PreprocessingMapping | None = None,
         held_out: HeldOutMapping | None = None,
         forward_process: RegisteredModel | None = None,
+        classes: ClassesMapping | None = None,
     ) -> None:
         super().__init__(unet, scheduler, noise_schedule, forward_process=forward_process)
         _check_first_stage(first_stage)
@@ -85,7 +88,7 @@ class LatentVDMPipeline(VDMPipeline):
         self.register_modules(first_stage=first_stage)
         # A mapping: diffusers takes a list in a pipeline's index for the library and class of a component.
         self.register_to_config(latent_scaling={name: list(values) for name, values in latent_scaling.items()})
-        self._register_images(preprocessing, held_out)
+        self._register_images(preprocessing, held_out, classes)
 
     @classmethod
     def from_diffusers(cls, *args: Any, **kwargs: Any) -> Any:

@@ -11,15 +11,17 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from vdm_hub import registry
+from vdm_hub.data.conditions import ClassesMapping, ClassLabels
 from vdm_hub.data.levels import images_from_levels
 from vdm_hub.data.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.diffusion.draws import Generator
-from vdm_hub.diffusion.forward_process import ForwardProcess, Network
+from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule, TabulatedSchedule
 from vdm_hub.diffusion.samplers import ANCESTRAL, Sampler, build_sampler
@@ -32,6 +34,7 @@ from vdm_hub.models.registered_model import RegisteredModel, bare_network, confi
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.objectives.variational_bound import VDMObjective
 from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.pipelines.guidance import GuidedNetwork, build_guider
 from vdm_hub.registry import Serialised
 from vdm_hub.schedulers.configs import check_grid
 from vdm_hub.schedulers.diffusers_checkpoints import (
@@ -61,6 +64,7 @@ class VDMPipeline(LikelihoodPipeline):
         preprocessing: How images become the model's levels, as `vdm_hub.data.preprocessing.Preprocessing` has it.
         held_out: How its test images were held out, as `vdm_hub.data.preprocessing.HeldOut` has it.
         forward_process: For processes with weights of their own; made from the scheduler's where it has some.
+        classes: What it is conditioned on, as `vdm_hub.data.conditions.Classes` has it.
     """
 
     model_cpu_offload_seq = "unet"
@@ -76,6 +80,7 @@ class VDMPipeline(LikelihoodPipeline):
         preprocessing: PreprocessingMapping | None = None,
         held_out: HeldOutMapping | None = None,
         forward_process: RegisteredModel | None = None,
+        classes: ClassesMapping | None = None,
     ) -> None:
         super().__init__()
         self._steps_of: dict[int | None, int] = {}  # by thread, and of the last call
@@ -89,7 +94,7 @@ class VDMPipeline(LikelihoodPipeline):
             if (shape := _shape_of(unet)) is not None:
                 scheduler.process.check_shape(shape)
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=weights, forward_process=forward_process)
-        self._register_images(preprocessing, held_out)
+        self._register_images(preprocessing, held_out, classes)
 
     @classmethod
     def from_diffusers(
@@ -207,22 +212,24 @@ class VDMPipeline(LikelihoodPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 1000,
         latents: Tensor | None = None,
-        class_labels: Tensor | Sequence[int] | None = None,
+        class_labels: ClassLabels | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         sampler: str | Sampler = ANCESTRAL,
+        guidance_scale: float = 1.0,
+        guider: str | BaseGuidance = "ClassifierFreeGuidance",
         **network_arguments: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample images: z_1 from the prior, ``num_inference_steps`` reverse steps, then ``p(x|z_0)``.
 
         Args:
-            batch_size: How many images.
+            batch_size: How many images; as many as ``class_labels``, where those are a list and this is not given.
             generator: One, or a list with one per image; images then do not depend on the batch they are in.
             num_inference_steps: Evaluations of the network.
             latents: z_1, (B, C, H, W), instead of a draw.
-            class_labels: Class of each image, (B,), for class-conditional networks.
+            class_labels: Class of each image, (B,), by number or name, or one for all: ``["sneaker", 3]``.
             output_type: ``pil``, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W), the last two in [0, 1]; ``latent`` is
                 what the last step left, (B, C, H, W), not decoded.
             return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
@@ -232,6 +239,11 @@ class VDMPipeline(LikelihoodPipeline):
             sampler: ``ancestral``, the scheduler's own steps; or, by the score, ``reverse_sde``, ``probability_flow``,
                 ``predictor_corrector``, ``annealed_langevin``, or one of `vdm_hub.diffusion.samplers`. Those that
                 evaluate the network several times a step take so many steps fewer.
+            guidance_scale: w of ``F = F_none + w (F_class - F_none)`` in the network's own target (Ho and Salimans,
+                arXiv 2207.12598, eq. 6, with w + 1 for w). 1 is no guidance; else each step evaluates the network on
+                twice as many images, and the images are no longer the model's: no likelihood is stated for them.
+            guider: A guider of diffusers that combines these two, by its name or as an object, whose own scale then
+                holds: ``ClassifierFreeZeroStarGuidance``, ``AdaptiveProjectedGuidance``, ...
             network_arguments: Passed to the network by name.
 
         Example:
@@ -253,9 +265,12 @@ class VDMPipeline(LikelihoodPipeline):
             raise ConfigurationError(f"the callback asks for {shortened(asked)}; only ['latents'] can be given.")
         self._check_names(network_arguments, type(self).__call__)
         process, device = self.process, self._execution_device
+        guiding = build_guider(guider, guidance_scale)
+        if batch_size == 1 and latents is None:
+            batch_size = _number_of(class_labels)
         shape = self._batch_shape(batch_size, latents, generator)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
-        network = self._network(network_arguments | self._labels(class_labels, shape[0]))
+        network = self._network(network_arguments | self._labels(class_labels, shape[0]), guiding)
         by_score = self._score_sampler(sampler, bound)
         scheduler = self._scheduler_of_call(num_inference_steps, by_score)
         if latents is None:
@@ -264,6 +279,7 @@ class VDMPipeline(LikelihoodPipeline):
         latents = latents * scheduler.init_noise_sigma
         is_vdm = isinstance(scheduler, VDMScheduler)
         for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            network.at_step(i, len(scheduler.timesteps), timestep)
             if by_score is not None:
                 assert isinstance(bound, BoundGaussian)
                 s, t = (time_tensor(scheduler.times[j], latents) for j in (i + 1, i))
@@ -310,8 +326,7 @@ class VDMPipeline(LikelihoodPipeline):
         return self.process.num_levels
 
     @property
-    def num_classes(self) -> int | None:
-        """The classes that the network is conditioned on."""
+    def _network_classes(self) -> int | None:
         classes: int | None = config_of(self.unet).get("num_class_embeds")
         return classes
 
@@ -352,16 +367,24 @@ class VDMPipeline(LikelihoodPipeline):
             )
         return by_score
 
-    def _network(self, arguments: dict[str, Any]) -> Network:
-        """The network in its own precision; latents stay in float32."""
+    def _network(self, arguments: dict[str, Any], guider: BaseGuidance | None = None) -> GuidedNetwork:
+        """The network in its own precision, guided where that is asked for; latents stay in float32."""
         unet = _InOwnPrecision(self.unet)
-        return lambda sample, timestep, **context: unet(sample, timestep, return_dict=False, **arguments, **context)[0]
+        if guider is None:
+            return GuidedNetwork(unet, arguments)
+        condition = self.condition
+        if condition is None:
+            raise ConfigurationError("guidance needs a model with a condition, and this one has none: leave it out.")
+        size = len(arguments[condition.argument])
+        instead = arguments | condition.null(size, self._execution_device)
+        learned = isinstance(self.process.diffused, GaussianProcess) and self.process.diffused.variance.learned
+        return GuidedNetwork(unet, arguments, instead, guider, guided=self.latent_shape[0] if learned else None)
 
     # ---- likelihood -------------------------------------------------------------------------------------------------
 
     def objective(self, transitions: int | None = None) -> VDMObjective:
         """The bound of this pipeline as a module."""
-        return VDMObjective(_InOwnPrecision(self.unet), self.process, transitions)
+        return VDMObjective(_InOwnPrecision(self.unet), self.process, transitions, self.condition)
 
     def clipped_objective(self, transitions: int | None) -> VDMObjective | None:
         """The bound with every estimate of the data clipped as the checkpoint's sampler does, if it does.
@@ -375,7 +398,7 @@ class VDMPipeline(LikelihoodPipeline):
         process = scheduler.build_process().to(self._execution_device)
         assert isinstance(process, GaussianProcess)
         process.clipping = scheduler.clipping
-        return VDMObjective(_InOwnPrecision(self.unet), process, transitions)
+        return VDMObjective(_InOwnPrecision(self.unet), process, transitions, self.condition)
 
     def description(self) -> dict[str, Any]:
         """The scheduler's config."""
@@ -435,6 +458,13 @@ def _steps(num_inference_steps: int, sampler: Sampler | None) -> int:
             f"{sampler.evaluations} evaluations of the network: give at least so many."
         )
     return num_inference_steps // sampler.evaluations
+
+
+def _number_of(class_labels: ClassLabels | None) -> int:
+    """How many images are asked for by so many labels: one, where they are no list."""
+    if isinstance(class_labels, Tensor):
+        return class_labels.numel() or 1
+    return len(class_labels) or 1 if isinstance(class_labels, list | tuple) else 1
 
 
 def _check_finite(latents: Tensor) -> None:

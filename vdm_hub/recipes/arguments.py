@@ -82,6 +82,19 @@ class Configuration:
             self.training.validation_steps,
             "nothing is held out to measure, so give validation_split or validation_size, or set it to 0",
         )
+        dropout, usual = self.model.condition_dropout, ModelArguments.condition_dropout
+        require(
+            self.data.label_column is not None or dropout == usual,
+            "condition_dropout",
+            dropout,
+            "it acts only with label_column, which is not given: give both or neither",
+        )
+        require(
+            self.data.label_column is None or self.model.model != "hvae",
+            "label_column",
+            self.data.label_column,
+            "model is hvae, which takes no condition: leave it out, or train a vdm or a latent_vdm",
+        )
         if self.model.model == "hvae":  # nothing diffuses: what would have no effect is refused
             for field in fields(self.diffusion):
                 value = getattr(self.diffusion, field.name)

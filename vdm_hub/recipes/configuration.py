@@ -195,6 +195,13 @@ class ModelArguments:
     scale_latents: bool = option(
         True, "With model latent_vdm: shift and scale latents to mean 0 and deviation 1, as measured at the start."
     )
+    condition_dropout: float = option(
+        0.1,
+        "With a label_column: the share of training images whose class is replaced by a null class, so that samples "
+        "can be guided and the model knows images without their class, too; 0 for none.",
+        at_least=0,
+        below=1,
+    )
     unet: NameOrJSON = option(
         NameOrJSON("{}"),
         "The network, as a mapping in YAML or JSON here: '_class_name' (UNetVDMModel, the default, diffusers' "

@@ -24,7 +24,6 @@ from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.methods import VariationalBound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
-from vdm_hub.plots import save_grid
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import allowed_changes
 from vdm_hub.training.dry_run import describe_run
@@ -38,7 +37,7 @@ from vdm_hub.training.publishing import check_publishing, publish_run
 from vdm_hub.training.signals import StopSignals, TrainingStopped
 from vdm_hub.training.state.checkpoint_state import pack_state, restore_state
 from vdm_hub.training.state.checkpoints import find_checkpoint, save_checkpoint
-from vdm_hub.training.state.outputs import OutputFolder, Validation, publish_locally, results, sample_images
+from vdm_hub.training.state.outputs import OutputFolder, Validation, publish_locally, results, save_samples
 from vdm_hub.training.state.resuming import ResumePoint, find_resume_point, not_saved
 from vdm_hub.training.state.run_state import RunState
 from vdm_hub.training.tracking import Trackers
@@ -67,7 +66,7 @@ def train_model(configuration: Configuration) -> LikelihoodReport | None:
 def _train(configuration: Configuration, accelerator: Accelerator, folder: OutputFolder) -> LikelihoodReport | None:
     show = accelerator.is_main_process
     data = load_data(configuration.data)
-    needs = memory_needs(configuration, data.image_shape, accelerator)
+    needs = memory_needs(configuration, data, accelerator)
     if show:
         print(describe_recipe(configuration), data.summary, needs, sep="\n", flush=True)
     refuse_what_cannot_fit(needs, accelerator)
@@ -188,15 +187,14 @@ class TrainingRun(RunState):
         """Draw a grid of samples of the averaged weights, for the trackers and the run's folder."""
         if self.training.num_sample_images == 0:
             return
-        with self._averaged() as model:
-            if model is None:
-                return
-            images = sample_images(build_pipeline(model.eval()), self.configuration, self.training.num_sample_images)
         grid = self.folder.path / "samples" / f"step-{self.step:08d}.png"
         try:
-            clear_leftovers(grid)
-            with written_beside(grid) as beside:
-                save_grid(images, beside)
+            with self._averaged() as model:
+                if model is None:
+                    return
+                clear_leftovers(grid)
+                with written_beside(grid) as beside:
+                    save_samples(build_pipeline(model.eval()), self.configuration, beside)
             self.trackers.log_pictures({"samples": grid}, self.step)
         except OSError as error:
             warn(f"the samples of step {self.step} could not be written ({error}): training goes on.", stacklevel=2)
@@ -315,7 +313,8 @@ class TrainingRun(RunState):
         if is_sharded(self.accelerator):
             own, weights = full_tensors(self.model.state_dict(), is_main), full_tensors(weights, is_main)
             if is_main:
-                model = build_objective(self.configuration, self.data.image_shape).to(self.accelerator.device)
+                model = build_objective(self.configuration, self.data.image_shape, self.data.classes)
+                model.to(self.accelerator.device)
                 model.load_state_dict(own)
         if not is_main:
             yield None

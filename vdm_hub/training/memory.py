@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vdm_hub.data.loading import RunData
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError, in_one_line
 from vdm_hub.models.hvae import MarkovianHVAE
@@ -59,12 +60,12 @@ class MemoryNeeds:
         )
 
 
-def memory_needs(configuration: Configuration, shape: tuple[int, int, int], accelerator: Accelerator) -> MemoryNeeds:
+def memory_needs(configuration: Configuration, data: RunData, accelerator: Accelerator) -> MemoryNeeds:
     """The memory that a process of a run will need, counted without taking any of it.
 
     Args:
         configuration: The recipe.
-        shape: Of the images, (C, H, W).
+        data: Its images: their shape and their classes count.
         accelerator: Its processes share what they shard.
 
     Raises:
@@ -72,7 +73,8 @@ def memory_needs(configuration: Configuration, shape: tuple[int, int, int], acce
     """
     training = configuration.training
     with on_meta_device():
-        objective = build_objective(replace(configuration, training=replace(training, compile="none")), shape)
+        without = replace(configuration, training=replace(training, compile="none"))
+        objective = build_objective(without, data.image_shape, data.classes)
     for part in (objective.body, getattr(getattr(objective, "process", None), "first_stage", None)):
         if part is not None:
             part.to("meta")  # a trained first stage was loaded
@@ -82,7 +84,7 @@ def memory_needs(configuration: Configuration, shape: tuple[int, int, int], acce
     shares = accelerator.num_processes if is_sharded(accelerator) else 1
     average = every / shares if training.use_ema else 0
     gradients = trained * (1 + moments) / shares
-    kept = _kept(objective, shape) * training.train_batch_size // _IMAGES
+    kept = _kept(objective, data.image_shape) * training.train_batch_size // _IMAGES
     return MemoryNeeds(
         {name: count for name, count in counts.items() if count},
         every * _FLOAT // shares,
@@ -156,7 +158,7 @@ def _kept(objective: Objective, shape: tuple[int, int, int]) -> int:
     """The bytes that the forward passes of the networks keep of a few images."""
     levels = torch.zeros(_IMAGES, *shape, dtype=torch.uint8, device="meta")
     if not isinstance(objective, VDMObjective):
-        return _count(objective, lambda: _bound(objective, levels))
+        return _count(objective, lambda: _bound(objective, levels))  # it is told nothing
     process: Any = objective.process
     latents: tuple[int, ...] = shape
     total = 0
@@ -169,7 +171,8 @@ def _kept(objective: Objective, shape: tuple[int, int, int]) -> int:
     inputs = torch.zeros(_IMAGES, *latents, device="meta"), torch.zeros(_IMAGES, device="meta")
     size = process.context_size
     context = {} if size is None else {"context": torch.zeros(_IMAGES, size, device="meta")}
-    return total + _count(network, lambda: network(*inputs, **context))
+    told = {} if objective.condition is None else objective.condition.example(_IMAGES, torch.device("meta"))
+    return total + _count(network, lambda: network(*inputs, **context, **told))
 
 
 def _bound(objective: Any, levels: Tensor) -> object:

@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from vdm_hub import registry
+from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError, VDMHubError, in_one_line, unknown_name
 from vdm_hub.models.calls import check_context
@@ -36,7 +37,11 @@ def on_meta_device() -> Iterator[None]:
 
 
 def build_network(
-    configuration: Configuration, shape: Sequence[int], process: ForwardProcess, features: bool = True
+    configuration: Configuration,
+    shape: Sequence[int],
+    process: ForwardProcess,
+    condition: ClassCondition | None = None,
+    features: bool = True,
 ) -> nn.Module:
     """The network that the recipe describes, its channels and size taken from the data where it is silent.
 
@@ -44,6 +49,7 @@ def build_network(
         configuration: The recipe.
         shape: Of what is diffused, (C, H, W).
         process: It says the shape of the network's output, and what it is told beside the timestep.
+        condition: What it is told of each image.
         features: Whether it is images: Fourier features tell their levels apart, and latents have none.
 
     Raises:
@@ -58,6 +64,8 @@ def build_network(
         "in_channels": shape[0],
         "out_channels": process.output_shape(shape)[0],
     }
+    if condition is not None:
+        from_data["num_class_embeds"] = condition.embeddings
     others: dict[str, Any] = {"num_train_timesteps": configuration.diffusion.num_train_timesteps}
     others |= {"context_size": context_size} | ({} if features else {"fourier_features": ()})
     if from_data["out_channels"] != from_data["in_channels"]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import singledispatch
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.data.preprocessing import HeldOut, Preprocessing
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess
@@ -27,6 +29,7 @@ from vdm_hub.schedulers.vdm import VDMScheduler
 from vdm_hub.training.parts.first_stages import build_first_stage
 from vdm_hub.training.parts.networks import build_hvae, build_network
 
+Shape: TypeAlias = tuple[int, int, int]
 COMPILER = "inductor"
 # UNetVDMModel's own repeated block; UNet2DModel names none, and these two are nearly all of it.
 _REPEATED_BLOCKS = (*UNetVDMModel._repeated_blocks, "ResnetBlock2D", "Attention")
@@ -47,25 +50,34 @@ def build_scheduler(configuration: Configuration) -> VDMScheduler:
     )
 
 
-def build_objective(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
-    """The module of all that is trained, initialised from the run's seed."""
+def build_objective(
+    configuration: Configuration, shape: tuple[int, int, int], classes: ClassCondition | None = None
+) -> Objective:
+    """The module of all that is trained, initialised from the run's seed.
+
+    Args:
+        configuration: The recipe.
+        shape: Of the images, (C, H, W).
+        classes: Of the images, where the model is to be told.
+    """
     torch.manual_seed(configuration.training.seed)
-    objective = _BUILDERS[configuration.model.model](configuration, shape)
+    condition = None if classes is None else replace(classes, dropout=configuration.model.condition_dropout)
+    objective = _BUILDERS[configuration.model.model](configuration, shape, condition)
     speed_up(objective, configuration.training)
     return objective
 
 
-def _build_vdm(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
+def _build_vdm(configuration: Configuration, shape: Shape, condition: ClassCondition | None) -> Objective:
     process = build_scheduler(configuration).build_process()
-    network = build_network(configuration, shape, process)
-    return VDMObjective(network, process, configuration.diffusion.transitions)
+    network = build_network(configuration, shape, process, condition)
+    return VDMObjective(network, process, configuration.diffusion.transitions, condition)
 
 
-def _build_hvae(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
+def _build_hvae(configuration: Configuration, shape: Shape, condition: ClassCondition | None) -> Objective:
     return HVAEObjective(build_hvae(configuration, shape, "hvae", configuration.model.hvae_config))
 
 
-def _build_latent_vdm(configuration: Configuration, shape: tuple[int, int, int]) -> Objective:
+def _build_latent_vdm(configuration: Configuration, shape: Shape, condition: ClassCondition | None) -> Objective:
     gaussian = build_scheduler(configuration).build_process()
     if not isinstance(gaussian, GaussianProcess):
         raise ConfigurationError(
@@ -74,11 +86,11 @@ def _build_latent_vdm(configuration: Configuration, shape: tuple[int, int, int])
     process = LatentProcess(build_first_stage(configuration, shape), gaussian)
     process.normalises = configuration.model.scale_latents
     process.frozen = configuration.model.freeze_first_stage
-    network = build_network(configuration, process.latent_shape((1,))[1:], process, features=False)
-    return VDMObjective(network, process, configuration.diffusion.transitions)
+    network = build_network(configuration, process.latent_shape((1,))[1:], process, condition, features=False)
+    return VDMObjective(network, process, configuration.diffusion.transitions, condition)
 
 
-_BUILDERS: dict[str, Callable[[Configuration, tuple[int, int, int]], Objective]] = {
+_BUILDERS: dict[str, Callable[[Configuration, Shape, ClassCondition | None], Objective]] = {
     "vdm": _build_vdm,
     "hvae": _build_hvae,
     "latent_vdm": _build_latent_vdm,
@@ -142,6 +154,7 @@ def _(objective: VDMObjective, preprocessing: Any = None, held_out: Any = None) 
         "noise_schedule": None if carried is None else RegisteredModel.carrying(carried),
         "preprocessing": preprocessing,
         "held_out": held_out,
+        "classes": None if objective.condition is None else objective.condition.to_config(),
     }
     if isinstance(process, LatentProcess):
         return LatentVDMPipeline(process.first_stage, **parts, latent_scaling=process.scaling())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -201,12 +203,31 @@ def results(folder: OutputFolder) -> Iterator[None]:
         ) from error
 
 
-def sample_images(pipeline: LikelihoodPipeline, configuration: Configuration, count: int) -> Any:
-    """Samples in [0, 1], (B, C, H, W), from the run's seed."""
+def save_samples(pipeline: LikelihoodPipeline, configuration: Configuration, path: Path) -> None:
+    """Draw samples from the run's seed, and save them as one picture; of classes each has a row of its own."""
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
-    generator = torch.Generator().manual_seed(configuration.training.seed)
-    steps = configuration.training.num_inference_steps
-    return pipeline.sample(count, generator, steps)
+    training = configuration.training
+    generator = torch.Generator().manual_seed(training.seed)
+    told, columns = rows_of_classes(pipeline.num_classes, training.num_sample_images)
+    count = training.num_sample_images if columns is None else len(told["class_labels"])
+    save_grid(pipeline.sample(count, generator, training.num_inference_steps, **told), path, columns)
+
+
+def rows_of_classes(classes: int | None, count: int) -> tuple[dict[str, Any], int | None]:
+    """The class labels of a grid of about so many samples with a row for each class, and how many are in a row.
+
+    Of more than ten classes at most as many are shown as make a square, evenly apart.
+
+    >>> rows_of_classes(3, 7)
+    ({'class_labels': [0, 0, 1, 1, 2, 2]}, 2)
+    >>> rows_of_classes(None, 7)
+    ({}, None)
+    """
+    if classes is None:
+        return {}, None
+    rows = min(classes, max(10, math.isqrt(count)), count)
+    columns = count // rows
+    return {"class_labels": [row * classes // rows for row in range(rows) for _ in range(columns)]}, columns
 
 
 def publish_locally(
@@ -238,9 +259,8 @@ def publish_locally(
         with written_beside(folder.schedule) as beside:
             plot_schedule(pipeline.process, report, beside)
     if training.num_sample_images > 0:
-        images = sample_images(pipeline, configuration, training.num_sample_images)
         with written_beside(folder.samples) as beside:
-            save_grid(images, beside)
+            save_samples(pipeline, configuration, beside)
     return report
 
 

@@ -80,7 +80,7 @@ class Provenance:
 def describe_split(images: Images, arguments: DataArguments, split: str | None) -> dict[str, Any]:
     """The description of one of a run's splits, as `describe_images` makes it."""
     name = arguments.dataset_name or str(arguments.train_data_dir)
-    return describe_images(
+    described = describe_images(
         images,
         name,
         split,
@@ -89,6 +89,7 @@ def describe_split(images: Images, arguments: DataArguments, split: str | None) 
         color=arguments.color,
         image_column=arguments.image_column,
     )
+    return described if arguments.label_column is None else described | {"label_column": arguments.label_column}
 
 
 def plugin_versions(diffusion: DiffusionArguments) -> dict[str, str | None]:

@@ -31,6 +31,7 @@ from vdm_hub.training.state.losses import GRADIENT_NORM, LossWatch
 from vdm_hub.training.state.outputs import OutputFolder
 from vdm_hub.training.state.provenance import Provenance
 
+_HIDDEN = 105  # the stream of draws that says which images are trained on without their condition
 _IMAGES_TO_PREPARE = 1024  # training images, from which a model may take how its latents are distributed
 
 
@@ -56,7 +57,7 @@ class RunState:
         self.total_steps = count_steps(training, self.source.steps_per_epoch)
         accumulation, processes = training.gradient_accumulation_steps, accelerator.num_processes
         self.global_batch_size = training.train_batch_size * accumulation * processes
-        self.model = build_objective(configuration, data.image_shape)
+        self.model = build_objective(configuration, data.image_shape, data.classes)
         self.model.to(accelerator.device)
         self.preparation = self.model.prepare(self._first_images())
         optimizer = build_optimizer(self.model, training, learning_rate(training, processes))
@@ -108,7 +109,7 @@ class RunState:
             self.objective.train()
         parts: list[dict[str, Tensor]] = []
         for part, batch in enumerate(batches):
-            batch = to_device(batch, self.accelerator.device)
+            batch = self._condition(to_device(batch, self.accelerator.device), part)
             with self.accelerator.accumulate(self.objective):
                 with self.accelerator.autocast():  # FSDP2 does not bring its own
                     bound: Bound = self.objective(batch, self._times(part), self._noise(batch, part))
@@ -151,6 +152,18 @@ class RunState:
         offset = np.random.default_rng([self.training.seed, self.step]).random()
         total = size * parts * self.accelerator.num_processes
         return stratified_times(size, offset, self._place(part) * size, total, self.accelerator.device)
+
+    def _condition(self, batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
+        """The batch with the condition of some of its data hidden from the network.
+
+        Which ones is a draw of their places in the global batch, the same for any number of processes that share it.
+        """
+        condition = self.model.condition
+        if condition is None or condition.dropout == 0:
+            return batch
+        size, start = self.training.train_batch_size, self._place(part) * self.training.train_batch_size
+        draws = np.random.default_rng([self.training.seed, self.step, _HIDDEN]).random(start + size)[start:]
+        return condition.hide(batch, torch.from_numpy(draws < condition.dropout))
 
     def _noise(self, batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
         """The noise of this micro-batch; dropout draws from the global generator, which is seeded alike."""
