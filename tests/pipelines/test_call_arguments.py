@@ -125,7 +125,7 @@ def test_a_stock_sampler_gives_numbers_or_says_before_the_first_evaluation_how_m
         ([None, 0], ("class_labels",)),
         ([[0], [1]], ("labels", 2)),
         ([0], ("labels", 2)),
-        (1, ("labels", 2)),
+        ([0, 1, 2], ("labels", 2)),
     ],
 )
 def test_labels_are_classes_of_the_network_one_for_each_image(labels: Any, named: Any) -> None:

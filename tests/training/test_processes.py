@@ -176,6 +176,8 @@ def test_two_processes_train_what_one_trains_on_the_same_global_draws(tmp_path: 
         "noise_schedule": LEARNED,
         "checkpointing_steps": 5,
         "logging_steps": 2,
+        "label_column": "label",
+        "condition_dropout": 0.4,
     }
     fields |= {"adam_epsilon": 1e-3}  # Adam's first steps are signs of gradients, which rounding may turn at zero
     (tmp_path / "two.py").write_text(TWO)

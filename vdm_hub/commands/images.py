@@ -58,6 +58,8 @@ def load_images(
     given = {"resolution": resolution, "color": color, "image_column": image_column}
     given = {name: value for name, value in given.items() if value is not None}
     used, notes = _as_trained(pipeline, given)
+    classes = pipeline.config.get("classes")
+    label_column = classes["column"] if label_column is None and classes else label_column
     load = partial(
         load_split,
         source,

@@ -70,7 +70,7 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
     )
     trained = "(default: as the model was trained"
     group.add_argument("--image_column", help=f"the column that holds the images {trained}, else image)")
-    group.add_argument("--label_column", help="the column of the classes, for a class-conditional network")
+    group.add_argument("--label_column", help=f"the column of the classes, of a class-conditional model {trained})")
     group.add_argument(
         "--num_levels", type=int, help="K, the images' levels, for a checkpoint of diffusers (default: 256)"
     )
@@ -158,6 +158,21 @@ def sample(parser: argparse.ArgumentParser) -> None:
         default="ancestral",
         help="of a diffusion: ancestral, the reverse step of its bound, or one by the score: reverse_sde, "
         "probability_flow, predictor_corrector, annealed_langevin (default: ancestral)",
+    )
+    parser.add_argument(
+        "--class_labels",
+        help="of a class-conditional model: classes by number or name, separated by commas, each a row of "
+        "--num_images over them (default: all classes, ten at most)",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="how strongly samples are drawn to their class, for a model trained with condition dropout; 1: not at "
+        "all (default: 1)",
+    )
+    parser.add_argument(
+        "--guider", default="ClassifierFreeGuidance", help="how, by a guider of diffusers (default: %(default)s)"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="images at once (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: 0)")

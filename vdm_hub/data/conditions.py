@@ -9,14 +9,13 @@ from typing import Annotated, Any, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from vdm_hub.errors import ConfigurationError, shortened, unknown_name
+from vdm_hub.errors import ConfigurationError, in_one_line, shortened, unknown_name
 from vdm_hub.hub.schemas import Record, Within
 
 CLASS_LABELS = "class_labels"
 """The name under which a batch holds the classes of its images, and under which a network is given them."""
 
 MOST_CLASSES = 2**24
-_REMEDY = "give a class's number, or its name"
 
 
 class Classes(TypedDict):
@@ -66,6 +65,7 @@ class ClassCondition:
     column: str = "label"
 
     argument = CLASS_LABELS
+    noun = "class"
 
     def __post_init__(self) -> None:
         if self.names is not None and (len(self.names) != self.count or len(set(self.names)) != self.count):
@@ -111,32 +111,27 @@ class ClassCondition:
             ConfigurationError: A number is out of range or of another type, or a name is unknown; the message holds
                 the nearest one.
         """
-        if isinstance(given, Tensor):
-            return self._checked(given)
-        if isinstance(given, str | int) and not isinstance(given, bool):
-            return torch.tensor(self._number(given))
-        if not isinstance(given, Sequence) or not all(isinstance(one, str | int) for one in given):
-            try:
-                return self._checked(torch.as_tensor(given))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ConfigurationError(
-                    f"class_labels are {shortened(given)}, no numbers ({error}): {_REMEDY}, for each image."
-                ) from error
-        if any(isinstance(one, bool) for one in given):
-            raise ConfigurationError(f"class_labels are {shortened(given)}, of type bool: {_REMEDY}, for each image.")
-        return torch.tensor([self._number(one) for one in given], dtype=torch.int64)
-
-    def _number(self, given: int | str) -> int:
         if isinstance(given, str):
-            if self.names is None:
-                raise ConfigurationError(
-                    f"the class {given!r} is asked for, and the model's classes have no names: give numbers from 0 to "
-                    f"{self.count - 1}."
-                )
-            if given not in self.names:
-                raise unknown_name("class", given, self.names)
-            return self.names.index(given)
-        return int(self._checked(torch.tensor(given)))
+            return torch.tensor(self._number(given))
+        if isinstance(given, list | tuple) and any(isinstance(one, str) for one in given):
+            return torch.stack([self.numbers(one) for one in given])
+        try:
+            return self._checked(torch.as_tensor(given))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"class_labels are {shortened(given)}, no numbers ({in_one_line(error)}): give a class's number, or "
+                f"its name, for each image."
+            ) from error
+
+    def _number(self, name: str) -> int:
+        if self.names is None:
+            raise ConfigurationError(
+                f"class_labels hold {name!r}, and the model's classes have no names: give numbers from 0 to "
+                f"{self.count - 1}."
+            )
+        if name not in self.names:
+            raise unknown_name("name in class_labels", name, self.names)
+        return self.names.index(name)
 
     def _checked(self, labels: Tensor) -> Tensor:
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

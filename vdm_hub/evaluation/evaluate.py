@@ -204,8 +204,6 @@ def _check(pipeline: LikelihoodPipeline, levels: Tensor, given_levels: int) -> N
         )
 
 
-def _check_labels(
-    pipeline: LikelihoodPipeline, labels: Tensor | None, names: tuple[str, ...] | None
-) -> Tensor | None:
+def _check_labels(pipeline: LikelihoodPipeline, labels: Tensor | None, names: tuple[str, ...] | None) -> Tensor | None:
     """The labels that the network is to be given: none, where it is not class-conditional."""
     return None if pipeline.condition is None else labels_as(labels, names, pipeline.condition)

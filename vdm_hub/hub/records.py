@@ -121,6 +121,7 @@ class Evaluation(_Figures):
     device: NotRequired[Text]
     dtype: NotRequired[Text]
     dataset: NotRequired[DatasetRecord]
+    condition: NotRequired[Text]
     notes: NotRequired[list[Text]]
     options: NotRequired[dict[str, Figure | Text | bool | None]]
     estimator: NotRequired[_Estimator]

@@ -166,6 +166,8 @@ class Results:
         evaluations = diagnostics.get("evaluations", torch.zeros(()))
         report.network_evaluations = int(evaluations.sum()) + measurement.pilot_evaluations
         report.details |= measurement.protocol() | measurement.details(diagnostics)
+        if measurement.objective.condition is not None:
+            report.details["condition"] = measurement.objective.condition.noun
         if measurement.options:
             report.details["options"] = measurement.options
         return report.with_notes(measurement.notes(report))

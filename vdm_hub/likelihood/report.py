@@ -139,8 +139,9 @@ class LikelihoodReport:
 
     def __str__(self) -> str:
         sign = "<=" if self.is_bound else "="
+        given = " | ".join(["x", *filter(None, [self.details.get("condition")])])
         lines = [
-            f"-log2 p(x) / dim {sign} {self.bits_per_dim:.4f} bits/dim   standard error "
+            f"-log2 p({given}) / dim {sign} {self.bits_per_dim:.4f} bits/dim   standard error "
             f"{_shown(self.standard_error, 'replicates')} (Monte Carlo), "
             f"{_shown(self.standard_error_over_images, 'images')} (images)"
         ]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.times import discretise
-from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.fields import whole_number
 from vdm_hub.models.calls import check_context

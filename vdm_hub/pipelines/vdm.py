@@ -266,7 +266,7 @@ class VDMPipeline(LikelihoodPipeline):
         self._check_names(network_arguments, type(self).__call__)
         process, device = self.process, self._execution_device
         guiding = build_guider(guider, guidance_scale)
-        if batch_size == 1 and latents is None:
+        if class_labels is not None and batch_size == 1 and latents is None:
             batch_size = _number_of(class_labels)
         shape = self._batch_shape(batch_size, latents, generator)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
@@ -460,7 +460,7 @@ def _steps(num_inference_steps: int, sampler: Sampler | None) -> int:
     return num_inference_steps // sampler.evaluations
 
 
-def _number_of(class_labels: ClassLabels | None) -> int:
+def _number_of(class_labels: ClassLabels) -> int:
     """How many images are asked for by so many labels: one, where they are no list."""
     if isinstance(class_labels, Tensor):
         return class_labels.numel() or 1

@@ -66,7 +66,7 @@ def train_model(configuration: Configuration) -> LikelihoodReport | None:
 def _train(configuration: Configuration, accelerator: Accelerator, folder: OutputFolder) -> LikelihoodReport | None:
     show = accelerator.is_main_process
     data = load_data(configuration.data)
-    needs = memory_needs(configuration, data, accelerator)
+    needs = memory_needs(configuration, data.image_shape, accelerator, data.classes)
     if show:
         print(describe_recipe(configuration), data.summary, needs, sep="\n", flush=True)
     refuse_what_cannot_fit(needs, accelerator)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vdm_hub.data.loading import RunData
+from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError, in_one_line
 from vdm_hub.models.hvae import MarkovianHVAE
@@ -23,7 +23,7 @@ from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.parts.networks import count_parameters, on_meta_device
 from vdm_hub.training.parts.processes import is_sharded, launched_processes
-from vdm_hub.training.parts.setup import build_objective
+from vdm_hub.training.parts.setup import Shape, build_objective
 
 _FLOAT = 4  # bytes: weights and all that belongs to them are float32, whatever the network computes in
 _IMAGES = 2  # on which what a batch keeps is counted
@@ -60,13 +60,16 @@ class MemoryNeeds:
         )
 
 
-def memory_needs(configuration: Configuration, data: RunData, accelerator: Accelerator) -> MemoryNeeds:
+def memory_needs(
+    configuration: Configuration, shape: Shape, accelerator: Accelerator, classes: ClassCondition | None = None
+) -> MemoryNeeds:
     """The memory that a process of a run will need, counted without taking any of it.
 
     Args:
         configuration: The recipe.
-        data: Its images: their shape and their classes count.
+        shape: Of the images, (C, H, W).
         accelerator: Its processes share what they shard.
+        classes: Of the images, where the model is told.
 
     Raises:
         ConfigurationError: The networks can't be built, or do not take such images.
@@ -74,7 +77,7 @@ def memory_needs(configuration: Configuration, data: RunData, accelerator: Accel
     training = configuration.training
     with on_meta_device():
         without = replace(configuration, training=replace(training, compile="none"))
-        objective = build_objective(without, data.image_shape, data.classes)
+        objective = build_objective(without, shape, classes)
     for part in (objective.body, getattr(getattr(objective, "process", None), "first_stage", None)):
         if part is not None:
             part.to("meta")  # a trained first stage was loaded
@@ -84,7 +87,7 @@ def memory_needs(configuration: Configuration, data: RunData, accelerator: Accel
     shares = accelerator.num_processes if is_sharded(accelerator) else 1
     average = every / shares if training.use_ema else 0
     gradients = trained * (1 + moments) / shares
-    kept = _kept(objective, data.image_shape) * training.train_batch_size // _IMAGES
+    kept = _kept(objective, shape) * training.train_batch_size // _IMAGES
     return MemoryNeeds(
         {name: count for name, count in counts.items() if count},
         every * _FLOAT // shares,

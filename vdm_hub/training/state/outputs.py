@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +21,7 @@ from vdm_hub.likelihood.methods import VariationalBound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
-from vdm_hub.plots import plot_schedule, plot_training_curve, save_grid
+from vdm_hub.plots import plot_schedule, plot_training_curve, rows_of_classes, save_grid
 from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.recipes.configuration import differences
 from vdm_hub.training.parts.setup import build_pipeline, describe_preprocessing
@@ -211,23 +210,6 @@ def save_samples(pipeline: LikelihoodPipeline, configuration: Configuration, pat
     told, columns = rows_of_classes(pipeline.num_classes, training.num_sample_images)
     count = training.num_sample_images if columns is None else len(told["class_labels"])
     save_grid(pipeline.sample(count, generator, training.num_inference_steps, **told), path, columns)
-
-
-def rows_of_classes(classes: int | None, count: int) -> tuple[dict[str, Any], int | None]:
-    """The class labels of a grid of about so many samples with a row for each class, and how many are in a row.
-
-    Of more than ten classes at most as many are shown as make a square, evenly apart.
-
-    >>> rows_of_classes(3, 7)
-    ({'class_labels': [0, 0, 1, 1, 2, 2]}, 2)
-    >>> rows_of_classes(None, 7)
-    ({}, None)
-    """
-    if classes is None:
-        return {}, None
-    rows = min(classes, max(10, math.isqrt(count)), count)
-    columns = count // rows
-    return {"class_labels": [row * classes // rows for row in range(rows) for _ in range(columns)]}, columns
 
 
 def publish_locally(
