@@ -40,8 +40,8 @@ def build_network(
     configuration: Configuration,
     shape: Sequence[int],
     process: ForwardProcess,
-    condition: ClassCondition | None = None,
     features: bool = True,
+    condition: ClassCondition | None = None,
 ) -> nn.Module:
     """The network that the recipe describes, its channels and size taken from the data where it is silent.
 
@@ -49,8 +49,8 @@ def build_network(
         configuration: The recipe.
         shape: Of what is diffused, (C, H, W).
         process: It says the shape of the network's output, and what it is told beside the timestep.
-        condition: What it is told of each image.
         features: Whether it is images: Fourier features tell their levels apart, and latents have none.
+        condition: What it is told of each image.
 
     Raises:
         ConfigurationError: The description is wrong, or of a network that can't take the data, or that gives what the
@@ -80,7 +80,7 @@ def build_network(
         sketch = built()
         check_context(context_size, sketch)
         _check_config(sketch, shape)
-        _check_output(sketch, shape, process)
+        _check_output(sketch, shape, process, condition)
     network: nn.Module = sketch if _SKETCHED.get() else built()
     return network
 
@@ -98,7 +98,9 @@ def _check_config(network: Any, shape: Sequence[int]) -> None:
             )
 
 
-def _check_output(network: nn.Module, shape: Sequence[int], process: ForwardProcess) -> None:
+def _check_output(
+    network: nn.Module, shape: Sequence[int], process: ForwardProcess, condition: ClassCondition | None
+) -> None:
     """Refuse a network that raises on such data, or gives another shape than the process uses: one call tells."""
     told = {} if process.context_size is None else {"context": (_DATA, process.context_size)}
     wanted, name = (_DATA, *process.output_shape(shape)), type(network).__name__
@@ -106,11 +108,13 @@ def _check_output(network: nn.Module, shape: Sequence[int], process: ForwardProc
     with torch.no_grad(), torch.device("meta"):
         try:
             context = {key: torch.zeros(size) for key, size in told.items()}
+            context |= {} if condition is None else condition.example(_DATA, torch.device("meta"))
             output = network(torch.zeros(_DATA, *shape), torch.zeros(_DATA), return_dict=False, **context)[0]
         except Exception as error:  # a plugin's network may raise anything
+            arguments = "".join(f", {key}" for key in context)
             raise ConfigurationError(
-                f"{name} can't be called as network(sample, timestep, return_dict=False) with data of shape "
-                f"{_shape_word(shape)} on torch's meta device; it raised {type(error).__name__}: "
+                f"{name} can't be called as network(sample, timestep, return_dict=False{arguments}) with data of "
+                f"shape {_shape_word(shape)} on torch's meta device; it raised {type(error).__name__}: "
                 f"{in_one_line(error)}. Mend it, or {remedy}"
             ) from error
     found = tuple(output.shape) if isinstance(output, torch.Tensor) else None

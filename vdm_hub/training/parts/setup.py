@@ -69,7 +69,7 @@ def build_objective(
 
 def _build_vdm(configuration: Configuration, shape: Shape, condition: ClassCondition | None) -> Objective:
     process = build_scheduler(configuration).build_process()
-    network = build_network(configuration, shape, process, condition)
+    network = build_network(configuration, shape, process, condition=condition)
     return VDMObjective(network, process, configuration.diffusion.transitions, condition)
 
 
@@ -86,7 +86,7 @@ def _build_latent_vdm(configuration: Configuration, shape: Shape, condition: Cla
     process = LatentProcess(build_first_stage(configuration, shape), gaussian)
     process.normalises = configuration.model.scale_latents
     process.frozen = configuration.model.freeze_first_stage
-    network = build_network(configuration, process.latent_shape((1,))[1:], process, condition, features=False)
+    network = build_network(configuration, process.latent_shape((1,))[1:], process, False, condition)
     return VDMObjective(network, process, configuration.diffusion.transitions, condition)
 
 
