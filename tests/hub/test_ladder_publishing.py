@@ -26,12 +26,17 @@ NETWORK: dict[str, Any] = {"block_out_channels": [8], "norm_num_groups": 4}
 RUNGS: dict[str, dict[str, Any]] = {
     "vae": {"model": "hvae", "hvae": NETWORK | {"latent_shapes": [[4]]}},
     "hvae": {"model": "hvae", "hvae": NETWORK | {"depth": 2, "latent_shapes": [[2, 4, 4], [4]]}},
-    "latent": {"model": "latent_vdm", "first_stage": NETWORK | {"latent_shapes": [[2, 4, 4]]}, "unet": runs.UNET},
+    "latent": {
+        "model": "latent_vdm",
+        "first_stage": NETWORK | {"latent_shapes": [[2, 4, 4]]},
+        "unet": runs.UNET,
+        "label_column": "label",
+    },
 }
 KINDS = {
     "vae": "A variational autoencoder (VAE) of 8x8 grey images",
     "hvae": "A hierarchical variational autoencoder (HVAE) with 2 latents of 8x8 grey images",
-    "latent": "A latent variational diffusion model",
+    "latent": "A class-conditional latent variational diffusion model",
 }
 
 
@@ -46,6 +51,10 @@ class Published:
     @property
     def pipeline(self) -> str:
         return "LatentVDMPipeline" if self.rung == "latent" else "HVAEPipeline"
+
+    @property
+    def told(self) -> dict[str, str]:
+        return {"class_labels": "3"} if self.rung == "latent" else {}
 
     def blocks(self, language: str) -> list[str]:
         return re.findall(rf"```{language}\n(.*?)```", self.card, flags=re.DOTALL)
@@ -81,6 +90,8 @@ def test_the_card_says_what_the_model_is(published: Published) -> None:
     assert ("num_inference_steps" in card.text) == has_time
     assert ("schedule.png" in card.text) == has_time == ("images/schedule.png" in published.files)
     assert "images/samples.png" in published.files
+    assert ("conditional" in card.data.tags) == ('class_labels=["0", "2", "5", "7"]' in card.text) == has_time
+    assert ("p(x | class)" in card.text) == ("of the column `label`" in card.text) == has_time
     if not has_time:
         assert f"over {1 if published.rung == 'vae' else 2} latent" in card.text
 
@@ -103,8 +114,9 @@ import vdm_hub
 own, repository, folder = vdm_hub.{published.pipeline}, "me/{published.rung}", {str(published.run / "pipeline")!r}
 pipes = [own.from_pretrained(repository), DiffusionPipeline.from_pretrained(repository), own.from_pretrained(folder)]
 levels = torch.arange(64).reshape(1, 1, 8, 8) % 17
-samples = [pipe.sample(2, torch.Generator().manual_seed(0), 3) for pipe in pipes]
-bits = [pipe.bits_per_dim(levels, replicates=2).per_image for pipe in pipes]
+told = {published.told!r}
+samples = [pipe.sample(2, torch.Generator().manual_seed(0), 3, **told) for pipe in pipes]
+bits = [pipe.bits_per_dim(levels, replicates=2, **told).per_image for pipe in pipes]
 assert all(torch.equal(samples[2], each) for each in samples)
 assert all(torch.equal(bits[2], each) for each in bits)
 """

@@ -14,11 +14,14 @@ from markupsafe import Markup
 
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.publishing.contents import Contents
-from vdm_hub.publishing.markdown import markdown, python, render, visible, words
+from vdm_hub.publishing.markdown import code, markdown, python, render, visible, words
 from vdm_hub.publishing.wording import plugin_packages, wording_of
 from vdm_hub.version import HOW_TO_INSTALL, __version__
 
-TASK = "unconditional-image-generation"
+TASKS = {None: "unconditional-image-generation", "class": "class-conditional-image-generation"}
+"""The task of a model by the noun of its condition."""
+_NAMED = 100  # classes
+_SHOWN = 4  # images, and so classes, of the examples
 _TAGS = ("likelihood", "bits-per-dimension")
 _DATASETS = {
     "digits": Markup(
@@ -32,7 +35,15 @@ _METHODS = {
     "ode": "the likelihood of the probability-flow ODE",
     "importance_weighted": "an importance-weighted likelihood",
 }
-_PROTOCOL = ("standard_error", "standard_error_over_images", "num_images", "replicates", "transitions", "method")
+_PROTOCOL = (
+    "condition",
+    "standard_error",
+    "standard_error_over_images",
+    "num_images",
+    "replicates",
+    "transitions",
+    "method",
+)
 _LAUNCHERS = re.compile(
     r"(python|accelerate launch)( --num_(processes|machines) \d{1,6}| --mixed_precision [a-z0-9]{1,8})*"
 )
@@ -80,16 +91,25 @@ def render_card(source: Contents, pipeline: LikelihoodPipeline, edition: Edition
 
 def _metadata(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> ModelCardData:
     """The card's metadata; YAML quotes what it must, and no line break or hidden character is left in it."""
-    results = _results(source.evaluation)
+    results = _results(source.evaluation, _task(pipeline))
     return ModelCardData(
         license=_line(edition.license),
         library_name="diffusers",
-        pipeline_tag=TASK,
-        tags=[*wording_of(pipeline).tags, *_TAGS, *map(visible, plugin_packages(pipeline))],
+        pipeline_tag=_task(pipeline),
+        tags=[
+            *wording_of(pipeline).tags,
+            *([] if pipeline.condition is None else ["conditional"]),
+            *_TAGS,
+            *map(visible, plugin_packages(pipeline)),
+        ],
         datasets=_hub_datasets(source.recipe),
         model_name=edition.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
+
+
+def _task(pipeline: LikelihoodPipeline) -> str:
+    return TASKS[None if pipeline.condition is None else pipeline.condition.noun]
 
 
 def _line(value: Any) -> Any:
@@ -102,8 +122,8 @@ def _hub_datasets(recipe: Mapping[str, Any]) -> list[str] | None:
     return [name] if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) else None
 
 
-def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """The bound and its terms, as model-index entries."""
+def _results(evaluation: Mapping[str, Any], task: str) -> list[EvalResult]:
+    """The bound and its terms, as model-index entries; of a conditional model they are of the image given that."""
     if "bits_per_dim" not in evaluation:
         return []
     dataset = evaluation.get("dataset") or {}
@@ -114,8 +134,8 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
 
     def result(metric: str, value: float) -> EvalResult:
         return EvalResult(
-            task_type=TASK,
-            task_name="Density estimation",
+            task_type=task,
+            task_name="Conditional density estimation" if "condition" in evaluation else "Density estimation",
             dataset_type=name,
             dataset_name=name,
             dataset_config=_line(dataset.get("config")),
@@ -151,6 +171,7 @@ def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
         "shape_text": f"{height}x{width} pixels, {kind}",
         "levels": pipeline.num_levels,
         "wording": wording,
+        "condition": _condition(pipeline),
         "pipeline": type(pipeline).__name__,
         "steps_argument": _steps_argument(pipeline, steps) if wording.steps else "",
         "samples_text": drawn if recipe else "",
@@ -179,6 +200,28 @@ def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
         },
         "no_twin": edition.no_twin,
         "remote_code": edition.remote_code and {"revision": edition.remote_code, "branch": edition.remote_code_branch},
+    }
+
+
+def _condition(pipeline: LikelihoodPipeline) -> dict[str, Any] | None:
+    """What the model is told of an image, and how its pipeline is called with that."""
+    condition = pipeline.condition
+    if condition is None:
+        return None
+    shown = min(_SHOWN, condition.count)
+    numbers = [place * condition.count // shown for place in range(shown)]
+    asked = numbers if condition.names is None else [python(condition.name_of(number)) for number in numbers]
+    argument = Markup(f"{condition.argument}=[{', '.join(map(str, asked))}]")
+    names = [condition.name_of(number) for number in range(condition.count)]
+    return {
+        "noun": condition.noun,
+        "argument": argument,
+        "asking": argument + Markup(", guidance_scale=2" if condition.dropout else ""),
+        "count": condition.count,
+        "column": condition.column if pipeline.config.get("classes") else None,
+        "names": Markup(", ").join(map(code, names[:_NAMED])) + (", ..." if len(names) > _NAMED else ""),
+        "named": condition.names is not None,
+        "hidden": f"{100 * condition.dropout:g} %" if condition.dropout else "",
     }
 
 
@@ -227,6 +270,7 @@ def _bound(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
     return {
         "symbol": "at most" if is_bound else "an estimated",
         "is_bound": is_bound,
+        "what": f"-log2 p({' | '.join(['x', *filter(None, [report.get('condition')])])}) / dim",
         "total": f"{report['bits_per_dim']:.4f}",
         "error": _error(report.get("standard_error")),
         "error_over_images": _error(report.get("standard_error_over_images")),

@@ -180,6 +180,12 @@ def _check_evaluation(source: Contents, pipeline: LikelihoodPipeline) -> None:
             f"{str(measured)[:20]}...): measure these by `vdm-hub evaluate {source.pipeline} --dataset_name ... "
             f"--json > FILE`, and give --evaluation FILE."
         )
+    told, own = source.evaluation.get("condition"), None if pipeline.condition is None else pipeline.condition.noun
+    if source.evaluation and told != own:
+        raise CheckpointError(
+            f"the evaluation beside {source.pipeline} is of images given {told or 'nothing'}, and the model is told "
+            f"{own or 'nothing'}: it was changed. Measure again, or remove the file."
+        )
     datasets = {"evaluation.json": source.evaluation.get("dataset"), "run.json": source.run.get("dataset")}
     for name, images in datasets.items():
         if images and (images["levels"], images["shape"]) != (pipeline.num_levels, list(pipeline.image_shape)):

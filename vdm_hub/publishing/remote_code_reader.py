@@ -16,7 +16,7 @@ _IMAGES, _STEPS, _REPLICATES = 2, 3, 2
 def measure(pipe: Any) -> dict[str, Tensor]:
     """Samples, the latents on their way, and the terms of the bound of images of noise: all from fixed seeds."""
     pipe.set_progress_bar_config(disable=True)
-    classes = pipe.unet.config.get("num_class_embeds")
+    classes = pipe.num_classes
     labels = None if classes is None else torch.arange(_IMAGES) % classes
     latents: dict[str, Tensor] = {}
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
 from vdm_hub.data.levels import images_from_levels
@@ -123,6 +123,11 @@ def build_stock_twin(pipeline: VDMPipeline) -> DDPMPipeline:
 
 
 def _check_network(network: Any) -> None:
+    if type(network) is DiTTransformer2DModel:
+        raise ConfigurationError(
+            "the network is a DiTTransformer2DModel, which diffusers samples in a DiTPipeline: that decodes latents "
+            "of an AutoencoderKL and knows no levels, so it runs another process: this model has no stock twin."
+        )
     if type(network) is not UNet2DModel:
         raise ConfigurationError(
             f"the network is a {type(network).__name__}, which diffusers alone does not have; only a model with a "
@@ -132,7 +137,8 @@ def _check_network(network: Any) -> None:
         raise ConfigurationError("the network's config has no sample_size, which a DDPMPipeline needs: give it there.")
     if network.class_embedding is not None:
         raise ConfigurationError(
-            "the network is conditioned on classes, and a DDPMPipeline gives it none: this model has no stock twin."
+            "the network is conditioned on classes, and diffusers has no pipeline that gives them to a UNet2DModel: "
+            "this model has no stock twin."
         )
 
 

@@ -66,7 +66,7 @@ def wording_of(pipeline: LikelihoodPipeline) -> Wording:
 @wording_of.register
 def _(pipeline: VDMPipeline) -> Wording:
     return Wording(
-        kind="A variational diffusion model (VDM)",
+        kind=f"A {_conditional(pipeline)}variational diffusion model (VDM)",
         tags=("variational-diffusion", "vdm"),
         structure=markdown("{} {}", _network(pipeline), _process(pipeline)),
         source=markdown("{}.", _VDM_PAPER),
@@ -78,7 +78,7 @@ def _(pipeline: LatentVDMPipeline) -> Wording:
     stage = pipeline.first_stage
     latents = "x".join(map(str, pipeline.latent_shape))
     return Wording(
-        kind="A latent variational diffusion model (a VDM of an autoencoder's latents)",
+        kind=f"A {_conditional(pipeline)}latent variational diffusion model (a VDM of an autoencoder's latents)",
         tags=("variational-diffusion", "vdm", "latent-diffusion"),
         structure=markdown(
             "First stage: {}, {} parameters, latents of shape {}. {} {}",
@@ -129,6 +129,10 @@ def plugin_packages(pipeline: LikelihoodPipeline) -> dict[str, str]:
         if isinstance(component, RegisteredModel):
             named |= registry.packages(component.config)
     return {package: re.sub(r"[^\w.+!-]", "", version) for package, version in named.items()}
+
+
+def _conditional(pipeline: VDMPipeline) -> str:
+    return "" if pipeline.condition is None else f"{pipeline.condition.noun}-conditional "
 
 
 def _network(pipeline: VDMPipeline) -> Markup:
