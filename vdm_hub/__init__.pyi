@@ -113,8 +113,12 @@ from .schedulers.vdm import SchedulerMixin as SchedulerMixin
 from .schedulers.vdm import VDMScheduler as VDMScheduler
 from .schedulers.vdm import VDMSchedulerOutput as VDMSchedulerOutput
 from .testing.checks import Check as Check
+from .testing.checks import check_command as check_command
 from .testing.checks import check_conditioning as check_conditioning
+from .testing.checks import check_decoder as check_decoder
 from .testing.checks import check_forward_process as check_forward_process
+from .testing.checks import check_likelihood_method as check_likelihood_method
+from .testing.checks import check_network as check_network
 from .testing.checks import check_parameterization as check_parameterization
 from .testing.checks import check_schedule as check_schedule
 from .testing.checks import parametrize_with_checks as parametrize_with_checks

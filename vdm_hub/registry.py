@@ -146,7 +146,7 @@ class Registration:
                 f"Mend or reinstall that package."
             ) from error
         module, _, name = _BASES[self.kind].partition(":")
-        if not isinstance(loaded, type) or not issubclass(loaded, getattr(importlib.import_module(module), name)):
+        if not isinstance(loaded, type) or not issubclass(loaded, base_class(self.kind)):
             what = f"the class {loaded.__qualname__}" if isinstance(loaded, type) else f"a {type(loaded).__name__}"
             raise ConfigurationError(
                 f"{whose} is {what} at {self.target}, which is not derived from {module}.{name}: derive it from that "
@@ -161,6 +161,17 @@ class Registration:
             return True
         allowed = allowed_packages()
         return allowed is None or canonicalize_name(self.package) in allowed
+
+
+def base_class(kind: str) -> type:
+    """The class that all of a kind are derived from, imported.
+
+    >>> base_class("decoders").__name__
+    'Decoder'
+    """
+    module, _, name = _BASES[kind].partition(":")
+    base: type = getattr(importlib.import_module(module), name)
+    return base
 
 
 def allowed_packages() -> set[str] | None:

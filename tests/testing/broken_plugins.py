@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from vdm_hub import registry
+from vdm_hub.commands.command import Command
 from vdm_hub.diffusion.conditioning import AffineConditioning, Conditioning
-from vdm_hub.diffusion.decoders import FactorisedDecoder
-from vdm_hub.diffusion.draws import normal_noise
+from vdm_hub.diffusion.decoders import Decoder, FactorisedDecoder, Predict
+from vdm_hub.diffusion.draws import image_generator, normal_noise
 from vdm_hub.diffusion.forward_process import Network, Noise
 from vdm_hub.diffusion.gaussian import alpha, broadcast, sigma
 from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
@@ -19,6 +25,10 @@ from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule
 from vdm_hub.diffusion.noise_schedules import Gamma, LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Epsilon, Parameterization, Score
 from vdm_hub.diffusion.scaling import DataScaling
+from vdm_hub.fields import check_fields, option
+from vdm_hub.likelihood.measurement import Batches, Measured, Measurement
+from vdm_hub.likelihood.methods import LikelihoodMethod
+from vdm_hub.objectives.variational_bound import Batch, Objective
 
 # ---- noise schedules ------------------------------------------------------------------------------------------------
 
@@ -496,6 +506,316 @@ class UndeclaredProcess(Process):
     pass
 
 
+# ---- networks -------------------------------------------------------------------------------------------------------
+
+
+class PlainNetwork(ModelMixin, ConfigMixin):
+    """Keeps every law."""
+
+    @register_to_config
+    def __init__(self, in_channels: int = 1, out_channels: int = 1, sample_size: int = 8, width: int = 4) -> None:
+        super().__init__()
+        self.into, self.out = nn.Conv2d(in_channels, width, 3, padding=1), nn.Conv2d(width, out_channels, 1)
+        self.told = nn.Linear(1, width)
+        self.grow()
+
+    def grow(self) -> None:
+        pass
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        told = self.told(torch.sin(timestep.to(sample).reshape(-1, 1) / 300))
+        return (self.out(torch.tanh(self.into(sample) + told[:, :, None, None])),)
+
+
+class InfiniteAtTheFirstTimestep(PlainNetwork):
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (super().forward(sample, timestep)[0] + (1 / timestep.to(sample)).reshape(-1, 1, 1, 1),)
+
+
+class LessTheMeanOfTheBatch(PlainNetwork):
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return super().forward(sample - sample.mean(0), timestep)
+
+
+class OnlyATimestepEach(PlainNetwork):
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return super().forward(sample, timestep[: len(sample)])
+
+
+class DrawsAtTheSeed(PlainNetwork):
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        drawn = torch.randn((), generator=torch.Generator().manual_seed(torch.initial_seed()))
+        return super().forward(sample + drawn.to(sample), timestep)
+
+
+class BlindToTheTimestep(PlainNetwork):
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return super().forward(sample, torch.ones_like(timestep))
+
+
+class AnotherInDouble(PlainNetwork):
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (super().forward(sample, timestep)[0] * (1.1 if sample.dtype == torch.float64 else 1.0),)
+
+
+class UnusedWeight(PlainNetwork):
+    def grow(self) -> None:
+        self.unused = nn.Parameter(torch.ones(()))
+
+
+class KeepsANumberToItself(PlainNetwork):
+    def grow(self) -> None:
+        self.factor = 1 + torch.rand(1, device="cpu").item()
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return super().forward(self.factor * sample, timestep)
+
+
+class ConfiguredByInfinity(PlainNetwork):
+    @register_to_config
+    def __init__(self, in_channels: int = 1, out_channels: int = 1, cut: float = math.inf) -> None:
+        super().__init__()
+
+
+class UndeclaredNetwork(PlainNetwork):
+    pass
+
+
+# ---- likelihood methods ---------------------------------------------------------------------------------------------
+
+
+class OneTime(Measurement):
+    """The bound at a time of each image's own, and what its pilot found added."""
+
+    method, found = "PlainMethod", 0.0
+
+    def __init__(self, objective: Objective, seed: int, times: int) -> None:
+        super().__init__(objective, seed)
+        self.times = times
+
+    def fit(self, batches: Batches) -> None:
+        self.found = sum(float(batch["levels"].double().mean()) for batch in batches())
+
+    def state(self) -> dict[str, Any]:
+        return {"found": self.found}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.found = state["found"]
+
+    def generators(self, batch: Batch, replicate: int) -> list[torch.Generator]:
+        return [image_generator(self.seed, replicate, 0, int(i)) for i in batch["indices"]]
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        generators = self.generators(batch, replicate)
+        times = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+        terms = dict(self.objective(batch, times, self.objective.draw_noise(batch, generators)).terms)
+        return Measured(terms | {"pilot": torch.full((len(times),), self.found)})
+
+    def protocol(self) -> dict[str, Any]:
+        return {"times": self.times}
+
+
+@dataclass(frozen=True)
+class PlainMethod(LikelihoodMethod):
+    """Keeps every law."""
+
+    name = "PlainMethod"
+    measured = OneTime
+    times: int = option(3, "independent times", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def build(self, objective: Objective, num_images: int, seed: int) -> Measurement:
+        measurement = self.measured(objective, seed, self.times)
+        measurement.method = self.name
+        return measurement
+
+
+class IsNotFrozen(PlainMethod):
+    name = "IsNotFrozen"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+class ChecksNoRange(PlainMethod):
+    name = "ChecksNoRange"
+
+    def __post_init__(self) -> None:
+        pass
+
+
+class ConfiguredByNothing(PlainMethod):
+    name = "ConfiguredByNothing"
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
+
+
+class ChoosesNothing(PlainMethod):
+    name = "ChoosesNothing"
+
+    def chosen(self) -> dict[str, Any]:
+        return {}
+
+
+class OneTermForTheBatch(PlainMethod):
+    name = "OneTermForTheBatch"
+
+    class measured(OneTime):
+        def measure(self, batch: Batch, replicate: int) -> Measured:
+            return Measured(dict(super().measure(batch, replicate).terms) | {"one_more": torch.tensor(0.5)})
+
+
+class DrawsByPlaceInTheBatch(PlainMethod):
+    name = "DrawsByPlaceInTheBatch"
+
+    class measured(OneTime):
+        def generators(self, batch: Batch, replicate: int) -> list[torch.Generator]:
+            return [image_generator(self.seed, replicate, 0, place) for place in range(len(batch["indices"]))]
+
+
+class IgnoresTheSeed(PlainMethod):
+    name = "IgnoresTheSeed"
+
+    class measured(OneTime):
+        def generators(self, batch: Batch, replicate: int) -> list[torch.Generator]:
+            return [image_generator(0, replicate, 0, int(i)) for i in batch["indices"]]
+
+
+class ForgetsItsPilot(PlainMethod):
+    name = "ForgetsItsPilot"
+
+    class measured(OneTime):
+        def load_state(self, state: Mapping[str, Any]) -> None:
+            pass
+
+
+class ProtocolOfASet(PlainMethod):
+    name = "ProtocolOfASet"
+
+    class measured(OneTime):
+        def protocol(self) -> dict[str, Any]:
+            return {"times": {3}}
+
+
+class CallsItselfAnother(PlainMethod):
+    name = "another"
+
+
+# ---- decoders -------------------------------------------------------------------------------------------------------
+
+
+class PlainDecoder(FactorisedDecoder):
+    """Keeps every law; what is broken below changes its likelihood after, or its latent before."""
+
+    def negative_log_likelihood(
+        self, levels: Tensor, z_0: Tensor, gamma_0: Tensor, variance: Tensor, x_hat: Predict, scaling: DataScaling
+    ) -> Tensor:
+        nll = super().negative_log_likelihood(levels, self.latent(z_0), self.gamma(gamma_0), variance, x_hat, scaling)
+        return self.changed(nll, z_0)
+
+    def sample(
+        self, z_0: Tensor, gamma_0: Tensor, x_hat: Predict, scaling: DataScaling, generator: Any = None
+    ) -> Tensor:
+        return super().sample(z_0, self.gamma(gamma_0), x_hat, scaling, generator)
+
+    def latent(self, z_0: Tensor) -> Tensor:
+        return z_0
+
+    def gamma(self, gamma_0: Tensor) -> Tensor:
+        return gamma_0
+
+    def changed(self, nll: Tensor, z_0: Tensor) -> Tensor:
+        return nll
+
+
+class SumsToLess(PlainDecoder):
+    def changed(self, nll: Tensor, z_0: Tensor) -> Tensor:
+        return nll + 0.1 * z_0[0].numel()
+
+
+class MeanOverDimensions(PlainDecoder):
+    def changed(self, nll: Tensor, z_0: Tensor) -> Tensor:
+        return nll / z_0[0].numel()
+
+
+class DrawsTheNegative(PlainDecoder):
+    def sample(
+        self, z_0: Tensor, gamma_0: Tensor, x_hat: Predict, scaling: DataScaling, generator: Any = None
+    ) -> Tensor:
+        return scaling.num_levels - 1 - super().sample(z_0, gamma_0, x_hat, scaling, generator)
+
+
+class DrawsFromTheFirst(PlainDecoder):
+    def sample(
+        self, z_0: Tensor, gamma_0: Tensor, x_hat: Predict, scaling: DataScaling, generator: Any = None
+    ) -> Tensor:
+        first = generator[0] if isinstance(generator, Sequence) else generator
+        return super().sample(z_0, gamma_0, x_hat, scaling, first)
+
+
+class DetachedLatent(PlainDecoder):
+    def latent(self, z_0: Tensor) -> Tensor:
+        return z_0.detach()
+
+
+class ExpectsNothingOfLevels(PlainDecoder):
+    def expected_by_level(self, gamma_0: float, scaling: DataScaling) -> Tensor:
+        return torch.zeros(scaling.num_levels, dtype=torch.float64)
+
+
+class ForgetsItsSharpness(PlainDecoder):
+    def __init__(self, sharpness: float = 0.0) -> None:
+        self.sharpness = sharpness
+
+    def gamma(self, gamma_0: Tensor) -> Tensor:
+        return gamma_0 - self.sharpness
+
+    def expected_by_level(self, gamma_0: float, scaling: DataScaling) -> None:  # type: ignore[override]
+        return None
+
+
+class UndeclaredDecoder(PlainDecoder):
+    pass
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+class PlainCommand(Command):
+    """Say a word."""
+
+    def declare(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("word", help="what is said")
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        print(arguments.word)
+
+
+class NeedsAnArgument(PlainCommand):
+    """Say a word loudly."""
+
+    def __init__(self, loudness: int) -> None:
+        self.loudness = loudness
+
+
+class SaysNothing(PlainCommand):
+    pass
+
+
+class HelpThatFails(PlainCommand):
+    """Say a part of a word."""
+
+    def declare(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("part", help="how much of it, in %")
+
+
+class UndeclaredCommand(PlainCommand):
+    """Say nothing."""
+
+
 # ---- which breaks what ----------------------------------------------------------------------------------------------
 
 BROKEN: dict[str, dict[str, Callable[[], object]]] = {
@@ -563,6 +883,46 @@ BROKEN: dict[str, dict[str, Callable[[], object]]] = {
         "one_timestep": TrainedBackwards,
         "registered": UndeclaredProcess,
     },
+    "networks": {
+        "output": InfiniteAtTheFirstTimestep,
+        "data_do_not_mix": LessTheMeanOfTheBatch,
+        "one_timestep_for_all": OnlyATimestepEach,
+        "deterministic": DrawsAtTheSeed,
+        "reads_the_timestep": BlindToTheTimestep,
+        "precision": AnotherInDouble,
+        "parameters_are_trained": UnusedWeight,
+        "saved_and_loaded": KeepsANumberToItself,
+        "json_config": ConfiguredByInfinity,
+        "registered": UndeclaredNetwork,
+    },
+    "likelihood_methods": {
+        "frozen": IsNotFrozen,
+        "ranges": ChecksNoRange,
+        "json_config": lambda: ConfiguredByNothing(2),
+        "options_round_trip": lambda: ChoosesNothing(2),
+        "terms": OneTermForTheBatch,
+        "images_do_not_mix": DrawsByPlaceInTheBatch,
+        "replicates_are_draws": IgnoresTheSeed,
+        "state_round_trips": ForgetsItsPilot,
+        "json_protocol": ProtocolOfASet,
+        "registered": CallsItselfAnother,
+    },
+    "decoders": {
+        "normalised": SumsToLess,
+        "adds_up": MeanOverDimensions,
+        "sampling": DrawsTheNegative,
+        "draws_follow_their_generator": DrawsFromTheFirst,
+        "gradient": DetachedLatent,
+        "expected_by_level": ExpectsNothingOfLevels,
+        "json_config": lambda: ForgetsItsSharpness(1.0),
+        "registered": UndeclaredDecoder,
+    },
+    "commands": {
+        "built_without_arguments": lambda: NeedsAnArgument(3),
+        "says_what_it_does": SaysNothing,
+        "helps": HelpThatFails,
+        "registered": UndeclaredCommand,
+    },
 }
 
 OTHERWISE_BROKEN: dict[Callable[[], object], set[str]] = {
@@ -581,6 +941,10 @@ SOUND: dict[str, Callable[[], object]] = {
     "parameterizations": lambda: ForgetsItsFactor(1.0),
     "conditionings": lambda: ForgetsItsConstants(),
     "forward_processes": Process,
+    "networks": PlainNetwork,
+    "likelihood_methods": PlainMethod,
+    "decoders": PlainDecoder,
+    "commands": PlainCommand,
 }
 """What most of the above are derived from: none of it breaks any law."""
 
@@ -592,6 +956,10 @@ def declared(kind: str) -> dict[str, type]:
         "parameterizations": Parameterization,
         "conditionings": Conditioning,
         "forward_processes": GaussianProcess,
+        "networks": ModelMixin,
+        "likelihood_methods": LikelihoodMethod,
+        "decoders": Decoder,
+        "commands": Command,
     }[kind]
     own = [cls for cls in globals().values() if isinstance(cls, type) and cls.__module__ == __name__]
     return {cls.__name__: cls for cls in own if issubclass(cls, base) and not cls.__name__.startswith("Undeclared")}

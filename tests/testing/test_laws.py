@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,12 @@ from vdm_hub import registry
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.testing import (
     LawViolation,
+    check_command,
     check_conditioning,
+    check_decoder,
     check_forward_process,
+    check_likelihood_method,
+    check_network,
     check_parameterization,
     check_schedule,
     laws_of,
@@ -36,15 +41,20 @@ PACKAGE = "vdm-hub-broken"
 BAR = "\\|"  # as a table of markdown has it
 CASES = [(kind, law) for kind, laws in broken_plugins.BROKEN.items() for law in laws]
 WITHOUT_NUMBERS = (  # what is wrong is a name, or that something is missing
+    "built_without_arguments",
     "extra_terms",
+    "frozen",
     "gradients_reach_the_network",
+    "helps",
+    "json_protocol",
     "parameters_are_trained",
     "registered",
+    "says_what_it_does",
     "suits_a_schedule",
 )
-CHECKS = dict(
-    zip(LAWS, (check_schedule, check_parameterization, check_conditioning, check_forward_process), strict=True)
-)
+_CHECKS: tuple[Any, ...] = (check_schedule, check_parameterization, check_conditioning, check_forward_process)
+_CHECKS += (check_network, check_likelihood_method, check_decoder, check_command)
+CHECKS = dict(zip(LAWS, _CHECKS, strict=True))
 
 
 @pytest.fixture(scope="module")

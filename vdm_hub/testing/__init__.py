@@ -1,4 +1,4 @@
-"""The conformance kit: laws that every noise schedule, target, conditioning and forward process must keep.
+"""The conformance kit: laws that whatever is registered, of any kind, must keep.
 
 A plugin's test is three lines::
 
@@ -11,8 +11,12 @@ A plugin's test is three lines::
 
 from vdm_hub.testing.checks import (
     Check,
+    check_command,
     check_conditioning,
+    check_decoder,
     check_forward_process,
+    check_likelihood_method,
+    check_network,
     check_parameterization,
     check_schedule,
     laws_of,
@@ -24,8 +28,12 @@ __all__ = [
     "Check",
     "Law",
     "LawViolation",
+    "check_command",
     "check_conditioning",
+    "check_decoder",
     "check_forward_process",
+    "check_likelihood_method",
+    "check_network",
     "check_parameterization",
     "check_schedule",
     "laws_of",

@@ -6,19 +6,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers.models.modeling_utils import ModelMixin
+
 from vdm_hub.diffusion.conditioning import Conditioning
+from vdm_hub.diffusion.decoders import Decoder
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Parameterization
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.likelihood.methods import LikelihoodMethod
 from vdm_hub.testing import probability_laws  # noqa: F401  (the other half of PROCESS_LAWS)
+from vdm_hub.testing.command_laws import COMMAND_LAWS
 from vdm_hub.testing.conditioning_laws import CONDITIONING_LAWS
+from vdm_hub.testing.decoder_laws import DECODER_LAWS
 from vdm_hub.testing.laws import Law, Laws, LawViolation, check_reasons
+from vdm_hub.testing.method_laws import METHOD_LAWS
+from vdm_hub.testing.network_laws import NETWORK_LAWS
 from vdm_hub.testing.parameterization_laws import PARAMETERIZATION_LAWS
 from vdm_hub.testing.process_laws import PROCESS_LAWS
 from vdm_hub.testing.schedule_laws import SCHEDULE_LAWS
 
-LAWS = {laws.kind: laws for laws in (SCHEDULE_LAWS, PARAMETERIZATION_LAWS, CONDITIONING_LAWS, PROCESS_LAWS)}
+_ALL = [SCHEDULE_LAWS, PARAMETERIZATION_LAWS, CONDITIONING_LAWS, PROCESS_LAWS]
+_ALL += [NETWORK_LAWS, METHOD_LAWS, DECODER_LAWS, COMMAND_LAWS]
+LAWS = {laws.kind: laws for laws in _ALL}
 """All laws, by the registry's kind."""
 
 
@@ -65,6 +75,50 @@ def check_forward_process(process: ForwardProcess, expected_failures: Mapping[st
     >>> check_forward_process(VDMScheduler(num_levels=17).process)
     """
     PROCESS_LAWS.check(process, expected_failures)
+
+
+def check_network(network: ModelMixin, expected_failures: Mapping[str, str] | None = None) -> None:
+    """Put a network under all its laws; see `check_schedule`.
+
+    >>> from vdm_hub import UNetVDMModel
+    >>> check_network(UNetVDMModel(8, 1, 1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4))
+    """
+    NETWORK_LAWS.check(network, expected_failures)
+
+
+def check_likelihood_method(method: LikelihoodMethod, expected_failures: Mapping[str, str] | None = None) -> None:
+    """Put a likelihood method under all its laws, on a small model; see `check_schedule`.
+
+    >>> from vdm_hub import VariationalBound
+    >>> check_likelihood_method(VariationalBound(transitions=5))
+    """
+    METHOD_LAWS.check(method, expected_failures)
+
+
+def check_decoder(decoder: Decoder, expected_failures: Mapping[str, str] | None = None) -> None:
+    """Put a decoder under all its laws; see `check_schedule`.
+
+    >>> from vdm_hub.diffusion.decoders import FactorisedDecoder
+    >>> check_decoder(FactorisedDecoder())
+    """
+    DECODER_LAWS.check(decoder, expected_failures)
+
+
+def check_command(command: Any, expected_failures: Mapping[str, str] | None = None) -> None:
+    """Put a command of ``vdm-hub`` under all its laws; see `check_schedule`.
+
+    >>> from vdm_hub import Command
+    >>> class Greet(Command):
+    ...     "Greet somebody."
+    ...
+    ...     def declare(self, parser):
+    ...         parser.add_argument("name")
+    ...
+    ...     def run(self, arguments):
+    ...         print(f"Hello, {arguments.name}!")
+    >>> check_command(Greet(), {"registered": "an example in a docstring"})
+    """
+    COMMAND_LAWS.check(command, expected_failures)
 
 
 def laws_of(instance: object) -> Laws:

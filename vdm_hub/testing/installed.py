@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from vdm_hub import registry
@@ -13,7 +14,10 @@ _BUILT_IN_EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("noise_schedules", "tabulated"): {"gammas": [-13.3, -9.0, -7.5, -3.0, -2.5, 1.0, 5.0]},
     ("noise_schedules", "discrete_betas"): {"betas": [1e-4 + 0.0199 * i / 999 for i in range(1000)]},
     ("conditionings", "table"): {"gammas": [-13.3, -9.0, -7.5, -3.0, -2.5, 1.0, 5.0]},
+    ("networks", "UNetVDMModel"): {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4},
+    ("likelihood_methods", "importance_weighted"): {"transitions": 3, "draws": 2},
 }
+_OF_THE_DATA = {"sample_size": 8, "in_channels": 1, "out_channels": 1}
 
 
 def problem(registration: Registration) -> str | None:
@@ -52,11 +56,16 @@ def example_config(registration: Registration) -> dict[str, Any]:
     """The arguments of an instance to check: what the class itself says by ``example_config``, else its defaults.
 
     A class whose constructor has required arguments gives them by a classmethod ``example_config``, such that the
-    instance takes data of shape (B, 1, 8, 8).
+    instance takes data of shape (B, 1, 8, 8). A network is built for such data where it gives none.
     """
     given = getattr(registration.load(), "example_config", None)
-    own = _BUILT_IN_EXAMPLES.get((registration.kind, registration.name), {})
-    return dict(given()) if given is not None else dict(own)
+    if given is not None:
+        return dict(given())
+    config = dict(_BUILT_IN_EXAMPLES.get((registration.kind, registration.name), {}))
+    if registration.kind == "networks":
+        takes = inspect.signature(registration.load()).parameters
+        config |= {name: value for name, value in _OF_THE_DATA.items() if name in takes}
+    return config
 
 
 def example(registration: Registration) -> Any:
@@ -78,11 +87,6 @@ def example(registration: Registration) -> Any:
     return cls.from_fields(fields)  # type: ignore[attr-defined]
 
 
-def has_laws(kind: str) -> bool:
-    """Whether there are laws for a kind."""
-    return kind in LAWS
-
-
 def check_registered(registration: Registration) -> None:
     """Import what is registered under a name, build an instance, and put it under the laws of its kind.
 
@@ -94,6 +98,4 @@ def check_registered(registration: Registration) -> None:
     >>> from vdm_hub.registry import lookup
     >>> check_registered(lookup("parameterizations", "epsilon"))
     """
-    registration.load()
-    if has_laws(registration.kind):
-        LAWS[registration.kind].check(example(registration))
+    LAWS[registration.kind].check(example(registration))

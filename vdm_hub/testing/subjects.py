@@ -39,7 +39,7 @@ def one_each(*seeds: int) -> list[torch.Generator]:
 
 def evaluated(module: M, dtype: torch.dtype = torch.float32) -> M:
     """A copy in evaluation mode whose parameters have this type."""
-    return copy.deepcopy(module).to(dtype).eval()
+    return nn.Module.to(copy.deepcopy(module), dtype).eval()  # diffusers' own warns of layers that it keeps
 
 
 def trained(module: M, dtype: torch.dtype = torch.float32) -> M:
