@@ -247,10 +247,16 @@ def test_a_pilot_finds_how_differences_scatter() -> None:
     sizes = torch.logspace(0, 2, 40, dtype=torch.float64)
     noise = torch.randn(40, 50, generator=generator, dtype=torch.float64)
     other = sizes[:, None] + (3 * sizes[:, None]).sqrt() * noise
-    scatter = Scatter.fit(torch.stack([torch.zeros(40, 50).double(), other], 2))
+    history, places = torch.stack([torch.zeros(40, 50).double(), other], 2), torch.rand(40, 50, generator=generator)
+    scatter = Scatter.fit(history, places)
+    assert scatter.strength == 20 and scatter.stratified > 0.9, "no variance of its own, and nothing that time decides"
     expected = 3 * sizes
     ratio = scatter.variance(torch.stack([other.abs().mean(1)])) / expected
     assert float(ratio.min()) > 0.6 and float(ratio.max()) < 1.7
+    in_time = history + torch.tensor([0.0, 20.0]).double() * places[:, :, None]
+    shared = Scatter.fit(in_time, places)
+    assert shared.stratified < 0.9 * scatter.stratified
+    assert shared.share(torch.tensor([1, 9])).tolist() == pytest.approx([1, shared.stratified])
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------

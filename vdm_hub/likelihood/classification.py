@@ -23,7 +23,7 @@ from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import MAX_SEED, check_fields, option, whole_number
 from vdm_hub.likelihood.classification_report import ClassificationReport, Standing
 from vdm_hub.likelihood.measurement import check_finite
-from vdm_hub.likelihood.paired_differences import Comparison, Scatter, compare, spread
+from vdm_hub.likelihood.paired_differences import Comparison, Scatter, compare
 from vdm_hub.likelihood.proposals import Proposal, fit_proposal
 from vdm_hub.likelihood.time_grid import TimeGrid
 from vdm_hub.models.calls import counted_calls, evaluating
@@ -43,7 +43,7 @@ class ClassificationEffort:
     """The network evaluations that a classification may take.
 
     Attributes:
-        budget: The most evaluations of each image, over all candidates; 40 a candidate where not given.
+        budget: The most evaluations of each image, over all candidates; 20 a candidate where not given.
         confidence: The probability, by the draws' own errors, at which an image is done: that the candidate found best
             is the one that endless draws would find. ``None`` drops no candidate: all have the whole budget.
         first_draws: Of each candidate, before any is dropped.
@@ -54,14 +54,14 @@ class ClassificationEffort:
         ConfigurationError: A number is out of range.
 
     >>> ClassificationEffort(budget=100).confidence
-    0.99
+    0.9
     """
 
     budget: int | None = option(
-        None, "the most evaluations of each image, over all candidates; 40 a candidate", at_least=2, at_most=10**9
+        None, "the most evaluations of each image, over all candidates; 20 a candidate", at_least=2, at_most=10**9
     )
     confidence: float | None = option(
-        0.99, "an image is done where its best candidate is the best with this probability", above=0.5, below=1
+        0.9, "an image is done where its best candidate is the best with this probability", above=0.5, below=1
     )
     first_draws: int = option(2, "draws before a candidate may be dropped", at_least=1, at_most=10**6)
     pilot_evaluations: int = option(
@@ -117,7 +117,7 @@ class BoundClassifier:
         self.batch_size, self.candidates = whole_number("batch_size", batch_size), len(prior)
         if self.candidates < 2:
             raise ConfigurationError(f"{self.candidates} candidates were given: give at least 2 to choose from.")
-        self.budget = self.effort.budget or 40 * self.candidates
+        self.budget = self.effort.budget or 20 * self.candidates
         if self.budget < (least := self.candidates * self.effort.first_draws):
             raise ConfigurationError(
                 f"budget is {self.budget}, and {self.effort.first_draws} first draws of each of {self.candidates} "
@@ -140,19 +140,22 @@ class BoundClassifier:
             return
         told = torch.linspace(0, self.candidates - 1, min(self.candidates, _PILOT_CANDIDATES)).round().long()
         images = min(count, max(planned // (_PILOT_DRAWS * len(told)), 1))
-        draws = max(planned // (images * len(told)), 2)
-        source = image_generator(self.seed, _PILOT_IMAGES)
-        chosen = torch.randperm(count, generator=source)[:images]
+        draws = max(planned // (images * len(told)), 4)
+        chosen = torch.randperm(count, generator=image_generator(self.seed, _PILOT_IMAGES))[:images]
         alive = torch.zeros(images, self.candidates, dtype=torch.bool).index_fill_(1, told, True)
-        drawn = torch.full((images,), draws)
-        with evaluating(self.objective), torch.no_grad():
-            pilot = self._draw(_rows(batch, chosen), torch.zeros_like(drawn), drawn, alive, _PILOT)
-        self.pilot_evaluations += len(pilot.values)
-        history = pilot.added_to(_nothing(images, self.candidates))[:, :, told]
-        self.scatter = Scatter.fit(history)
-        cells = pilot.cells.view(images, draws, len(told))[:, :, 0]
-        weights = (self.grid.widths / self.proposal.probabilities)[cells]
-        self.proposal = fit_proposal(self.grid, cells.flatten(), (spread(history) / weights).flatten())
+        # First where times are drawn, then how much differences scatter with times drawn there.
+        first, seen = torch.zeros(images, dtype=torch.long), list[tuple[Tensor, Tensor]]()
+        for more in (draws // 2, draws - draws // 2):
+            with evaluating(self.objective), torch.no_grad():
+                pilot = self._draw(_rows(batch, chosen), first, torch.full_like(first, more), alive, _PILOT)
+            self.pilot_evaluations += len(pilot.values)
+            history = pilot.values.view(images, more, len(told))
+            cells = pilot.cells.view(history.shape)[:, :, 0]
+            weights = (self.grid.widths / self.proposal.probabilities)[cells]
+            seen.append((cells.flatten(), (history.std(2) / weights).flatten()))
+            self.proposal = fit_proposal(self.grid, *(torch.cat(column) for column in zip(*seen, strict=True)))
+            first = first + more
+        self.scatter = Scatter.fit(history, cells)
 
     def classify(self, batch: Batch) -> Standing:
         """The standing of every candidate of each image.

@@ -17,6 +17,9 @@ from scipy.special import stdtr
 from torch import Tensor
 
 
+_LEAST, _MOST = 4.0, 20.0  # draws that the pilot's word on a variance is worth
+
+
 @dataclass(frozen=True)
 class Scatter:
     """The variance of a paired difference as a function of its scale: ``v_0(s) = e^intercept s^slope``.
@@ -25,6 +28,7 @@ class Scatter:
         intercept: Of the logarithm, for differences in nats; by default a draw scatters as widely as it is large.
         slope: Of the logarithm.
         strength: nu, the draws that this is worth.
+        stratified: The share of the variance that is left where an image's times are stratified: that of the noise.
 
     >>> Scatter().variance(torch.tensor([3.0], dtype=torch.float64))
     tensor([9.], dtype=torch.float64)
@@ -32,31 +36,44 @@ class Scatter:
 
     intercept: float = 0.0
     slope: float = 2.0
-    strength: float = 4.0
+    strength: float = _LEAST
+    stratified: float = 1.0
 
     def variance(self, scale: Tensor) -> Tensor:
         """The variance that is expected of differences whose mean size is ``scale``."""
         return math.exp(self.intercept) * scale.clamp(min=1e-12) ** self.slope
 
-    @classmethod
-    def fit(cls, history: Tensor) -> Scatter:
-        """The line through the logarithms of a pilot's variances, (images, draws, candidates).
+    def share(self, draws: Tensor) -> Tensor:
+        """The variance of the mean of so many stratified draws, times their number, as a share of one draw's.
 
-        Differences are those to each image's best candidate.
+        From the fourth draw on the strata are taken as narrow, which errs on the safe side.
         """
-        best = history.mean(1).argmin(1)
-        differences = history - history.gather(2, best[:, None, None].expand(-1, history.shape[1], 1))
-        others = torch.ones(history.shape[0], history.shape[2], dtype=torch.bool).scatter_(1, best[:, None], False)
-        scale, variance = differences.abs().mean(1)[others], differences.var(1)[others]
+        return 1 - (1 - self.stratified) * (draws - 1).clamp(max=3) / 3
+
+    @classmethod
+    def fit(cls, history: Tensor, places: Tensor) -> Scatter:
+        """The line through the logarithms of a pilot's variances, and how far they lie from it.
+
+        Args:
+            history: The integrand, (images, draws, candidates); differences are those to each image's best candidate.
+            places: Where in time each draw is, (images, draws), in any unit that rises with it.
+        """
+        best, draws = history.mean(1).argmin(1), history.shape[1]
+        differences = history - history.gather(2, best[:, None, None].expand(-1, draws, 1))
+        scale, variance = differences.abs().mean(1), differences.var(1)
         kept = (scale > 0) & (variance > 0)
         x, y = scale[kept].log(), variance[kept].log()
-        if len(x) < 3 or not float(x.var()) > 1e-6:
+        if len(x) < 3 or draws < 3 or not float(x.var()) > 1e-6:
             return cls()
-        slope = float(((x - x.mean()) * (y - y.mean())).mean() / x.var(correction=0))
-        slope = min(max(slope, 0.0), 2.0)
-        # The mean of variances, not of their logarithms.
-        intercept = float((variance[kept] / scale[kept] ** slope).mean().log())
-        return cls(intercept, slope)
+        slope = min(max(float(((x - x.mean()) * (y - y.mean())).mean() / x.var(correction=0)), 0.0), 2.0)
+        intercept = float((y - slope * x).mean())
+        # The logarithm of a variance of n draws scatters by 2/(n-1) of itself, and of nu by 2/nu.
+        beyond = float((y - intercept - slope * x).var()) - 2 / (draws - 1)
+        strength = min(max(2 / max(beyond, 1e-3), _LEAST), _MOST)
+        # Neighbours in time differ by the noise alone (von Neumann, Ann. Math. Stat. 12, 1941).
+        ordered = differences.gather(1, places.argsort(1)[:, :, None].expand_as(differences))
+        noise = 0.5 * (ordered.diff(dim=1) ** 2).mean(1)[kept].sum() / variance[kept].sum()
+        return cls(intercept, slope, strength, min(max(float(noise), 0.3), 1.0))
 
 
 @dataclass(frozen=True)
@@ -89,12 +106,7 @@ def compare(history: Tensor, alive: Tensor, log_prior: Tensor, scatter: Scatter)
     squares = ((differences - mean[:, None]) ** 2).nansum(1)
     freedom = scatter.strength + counts - 1
     variance = (scatter.strength * scatter.variance(differences.abs().nansum(1) / counts) + squares) / freedom
-    errors = (variance / counts).sqrt().scatter(1, best[:, None], 0.0)
+    errors = (scatter.share(counts) * variance / counts).sqrt().scatter(1, best[:, None], 0.0)
     advantage = mean - log_prior + log_prior[best][:, None]
     doubt = torch.from_numpy(stdtr(freedom.double().numpy(), -(advantage / errors).nan_to_num(0.0).numpy()))
     return Comparison(best, mean, errors, doubt)
-
-
-def spread(history: Tensor) -> Tensor:
-    """The standard deviation between candidates on each draw, (images, draws), of a history that lacks none."""
-    return history.std(2)
