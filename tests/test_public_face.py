@@ -123,7 +123,7 @@ def answered(script: str) -> str:
 
 WORDS: list[list[str]] = [["--help"], ["--version"], ["recipes"], ["recipes", "digits"], ["smple"], []]
 WORDS += [["train", "digitz"], ["train", "digits", "--lr", "1"], ["train", "digits", "--help"]]
-WORDS += [["evaluate", "x", "--such", "1"], ["evaluate", "--help"]]
+WORDS += [["evaluate", "x", "--such", "1"], ["evaluate", "--help"], ["classify", "--help"]]
 
 
 def test_words_are_answered_before_anything_heavy_is_imported() -> None:

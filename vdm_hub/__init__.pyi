@@ -73,7 +73,6 @@ from .data.levels import images_from_levels as images_from_levels
 from .data.levels import levels_from_images as levels_from_images
 from .likelihood.profiles import transition_profile as transition_profile
 from .likelihood.classification import BoundClassifier as BoundClassifier
-from .likelihood.classification import ClassificationEffort as ClassificationEffort
 from .likelihood.classification_report import ClassificationReport as ClassificationReport
 from .likelihood.classification_report import Standing as Standing
 from .likelihood.comparison import compare_decompositions as compare_decompositions
@@ -92,6 +91,7 @@ from .likelihood.methods import ImportanceWeighted as ImportanceWeighted
 from .likelihood.methods import LikelihoodMethod as LikelihoodMethod
 from .likelihood.methods import ProbabilityFlow as ProbabilityFlow
 from .likelihood.methods import VariationalBound as VariationalBound
+from .likelihood.protocol import ClassificationEffort as ClassificationEffort
 from .likelihood.report import LikelihoodReport as LikelihoodReport
 from .objectives.restrictions import as_hierarchical_vae as as_hierarchical_vae
 from .objectives.variational_bound import Bound as Bound

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,26 @@ def plot_decompositions(profiles: Mapping[str, TransitionProfile], path: Path) -
         spread.set(xlabel="t", ylabel="bits/dim", yscale="log", title="standard deviation of one evaluation")
         for axis in (bits, spread):
             axis.legend(frameon=False, fontsize=8)
+        figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
+
+
+def plot_confusion(confusion: Tensor, names: Sequence[str], path: Path) -> None:
+    """Plot how many images of each class (rows) were found to be of each (columns); shades are shares of a row."""
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    side = min(max(3.0, 0.45 * len(names) + 1.5), 30.0)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(side, side), layout="constrained")
+        axis = figure.subplots()
+        axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        places = range(len(names))
+        axis.set(xticks=places, yticks=places, xticklabels=names, yticklabels=names, xlabel="found", ylabel="is")
+        axis.tick_params(axis="x", rotation=90 if max(map(len, names)) > 3 else 0)
+        for row, column in confusion.nonzero().tolist():
+            shade = "white" if shares[row, column] > 0.5 else "black"
+            text = str(int(confusion[row, column]))
+            axis.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
+        right, count = int(confusion.diagonal().sum()), int(confusion.sum())
+        axis.set_title(f"{right} of {count} found")
         figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
 
 

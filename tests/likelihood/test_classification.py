@@ -15,9 +15,10 @@ from exact_denoisers import ExactDenoiser, Mixture
 from linear_gaussian import SHAPE, exact_diffusion, images
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
-from vdm_hub.likelihood.classification import BoundClassifier, ClassificationEffort
+from vdm_hub.likelihood.classification import BoundClassifier
 from vdm_hub.likelihood.classification_report import ClassificationReport, Standing
 from vdm_hub.likelihood.paired_differences import Scatter, compare
+from vdm_hub.likelihood.protocol import ClassificationEffort
 from vdm_hub.objectives.consistency import ConsistencyObjective
 from vdm_hub.objectives.variational_bound import VDMObjective
 

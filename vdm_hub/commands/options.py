@@ -6,12 +6,14 @@ The first line of a function's docstring is what ``vdm-hub --help`` says of its 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from vdm_hub import registry
 from vdm_hub.errors import ConfigurationError, shortened
 from vdm_hub.likelihood.methods import KIND, METHODS, method_of
+from vdm_hub.likelihood.protocol import ClassificationEffort
 
 METHOD_OPTIONS = {name: one for method in reversed(METHODS) for name, one in method.options().items()}
 """What may be chosen of the methods that come with the package; of a plugin's, see ``--method``."""
@@ -55,12 +57,77 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     _add_output(parser.add_argument_group("output"))
 
 
+def classify(parser: argparse.ArgumentParser) -> None:
+    """Find the class of each image by a class-conditional pipeline's bound, and how often it is right."""
+    parser.set_defaults(prepare=_choose_effort)
+    parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id; of a class-conditional VDM")
+    parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
+    _add_images(
+        parser.add_argument_group("images"), label_column="the column of the classes, to say how many are found"
+    )
+    group = parser.add_argument_group("effort")
+    for one in fields(ClassificationEffort):
+        default = "" if one.default is None else f" (default: {one.default})"
+        kind = float if "float" in str(one.type) else int
+        group.add_argument(f"--{one.name}", type=kind, help=f"{one.metadata['help']}{default}")
+    group.add_argument(
+        "--equal_effort", action="store_true", help="drop no class: each has the same share of the budget"
+    )
+    group.add_argument("--transitions", type=int, help="T, the number of transitions; without it, continuous time")
+    group.add_argument(
+        "--prior", help="p(c) of the classes before an image is seen, as 0.5,0.3,0.2 (default: uniform)"
+    )
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=256,
+        help="pairs of an image and a class at once; changes no figure (default: 256)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument(
+        "--output_dir",
+        type=Path,
+        help="a folder for classification.json, posterior.parquet with a row for each image, and confusion.png",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace those files, where there are any")
+
+
+def _choose_effort(arguments: argparse.Namespace) -> None:
+    """Make the options of the effort one object, and the prior a list of numbers.
+
+    Raises:
+        ConfigurationError: A value is out of range, or two options contradict each other.
+    """
+    names = [one.name for one in fields(ClassificationEffort)]
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.equal_effort and "confidence" in given:
+        raise ConfigurationError(
+            f"confidence is {given['confidence']}, and --equal_effort drops no class: leave one out."
+        )
+    arguments.effort = ClassificationEffort(**given | ({"confidence": None} if arguments.equal_effort else {}))
+    arguments.prior = _numbers("prior", arguments.prior)
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    """The numbers that commas separate."""
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--{name} is {shortened(text)}: give numbers with commas between, as 0.7,0.3."
+        ) from error
+
+
 def _add_checkpoint(group: argparse._ArgumentGroup) -> None:
     for name, what in OVERRIDES.items():
         group.add_argument(f"--{name}", help=what)
 
 
-def _add_images(group: argparse._ArgumentGroup) -> None:
+def _add_images(
+    group: argparse._ArgumentGroup, label_column: str = "the column of the classes, of a class-conditional model"
+) -> None:
     group.add_argument("--dataset_name", required=True, help="'digits', a folder, a Parquet file, or a Hub dataset")
     group.add_argument("--dataset_config_name", help="the configuration of the dataset, where it has several")
     group.add_argument(
@@ -70,7 +137,7 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
     )
     trained = "(default: as the model was trained"
     group.add_argument("--image_column", help=f"the column that holds the images {trained}, else image)")
-    group.add_argument("--label_column", help=f"the column of the classes, of a class-conditional model {trained})")
+    group.add_argument("--label_column", help=f"{label_column} {trained})")
     group.add_argument(
         "--num_levels", type=int, help="K, the images' levels, for a checkpoint of diffusers (default: 256)"
     )

@@ -80,9 +80,9 @@ def evaluate(
     processes = processes or Processes()
     if journal is not None:
         check_evaluation_journal(journal)
-    levels, labels = _read(images, batch_size, max_images)
-    _check(pipeline, levels, images.num_levels)
-    labels = _check_labels(pipeline, labels, images.class_names)
+    levels, labels = read_images(images, batch_size, max_images)
+    check_images(pipeline, levels, images.num_levels)
+    labels = labels_of(pipeline, labels, images.class_names)
     method = method_of(method)
     stages = (
         replicates
@@ -177,7 +177,9 @@ def _describe(dataset: Mapping[str, Any] | None, levels: Tensor) -> dict[str, An
     return {**(dataset or {}), "images": len(levels), "fingerprint": digest}
 
 
-def _read(images: ImageLevels | ImageStream, batch_size: int, max_images: int | None) -> tuple[Tensor, Tensor | None]:
+def read_images(
+    images: ImageLevels | ImageStream, batch_size: int, max_images: int | None
+) -> tuple[Tensor, Tensor | None]:
     """The levels of the images, and their labels, where they have any."""
     needed = None if max_images is None else math.ceil(max_images / batch_size)
     parts = list(islice(evaluation_batches(images, batch_size), needed))
@@ -188,7 +190,12 @@ def _read(images: ImageLevels | ImageStream, batch_size: int, max_images: int | 
     return torch.cat([part["levels"] for part in parts])[:max_images], joined
 
 
-def _check(pipeline: LikelihoodPipeline, levels: Tensor, given_levels: int) -> None:
+def check_images(pipeline: LikelihoodPipeline, levels: Tensor, given_levels: int) -> None:
+    """Refuse images whose shape or levels are not the model's.
+
+    Raises:
+        DataError: They are not.
+    """
     (channels, height, width), num_levels = pipeline.image_shape, pipeline.num_levels
     if tuple(levels.shape[1:]) != (channels, height, width):
         raise DataError(
@@ -204,6 +211,10 @@ def _check(pipeline: LikelihoodPipeline, levels: Tensor, given_levels: int) -> N
         )
 
 
-def _check_labels(pipeline: LikelihoodPipeline, labels: Tensor | None, names: tuple[str, ...] | None) -> Tensor | None:
-    """The labels that the network is to be given: none, where it is not class-conditional."""
+def labels_of(pipeline: LikelihoodPipeline, labels: Tensor | None, names: tuple[str, ...] | None) -> Tensor | None:
+    """The labels that the network is to be given: none, where it is not class-conditional.
+
+    Raises:
+        DataError: There are none, or one is of no class of the network's.
+    """
     return None if pipeline.condition is None else labels_as(labels, names, pipeline.condition)

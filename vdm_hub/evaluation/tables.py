@@ -1,4 +1,4 @@
-"""The table of a report, image by image, as a Parquet file."""
+"""The tables of reports, image by image, as Parquet files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.files import written_beside
+from vdm_hub.likelihood.classification_report import ClassificationReport
 from vdm_hub.likelihood.report import LikelihoodReport
 
 
@@ -36,6 +37,28 @@ def write_per_image(report: LikelihoodReport, path: Path, images: ImageLevels) -
     columns |= {f"bits_per_dim_{name}": pa.array(term.numpy()) for name, term in terms.items()}
     if images.labels is not None:
         columns["class_label"] = pa.array(images.labels[:count].numpy())
+    table = pa.table(columns).replace_schema_metadata({"vdm_hub": json.dumps(report.to_dict())})
+    with written_beside(path) as beside:
+        pq.write_table(table, beside)
+
+
+def write_posterior(report: ClassificationReport, images: ImageLevels, path: Path) -> None:
+    """Write one row per image, in their order, and the report as JSON in the file's metadata, under ``vdm_hub``.
+
+    Columns: ``image`` and ``file``, as in `write_per_image`; ``found``, the name of the class found; ``is``, that of
+    its label, where there are labels; ``evaluations``; ``decided``; and ``p(name)``, the posterior of each class.
+    """
+    count, standing = len(report.predicted), report.standing
+    columns = {
+        "image": pa.array(range(count), pa.int64()),
+        "file": pa.array((images.names or [None] * count)[:count], pa.string()),
+        "found": pa.array([report.names[found] for found in report.predicted.tolist()]),
+    }
+    if report.labels is not None:
+        columns["is"] = pa.array([report.names[label] for label in report.labels.tolist()])
+    columns |= {"evaluations": pa.array(standing.evaluations.numpy()), "decided": pa.array(standing.decided.tolist())}
+    posterior = report.posterior.T.contiguous()
+    columns |= {f"p({name})": pa.array(of.numpy()) for name, of in zip(report.names, posterior, strict=True)}
     table = pa.table(columns).replace_schema_metadata({"vdm_hub": json.dumps(report.to_dict())})
     with written_beside(path) as beside:
         pq.write_table(table, beside)

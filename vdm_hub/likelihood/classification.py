@@ -20,11 +20,12 @@ from torch import Tensor
 
 from vdm_hub.diffusion.draws import image_generator
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.fields import MAX_SEED, check_fields, option, whole_number
+from vdm_hub.fields import MAX_SEED, whole_number
 from vdm_hub.likelihood.classification_report import ClassificationReport, Standing
 from vdm_hub.likelihood.measurement import check_finite
 from vdm_hub.likelihood.paired_differences import Comparison, Scatter, compare
 from vdm_hub.likelihood.proposals import Proposal, fit_proposal
+from vdm_hub.likelihood.protocol import ClassificationEffort
 from vdm_hub.likelihood.time_grid import TimeGrid
 from vdm_hub.models.calls import counted_calls, evaluating
 from vdm_hub.objectives.variational_bound import Batch, Objective, VDMObjective, check_finite_ends
@@ -36,43 +37,6 @@ _MAIN, _PILOT, _PILOT_IMAGES = (121, 122), (123, 124), 125  # streams of draws: 
 _GOLDEN = 0.6180339887498949
 _PILOT_DRAWS, _PILOT_CANDIDATES = 16, 32  # of an image, at most
 _NUMBERS_AT_ONCE = 2**24  # that are kept in memory
-
-
-@dataclass(frozen=True)
-class ClassificationEffort:
-    """The network evaluations that a classification may take.
-
-    Attributes:
-        budget: The most evaluations of each image, over all candidates; 20 a candidate where not given.
-        confidence: The probability, by the draws' own errors, at which an image is done: that the candidate found best
-            is the one that endless draws would find. ``None`` drops no candidate: all have the whole budget.
-        first_draws: Of each candidate, before any is dropped.
-        pilot_evaluations: About how many, in no result, teach where times are best drawn and how much a difference
-            scatters; 0 for none.
-
-    Raises:
-        ConfigurationError: A number is out of range.
-
-    >>> ClassificationEffort(budget=100).confidence
-    0.9
-    """
-
-    budget: int | None = option(
-        None, "the most evaluations of each image, over all candidates; 20 a candidate", at_least=2, at_most=10**9
-    )
-    confidence: float | None = option(
-        0.9, "an image is done where its best candidate is the best with this probability", above=0.5, below=1
-    )
-    first_draws: int = option(2, "draws before a candidate may be dropped", at_least=1, at_most=10**6)
-    pilot_evaluations: int = option(
-        2048,
-        "about how many evaluations, in no result, say where times are drawn; 0 for none",
-        at_least=0,
-        at_most=10**9,
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 class BoundClassifier:
@@ -153,7 +117,8 @@ class BoundClassifier:
             cells = pilot.cells.view(history.shape)[:, :, 0]
             weights = (self.grid.widths / self.proposal.probabilities)[cells]
             seen.append((cells.flatten(), (history.std(2) / weights).flatten()))
-            self.proposal = fit_proposal(self.grid, *(torch.cat(column) for column in zip(*seen, strict=True)))
+            places, spreads = (torch.cat(column) for column in zip(*seen, strict=True))
+            self.proposal = fit_proposal(self.grid, places, spreads)
             first = first + more
         self.scatter = Scatter.fit(history, cells)
 

@@ -16,7 +16,6 @@ import torch
 from scipy.special import stdtr
 from torch import Tensor
 
-
 _LEAST, _MOST = 4.0, 20.0  # draws that the pilot's word on a variance is worth
 
 

@@ -1,4 +1,4 @@
-"""The names of forms, dequantisations and solvers, and how a probability flow is solved.
+"""The names of forms, dequantisations and solvers, and the settings of probability flows and classifications.
 
 Nothing here imports torch, so that a command line is answered at once.
 """
@@ -40,6 +40,43 @@ class FlowSettings:
     max_steps: int = option(1000, "the ODE: the most steps of one datum", at_least=1, at_most=10**6)
     solver: str = option("rk45", "the ODE: an adaptive method, rk45 or dop853", choices=tuple(SOLVERS))
     dtype: str = option("float64", "the ODE: the network's arithmetic, float64 or float32", choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class ClassificationEffort:
+    """The network evaluations that a classification may take.
+
+    Attributes:
+        budget: The most evaluations of each image, over all candidates; 20 a candidate where not given.
+        confidence: The probability, by the draws' own errors, at which an image is done: that the candidate found best
+            is the one that endless draws would find. ``None`` drops no candidate: all have the whole budget.
+        first_draws: Of each candidate, before any is dropped.
+        pilot_evaluations: About how many, in no result, teach where times are best drawn and how much a difference
+            scatters; 0 for none.
+
+    Raises:
+        ConfigurationError: A number is out of range.
+
+    >>> ClassificationEffort(budget=100).confidence
+    0.9
+    """
+
+    budget: int | None = option(
+        None, "the most evaluations of each image, over all candidates; 20 a candidate", at_least=2, at_most=10**9
+    )
+    confidence: float | None = option(
+        0.9, "an image is done where its best candidate is the best with this probability", above=0.5, below=1
+    )
+    first_draws: int = option(2, "draws before a candidate may be dropped", at_least=1, at_most=10**6)
+    pilot_evaluations: int = option(
+        2048,
+        "about how many evaluations, in no result, say where times are drawn; 0 for none",
+        at_least=0,
+        at_most=10**9,
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

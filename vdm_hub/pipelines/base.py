@@ -24,10 +24,11 @@ from vdm_hub.hub.checks import already_checked, check_pipeline
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.hub.schemas import check_arguments
 from vdm_hub.hub.weights import check_finite_weights
-from vdm_hub.likelihood.classification import BoundClassifier, ClassificationEffort
+from vdm_hub.likelihood.classification import BoundClassifier
 from vdm_hub.likelihood.classification_report import ClassificationReport
 from vdm_hub.likelihood.measurement import collect
 from vdm_hub.likelihood.methods import METHODS, Method, build_measurement, method_of
+from vdm_hub.likelihood.protocol import ClassificationEffort
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.loading import REMEDY, refuse_pickles
 from vdm_hub.objectives.variational_bound import Objective

@@ -1,0 +1,97 @@
+"""``vdm-hub classify`` as a user sees it: what it prints, the files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tiny import tiny_pipeline, tiny_unet
+from vdm_hub import ClassificationEffort, VDMPipeline, load_split
+from vdm_hub.commands import main
+
+FEW = ("--max_images", "6", "--budget", "40", "--pilot_evaluations", "40")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classify") / "pipeline"
+    tiny_pipeline(tiny_unet(num_class_embeds=10)).save_pretrained(folder)
+    return folder
+
+
+def words(folder: Path, *more: object) -> list[str]:
+    return ["classify", str(folder), "--dataset_name", "digits", *map(str, more)]
+
+
+def test_it_prints_an_object_and_writes_files_that_agree_with_the_pipeline(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(words(folder, *FEW, "--label_column", "label", "--seed", "3", "--json", "--output_dir", out)) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert json.loads((out / "classification.json").read_text()) == figures
+    assert {"accuracy", "accuracy_error", "expected_calibration_error", "confusion", "dataset", "weights"} <= set(
+        figures
+    )
+    assert sum(map(sum, figures["confusion"])) == figures["num_images"] == 6
+    assert Image.open(out / "confusion.png").width > 300
+    images = load_split("digits", "test[:6]", num_levels=17, label_column="label")
+    effort = {name: value for name, value in figures["effort"].items() if value is not None}
+    report: Any = VDMPipeline.from_pretrained(folder).classify(
+        images.levels, effort=ClassificationEffort(**effort), seed=3, labels=images.labels
+    )
+    assert report.accuracy == figures["accuracy"]
+    rows = pq.read_table(out / "posterior.parquet").to_pydict()
+    assert rows["found"] == [str(one) for one in report.predicted.tolist()]
+    assert rows["is"] == [str(one) for one in images.labels.tolist()]  # type: ignore[union-attr]
+    for number in range(10):
+        assert torch.tensor(rows[f"p({number})"]) == pytest.approx(report.posterior[:, number].float(), abs=1e-6)
+
+
+def test_a_table_has_a_row_for_each_class(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(folder, *FEW, "--label_column", "label", "--equal_effort")) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and "40.0 evaluations an image" in shown
+    assert all(f"\n  {number} " in shown for number in range(10))
+
+
+def test_images_without_labels_have_no_accuracy(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prior = ",".join(["0.1"] * 10)
+    assert main(words(folder, *FEW, "--output_dir", tmp_path, "--prior", prior, "--json", "--transitions", "5")) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert "accuracy" not in figures and figures["transitions"] == 5 and not (tmp_path / "confusion.png").exists()
+    assert main(words(folder, *FEW, "--output_dir", tmp_path)) == 2, "files are not replaced unasked"
+    assert main(words(folder, *FEW, "--output_dir", tmp_path, "--overwrite")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--equal_effort", "--confidence", "0.9"), ("0.9", "--equal_effort")),
+        (("--confidence", "1.5"), ("1.5",)),
+        (("--prior", "0.5;0.5"), ("0.5;0.5",)),
+        (("--prior", "0.5,0.5"), ("0.5", "10 numbers")),
+        (("--budget", "12"), ("12", "20")),
+        (("--max_images", "0"), ("max_images", "0")),
+    ],
+)
+def test_what_is_refused_names_its_value(
+    more: tuple[str, ...], named: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(folder, *more)) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in named) and "Traceback" not in said
+
+
+def test_an_unconditional_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    assert main(words(tmp_path / "pipeline", "--label_column", "label")) == 2
+    assert "class-conditional" in capsys.readouterr().err

@@ -1,0 +1,58 @@
+"""The classes of a dataset's images by a pipeline's bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.evaluation.evaluate import check_images, labels_of, read_images
+from vdm_hub.evaluation.provenance import library_versions, weights_fingerprint
+from vdm_hub.likelihood.classification_report import ClassificationReport
+from vdm_hub.likelihood.protocol import ClassificationEffort
+from vdm_hub.pipelines.base import LikelihoodPipeline
+
+
+def classify_images(
+    pipeline: LikelihoodPipeline,
+    images: ImageLevels | ImageStream,
+    effort: ClassificationEffort | None = None,
+    *,
+    prior: Sequence[float] | None = None,
+    transitions: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    max_images: int | None = None,
+    dataset: Mapping[str, Any] | None = None,
+) -> ClassificationReport:
+    """The class of every image, and, where they have labels, how often it is theirs.
+
+    Args:
+        pipeline: A class-conditional model.
+        images: The images, in memory or as a stream.
+        effort: See `LikelihoodPipeline.classify`, as the next four.
+        prior: ``p(c)`` of all classes; uniform by default.
+        transitions: T; continuous time by default.
+        seed: Of all draws.
+        batch_size: Pairs of an image and a class at once; it changes no figure.
+        max_images: Only the first so many.
+        dataset: What is known of the images; the report repeats it.
+
+    Raises:
+        DataError: The images' shape, levels or labels are not the model's.
+        ConfigurationError: The network knows no classes, or a number is out of range.
+    """
+    started = time.perf_counter()
+    levels, labels = read_images(images, batch_size, max_images)
+    check_images(pipeline, levels, images.num_levels)
+    labels = None if labels is None else labels_of(pipeline, labels, images.class_names)
+    options: dict[str, Any] = {"effort": effort, "prior": prior, "transitions": transitions}
+    report = pipeline.classify(levels, labels=labels, seed=seed, batch_size=batch_size, **options)
+    report.details["weights"] = weights_fingerprint(pipeline)
+    if dataset is not None:
+        report.details["dataset"] = dict(dataset)
+    device, kind = pipeline.device_of_latents.type, str(pipeline.main_model.dtype).removeprefix("torch.")
+    report.details.update(device=device, dtype=kind, versions=library_versions())
+    report.details["seconds"] = round(time.perf_counter() - started, 3)
+    return report
