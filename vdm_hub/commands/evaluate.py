@@ -115,6 +115,8 @@ def _evaluate(
         dataset=description,
         journal=arguments.journal,
         processes=processes,
+        marginal=arguments.marginal,
+        prior=arguments.prior,
     )
 
 

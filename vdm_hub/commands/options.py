@@ -45,7 +45,7 @@ def explain(parser: argparse.ArgumentParser) -> None:
 def evaluate(parser: argparse.ArgumentParser) -> None:
     """Measure a pipeline's likelihood on a dataset, in bits per dimension."""
     parser.epilog = _EPILOG
-    parser.set_defaults(prepare=_choose_method)
+    parser.set_defaults(prepare=_choose_method_and_mixture)
     parser.add_argument(
         "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or of diffusers' DDPM family"
     )
@@ -53,6 +53,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser.add_argument_group("a checkpoint of diffusers whose config is wrong"))
     _add_images(parser.add_argument_group("images"))
     _add_method(parser.add_argument_group("method"))
+    _add_mixture(parser.add_argument_group("classes"))
     _add_effort(parser.add_argument_group("effort"))
     _add_output(parser.add_argument_group("output"))
 
@@ -166,6 +167,26 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         default = "" if one.default is None else f"; default: {one.default}"
         choices = one.metadata["choices"]
         group.add_argument(f"--{name}", type=kind, choices=choices, help=f"{one.metadata['help']} ({of}{default})")
+
+
+_PRIOR = "p(c) of the classes before an image is seen, as 0.5,0.3,0.2 (default: uniform)"
+
+
+def _add_mixture(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--marginal",
+        action="store_true",
+        help="measure under every class, on the same draws, and say by how many bits a label lowers an image's bound "
+        "below the mixture's; as many times the evaluations as there are classes",
+    )
+    group.add_argument("--prior", help=f"with --marginal: {_PRIOR}")
+
+
+def _choose_method_and_mixture(arguments: argparse.Namespace) -> None:
+    _choose_method(arguments)
+    arguments.prior = _numbers("prior", arguments.prior)
+    if arguments.prior is not None and not arguments.marginal:
+        raise ConfigurationError("--prior acts only with --marginal: add it, or leave it out.")
 
 
 def _choose_method(arguments: argparse.Namespace) -> None:

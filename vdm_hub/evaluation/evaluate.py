@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,16 +15,18 @@ from torch import Tensor
 
 from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.images import ImageLevels, ImageStream, labels_as
-from vdm_hub.errors import DataError
+from vdm_hub.errors import ConfigurationError, DataError, shortened
 from vdm_hub.evaluation.journal import Journal, check_evaluation_journal
 from vdm_hub.evaluation.measuring import ReplicateStages, measure_images
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights_fingerprint
+from vdm_hub.likelihood.marginal import MarginalMeasurement
 from vdm_hub.likelihood.measurement import Measurement
 from vdm_hub.likelihood.methods import Method, build_measurement, method_of
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Batch, Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.pipelines.classes import checked_prior, chosen_classes
 from vdm_hub.version import __version__
 
 _EXAMINED = 1024  # images, whose latents are looked at
@@ -43,6 +45,8 @@ def evaluate(
     dataset: Mapping[str, Any] | None = None,
     journal: Path | None = None,
     processes: Processes | None = None,
+    marginal: bool = False,
+    prior: Sequence[float] | None = None,
 ) -> LikelihoodReport:
     """The likelihood of every image, by any of the methods.
 
@@ -63,6 +67,10 @@ def evaluate(
             the number and the fingerprint of those that were measured.
         journal: A folder that keeps what is finished; with the same folder, an evaluation that was killed goes on.
         processes: Those that share the images; this one is alone by default.
+        marginal: Measure a class-conditional model under every class, on the same draws, and report the bound of the
+            mixture, ``B_mix(x) = -log sum_c p(c) exp(-B_c(x))``, and the gain by a label, ``B_mix - B_c``, in bits an
+            image, under ``marginal``. It takes as many times the evaluations as there are classes.
+        prior: ``p(c)`` of the mixture; uniform by default.
 
     Returns:
         The report, the same on every process. Its ``details`` are the method's protocol, ``target`` (where one was
@@ -83,7 +91,7 @@ def evaluate(
     levels, labels = read_images(images, batch_size, max_images)
     check_images(pipeline, levels, images.num_levels)
     labels = labels_of(pipeline, labels, images.class_names)
-    method = method_of(method)
+    method, chances = method_of(method), _chances(pipeline, marginal, prior)
     stages = (
         replicates
         if isinstance(replicates, ReplicateStages)
@@ -99,7 +107,10 @@ def evaluate(
     how = _How(pipeline, levels, labels, batch_size, key, journal, processes, progress)
 
     def one(objective: Objective, stages: ReplicateStages, model: str) -> LikelihoodReport:
-        return how.measure(build_measurement(objective, len(levels), method, seed), stages, model)
+        measurement = build_measurement(objective, len(levels), method, seed)
+        if chances is not None and model == "unclipped":
+            measurement = MarginalMeasurement(measurement, chances)
+        return how.measure(measurement, stages, model)
 
     report = one(pipeline.objective(method.transitions), stages, "unclipped")
     clipped = pipeline.clipped_objective(method.transitions)
@@ -117,6 +128,17 @@ def evaluate(
     }
     report.details["seconds"] = round(time.perf_counter() - started, 3)
     return report
+
+
+def _chances(pipeline: LikelihoodPipeline, marginal: bool, prior: Sequence[float] | None) -> Tensor | None:
+    """``p(c)`` of all classes, where the mixture is asked for."""
+    if not marginal:
+        if prior is not None:
+            raise ConfigurationError(
+                f"prior is {shortened(prior)}, and acts only with marginal: give both or neither."
+            )
+        return None
+    return checked_prior(prior, len(chosen_classes(pipeline, None)))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,16 @@ class _Hierarchy(TypedDict):
     depth: Natural
 
 
+class _Marginal(TypedDict):
+    gain_bits: Figure
+    most_bits: Positive
+    standard_error: Positive | None
+    standard_error_over_images: Positive | None
+    monte_carlo_bias: Figure | None
+    mixture_bits: Figure
+    prior: Annotated[list[Fraction], Within(2, 2**20)]
+
+
 class _Figures(TypedDict):
     bits_per_dim: Figure
     standard_error: Positive | None
@@ -129,6 +139,7 @@ class Evaluation(_Figures):
     probability_flow: NotRequired[_Flow]
     importance_weights: NotRequired[_Weights]
     hierarchy: NotRequired[_Hierarchy]
+    marginal: NotRequired[_Marginal]
     latents: NotRequired[_Latents]
     clipped: NotRequired[_Figures]
 
@@ -287,7 +298,9 @@ def _miscounted(record: Mapping[str, Any]) -> Iterator[str]:
     for figures in filter(None, [record, record.get("clipped")]):
         if "hierarchy" not in record and figures["network_evaluations"] < shown:
             yield f"network_evaluations is {figures['network_evaluations']}, and each of {shown} estimates takes one"
-    dataset = record.get("dataset")
+    marginal, dataset = record.get("marginal"), record.get("dataset")
+    if marginal is not None and marginal["gain_bits"] > marginal["most_bits"] + _ROUNDING:
+        yield f"the gain by a label is {marginal['gain_bits']} bits, and none is above {marginal['most_bits']}"
     if dataset is not None and dataset["images"] not in (None, record["num_images"]):
         yield f"num_images is {record['num_images']}, and the dataset's images are {dataset['images']}"
     if dataset is not None and math.prod(dataset["shape"]) != record["dimensions"]:

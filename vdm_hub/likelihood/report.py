@@ -193,12 +193,27 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
             f"the same, every estimate of the data clipped as the sampler does: {clipped['bits_per_dim']:.4f} "
             f"bits/dim, standard error {_shown(_or_nan(clipped['standard_error']), 'replicates')}"
         )
+    if marginal := details.get("marginal"):
+        lines += _marginal_lines(marginal)
     if dataset := details.get("dataset"):
         named = ", ".join(str(dataset[key]) for key in ("name", "config", "split") if dataset.get(key))
         read = (f"{key.replace('_', ' ')} {dataset[key]}" for key in _READ if dataset.get(key))
         how = ", ".join([named, f"{dataset['levels']} levels", *read])
         lines.append(f"dataset: {how}, {str(dataset['fingerprint'])[:19]}...")
     return lines
+
+
+def _marginal_lines(marginal: Mapping[str, Any]) -> list[str]:
+    """The lines on what a label is worth, and on the mixture that it is compared with."""
+    count, prior = len(marginal["prior"]), "a uniform prior" if len(set(marginal["prior"])) == 1 else "the prior given"
+    bias = _or_nan(marginal["monte_carlo_bias"])
+    return [
+        f"a label is worth {marginal['gain_bits']:.4f} bits an image, of at most {marginal['most_bits']:.4f}; "
+        f"standard error {_shown(_or_nan(marginal['standard_error']), 'replicates')} (Monte Carlo), "
+        f"{_shown(_or_nan(marginal['standard_error_over_images']), 'images')} (images); bias of so few replicates "
+        f"{_shown(bias, 'replicates')}",
+        f"the mixture of {count} classes, by {prior}: at most {marginal['mixture_bits']:.4f} bits an image",
+    ]
 
 
 def _target_lines(details: Mapping[str, Any]) -> list[str]:

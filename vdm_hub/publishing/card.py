@@ -322,7 +322,9 @@ def _evaluation_command(
         "--replicates": report.get("replicates"),
         "--seed": report.get("seed", source.recipe.get("seed")),
     }
-    given = (word for option, value in options.items() if value is not None for word in (option, value))
+    given = [word for option, value in options.items() if value is not None for word in (option, value)]
+    if (marginal := report.get("marginal")) is not None:
+        given += ["--marginal", "--prior", ",".join(map(repr, marginal["prior"]))]
     return _command("vdm-hub", "evaluate", edition.repo_id, *given) if dataset.get("name") else None
 
 

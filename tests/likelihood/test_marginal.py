@@ -1,0 +1,125 @@
+"""The bound of the mixture of classes: what a label gains is never above its own surprise."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiny import tiny_pipeline, tiny_unet
+from vdm_hub.commands import main
+from vdm_hub.data.loading import load_split
+from vdm_hub.errors import ConfigurationError, NonFiniteLossError
+from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.hub.records import read_evaluation
+from vdm_hub.likelihood.estimator import BoundEstimator
+from vdm_hub.likelihood.marginal import MarginalMeasurement, gain_bits, marginal_figures, mixture
+
+IMAGES = load_split("digits", "test[:12]", num_levels=17, label_column="label")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline(tiny_unet(num_class_embeds=10))
+
+
+@given(st.integers(2, 6), st.integers(0, 10**6), st.floats(0.1, 1e4))
+def test_a_gain_is_at_most_the_label_s_surprise_and_the_mixture_within_its_bounds(
+    classes: int, seed: int, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    bounds = 100 + scale * torch.randn(5, classes, generator=generator, dtype=torch.float64)
+    prior = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.01
+    prior, labels = prior / prior.sum(), torch.randint(classes, (5,), generator=generator)
+    assert bool((gain_bits(bounds, labels, prior) <= -prior[labels].log2() + 1e-6).all())
+    best = (bounds - prior.log()).amin(1)
+    mixed = mixture(bounds, prior)
+    assert bool((mixed <= best + 1e-9).all()) and bool((mixed >= best - math.log(classes) - 1e-9).all())
+
+
+def test_classes_that_say_the_same_gain_nothing() -> None:
+    bounds, prior = torch.full((3, 4, 5), 7.0).double(), torch.full((5,), 0.2, dtype=torch.float64)
+    figures = marginal_figures(bounds, torch.zeros(4).long(), prior)
+    assert figures["gain_bits"] == pytest.approx(0, abs=1e-9) and figures["mixture_bits"] == pytest.approx(
+        7 / math.log(2)
+    )
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -math.inf])
+def test_a_bound_that_is_none_is_refused_with_its_image(wrong: float) -> None:
+    bounds, prior = torch.ones(2, 3).double(), torch.full((3,), 1 / 3).double()
+    bounds[1, 0] = wrong
+    with pytest.raises(NonFiniteLossError, match="image 1"):
+        gain_bits(bounds, torch.zeros(2).long(), prior)
+
+
+def test_the_jackknife_knows_the_bias_and_the_error_of_few_replicates() -> None:
+    """Two classes of equal bounds, with noise of their own: the mixture of estimates lies below that of the truth."""
+    generator = torch.Generator().manual_seed(0)
+    prior, found = torch.tensor([0.5, 0.5]).double(), []
+    for _ in range(200):
+        bounds = 50 + torch.randn(8, 20, 2, generator=generator, dtype=torch.float64)
+        found.append(marginal_figures(bounds, torch.zeros(20).long(), prior))
+    gains = torch.tensor([one["gain_bits"] for one in found])  # the truth is 0
+    bias = torch.tensor([one["monte_carlo_bias"] for one in found])
+    assert float(gains.mean()) < 0
+    assert float(bias.mean()) == pytest.approx(float(gains.mean()), rel=0.25, abs=0.01)
+    errors = torch.tensor([one["standard_error"] for one in found])
+    assert float(errors.mean()) == pytest.approx(float(gains.std()), rel=0.2)
+
+
+def test_what_is_reported_of_the_own_class_is_what_it_is_without_the_mixture(pipe: Any) -> None:
+    plain = evaluate(pipe, IMAGES, replicates=3, progress=False)
+    report = evaluate(pipe, IMAGES, replicates=3, progress=False, marginal=True)
+    for name, term in plain.terms_per_image.items():
+        torch.testing.assert_close(report.terms_per_image[name], term, rtol=1e-5, atol=1e-5)
+    pilot = 256
+    assert report.network_evaluations - pilot == 10 * (plain.network_evaluations - pilot)
+    figures = report.to_dict()["marginal"]
+    own = report.bits_per_dim * report.dimensions
+    assert figures["mixture_bits"] - figures["gain_bits"] == pytest.approx(own, rel=1e-9)
+    assert figures["most_bits"] == pytest.approx(math.log2(10))
+
+
+def test_every_class_is_measured_on_the_same_draws(pipe: Any) -> None:
+    inner = BoundEstimator(pipe.objective(), len(IMAGES.levels), pilot_evaluations=0)
+    one = MarginalMeasurement(inner, torch.full((10,), 0.1, dtype=torch.float64))
+    batch = {"levels": torch.as_tensor(IMAGES.levels), "indices": torch.arange(12), "class_labels": IMAGES.labels}
+    with torch.no_grad():
+        found = one.measure(batch, 1)
+        for label in range(10):
+            told = inner.measure(batch | {"class_labels": torch.full((12,), label)}, 1)
+            assert torch.equal(found.diagnostics["by_class"][:, label], torch.stack([*told.terms.values()]).sum(0))
+            assert torch.equal(found.diagnostics["time"], told.diagnostics["time"])
+
+
+def test_only_a_class_conditional_model_has_a_mixture(pipe: Any) -> None:
+    with pytest.raises(ConfigurationError, match="class-conditional"):
+        evaluate(tiny_pipeline(), IMAGES, progress=False, marginal=True)
+    with pytest.raises(ConfigurationError, match="marginal"):
+        evaluate(pipe, IMAGES, progress=False, prior=[0.1] * 10)
+    with pytest.raises(ConfigurationError, match="prior"):
+        evaluate(pipe, IMAGES, progress=False, marginal=True, prior=[0.1])
+
+
+def test_the_command_reports_the_gain_as_a_publication_reads_it_and_a_journal_keeps_it(
+    pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe.save_pretrained(tmp_path / "pipeline")
+    words = ["evaluate", str(tmp_path / "pipeline"), "--dataset_name", "digits", "--label_column", "label"]
+    words += ["--max_images", "6", "--replicates", "2", "--journal", str(tmp_path / "journal")]
+    printed = []
+    for _ in range(2):  # the second time from the journal
+        assert main([*words, "--marginal", "--json"]) == 0
+        printed.append(capsys.readouterr().out)
+    (tmp_path / "evaluation.json").write_text(printed[0])
+    figures = read_evaluation(tmp_path / "evaluation.json")
+    assert figures["marginal"] == json.loads(printed[1])["marginal"] and figures["marginal"]["prior"] == [0.1] * 10
+    assert main([*words[:-2], "--marginal"]) == 0 and "a label is worth" in capsys.readouterr().out
+    assert main([*words, "--prior", "0.5,0.5"]) == 2 and "--marginal" in capsys.readouterr().err

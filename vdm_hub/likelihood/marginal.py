@@ -1,0 +1,152 @@
+r"""The bound without its condition: ``B_mix(x) = -log sum_c p(c) exp(-B_c(x))``, and what a label is worth.
+
+``p(x) = sum_c p(c) p(x|c)`` and ``p(x|c) >= exp(-B_c)``, so B_mix bounds ``-log p(x)`` too. For each c the sum is at
+least its own term, ``B_mix <= B_c - log p(c)``, so that the gain by a label, ``B_mix - B_c``, is at most
+``-log2 p(c)`` bits an image, whatever the model; on the same draws this holds for the estimates as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdm_hub.errors import NonFiniteLossError
+from vdm_hub.likelihood.measurement import Batches, Measured, Measurement
+from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.objectives.variational_bound import Batch
+
+_ROUNDING = 1e-9  # of a logarithm of a sum, in float64, relative to the bounds
+
+
+class MarginalMeasurement(Measurement):
+    """A likelihood method under every class on the same draws: that of each image's own, and the mixture's beside it.
+
+    Batches carry ``class_labels``, (B,). What is reported is the inner measurement's, of each image's own class, to
+    the last bit; ``details["marginal"]`` is of the mixture.
+
+    Args:
+        inner: The method on a class-conditional model.
+        prior: ``p(c)``, (C,), float64.
+    """
+
+    def __init__(self, inner: Measurement, prior: Tensor) -> None:
+        super().__init__(inner.objective, inner.seed)
+        self.inner, self.prior = inner, prior
+        self.method, self.is_bound, self.options = inner.method, inner.is_bound, inner.options
+
+    @property
+    def pilot_evaluations(self) -> int:
+        """Network evaluations of the inner measurement's pilot."""
+        return self.inner.pilot_evaluations
+
+    @pilot_evaluations.setter
+    def pilot_evaluations(self, value: int) -> None:
+        self.inner.pilot_evaluations = value
+
+    def fit(self, batches: Batches) -> None:
+        """Run the inner measurement's pilot, on the images' own classes."""
+        self.inner.fit(batches)
+
+    def state(self) -> dict[str, Any]:
+        """The inner measurement's."""
+        return self.inner.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state`."""
+        self.inner.load_state(state)
+
+    def measure(self, batch: Batch, replicate: int) -> Measured:
+        """The inner measurement of each image's own class, with every class's total beside it, in nats, (B, C)."""
+        labels, device = batch["class_labels"].cpu(), batch["class_labels"].device
+        every = [
+            self.inner.measure({**batch, "class_labels": torch.full_like(labels, number).to(device)}, replicate)
+            for number in range(len(self.prior))
+        ]
+        own = Measured(*(_own([getattr(one, kind) for one in every], labels) for kind in ("terms", "diagnostics")))
+        totals = torch.stack([torch.stack(list(one.terms.values())).sum(0) for one in every], 1)
+        extra = {"by_class": totals, "class_label": labels.double()}
+        if "evaluations" in own.diagnostics:
+            extra["evaluations"] = torch.stack([one.diagnostics["evaluations"] for one in every]).sum(0)
+        return Measured(own.terms, own.diagnostics | extra)
+
+    def fewest_evaluations(self, replicates: int) -> int:
+        """The inner measurement's pilot, and its replicates for each class."""
+        pilot = self.inner.fewest_evaluations(0)
+        return pilot + len(self.prior) * (self.inner.fewest_evaluations(replicates) - pilot)
+
+    def protocol(self) -> dict[str, Any]:
+        """The inner measurement's, and the classes' prior."""
+        return self.inner.protocol() | {"marginal": {"prior": self.prior.tolist()}}
+
+    def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The inner measurement's, and the figures of the mixture: see `marginal_figures`."""
+        labels = diagnostics["class_label"][0].long()
+        figures = marginal_figures(diagnostics["by_class"], labels, self.prior)
+        return self.inner.details(diagnostics) | {"marginal": figures | {"prior": self.prior.tolist()}}
+
+    def notes(self, report: LikelihoodReport) -> list[str]:
+        """The inner measurement's."""
+        return self.inner.notes(report)
+
+
+def _own(of_classes: list[dict[str, Tensor]], labels: Tensor) -> dict[str, Tensor]:
+    """By name, each image's values of its own class."""
+    rows = torch.arange(len(labels))
+    return {name: torch.stack([one[name] for one in of_classes])[labels, rows] for name in of_classes[0]}
+
+
+def marginal_figures(by_class: Tensor, labels: Tensor, prior: Tensor) -> dict[str, Any]:
+    """The mixture's bound and the gain by a label, as plain JSON.
+
+    B_mix is a concave function of the bounds, so its estimate from R replicates lies below it, by about 1/R of
+    something; the jackknife (Efron, The Jackknife, 1982) estimates that, and the Monte Carlo error.
+
+    Args:
+        by_class: B_c in nats, (replicates, images, classes).
+        labels: Of the images, (images,).
+        prior: ``p(c)``, (classes,).
+
+    Raises:
+        NonFiniteLossError: A gain is above ``-log2 p(c)``, or is not finite; the message names the image.
+
+    >>> bounds = torch.tensor([[[1.0, 9.0]], [[3.0, 9.0]]]).double()
+    >>> figures = marginal_figures(bounds, torch.tensor([0]), torch.tensor([0.5, 0.5]).double())
+    >>> round(figures["gain_bits"], 4), figures["most_bits"]
+    (0.9987, 1.0)
+    """
+    count, images = by_class.shape[:2]
+    gain = gain_bits(by_class.mean(0), labels, prior)
+    figures: dict[str, Any] = {"gain_bits": float(gain.mean()), "most_bits": float(-prior[labels].log2().mean())}
+    figures |= {"standard_error": None, "standard_error_over_images": None, "monte_carlo_bias": None}
+    if count > 1:
+        others = (by_class.sum(0) - by_class) / (count - 1)
+        left_out = torch.stack([gain_bits(one, labels, prior).mean() for one in others])
+        figures["standard_error"] = float(((count - 1) * left_out.var(correction=0)).sqrt())
+        figures["monte_carlo_bias"] = float((count - 1) * (left_out.mean() - gain.mean()))
+    if images > 1:
+        figures["standard_error_over_images"] = float(gain.std() / math.sqrt(images))
+    return figures | {"mixture_bits": float(mixture(by_class.mean(0), prior).mean() / math.log(2))}
+
+
+def mixture(bounds: Tensor, prior: Tensor) -> Tensor:
+    """``B_mix`` of each image in nats, (images,), of its bounds, (images, classes)."""
+    return -(prior.log() - bounds).logsumexp(1)
+
+
+def gain_bits(bounds: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
+    """``(B_mix - B_c) / ln 2`` of each image, c its own class, (images,): see `marginal_figures`."""
+    own = bounds.gather(1, labels[:, None])[:, 0]
+    gain, most = (mixture(bounds, prior) - own) / math.log(2), -prior[labels].log2()
+    lawful = gain <= most + _ROUNDING * (1 + own.abs())
+    if not bool(lawful.all()):
+        image = int((~lawful).nonzero()[0, 0])
+        raise NonFiniteLossError(
+            f"the gain by its label of image {image} is {float(gain[image])} bits, and no gain is above "
+            f"{float(most[image]):.6g}: its bounds are not finite, or not of the same draws. Evaluate an earlier "
+            f"checkpoint, or look at that image."
+        )
+    return gain
