@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tiny import tiny_pipeline, tiny_unet
-from vdm_hub import ClassificationEffort, HVAEPipeline, MarkovianHVAE
+from vdm_hub import ClassificationEffort, HVAEPipeline, MarkovianHVAE, VDMPipeline, VDMScheduler
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.likelihood.estimator import BoundEstimator
 
@@ -47,16 +47,24 @@ def test_a_difference_is_that_of_the_likelihoods_of_two_labels(pipe: Any, transi
     assert bool(((differences - paired.mean(0)).abs() < 4 * error).all())
 
 
+def test_a_null_class_is_no_candidate() -> None:
+    classes = {"count": 3, "names": ["cat", "dog", "eel"], "dropout": 0.1, "column": "kind"}
+    pipe = VDMPipeline(tiny_unet(num_class_embeds=4), VDMScheduler(num_levels=17), classes=classes)
+    assert pipe.classify(IMAGES, effort=ClassificationEffort(budget=30)).names == ("cat", "dog", "eel")
+    with pytest.raises(ConfigurationError, match="did you mean 'eel'"):
+        pipe.classify(IMAGES, ["cat", "eels"])
+
+
 def test_labels_give_an_accuracy(pipe: Any) -> None:
     report = pipe.classify(IMAGES, effort=EQUAL, labels=[0, 1, 2, 3, 0])
     assert report.accuracy == float((report.predicted == torch.tensor([0, 1, 2, 3, 0])).double().mean())
 
 
 def test_a_model_without_classes_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="VDMPipeline"):
+    with pytest.raises(ConfigurationError, match="class-conditional"):
         tiny_pipeline().classify(IMAGES)
     hierarchy = HVAEPipeline(MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(1, 8, 8)]))
-    with pytest.raises(ConfigurationError, match="HVAEPipeline"):
+    with pytest.raises(ConfigurationError, match="class-conditional"):
         hierarchy.classify(IMAGES)
 
 

@@ -138,7 +138,7 @@ def _chances(pipeline: LikelihoodPipeline, marginal: bool, prior: Sequence[float
                 f"prior is {shortened(prior)}, and acts only with marginal: give both or neither."
             )
         return None
-    return checked_prior(prior, len(chosen_classes(pipeline, None)))
+    return checked_prior(prior, len(chosen_classes(pipeline.condition)))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from vdm_hub.likelihood.protocol import ClassificationEffort
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.loading import REMEDY, refuse_pickles
 from vdm_hub.objectives.variational_bound import Objective
-from vdm_hub.pipelines.classes import checked_prior, chosen_classes, class_names
+from vdm_hub.pipelines.classes import checked_prior, chosen_classes
 from vdm_hub.pipelines.published_card import KeepsPublishedCard
 
 _LOADING = (
@@ -433,15 +433,15 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             >>> report.names, report.posterior.shape
             (('0', '1', '2'), torch.Size([2, 3]))
         """
-        classes = chosen_classes(self, candidates)
-        chances = checked_prior(prior, len(classes))
-        levels = self._levels(images)
+        condition, classes = self.condition, chosen_classes(self.condition, candidates)
+        assert condition is not None
+        chances, levels = checked_prior(prior, len(classes)), self._levels(images)
         batch = {"levels": levels, "indices": torch.arange(len(levels))}
         told, objective = torch.tensor(classes), self.objective(transitions)
         classifier = BoundClassifier(
-            objective, lambda chosen: {"class_labels": told[chosen]}, chances, effort, seed, batch_size
+            objective, lambda chosen: {condition.argument: told[chosen]}, chances, effort, seed, batch_size
         )
-        report = classifier.report(batch, tuple(class_names(self)[number] for number in classes))
+        report = classifier.report(batch, tuple(map(condition.name_of, classes)))
         return report if labels is None else report.scored(labels)
 
     def _levels(self, images: Any) -> Tensor:

@@ -4,52 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.errors import ConfigurationError, explained, shortened, unknown_name
 
 
-def class_names(pipeline: Any) -> tuple[str, ...]:
-    """The names of a pipeline's classes; their numbers, where it has none."""
-    known = getattr(pipeline, "class_names", None)
-    return tuple(known or map(str, range(pipeline.num_classes or 0)))
-
-
-def chosen_classes(pipeline: Any, candidates: Sequence[int | str] | None) -> list[int]:
+def chosen_classes(condition: ClassCondition | None, candidates: Sequence[int | str] | None = None) -> list[int]:
     """The numbers of the classes that are to be chosen from, each once.
 
     Args:
-        pipeline: The model.
+        condition: The classes that a model knows.
         candidates: Their numbers or names; ``None`` for all.
 
     Raises:
         ConfigurationError: The model knows no classes, one is none of them or is given twice, or they are fewer than
             two.
+
+    >>> chosen_classes(ClassCondition(3, ("cat", "dog", "eel")), ["eel", 0])
+    [2, 0]
     """
-    count, names = pipeline.num_classes, class_names(pipeline)
-    if count is None:
+    if condition is None:
         raise ConfigurationError(
-            f"the {type(pipeline).__name__} is not class-conditional, and a class is found by what the network says "
-            f"when told each: give a model that was trained with labels."
+            "the model is not class-conditional, and a class is found by what the network says when told each: give a "
+            "model that was trained with labels."
         )
-    given = list(range(count)) if candidates is None else list(candidates)
-    chosen = [_number(one, count, names) for one in given]
+    names = [condition.name_of(number) for number in range(condition.count)]
+    given = list(range(condition.count)) if candidates is None else list(candidates)
+    chosen = [_number(one, names) for one in given]
     if len(chosen) < 2 or len(set(chosen)) < len(chosen):
         raise ConfigurationError(
-            f"candidates are {shortened(given)}: give at least two, each once, of {', '.join(names)}."
+            f"candidates are {shortened(given)}: give at least two, each once, of {shortened(names, 300)}."
         )
     return chosen
 
 
-def _number(candidate: int | str, count: int, names: Sequence[str]) -> int:
+def _number(candidate: int | str, names: Sequence[str]) -> int:
     if isinstance(candidate, str) and candidate in names:
         return names.index(candidate)
-    if hasattr(candidate, "__index__") and not isinstance(candidate, bool) and 0 <= int(candidate) < count:
+    if hasattr(candidate, "__index__") and not isinstance(candidate, bool) and 0 <= int(candidate) < len(names):
         return int(candidate)
-    raise unknown_name(f"class (of 0 to {count - 1})", candidate, names)
+    raise unknown_name(f"class (of 0 to {len(names) - 1})", candidate, names)
 
 
 def checked_prior(prior: Sequence[float] | Tensor | None, count: int) -> Tensor:
