@@ -51,11 +51,10 @@ def test_what_is_no_network_is_refused(name: str, tmp_path: Path) -> None:
         config(tmp_path, (1, 8, 8), unet={"_class_name": name})
 
 
-def test_another_network_of_diffusers_is_called_once_by_its_class(tmp_path: Path) -> None:
-    """It asks for a class, and there is none: the call that tells says so, before a step."""
+def test_another_network_of_diffusers_is_built_by_its_class(tmp_path: Path) -> None:
     said = {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1}
-    with pytest.raises(ConfigurationError, match=naming("DiTTransformer2DModel", "1x8x8", "AttributeError")):
-        config(tmp_path, (1, 8, 8), unet=said | {"norm_num_groups": 1})
+    found = config(tmp_path, (1, 8, 8), unet=said | {"norm_num_groups": 1})
+    assert (found["sample_size"], found["in_channels"], found["out_channels"]) == (8, 1, 1)
 
 
 def test_a_description_goes_before_a_default_and_may_repeat_the_data(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ class ClassCondition:
         """How many classes the network knows: C, and the null class where there is one."""
         return self.count + (self.dropout > 0)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a network's table of classes follows from: how many there are, and whether there is a null class."""
+        return {"classes": self.count, "null": int(self.dropout > 0)}
+
     def name_of(self, number: int) -> str:
         """The name of a class, or its number where it has none.
 

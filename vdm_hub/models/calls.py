@@ -6,12 +6,16 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.models.conditions import classes_of, takes_text, text_width_of
+from vdm_hub.models.registered_model import bare_network, config_of
 
 _GIVEN = ("sample", "timestep", "return_dict", "context")  # by whoever calls the network
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
@@ -27,24 +31,8 @@ def named_arguments(network: nn.Module) -> list[str] | None:
     parameters = list(inspect.signature(network.forward).parameters.values())
     if any(one.kind is one.VAR_KEYWORD for one in parameters):
         return None
-    says = "cross_attention_dim" in getattr(network, "config", {})
-    others = {*_GIVEN, *(_TEXT if says and text_width_of(network) is None else ())}
+    others = {*_GIVEN, *(() if takes_text(network) else _TEXT)}
     return [one.name for one in parameters[2:] if one.kind is not one.VAR_POSITIONAL and one.name not in others]
-
-
-def text_width_of(network: nn.Module) -> int | None:
-    """The width D of the ``encoder_hidden_states``, (B, L, D), that a network attends to; ``None`` where it does not.
-
-    >>> from vdm_hub import UNetVDMModel
-    >>> text_width_of(UNetVDMModel(8, block_out_channels=(8,), norm_num_groups=4, cross_attention_dim=384))
-    384
-    """
-    # The modules tell: a config may have a width, diffusers' 1280, and blocks without attention to it.
-    attending: list[Any] = [part for part in network.modules() if getattr(part, "is_cross_attention", False)]
-    if not attending:
-        return None
-    projected = getattr(network, "config", {}).get("encoder_hid_dim")
-    return int(projected or attending[0].cross_attention_dim)
 
 
 def check_context(context_size: int | None, network: nn.Module) -> None:
@@ -66,6 +54,67 @@ def check_context(context_size: int | None, network: nn.Module) -> None:
             f"the process tells its network {context_size or 'no'} numbers beside the timestep, and "
             f"{type(network).__name__} takes {taken or 'none'}: use UNetVDMModel with context_size={context_size}."
         )
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a network is called: as all are, and with what its class asks for besides.
+
+    Attributes:
+        absent: Arguments without a default, which are ``None`` where nobody gives them.
+        needed: Conditions without which it can't be called.
+        only_class: The one class of a network that knows no other and must be told one.
+        each: Whether it asks for a timestep for each datum, as diffusers' transformers do.
+
+    >>> from diffusers import DiTTransformer2DModel
+    >>> Call.of(DiTTransformer2DModel(1, 8, 1, num_layers=1, sample_size=8, num_embeds_ada_norm=10))
+    Call(absent=(), needed=('class_labels',), only_class=None, each=True)
+    """
+
+    absent: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    only_class: int | None = None
+    each: bool = False
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Call:
+        """The call of a network, any that is called as ``network(sample, timestep, return_dict=False, **given)[0]``.
+
+        A network's own dropout of labels is switched off: what a condition leaves out is drawn from (seed, step,
+        place), like all else.
+        """
+        for part in network.modules():
+            if isinstance(part, LabelEmbedding):
+                part.dropout_prob = 0.0
+        parameters = list(inspect.signature(bare_network(network).forward).parameters.values())
+        named = [one for one in parameters[2:] if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+        needs = {"class_labels": classes_of(network), "encoder_hidden_states": text_width_of(network)}
+        table = config_of(network).get("num_embeds_ada_norm")
+        return cls(
+            absent=tuple(one.name for one in named if one.default is one.empty and one.name not in _GIVEN),
+            needed=tuple(name for name, size in needs.items() if size is not None),
+            only_class=table if table == 0 else None,
+            each=parameters[0].name == "hidden_states",
+        )
+
+    def __call__(self, network: nn.Module, sample: Tensor, timestep: Tensor, **given: Any) -> Tensor:
+        """The network's raw output.
+
+        Raises:
+            ConfigurationError: A condition is missing.
+        """
+        for name in self.needed:
+            if given.get(name) is None:
+                raise ConfigurationError(
+                    f"{name} is missing, and this {type(network).__name__} is conditioned on it: give each image's."
+                )
+        arguments = dict.fromkeys(self.absent) | given
+        if self.only_class is not None:
+            arguments["class_labels"] = torch.full(sample.shape[:1], self.only_class, device=sample.device)
+        if self.each:
+            timestep = timestep.expand(sample.shape[0])
+        output: Tensor = network(sample, timestep, return_dict=False, **arguments)[0]
+        return output
 
 
 _BEING_EVALUATED: dict[nn.Module, int] = {}  # parts that were in training mode, and by how many they are evaluated
@@ -119,7 +168,7 @@ class CountedNetwork:
     """
 
     def __init__(self, network: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        self.network, self.evaluations = network, 0
+        self.network, self.call, self.evaluations = network, Call.of(network), 0
         floating = {tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()}
         # Half precisions get float32: the pipeline's network converts by itself, after its Fourier features.
         self._dtype = torch.float64 if not floating or torch.float64 in floating else torch.float32
@@ -130,9 +179,7 @@ class CountedNetwork:
         """The network's raw output, of the sample's dtype."""
         self.evaluations += sample.shape[0]
         arguments = self._arguments | self._in_its_precision(context)
-        output: Tensor = self.network(
-            sample.to(self._dtype), timestep.to(self._dtype), return_dict=False, **arguments
-        )[0]
+        output = self.call(self.network, sample.to(self._dtype), timestep.to(self._dtype), **arguments)
         return output.to(sample.dtype)
 
     def _in_its_precision(self, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:

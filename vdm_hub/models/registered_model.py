@@ -111,9 +111,9 @@ def bare_network(network: Any) -> Any:
 
 
 def config_of(network: Any) -> Mapping[str, Any]:
-    """The config of a network, whatever carries it."""
-    config: Mapping[str, Any] = bare_network(network).config
-    return config
+    """The config of a network, whatever carries it; empty where it has none that is a mapping."""
+    config = getattr(bare_network(network), "config", None)
+    return config if isinstance(config, Mapping) else {}
 
 
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

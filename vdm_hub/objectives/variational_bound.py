@@ -22,7 +22,7 @@ from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.times import discretise
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.fields import whole_number
-from vdm_hub.models.calls import check_context
+from vdm_hub.models.calls import Call, check_context
 
 Terms = dict[str, Tensor]
 """The terms of a bound by name, each per datum, (B,), in nats."""
@@ -138,6 +138,7 @@ class VDMObjective(Objective):
         self.transitions = None if transitions is None else whole_number("transitions", transitions)
         check_context(process.context_size, network)
         self.network, self.process, self.condition = network, process, condition
+        self.call = Call.of(network)
 
     @property
     def body(self) -> nn.Module:
@@ -157,7 +158,7 @@ class VDMObjective(Objective):
         """The terms ``reconstruction``, ``prior`` and ``diffusion``, and those that the process adds."""
         levels = batch["levels"]
         _check_draws(levels, times, self.process.num_levels)
-        network = _OutsideIslands(self.network, levels.device.type, _network_arguments(batch))
+        network = _OutsideIslands(self.call, self.network, levels.device.type, _network_arguments(batch))
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
             extras, bound = self.process.bind(x, noise)
@@ -179,7 +180,7 @@ class VDMObjective(Objective):
         """
         levels = batch["levels"]
         _check_draws(levels, times, self.process.num_levels)
-        network = _OutsideIslands(self.network, levels.device.type, _network_arguments(batch))
+        network = _OutsideIslands(self.call, self.network, levels.device.type, _network_arguments(batch))
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
             _, bound = self.process.bind(x, noise)
@@ -221,14 +222,13 @@ def _network_arguments(batch: Batch) -> dict[str, Tensor]:
 class _OutsideIslands:
     """A wrapper that calls the network under the autocast that was in force outside the float32 islands."""
 
-    def __init__(self, network: nn.Module, device_type: str, arguments: dict[str, Tensor]) -> None:
-        self._network, self._device_type, self._arguments = network, device_type, arguments
+    def __init__(self, call: Call, network: nn.Module, device_type: str, arguments: dict[str, Tensor]) -> None:
+        self._call, self._network, self._device_type, self._arguments = call, network, device_type, arguments
         self._enabled = torch.is_autocast_enabled(device_type)
 
     def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         with torch.autocast(self._device_type, enabled=self._enabled):  # its dtype holds within the islands
-            output: Tensor = self._network(sample, timestep, return_dict=False, **self._arguments, **context)[0]
-        return output
+            return self._call(self._network, sample, timestep, **self._arguments, **context)
 
 
 def check_finite_ends(process: ForwardProcess) -> None:

@@ -30,6 +30,7 @@ from vdm_hub.likelihood.measurement import collect
 from vdm_hub.likelihood.methods import METHODS, Method, build_measurement, method_of
 from vdm_hub.likelihood.protocol import ClassificationEffort
 from vdm_hub.likelihood.report import LikelihoodReport
+from vdm_hub.models.conditions import check_classes
 from vdm_hub.models.loading import REMEDY, refuse_pickles
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.classes import checked_prior, chosen_classes
@@ -72,7 +73,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         if preprocessing is not None:
             self._check_preprocessing(preprocessing)
         if classes is not None:
-            self._check_classes(ClassCondition.from_config(classes))
+            check_classes(self.main_model, **ClassCondition.from_config(classes).sizes)
         self.register_to_config(**{name: copy.deepcopy(known) for name, known in images.items() if known is not None})
 
     def _check_preprocessing(self, preprocessing: Mapping[str, Any]) -> None:
@@ -87,16 +88,6 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
                 f"preprocessing is {shortened(dict(preprocessing), 200)}: that makes images of shape {read['shape']} "
                 f"(channels, height, width) and {read['num_levels']} levels, and the model's are of {own['shape']} "
                 f"and {own['num_levels']} levels: give the preprocessing that it was trained with."
-            )
-
-    def _check_classes(self, condition: ClassCondition) -> None:
-        """Refuse classes that are not the network's."""
-        known = self._network_classes
-        if known is not None and known != condition.embeddings:
-            null = f" and the null class, for dropout is {condition.dropout}" if condition.null_number else ""
-            raise ConfigurationError(
-                f"classes says that there are {condition.count}{null}, and the network knows {known}: give the "
-                f"classes that it was trained with."
             )
 
     @property
@@ -139,7 +130,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
     @property
     def _network_classes(self) -> int | None:
-        """How many classes its network has an embedding of, the null class among them."""
+        """How many classes its network knows, the null class among them unless it keeps one of its own accord."""
         return None
 
     @property

@@ -29,7 +29,8 @@ from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossErr
 from vdm_hub.fields import whole_number
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
-from vdm_hub.models.calls import check_context, named_arguments
+from vdm_hub.models.calls import Call, check_context, named_arguments
+from vdm_hub.models.conditions import classes_of, keeps_null, takes_classes
 from vdm_hub.models.registered_model import RegisteredModel, bare_network, config_of
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.objectives.variational_bound import VDMObjective
@@ -57,7 +58,8 @@ class VDMPipeline(LikelihoodPipeline):
     VDM that the scheduler's config describes.
 
     Args:
-        unet: The network: `UNetVDMModel`, diffusers' `UNet2DModel`, or any model called alike.
+        unet: The network: `UNetVDMModel`, diffusers' `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`,
+            or any model called alike.
         scheduler: `VDMScheduler`, or a stock scheduler made from its config.
         noise_schedule: For schedules that have weights at inference; made from the scheduler's where that has some, so
             that they are saved.
@@ -327,13 +329,12 @@ class VDMPipeline(LikelihoodPipeline):
 
     @property
     def _network_classes(self) -> int | None:
-        classes: int | None = config_of(self.unet).get("num_class_embeds")
-        return classes
+        rows = classes_of(self.unet)
+        return None if rows is None else rows - keeps_null(self.unet)
 
     @property
     def _takes_labels(self) -> bool:
-        config = config_of(self.unet)
-        return "num_class_embeds" not in config or any(config.get(k) for k in ("num_class_embeds", "class_embed_type"))
+        return takes_classes(self.unet)
 
     @property
     def main_model(self) -> ModelMixin:
@@ -416,12 +417,16 @@ class _InOwnPrecision(nn.Module):
 
     def __init__(self, unet: ModelMixin) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.call = unet, Call.of(unet)
 
-    def forward(self, sample: Tensor, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
-        # UNetVDMModel takes float32 at any precision: its Fourier features read bits that float16 does not have.
-        given = sample if isinstance(self.unet, UNetVDMModel) else sample.to(self.unet.dtype)
-        return (self.unet(given, timestep, **arguments)[0].to(sample.dtype),)
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False, **arguments: Any) -> tuple[Tensor]:
+        given = sample
+        if not isinstance(self.unet, UNetVDMModel):
+            # It takes float32 at any precision: its Fourier features read bits that float16 does not have.
+            given = sample.to(self.unet.dtype)
+            floating = {name: v for name, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()}
+            arguments |= {name: value.to(self.unet.dtype) for name, value in floating.items()}
+        return (self.call(self.unet, given, timestep, **arguments).to(sample.dtype),)
 
 
 def _shape_of(unet: ModelMixin) -> tuple[int, int, int] | None:

@@ -22,7 +22,7 @@ from vdm_hub.files import found
 NameOrJSON = NewType("NameOrJSON", str)
 """Text that is a name or a JSON object; in a recipe it may be written as a YAML mapping."""
 
-UNET_CLASSES = ("UNetVDMModel", "UNet2DModel")
+UNET_CLASSES = ("UNetVDMModel", "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 FIRST_STAGE_CLASSES = ("MarkovianHVAE", "AutoencoderKL")
 MAX_STEPS = 10**8 - 1
 """The largest number of steps: the names of checkpoints have room for no more."""
@@ -205,8 +205,9 @@ class ModelArguments:
     unet: NameOrJSON = option(
         NameOrJSON("{}"),
         "The network, as a mapping in YAML or JSON here: '_class_name' (UNetVDMModel, the default, diffusers' "
-        "UNet2DModel or another of its models that is called alike, or a plugin's, with its '_package' where two "
-        "bring the name) and the arguments of that class.",
+        "UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or another that is called alike, or a plugin's, "
+        "with its '_package' where two bring the name) and the arguments of that class; sizes, channels, classes and "
+        "the width of captions follow from the data.",
     )
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError, in_one_line
+from vdm_hub.models.calls import Call
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.objectives.hierarchical import HVAEObjective
 from vdm_hub.objectives.variational_bound import Objective, VDMObjective
@@ -171,11 +172,11 @@ def _kept(objective: Objective, shape: tuple[int, int, int]) -> int:
             stage = HVAEObjective(process.first_stage)
             total += _count(stage, lambda: _bound(stage, levels))
     network: Any = objective.body
-    inputs = torch.zeros(_IMAGES, *latents, device="meta"), torch.zeros(_IMAGES, device="meta")
+    sample, timestep = torch.zeros(_IMAGES, *latents, device="meta"), torch.zeros(_IMAGES, device="meta")
     size = process.context_size
     context = {} if size is None else {"context": torch.zeros(_IMAGES, size, device="meta")}
     told = {} if objective.condition is None else objective.condition.example(_IMAGES, torch.device("meta"))
-    return total + _count(network, lambda: network(*inputs, **context, **told))
+    return total + _count(network, lambda: Call.of(network)(network, sample, timestep, **context, **told))
 
 
 def _bound(objective: Any, levels: Tensor) -> object:

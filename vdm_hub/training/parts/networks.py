@@ -14,10 +14,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from vdm_hub import registry
-from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError, VDMHubError, in_one_line, unknown_name
-from vdm_hub.models.calls import check_context
+from vdm_hub.models.calls import Call, check_context
+from vdm_hub.models.conditions import Condition, arguments_for, check_condition
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import UNET_CLASSES
@@ -41,7 +41,7 @@ def build_network(
     shape: Sequence[int],
     process: ForwardProcess,
     features: bool = True,
-    condition: ClassCondition | None = None,
+    condition: Condition | None = None,
 ) -> nn.Module:
     """The network that the recipe describes, its channels and size taken from the data where it is silent.
 
@@ -53,8 +53,8 @@ def build_network(
         condition: What it is told of each image.
 
     Raises:
-        ConfigurationError: The description is wrong, or of a network that can't take the data, or that gives what the
-            process can't use: one call on torch's meta device, before any memory is taken, tells.
+        ConfigurationError: The description is wrong, or of a network that can't take the data or the condition, or
+            that gives what the process can't use: one call on torch's meta device, before any memory is taken, tells.
         MissingPluginError: A package brings the network that is not installed, or can't be imported.
     """
     cls = _network_class(configuration.model.unet_class, configuration.model.unet_package)
@@ -64,14 +64,16 @@ def build_network(
         "in_channels": shape[0],
         "out_channels": process.output_shape(shape)[0],
     }
-    if condition is not None:
-        from_data["num_class_embeds"] = condition.embeddings
+    sizes = {} if condition is None else condition.sizes
+    from_data |= arguments_for(sizes)
     others: dict[str, Any] = {"num_train_timesteps": configuration.diffusion.num_train_timesteps}
     others |= {"context_size": context_size} | ({} if features else {"fourier_features": ()})
+    others["num_embeds_ada_norm"] = 0  # of DiT, where no class is told: its null class alone
     if from_data["out_channels"] != from_data["in_channels"]:
         others["add_input"] = False  # of another shape than the output
     takes = inspect.signature(cls).parameters
     from_data, others = ({key: value for key, value in one.items() if key in takes} for one in (from_data, others))
+    _check_sides(cls, shape, configuration.model.unet_config)
 
     def built() -> Any:
         return build_described(cls, "unet", configuration.model.unet_config, from_data, others)
@@ -79,10 +81,28 @@ def build_network(
     with on_meta_device(), torch.random.fork_rng(devices=[]):  # the run's own draws begin with its weights
         sketch = built()
         check_context(context_size, sketch)
+        check_condition(sketch, sizes)
         _check_config(sketch, shape)
         _check_output(sketch, shape, process, condition)
     network: nn.Module = sketch if _SKETCHED.get() else built()
     return network
+
+
+def _check_sides(cls: Any, shape: Sequence[int], described: Mapping[str, Any]) -> None:
+    """Refuse data that a network of patches can't be laid over, in the words of its own arguments."""
+    takes, (height, width) = inspect.signature(cls).parameters, shape[-2:]
+    patch = described.get("patch_size", takes["patch_size"].default) if "patch_size" in takes else 1
+    square = "sample_size" in takes and takes["sample_size"].annotation in (int, "int")
+    if square and height != width:
+        raise ConfigurationError(
+            f"{cls.__name__} takes squares only (one sample_size), and the data are {_shape_word(shape)}: set "
+            f"resolution, with center_crop, or use UNetVDMModel."
+        )
+    if isinstance(patch, int) and patch > 0 and (height % patch or width % patch):
+        raise ConfigurationError(
+            f"{cls.__name__} has patch_size={patch}, which does not divide the sides of data of shape "
+            f"{_shape_word(shape)}: give a patch_size that does, or another resolution."
+        )
 
 
 def _check_config(network: Any, shape: Sequence[int]) -> None:
@@ -99,7 +119,7 @@ def _check_config(network: Any, shape: Sequence[int]) -> None:
 
 
 def _check_output(
-    network: nn.Module, shape: Sequence[int], process: ForwardProcess, condition: ClassCondition | None
+    network: nn.Module, shape: Sequence[int], process: ForwardProcess, condition: Condition | None
 ) -> None:
     """Refuse a network that raises on such data, or gives another shape than the process uses: one call tells."""
     told = {} if process.context_size is None else {"context": (_DATA, process.context_size)}
@@ -109,7 +129,7 @@ def _check_output(
         try:
             context = {key: torch.zeros(size) for key, size in told.items()}
             context |= {} if condition is None else condition.example(_DATA, torch.device("meta"))
-            output = network(torch.zeros(_DATA, *shape), torch.zeros(_DATA), return_dict=False, **context)[0]
+            output = Call.of(network)(network, torch.zeros(_DATA, *shape), torch.zeros(_DATA), **context)
         except Exception as error:  # a plugin's network may raise anything
             arguments = "".join(f", {key}" for key in context)
             raise ConfigurationError(
@@ -172,8 +192,8 @@ def build_described(
     for key, value in from_data.items():
         if described.get(key) not in (None, value):
             raise ConfigurationError(
-                f"the recipe's {field} has {key}={described[key]}, but the images are {_of_images(from_data)}: leave "
-                f"{key} out (it follows the data), or train on such images."
+                f"the recipe's {field} has {key}={described[key]}, but the images are {_of_images(from_data)}, which "
+                f"asks for {key}={value}: leave {key} out (it follows the data), or train on such images."
             )
     try:
         with torch.device("meta") if _SKETCHED.get() else nullcontext():

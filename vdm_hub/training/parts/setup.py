@@ -31,8 +31,8 @@ from vdm_hub.training.parts.networks import build_hvae, build_network
 
 Shape: TypeAlias = tuple[int, int, int]
 COMPILER = "inductor"
-# UNetVDMModel's own repeated block; UNet2DModel names none, and these two are nearly all of it.
-_REPEATED_BLOCKS = (*UNetVDMModel._repeated_blocks, "ResnetBlock2D", "Attention")
+# UNetVDMModel's own repeated block; diffusers' networks name none, and these are nearly all of them.
+_REPEATED_BLOCKS = (*UNetVDMModel._repeated_blocks, "ResnetBlock2D", "Attention", "BasicTransformerBlock")
 
 
 def build_scheduler(configuration: Configuration) -> VDMScheduler:
