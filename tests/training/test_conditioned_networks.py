@@ -13,7 +13,7 @@ from torch import Tensor
 
 from naming import naming
 from plugin_of_law_7 import ResamplingProcess
-from runs import UNET, configuration, start
+from runs import UNET, configuration, start, train_here
 from tiny import quiet, randomised, seeded, tiny_pipeline
 from vdm_hub import ProbabilityFlow, VDMPipeline, VDMScheduler
 from vdm_hub.errors import ConfigurationError
@@ -248,3 +248,19 @@ def test_diffusers_dit_drops_no_label_of_its_own(tmp_path: Path) -> None:
     outputs = [Call.of(one)(one, *inputs, class_labels=labels) for one in (body, body, again.train())]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     assert not torch.allclose(outputs[0][0], Call.of(body)(body, *inputs, class_labels=torch.full((80,), 10))[0])
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel", "DiT"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_run_on_labels_ends_with_a_pipeline_that_is_asked_for_classes(
+    name: str, dropout: float, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"unet": CASES[name][0], "label_column": "label", "condition_dropout": dropout}
+    report = train_here(tmp_path / "run", **fields, max_train_steps=2, evaluation_replicates=1, eval_batch_size=360)
+    assert report is not None and report.num_images == 360
+    pipe = quiet(VDMPipeline.from_pretrained(tmp_path / "run" / "pipeline"))
+    assert pipe.num_classes == 10 and classes_of(pipe.unet) == 10 + (dropout > 0 or name == "DiT")
+    arguments: dict[str, Any] = {"class_labels": [3, 9], "num_inference_steps": 2, "output_type": "pt"}
+    assert bool(pipe(2, seeded(), **arguments).images.isfinite().all())
+    if dropout > 0:
+        assert bool(pipe(2, seeded(), **arguments, guidance_scale=2.0).images.isfinite().all())
