@@ -7,10 +7,10 @@ finds the arguments, the path, the environment and the folder that a new interpr
 
 What a library has read from the environment while it was imported stays in it. A server therefore keeps what was read,
 and forks for those only who would read the same; for who agrees with none there is a new interpreter, and so there is
-for who gives Python an option: `NEW` is always new. The first server has imported the first of the layers, and forks a
-further server, which imports the second one, for each environment in which the libraries of Hugging Face differ. The
-Hub's address and folders are other ones in each test: these libraries are imported with the `STAND_INS`, and a fork
-writes its own wherever one of them is kept.
+for who gives Python another option than `OPTIONS`: `NEW` is always new. The first server has imported the first of the
+layers, and forks a further server, which imports the second one, for each environment in which the libraries of
+Hugging Face differ. The Hub's address and folders are other ones in each test: these libraries are imported with the
+`STAND_INS`, and a fork writes its own wherever one of them is kept.
 
 Two things differ: the libraries are in ``sys.modules`` at once, and modules are not taken down at the end.
 """
@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -59,7 +61,8 @@ STAND_INS = {
     "HF_MODULES_CACHE": "/no-such-hub/own",
 }
 NOWHERE = dict.fromkeys(STAND_INS, "http://nowhere")
-LIMIT = 8  # servers of the second layer
+LIMIT = 12  # servers of the second layer
+OPTIONS = ("-u", "-P")  # of Python, that a fork may be given, too
 FIRST = "first"  # the socket of the first server
 
 # The start of a command for a new interpreter, where a test asks what is imported, or is about the process tree.
@@ -133,11 +136,15 @@ def _program(words: list[str], settings: dict[str, str], folder: Path) -> list[s
     if found is None:
         return []
     if _is_python(found):
-        program = words[2:] if words[1:2] == ["-u"] else words[1:]
+        program = words[1 + len(_options(words[1:])) :]
         return words[1:] if program and (program[0] in ("-c", "-m") or Path(folder, program[0]).is_file()) else []
     with Path(found).open("rb") as file:
         first = file.readline().rstrip()
     return [found, *words[1:]] if first[:2] == b"#!" and _is_python(os.fsdecode(first[2:])) else []
+
+
+def _options(words: list[str]) -> list[str]:
+    return list(itertools.takewhile(OPTIONS.__contains__, words))
 
 
 def _is_python(name: str) -> bool:
@@ -322,11 +329,13 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 def _path(request: Request) -> list[str]:
     """What stands before the installed packages on ``sys.path``."""
-    program = next(word for word in request.words if word != "-u")
+    options = _options(request.words)
+    program = request.words[len(options)]
     script = Path(request.folder, program).resolve().parent
     places = request.settings.get("PYTHONPATH", "")
     own = [os.path.normpath(Path(request.folder, place)) for place in places.split(os.pathsep) if places]
-    return [{"-c": "", "-m": request.folder}.get(program, str(script)), *dict.fromkeys(own)]
+    first = [] if "-P" in options else [{"-c": "", "-m": request.folder}.get(program, str(script))]
+    return [*first, *dict.fromkeys(own)]
 
 
 def become(request: Request, kept: list[tuple[Any, Any]]) -> list[str]:
@@ -356,13 +365,17 @@ def become(request: Request, kept: list[tuple[Any, Any]]) -> list[str]:
 
 def run(words: list[str]) -> int:
     """Run the program as ``__main__``; the exit status of Python."""
-    if words[0] == "-u":
+    options = _options(words)
+    words = words[len(options) :]
+    if "-P" in options:
+        place = re.findall(r"(\w+)=", str(sys.flags)).index("safe_path")
+        ctypes.pythonapi.PyStructSequence_SetItem(ctypes.py_object(sys.flags), place, ctypes.py_object(True))
+    if "-u" in options:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             raw = io.FileIO(stream.fileno(), "w", closefd=False)
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True))
             setattr(sys, f"__{name}__", getattr(sys, name))
-        words = words[1:]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         if words[0] == "-m":

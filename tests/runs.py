@@ -9,17 +9,22 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
 
 import fork_server
+from vdm_hub.data import loading
+from vdm_hub.data.images import ImageLevels, ImageReader, decode_all
 from vdm_hub.data.loading import load_data
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.likelihood.report import LikelihoodReport
-from vdm_hub.plots import plot_schedule
+from vdm_hub.plots import plot_schedule, plot_training_curve
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.loop import TrainingRun, build_accelerator, train_model
 from vdm_hub.training.state import outputs
@@ -49,21 +54,44 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 SHIM = str(ROOT / "scripts" / "train.py")
 
 
-def _draw_once(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
-    """Runs draw the same schedule again and again, for half a second: in this process it is drawn once."""
+def _schedule_once(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
+    """Runs draw the same pictures again and again, for half a second: in this process each is drawn once."""
     schedule, t = process.diffused.scalar_gamma, torch.linspace(0, 1, 201, dtype=torch.float64)
     if report is not None or schedule is None:
         return plot_schedule(process, report, path)
     with torch.no_grad():
         curve = schedule(t.to(next(schedule.parameters(), t).device)).cpu().numpy().tobytes()
-    if curve not in _drawn:
-        plot_schedule(process, report, path)
-        _drawn[curve] = path.read_bytes()
-    path.write_bytes(_drawn[curve])
+    _draw_once(curve, lambda: plot_schedule(process, report, path), path)
 
 
-_drawn: dict[bytes, bytes] = {}
-outputs.plot_schedule = _draw_once
+def _course_once(history: Mapping[str, Any], path: Path) -> None:
+    _draw_once(json.dumps(history), lambda: plot_training_curve(history, path), path)
+
+
+def _draw_once(shown: object, draw: Callable[[], None], path: Path) -> None:
+    if shown not in _drawn:
+        draw()
+        _drawn[shown] = path.read_bytes()
+    path.write_bytes(_drawn[shown])
+
+
+def _decode_once(
+    dataset: Dataset, column: str, reader: ImageReader, labels: torch.Tensor | None = None
+) -> ImageLevels:
+    """Most runs train on the digits: images that these bytes were decoded to in this process are taken again."""
+    rows = dataset[:][column] if len(dataset) < 2000 and reader.open_file is None else [None]
+    if not all(isinstance(row, dict) and row.get("bytes") for row in rows):
+        return decode_all(dataset, column, reader, labels)
+    key = reader, tuple((row["bytes"], row.get("path")) for row in rows)
+    if key not in _decoded:
+        _decoded[key] = decode_all(dataset, column, reader)
+    return replace(_decoded[key], labels=labels)
+
+
+_drawn: dict[object, bytes] = {}
+_decoded: dict[object, ImageLevels] = {}
+outputs.plot_schedule, outputs.plot_training_curve = _schedule_once, _course_once
+loading.decode_all = _decode_once
 
 
 def configuration(output: Path, **fields: Any) -> Configuration:

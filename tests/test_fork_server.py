@@ -74,7 +74,7 @@ OWN_MODULES = {"HF_ENDPOINT": "https://Hub.example/~me", "HF_MODULES_CACHE": "/t
 WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
     "a module, in the same environment": (["-m", "probe"], TWO),
     "a script, with another Hub": (["probe.py"], ELSEWHERE),
-    "another's modules, and an address that is kept otherwise than it is given": (["-m", "probe"], OWN_MODULES),
+    "another's modules, and an address that is kept otherwise than it is given": (["-P", "probe.py"], OWN_MODULES),
 }
 
 
