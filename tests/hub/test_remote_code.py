@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from diffusers.utils.dynamic_modules_utils import check_imports
 
+import fork_server
 from distributions import write_metadata
 from hub.server import LoopbackHub
 from hub.test_loading import MEASURE, PIPELINES, REPOSITORY, build_pipeline
@@ -138,8 +139,10 @@ print(json.dumps(answers))
 
 
 def run(script: str, *arguments: object, stdin: str = "", cwd: Path, **environment: str) -> str:
+    # A library that is to be missing must be so before another is imported.
+    python = fork_server.NEW if "sys.modules[name] = None" in script else (sys.executable,)
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [*python, "-c", script, *map(str, arguments)],
         input=stdin,
         cwd=cwd,
         env=environment,
