@@ -21,6 +21,7 @@ SHAPES = {
     "cifar10": (3, 32, 32),
     "cifar10_fast": (3, 32, 32),
     "digits": (1, 8, 8),
+    "digits_classes": (1, 8, 8),
     "digits_hvae": (1, 8, 8),
     "digits_latent": (1, 8, 8),
     "digits_vae": (1, 8, 8),
