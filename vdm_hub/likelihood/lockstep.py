@@ -8,7 +8,6 @@ What a datum's solver sees is a function of its own state alone, so its result d
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.protocol import SOLVERS
+from vdm_hub.likelihood.scipy_modules import scipy_module
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 VectorField = Callable[[Array, Array], Array]
@@ -54,15 +53,9 @@ def solver_library() -> Any:
     """The module of scipy's solvers.
 
     Raises:
-        ConfigurationError: scipy is missing, as it may be where this code came with a model.
+        ConfigurationError: scipy is missing.
     """
-    try:
-        return importlib.import_module("scipy.integrate")  # by its name: carried code needs no more than diffusers
-    except ImportError as error:
-        raise ConfigurationError(
-            "the probability-flow likelihood needs the ODE solvers of scipy, which is not installed: run "
-            "`pip install scipy`."
-        ) from error
+    return scipy_module("integrate", "the probability-flow likelihood, by an ODE solver,")
 
 
 @cache
