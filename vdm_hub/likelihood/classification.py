@@ -104,7 +104,7 @@ class BoundClassifier:
             return
         told = torch.linspace(0, self.candidates - 1, min(self.candidates, _PILOT_CANDIDATES)).round().long()
         images = min(count, max(planned // (_PILOT_DRAWS * len(told)), 1))
-        draws = max(planned // (images * len(told)), 4)
+        draws = min(max(planned // (images * len(told)), 4), _PILOT_DRAWS)
         chosen = torch.randperm(count, generator=image_generator(self.seed, _PILOT_IMAGES))[:images]
         alive = torch.zeros(images, self.candidates, dtype=torch.bool).index_fill_(1, told, True)
         # First where times are drawn, then how much differences scatter with times drawn there.

@@ -10,7 +10,16 @@ import torch
 
 from naming import naming
 from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
-from vdm_hub import ConfigurationError, VariationalBound, VDMPipeline, VDMScheduler, load_split, parse_recipe
+from tiny import tiny_pipeline, tiny_unet
+from vdm_hub import (
+    ClassificationEffort,
+    ConfigurationError,
+    VariationalBound,
+    VDMPipeline,
+    VDMScheduler,
+    load_split,
+    parse_recipe,
+)
 from vdm_hub_binomial.binarise import binarise, main
 
 RECIPE = Path(__file__).resolve().parents[1] / "binary_digits.yaml"
@@ -55,6 +64,25 @@ def test_samples_are_bits_and_both_bounds_are_measured(run: Path, binary_digits:
     in_one_step = reports[1].bits_per_dim
     assert in_one_step > reports[2].bits_per_dim > 0  # one transition: independent bits; 200: nearly continuous time
     assert reports[2].bits_per_dim == pytest.approx(reports[0].bits_per_dim, rel=0.2)
+
+
+@pytest.mark.parametrize("transitions", [None, 6])
+def test_classes_are_compared_by_their_bounds_on_the_same_draws(transitions: int | None, binary_digits: Path) -> None:
+    pipe = tiny_pipeline(tiny_unet(num_class_embeds=3, add_input=False), num_levels=2, forward_process=PROCESS)
+    bits = load_split(str(binary_digits), "test[:6]", num_levels=2).levels
+    effort = ClassificationEffort(confidence=None, budget=600, pilot_evaluations=256)
+    report = pipe.classify(bits, effort=effort, transitions=transitions)
+    differences = report.standing.differences - report.standing.differences[:, :1]
+    errors = report.standing.errors.amax(1)
+    method = VariationalBound(transitions, pilot_evaluations=0)
+    bounds = []
+    for label in range(3):
+        likelihood = pipe.log_likelihood(bits, method, replicates=100, class_labels=[label] * 6)
+        bounds.append(sum(likelihood.terms_per_image.values()))
+    for label in (1, 2):
+        paired = bounds[label] - bounds[0]  # without a pilot all labels see the same draws
+        error = (paired.var(0) / len(paired) + 2 * errors**2).sqrt()
+        assert bool(((differences[:, label] - paired.mean(0)).abs() < 4.5 * error).all())
 
 
 def test_a_likelihood_that_needs_gamma_is_refused(run: Path, binary_digits: Path) -> None:
