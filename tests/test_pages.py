@@ -122,8 +122,8 @@ def test_the_quick_commands_run(home: Path) -> None:
 def test_a_command_that_takes_too_long_is_one_that_its_program_takes(line: str) -> None:
     program, *words = shlex.split(line.partition(" -m ")[2] if line.startswith("accelerate") else line)
     program, *words = [program, *words] if program != "python" else words if words[0] != "-m" else words[1:]
-    if program == "vdm_hub.train":
-        parse_recipe(words)
+    if program == "vdm_hub.train" or (program, words[0]) == ("vdm-hub", "train"):
+        parse_recipe(words if program == "vdm_hub.train" else words[1:])
     elif program in ("vdm-hub", "vdm_hub.commands"):
         _parser().parse_args(words)
     else:
