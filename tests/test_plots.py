@@ -23,6 +23,7 @@ from vdm_hub.plots import (
     _plot_course,
     _plot_histogram,
     _plot_late_course,
+    plot_confusion,
     plot_decompositions,
     plot_likelihood,
     plot_schedule,
@@ -207,3 +208,16 @@ def test_both_forms_are_drawn_over_t_and_each_has_bits_over_t_of_its_own(
         plot_likelihood(report, tmp_path / "bits.png")
         assert len(figures[-1].axes) == 2, "bits over t, and the histogram"
     assert "consistency term" in figures[-1].axes[0].get_title()
+
+
+def test_a_confusion_matrix_shows_every_number_and_the_shares_of_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    plot_confusion(torch.tensor([[3, 1, 0], [0, 5, 0], [0, 0, 0]]), ("cat", "dog", "eel"), tmp_path / "confusion.png")
+    (axis,) = figures[0].axes
+    assert {(*one.get_position(), one.get_text()) for one in axis.texts} == {(0, 0, "3"), (1, 0, "1"), (1, 1, "5")}
+    np.testing.assert_allclose(axis.images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
+    assert "8 of 9" in axis.get_title() and [one.get_text() for one in axis.get_yticklabels()] == ["cat", "dog", "eel"]

@@ -91,5 +91,7 @@ def test_a_prior_that_is_none_is_refused(pipe: Any, prior: Any) -> None:
 def test_images_of_another_shape_are_refused(pipe: Any) -> None:
     with pytest.raises(DataError, match="8"):
         pipe.classify(torch.zeros(2, 1, 9, 9))
+    with pytest.raises(DataError, match="0"):
+        pipe.classify(torch.zeros(0, 1, 8, 8))
     with pytest.raises(DataError, match="labels"):
         pipe.classify(IMAGES, labels=[0], effort=ClassificationEffort(budget=8, pilot_evaluations=0))

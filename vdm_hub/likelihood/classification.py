@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vdm_hub.diffusion.draws import image_generator
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.fields import MAX_SEED, whole_number
 from vdm_hub.likelihood.classification_report import ClassificationReport, Standing
 from vdm_hub.likelihood.measurement import check_finite
@@ -59,6 +59,15 @@ class BoundClassifier:
     Raises:
         ConfigurationError: The model is no diffusion, there are fewer than two candidates, or the budget is too small
             for their first draws.
+
+    >>> from vdm_hub import UNetVDMModel, VDMScheduler
+    >>> blocks = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    >>> unet = UNetVDMModel(8, in_channels=1, out_channels=1, num_class_embeds=3, **blocks)
+    >>> objective = VDMObjective(unet, VDMScheduler(num_levels=17).process)
+    >>> classifier = BoundClassifier(objective, lambda chosen: {"class_labels": chosen}, torch.full((3,), 1 / 3))
+    >>> batch = {"levels": torch.zeros(2, 1, 8, 8, dtype=torch.long), "indices": torch.arange(2)}
+    >>> classifier.classify(batch).differences.shape  # nats
+    torch.Size([2, 3])
     """
 
     def __init__(
@@ -197,7 +206,13 @@ class BoundClassifier:
         Args:
             batch: See `classify`.
             names: Of the candidates.
+
+        Raises:
+            DataError: There is no image.
+            NonFiniteLossError: The integrand of an image is not finite; the message names it.
         """
+        if not len(batch["indices"]):
+            raise DataError("0 images were given: give at least one.")
         self.fit(batch)
         standing = self.classify(batch)
         details: dict[str, Any] = {"seed": self.seed, "transitions": self.objective.transitions}
