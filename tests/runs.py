@@ -27,6 +27,7 @@ from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.plots import plot_schedule, plot_training_curve
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.loop import TrainingRun, build_accelerator, train_model
+from vdm_hub.training.parts.conditions import build_condition
 from vdm_hub.training.state import outputs
 from vdm_hub.training.state.outputs import OutputFolder
 
@@ -127,7 +128,8 @@ def start(output: Path, **fields: Any) -> TrainingRun:
     """A run before its first step."""
     forget_accelerator()
     chosen, folder = configuration(output, **fields), OutputFolder(configuration(output, **fields))
-    return TrainingRun(chosen, build_accelerator(chosen, folder.path, folder.logs), load_data(chosen.data), folder)
+    accelerator, data = build_accelerator(chosen, folder.path, folder.logs), load_data(chosen.data)
+    return TrainingRun(chosen, accelerator, data, folder, build_condition(chosen, data, accelerator))
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -50,21 +50,21 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int
     ImageOps.scale(grid, scale, Image.Resampling.NEAREST).save(path, format="PNG", pnginfo=metadata)
 
 
-def rows_of_classes(classes: int | None, count: int) -> tuple[dict[str, Any], int | None]:
-    """The class labels of a grid of about so many samples with a row for each class, and how many are in a row.
+def rows_of_choices(choices: int | None, count: int) -> tuple[list[int], int | None]:
+    """What the images of a grid of about so many are told, by number, a row each, and how many are in a row.
 
-    Of more than ten classes at most as many are shown as make a square, evenly apart.
+    Of more than ten classes, or captions, at most as many are shown as make a square, evenly apart.
 
-    >>> rows_of_classes(3, 7)
-    ({'class_labels': [0, 0, 1, 1, 2, 2]}, 2)
-    >>> rows_of_classes(None, 7)
-    ({}, None)
+    >>> rows_of_choices(3, 7)
+    ([0, 0, 1, 1, 2, 2], 2)
+    >>> rows_of_choices(None, 7)
+    ([], None)
     """
-    if classes is None:
-        return {}, None
-    rows = min(classes, max(10, math.isqrt(count)), count)
+    if not choices:
+        return [], None
+    rows = min(choices, max(10, math.isqrt(count)), count)
     columns = count // rows
-    return {"class_labels": [row * classes // rows for row in range(rows) for _ in range(columns)]}, columns
+    return [row * choices // rows for row in range(rows) for _ in range(columns)], columns
 
 
 def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:

@@ -18,7 +18,7 @@ from vdm_hub import VDMPipeline, load_split
 from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.data.images import labels_as
 from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.plots import rows_of_classes
+from vdm_hub.plots import rows_of_choices
 
 LABELLED: dict[str, Any] = {"label_column": "label"}
 NAMES = ["cat", "dog", "eel"]
@@ -134,7 +134,7 @@ def test_what_has_no_effect_or_no_sense_is_refused(tmp_path: Path, fields: Any, 
 @pytest.mark.parametrize("classes", [2, 10, 11, 300])
 @pytest.mark.parametrize("count", [1, 7, 64])
 def test_a_grid_has_a_row_for_each_class_and_no_more_than_asked_for(classes: int, count: int) -> None:
-    told, columns = rows_of_classes(classes, count)
-    rows = torch.tensor(told["class_labels"]).view(-1, columns or 0)
+    told, columns = rows_of_choices(classes, count)
+    rows = torch.tensor(told).view(-1, columns or 0)
     assert rows.numel() <= count and int(rows.max()) < classes
     assert (rows == rows[:, :1]).all() and (len(rows) < 2 or bool((rows[:, 0].diff() > 0).all()))

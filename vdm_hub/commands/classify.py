@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Classify the images, and print the report."""
     _check(arguments)
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision)
-    chosen_classes(pipeline.condition)  # before images are read
+    chosen_classes(pipeline.class_condition)  # before images are read
     images, description, notes = load_images(
         pipeline,
         arguments.dataset_name,

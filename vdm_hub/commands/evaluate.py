@@ -75,10 +75,7 @@ def _load(
 ) -> tuple[LikelihoodPipeline, ImageLevels, dict[str, Any], list[str]]:
     overrides = {name: value for name in OVERRIDES if (value := getattr(arguments, name)) is not None}
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
-    if arguments.label_column is not None and pipeline.num_classes is None:
-        raise ConfigurationError(
-            f"--label_column is {arguments.label_column!r}, and the network is not class-conditional: leave it out."
-        )
+    _check_columns(arguments, pipeline)
     images, description, notes = load_images(
         pipeline,
         arguments.dataset_name,
@@ -88,10 +85,26 @@ def _load(
         color=arguments.color,
         resolution=arguments.resolution,
         label_column=arguments.label_column,
+        caption_column=arguments.caption_column,
         say=lambda said: print(said, file=sys.stderr) if processes.is_main else None,
         max_images=arguments.max_images,
     )
     return pipeline, images, description, notes
+
+
+def _check_columns(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> None:
+    """Refuse a column of what the network is not told."""
+    text = pipeline.text_condition
+    knows = "is not class-conditional" if text is None else "is conditioned on captions"
+    if arguments.label_column is not None and pipeline.num_classes is None and (text is None or text.template is None):
+        raise ConfigurationError(
+            f"--label_column is {arguments.label_column!r}, and the network {knows}: leave it out."
+        )
+    if arguments.caption_column is not None and text is None:
+        raise ConfigurationError(
+            f"--caption_column is {arguments.caption_column!r}, and the network is not conditioned on captions: leave "
+            f"it out."
+        )
 
 
 def _evaluate(

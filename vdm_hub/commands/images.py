@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from vdm_hub.data.captions import described_captions
 from vdm_hub.data.colors import Color
 from vdm_hub.data.held_out import SPLIT, names_held_out
 from vdm_hub.data.images import ImageLevels
@@ -29,6 +30,7 @@ def load_images(
     color: Color | None = None,
     resolution: int | None = None,
     label_column: str | None = None,
+    caption_column: str | None = None,
     max_images: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> tuple[ImageLevels, dict[str, Any], list[str]]:
@@ -44,7 +46,9 @@ def load_images(
         color: ``"auto"``, ``"grey"`` or ``"rgb"``.
         resolution: Resize the shorter side and crop the centre.
         label_column: Take the labels from this column; not given, of a class-conditional model from the one that it
-            was trained with, where the dataset has it.
+            was trained with.
+        caption_column: Take the captions from this column; not given, of a model that was trained with captions from
+            the column, or by the template, of its training.
         max_images: Take this many images, from the start.
         say: As `vdm_hub.data.loading.load_split` takes it.
 
@@ -58,27 +62,39 @@ def load_images(
     given = {"resolution": resolution, "color": color, "image_column": image_column}
     given = {name: value for name, value in given.items() if value is not None}
     used, notes = _as_trained(pipeline, given)
-    classes = pipeline.config.get("classes")
-    label_column = classes["column"] if label_column is None and classes else label_column
+    told = _told(pipeline, label_column, caption_column)
     load = partial(
         load_split,
         source,
         config_name=config_name,
         num_levels=pipeline.num_levels,
         max_samples=max_images,
-        label_column=label_column,
         say=say,
         held_out=pipeline.held_out,
+        **told,
     )
     images, split, column = _load(load, split, used, "image_column" not in given, pipeline.held_out is not None)
     if column != used["image_column"]:
         notes.append(f"the images were read from the column {column!r}: there is no {used['image_column']!r}")
     description = describe_images(images, source, split, config=config_name, **used | {"image_column": column})
-    description |= {} if label_column is None else {"label_column": label_column}
+    description |= told
     description |= {} if max_images is None else {"max_images": max_images}
     if pipeline.held_out is not None and split == SPLIT and max_images is None:
         notes += _other_images(pipeline.held_out, description["fingerprint"])
     return images, description, notes
+
+
+def _told(pipeline: LikelihoodPipeline, label_column: str | None, caption_column: str | None) -> dict[str, Any]:
+    """The columns that hold what the model is told of each image: those of its training, unless said otherwise."""
+    given = {"label_column": label_column, "caption_column": caption_column}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if pipeline.text_condition is not None:
+        if caption_column is not None:
+            return {"caption_column": caption_column}
+        trained = described_captions(pipeline.config.get("captions"))
+        return {name: value for name, value in (trained | asked).items() if value is not None}
+    classes = pipeline.config.get("classes")
+    return ({"label_column": classes["column"]} if classes else {}) | asked
 
 
 def _as_trained(pipeline: LikelihoodPipeline, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -51,7 +51,12 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     _add_checkpoint(parser.add_argument_group("a checkpoint of diffusers whose config is wrong"))
-    _add_images(parser.add_argument_group("images"))
+    images = parser.add_argument_group("images")
+    _add_images(images)
+    images.add_argument(
+        "--caption_column",
+        help="the column of the captions, of a model that is told them (default: as it was trained)",
+    )
     _add_method(parser.add_argument_group("method"))
     _add_mixture(parser.add_argument_group("classes"))
     _add_effort(parser.add_argument_group("effort"))
@@ -253,11 +258,18 @@ def sample(parser: argparse.ArgumentParser) -> None:
         "--num_images over them (default: all classes, ten at most)",
     )
     parser.add_argument(
+        "--prompt",
+        nargs="+",
+        help="of a model that is conditioned on captions: captions, each in quotes and each a row of --num_images "
+        "over them (default: some of its training)",
+    )
+    parser.add_argument("--negative_prompt", help="with guidance: what takes the place of no caption")
+    parser.add_argument(
         "--guidance_scale",
         type=float,
         default=1.0,
-        help="how strongly samples are drawn to their class, for a model trained with condition dropout; 1: not at "
-        "all (default: 1)",
+        help="how strongly samples are drawn to their class or caption, for a model trained with condition dropout; "
+        "1: not at all (default: 1)",
     )
     parser.add_argument(
         "--guider", default="ClassifierFreeGuidance", help="how, by a guider of diffusers (default: %(default)s)"

@@ -10,12 +10,12 @@ import torch
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
 from vdm_hub.diffusion.samplers import ANCESTRAL, build_sampler
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, shortened
 from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.pipelines.vdm import VDMPipeline
-from vdm_hub.plots import rows_of_classes, save_grid
+from vdm_hub.plots import rows_of_choices, save_grid
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,17 +27,18 @@ def run(arguments: argparse.Namespace) -> None:
     build_sampler(arguments.sampler)  # an unknown name is said before anything is loaded
     pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
     chosen = _chosen(arguments, pipeline)
-    labels, columns = _labels(arguments.class_labels, pipeline, arguments.num_images)
-    count = arguments.num_images if labels is None else len(labels)
+    told, columns = _told(arguments, pipeline)
+    count = len(told) or arguments.num_images
     parts = []
     for start in range(0, count, arguments.batch_size):
         seeds = range(arguments.seed + start, arguments.seed + min(start + arguments.batch_size, count))
-        told = {} if labels is None else {"class_labels": labels[start : start + len(seeds)]}
+        condition = pipeline.condition
+        part = {} if condition is None or not told else {condition.argument: told[start : start + len(seeds)]}
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        parts.append(pipeline.sample(len(seeds), generators, arguments.num_inference_steps, **told, **chosen))
+        parts.append(pipeline.sample(len(seeds), generators, arguments.num_inference_steps, **part, **chosen))
     with written_beside(arguments.output) as beside:
         save_grid(torch.cat(parts), beside, columns)
-    print(f"{count} samples{_rows(labels, columns, pipeline)}: {arguments.output}")
+    print(f"{count} samples{_rows(told, columns, pipeline)}: {arguments.output}")
 
 
 def _chosen(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> dict[str, Any]:
@@ -45,6 +46,8 @@ def _chosen(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> dict
     chosen = {} if arguments.sampler == ANCESTRAL else {"sampler": arguments.sampler}
     if arguments.guidance_scale != 1:
         chosen |= {"guidance_scale": arguments.guidance_scale, "guider": arguments.guider}
+    if arguments.negative_prompt is not None:
+        chosen |= {"negative_prompt": arguments.negative_prompt}
     if chosen and not isinstance(pipeline, VDMPipeline):
         name, value = next(iter(chosen.items()))
         raise ConfigurationError(
@@ -53,22 +56,33 @@ def _chosen(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> dict
     return chosen
 
 
-def _labels(text: str | None, pipeline: LikelihoodPipeline, count: int) -> tuple[list[int] | None, int | None]:
-    """The classes of about so many samples, those of a class in a row, and how many are in a row."""
-    condition = pipeline.condition
-    if text is None:
-        told, columns = rows_of_classes(pipeline.num_classes, count)
-        return told.get("class_labels"), columns
+def _told(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> tuple[list[int | str], int | None]:
+    """The classes or captions of about so many samples, those of one in a row, and how many are in a row."""
+    count, condition = arguments.num_images, pipeline.condition
+    for name in ("class_labels", "prompt"):
+        if (given := getattr(arguments, name)) is not None and (condition is None or condition.argument != name):
+            knows = "nothing of an image" if condition is None else f"a {condition.noun}"
+            remedy = "leave it out" if condition is None else f"give --{condition.argument}"
+            raise ConfigurationError(f"--{name} is {shortened(given)}, and the model is told {knows}: {remedy}.")
+    asked: list[int | str] = list(arguments.prompt or ())
+    if arguments.class_labels is not None and (classes := pipeline.class_condition) is not None:
+        names, words = classes.names or (), [word.strip() for word in arguments.class_labels.split(",")]
+        asked = classes.numbers(
+            [word if word in names or not word.isdigit() else int(word) for word in words]
+        ).tolist()
+    if asked:
+        columns = max(1, count // len(asked))
+        return [one for one in asked for _ in range(columns)], columns
     if condition is None:
-        raise ConfigurationError(f"class_labels are {text!r}, and the model knows no classes: leave them out.")
-    names = condition.names or ()
-    asked = [word.strip() for word in text.split(",")]
-    words: list[str | int] = [word if word in names or not word.isdigit() else int(word) for word in asked]
-    numbers, columns = condition.numbers(words).tolist(), max(1, count // len(words))
-    return [number for number in numbers for _ in range(columns)], columns
+        return [], None
+    rows, shown = rows_of_choices(len(condition.choices), count)
+    if not rows:
+        raise ConfigurationError("the model is told a caption, and its config has no examples: give --prompt.")
+    return [condition.choices[row] for row in rows], shown
 
 
-def _rows(labels: list[int] | None, columns: int | None, pipeline: LikelihoodPipeline) -> str:
-    if labels is None or pipeline.condition is None:
+def _rows(told: list[int | str], columns: int | None, pipeline: LikelihoodPipeline) -> str:
+    if not told:
         return ""
-    return f", a row each of {', '.join(pipeline.condition.name_of(number) for number in labels[::columns])}"
+    names = [one if isinstance(one, str) else pipeline.class_condition.name_of(one) for one in told[::columns]]  # type: ignore[union-attr]
+    return f", a row each of {', '.join(names)}"

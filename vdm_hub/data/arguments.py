@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NewType
 
+from vdm_hub.data.templates import check_template
 from vdm_hub.fields import check_fields, option, require
 
 Share = NewType("Share", float)
@@ -40,6 +41,15 @@ class DataArguments:
         "training images have. A stream must be told.",
         at_least=1,
         at_most=10**7,
+        only_with="label_column",
+    )
+    caption_column: str | None = option(
+        None, "The column that holds the images' captions, texts: the model is then conditioned on them."
+    )
+    caption_template: str | None = option(
+        None,
+        "With a label_column of classes with names: make captions of them, such as 'a photo of a {label}', and "
+        "condition the model on these instead.",
         only_with="label_column",
     )
     train_split: str = option("train", "The split to train on; slices such as 'train[:90%%]' are understood.")
@@ -112,7 +122,20 @@ class DataArguments:
             f"validation_split is {self.validation_split!r} already, so leave one of the two out",
         )
         check_fields(self)
+        require(
+            self.caption_column is None or self.label_column is None,
+            "caption_column",
+            self.caption_column,
+            f"label_column is {self.label_column!r}, and a model is conditioned on one of the two: leave one out",
+        )
+        if self.caption_template is not None:
+            check_template(self.caption_template)
         for name in ("test_size", "validation_size"):
             size = getattr(self, name)
             whole_or_share = isinstance(size, int) or size < 1
             require(whole_or_share, name, size, "give a share below 1, such as 0.1, a whole number of images, or 0")
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether the images have captions, or are given some."""
+        return self.caption_column is not None or self.caption_template is not None

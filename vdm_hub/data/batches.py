@@ -87,7 +87,8 @@ class ShuffledBatches(TrainingBatches):
         """The batch of this process at a step, counted from 0.
 
         Returns:
-            ``levels``, uint8 of shape (B, C, H, W), and ``class_labels``, (B,), where the images have labels.
+            ``levels``, uint8 of shape (B, C, H, W), and ``class_labels`` or ``captions``, (B,), where the images have
+            some.
         """
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         order, draws = self._plan(epoch)
@@ -164,9 +165,9 @@ def evaluation_batches(
     """All images once, in order, the last incomplete batch included; image i goes to process ``i mod world_size``.
 
     Returns:
-        Batches with ``levels``, uint8 of shape (B, C, H, W); ``class_labels``, (B,), where the images have labels; and
-        ``indices``, int64 of shape (B,): each image's number in the split. Processes may have different numbers of
-        batches.
+        Batches with ``levels``, uint8 of shape (B, C, H, W); ``class_labels`` or ``captions``, (B,), where the images
+        have some; and ``indices``, int64 of shape (B,): each image's number in the split. Processes may have different
+        numbers of batches.
 
     >>> images = ImageLevels(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), (1, 2, 2), 256)
     >>> [batch["indices"].tolist() for batch in evaluation_batches(images, 2)]

@@ -1,10 +1,12 @@
-"""The condition of an image: its class, which a network is told beside the timestep."""
+"""The condition of an image, which a network is told beside the timestep: its class, or its caption."""
 
 from __future__ import annotations
 
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeAlias, TypedDict
+from typing import Annotated, Any, ClassVar, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -40,8 +42,73 @@ ClassLabels: TypeAlias = Tensor | Sequence[int | str] | int | str
 """Classes by number or by name: one of each image, or one alone."""
 
 
+class Condition(ABC):
+    """What a network is told of each datum: an entry of a batch, how it is hidden, and what the network is to take.
+
+    Attributes:
+        entry: The name under which a batch holds it, a whole number for each datum, (B,).
+        argument: The name under which a pipeline is given it.
+        noun: What it is, in words, after "given the".
+        dropout: The share of training data whose condition is hidden.
+        column: The column of the training dataset that held it.
+    """
+
+    entry: ClassVar[str]
+    argument: ClassVar[str]
+    noun: ClassVar[str]
+    dropout: float
+    column: str
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """What the shape of a network that is told it follows from."""
+
+    @abstractmethod
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """What a pipeline is given, so that it knows of it: its config, and components."""
+
+    @property
+    @abstractmethod
+    def choices(self) -> Sequence[int | str]:
+        """What a pipeline may be told, by the ``argument``: each class, or a few captions."""
+
+    @abstractmethod
+    def hide(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
+        """The batch with nothing told in place of what is hidden.
+
+        Args:
+            batch: With the ``entry``, (B,).
+            hidden: Which of them, bool, (B,).
+        """
+
+    def told(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the network's arguments in place of the ``entry``."""
+        return dict(batch)
+
+    @abstractmethod
+    def example(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        """The network's arguments of some batch, for whoever looks at shapes alone."""
+
+    def key(self, numbers: Tensor) -> str:
+        """The SHA-256 of what some data are told, by their numbers, int64."""
+        return f"sha256:{hashlib.sha256(numbers.numpy().tobytes()).hexdigest()}"
+
+    def check_null(self) -> None:
+        """Refuse to tell a model nothing that was trained without condition dropout.
+
+        Raises:
+            ConfigurationError: It knows no datum without its condition.
+        """
+        if self.dropout == 0:
+            raise ConfigurationError(
+                f"the model was trained without condition dropout, so that it knows no image without its {self.noun}: "
+                f"leave guidance out, or train one with --condition_dropout 0.1."
+            )
+
+
 @dataclass(frozen=True)
-class ClassCondition:
+class ClassCondition(Condition):
     """The classes that a model is conditioned on, by number and by name.
 
     Args:
@@ -64,7 +131,7 @@ class ClassCondition:
     dropout: float = 0.0
     column: str = "label"
 
-    argument = CLASS_LABELS
+    entry = argument = CLASS_LABELS
     noun = "class"
 
     def __post_init__(self) -> None:
@@ -79,9 +146,14 @@ class ClassCondition:
         names = config["names"]
         return cls(config["count"], None if names is None else tuple(names), config["dropout"], config["column"])
 
-    def to_config(self) -> dict[str, Any]:
+    @property
+    def choices(self) -> range:
+        """The numbers of the classes."""
+        return range(self.count)
+
+    def pipeline_arguments(self) -> dict[str, Any]:
         """The `Classes` mapping of a pipeline's config."""
-        return asdict(self) | {"names": None if self.names is None else list(self.names)}
+        return {"classes": asdict(self) | {"names": None if self.names is None else list(self.names)}}
 
     @property
     def null_number(self) -> int | None:
@@ -176,9 +248,5 @@ class ClassCondition:
         Raises:
             ConfigurationError: The model was trained without condition dropout, so it knows no null class.
         """
-        if self.null_number is None:
-            raise ConfigurationError(
-                "the model was trained without condition dropout, so that it knows no image without its class: "
-                "leave guidance out, or train one with --condition_dropout 0.1."
-            )
-        return {CLASS_LABELS: torch.full((batch_size,), self.null_number, device=device)}
+        self.check_null()
+        return {CLASS_LABELS: torch.full((batch_size,), self.count, device=device)}

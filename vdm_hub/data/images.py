@@ -17,12 +17,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from vdm_hub.data.captions import CAPTIONS, ImageCaptions, StreamCaptions
 from vdm_hub.data.colors import Color, check_depth, convert_color, load_pixels
 from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition
 from vdm_hub.data.labels import as_labels
 from vdm_hub.data.levels import Levels, levels_from_image, nearest_levels
 from vdm_hub.data.picture_files import FORMATS, check_one_picture, check_palette, check_size, check_values
 from vdm_hub.data.sources import Opener, check_memory
+from vdm_hub.data.templates import captions_of_classes
 from vdm_hub.errors import DataError, in_one_line, unknown_name
 
 ImageSize: TypeAlias = tuple[int, int]
@@ -171,6 +173,7 @@ class ImageLevels:
         num_levels: K.
         labels: int64 of shape (N,), where a label column was asked for.
         class_names: The names of their classes, where the column has any.
+        captions: Their captions, where those were asked for.
         resized_from: The size of the first image that was resized or cropped, or is to be cropped at each use.
         names: The file of each image by its path in the folder, where they come from one.
     """
@@ -182,6 +185,7 @@ class ImageLevels:
     resized_from: ImageSize | None = None
     names: tuple[str, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    captions: ImageCaptions | None = None
 
     def __len__(self) -> int:
         """The number of images, N."""
@@ -201,7 +205,8 @@ class ImageLevels:
                 centre where not given.
 
         Returns:
-            ``levels``, uint8 of shape (B, C, H, W), and ``class_labels``, (B,), where there are labels.
+            ``levels``, uint8 of shape (B, C, H, W); ``class_labels``, (B,), where there are labels; ``captions``,
+            (B,), their numbers, where there are some.
         """
         if isinstance(self.levels, Tensor):
             levels = self.levels[indices]
@@ -210,7 +215,9 @@ class ImageLevels:
             size, chosen = self.image_shape[-1], (self.levels[i] for i in indices.tolist())
             crops = [crop(image, size, *uv) for image, uv in zip(chosen, offsets.tolist(), strict=True)]
             levels = torch.stack(crops)
-        return {"levels": levels} | ({} if self.labels is None else {CLASS_LABELS: self.labels[indices]})
+        told = {} if self.labels is None else {CLASS_LABELS: self.labels[indices]}
+        told |= {} if self.captions is None else {CAPTIONS: self.captions.numbers[indices]}
+        return {"levels": levels} | told
 
 
 @dataclass(frozen=True)
@@ -229,6 +236,7 @@ class ImageStream:
         label_column: The column that holds their classes, where they are asked for.
         num_classes: How many classes there are, where that is known.
         class_names: The names of their classes, where the column has any.
+        captions: Their captions, where those were asked for.
     """
 
     dataset: datasets.IterableDataset
@@ -242,6 +250,7 @@ class ImageStream:
     label_column: str | None = None
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
+    captions: StreamCaptions | None = None
 
     @property
     def resized(self) -> bool:
@@ -254,9 +263,12 @@ class ImageStream:
         """A batch of some rows, as `ImageLevels.take` gives it; the arguments are those of `decode`."""
         batch = {"levels": self.decode(rows, offsets, indices)}
         if self.label_column is None:
-            return batch
+            return batch if self.captions is None else batch | {CAPTIONS: self.captions.of_rows(rows)}
         values = [row[self.label_column] for row in rows]
-        return batch | {CLASS_LABELS: as_labels(values, self.label_column, self.num_classes, indices)}
+        labels = as_labels(values, self.label_column, self.num_classes, indices)
+        return batch | (
+            {CLASS_LABELS: labels} if self.captions is None else {CAPTIONS: self.captions.of_labels(labels)}
+        )
 
     def decode(
         self, rows: Sequence[dict[str, Any]], offsets: Tensor | None = None, indices: Sequence[int] | None = None
@@ -353,6 +365,37 @@ def labels_as(labels: Tensor | None, names: tuple[str, ...] | None, classes: Cla
             f"many as its images have, or --num_classes."
         )
     return labels
+
+
+def captioned(images: ImageLevels, template: str) -> ImageLevels:
+    """Images with captions, made from the names of their classes, in place of their labels.
+
+    Raises:
+        DataError: The classes have no names.
+    """
+    assert images.labels is not None
+    captions = captions_of_classes(template, names_for_captions(images.class_names))
+    known = ImageCaptions.of(captions)
+    return replace(
+        images,
+        labels=None,
+        class_names=None,
+        captions=ImageCaptions(known.texts, known.numbers[images.labels]),
+    )
+
+
+def names_for_captions(names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names of classes that captions are to be made from.
+
+    Raises:
+        DataError: There are none.
+    """
+    if names is None:
+        raise DataError(
+            "caption_template makes captions from the names of classes, and the label column holds integers without "
+            "names: cast it to datasets.ClassLabel, or leave the template out and train on classes."
+        )
+    return names
 
 
 def crop(levels: Any, size: int, down: float, right: float) -> Any:

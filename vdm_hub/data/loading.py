@@ -11,12 +11,21 @@ import datasets
 import torch
 
 from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.captions import StreamCaptions, holds_captions, no_captions, read_captions
 from vdm_hub.data.colors import Color
 from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.data.corrupt import without_corrupt
 from vdm_hub.data.files import lies_in, list_folder
 from vdm_hub.data.held_out import choose_again, hold_out, names_held_out, number_to_hold_out
-from vdm_hub.data.images import ImageLevels, ImageReader, ImageStream, decode_all, labelled_as
+from vdm_hub.data.images import (
+    ImageLevels,
+    ImageReader,
+    ImageStream,
+    captioned,
+    decode_all,
+    labelled_as,
+    names_for_captions,
+)
 from vdm_hub.data.labels import (
     holds_labels,
     names_of_classes,
@@ -38,6 +47,7 @@ from vdm_hub.data.sources import (
     open_source,
 )
 from vdm_hub.data.summaries import Use, summary_of
+from vdm_hub.data.templates import captions_of_classes
 from vdm_hub.errors import DataError, shortened, warn
 
 Images: TypeAlias = ImageLevels | ImageStream
@@ -109,6 +119,9 @@ def load_data(arguments: DataArguments) -> RunData:
     classes = _classes_of(train, arguments)
     if classes is not None:
         held_out, validation, test = (_of_classes(images, classes) for images in (held_out, validation, test))
+    if (template := arguments.caption_template) is not None:
+        train, held_out, validation, test = (_captioned(one, template) for one in (train, held_out, validation, test))
+        classes = None
     _warn_if_resized(train, validation, test)
     uses: list[Use] = [("trains on", train, arguments.train_split)]
     if held_out is None:
@@ -136,6 +149,8 @@ def load_split(
     resolution: int | None = None,
     max_samples: int | None = None,
     label_column: str | None = None,
+    caption_column: str | None = None,
+    caption_template: str | None = None,
     num_workers: int = 0,
     say: Callable[[str], None] | None = None,
     held_out: HeldOut | None = None,
@@ -153,6 +168,8 @@ def load_split(
         resolution: Resize the shorter side and crop the centre.
         max_samples: Take this many images, from the start.
         label_column: Also take the labels from this column.
+        caption_column: Also take the captions from this column.
+        caption_template: Make captions of the labels by this template, in their place.
         num_workers: Threads that decode; 0 decodes in the main thread.
         say: Is called with what was read, and what lies in the folder and was not; without it the latter is a warning.
         held_out: How a run chose its test images: a pipeline's `held_out`.
@@ -172,7 +189,8 @@ def load_split(
         dataset = choose_again(undecoded(opened, dataset, image_column, whole), source, chosen, split)
         dataset = without_corrupt(dataset, image_column, reader) if chosen["skip_corrupt"] else dataset
     dataset = dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
-    images = _in_memory(opened, dataset, image_column, reader, split, label_column)
+    images = _in_memory(opened, dataset, image_column, reader, split, (label_column, caption_column))
+    images = images if caption_template is None else captioned(images, caption_template)
     _warn_if_resized(images)
     summary = summary_of(opened, [("reads" if chosen is None else "reads what a run held out,", images, whole)])
     if say is not None:
@@ -205,6 +223,11 @@ def check_outputs_apart(arguments: DataArguments, outputs: Mapping[str, Path]) -
                 f"{option} {str(path)!r} lies in the folder of images {name!r}, and what is written would be among "
                 f"them: give an --{option} elsewhere, or name the folder of the images alone."
             )
+
+
+def _told(arguments: DataArguments) -> tuple[str | None, str | None]:
+    """The columns of what a network is told of each image: its class, and its caption."""
+    return arguments.label_column, arguments.caption_column
 
 
 def _source(arguments: DataArguments) -> Source:
@@ -272,7 +295,7 @@ def _held_out_test(
         )
     kept, held, chosen = hold_out(dataset, split, arguments.test_size, skip_corrupt=arguments.skip_corrupt_images)
     held = without_corrupt(held, column, reader) if arguments.skip_corrupt_images else held
-    return kept, _in_memory(source, held, column, reader, split, arguments.label_column), chosen
+    return kept, _in_memory(source, held, column, reader, split, _told(arguments)), chosen
 
 
 def _training_split(
@@ -296,9 +319,9 @@ def _training_split(
     if arguments.max_train_samples is not None:
         train = train.select(range(min(arguments.max_train_samples, len(train))))
     reader = _reader(source, arguments, center_crop=arguments.center_crop)
-    labels = arguments.label_column
-    images = _in_memory(source, train, column, reader, name, labels)
-    held_out = _in_memory(source, held, column, _reader(source, arguments), name, labels) if size else None
+    told = _told(arguments)
+    images = _in_memory(source, train, column, reader, name, told)
+    held_out = _in_memory(source, held, column, _reader(source, arguments), name, told) if size else None
     return images, held_out
 
 
@@ -317,7 +340,7 @@ def _training_stream(
         with source.explained():
             rows = datasets.Dataset.from_list(list(dataset.take(size)), features=dataset.features)
         reader = _reader(source, arguments)
-        held_out = _in_memory(source, rows, arguments.image_column, reader, name, arguments.label_column)
+        held_out = _in_memory(source, rows, arguments.image_column, reader, name, _told(arguments))
         dataset = dataset.skip(size)
     dataset = dataset if limit is None else dataset.take(limit)
     stream = _stream(source, dataset, arguments, name, center_crop=arguments.center_crop)
@@ -342,7 +365,7 @@ def _evaluation_split(source: Source, arguments: DataArguments, split: str | Non
     column = arguments.image_column
     if isinstance(dataset, datasets.IterableDataset):
         return _stream(source, undecoded(source, dataset, column, split), arguments, split, center_crop=True)
-    return _in_memory(source, dataset, column, _reader(source, arguments), split, arguments.label_column)
+    return _in_memory(source, dataset, column, _reader(source, arguments), split, _told(arguments))
 
 
 def _in_memory(
@@ -351,14 +374,16 @@ def _in_memory(
     column: str,
     reader: ImageReader,
     split: str,
-    label_column: str | None = None,
+    told: tuple[str | None, str | None] = (None, None),
 ) -> ImageLevels:
+    label_column, caption_column = told
     if len(dataset) == 0:
         raise DataError(f"the split {split!r} has no images: name another one.")
     encoded = undecoded(source, dataset, column, split)
     try:
         labels = None if label_column is None else read_labels(encoded, label_column, source.note)
-        images = decode_all(encoded, column, reader, labels)
+        captions = None if caption_column is None else read_captions(encoded, caption_column, source.note)
+        images = replace(decode_all(encoded, column, reader, labels), captions=captions)
     except DataError as error:
         raise DataError(f"in the split {split!r}, {error}") from error
     if labels is not None:
@@ -404,7 +429,21 @@ def _stream(
     shape, buffer = reader.output_shape(levels), arguments.shuffle_buffer_size
     size = None if source.is_remote else source.sizes[split]
     stream = ImageStream(encoded, column, shape, reader.num_levels, reader, buffer, resized, size)
+    if arguments.caption_column is not None:
+        return _with_captions(stream, first, source, arguments.caption_column)
     return stream if arguments.label_column is None else _with_labels(stream, first, arguments, source.note)
+
+
+def _with_captions(stream: ImageStream, first: Mapping[str, Any], source: Source, column: str) -> ImageStream:
+    """A stream whose captions are known: all of it is read once, its images not decoded."""
+    if column not in first:
+        raise no_such_column(column, first, source.note)
+    feature = (stream.dataset.features or {}).get(column)
+    if feature is not None and not holds_captions(feature):
+        raise no_captions(column, feature)
+    with source.explained():
+        texts = (row[column] for row in stream.dataset.select_columns([column]))
+        return replace(stream, captions=StreamCaptions.of_texts(column, texts))
 
 
 def _with_labels(stream: ImageStream, first: Mapping[str, Any], arguments: DataArguments, note: str) -> ImageStream:
@@ -461,3 +500,13 @@ def _of_classes(images: Any, classes: ClassCondition) -> Any:
             )
         return replace(images, num_classes=classes.count)
     return labelled_as(images, classes)
+
+
+def _captioned(images: Any, template: str) -> Any:
+    """Images, or a stream of them, with captions made from the names of their classes."""
+    if images is None:
+        return None
+    if isinstance(images, ImageLevels):
+        return captioned(images, template)
+    captions = captions_of_classes(template, names_for_captions(images.class_names))
+    return replace(images, captions=StreamCaptions.of_classes(str(images.label_column), captions))

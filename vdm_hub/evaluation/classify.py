@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vdm_hub.data.conditions import CLASS_LABELS
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.evaluation.evaluate import check_images, labels_of, read_images
 from vdm_hub.evaluation.provenance import library_versions, weights_fingerprint
@@ -44,8 +45,9 @@ def classify_images(
         ConfigurationError: The network knows no classes, or a number is out of range.
     """
     started = time.perf_counter()
-    levels, labels = read_images(images, batch_size, max_images)
+    levels, known = read_images(images, batch_size, max_images)
     check_images(pipeline, levels, images.num_levels)
+    labels = known.get(CLASS_LABELS)
     labels = None if labels is None else labels_of(pipeline, labels, images.class_names)
     options: dict[str, Any] = {"effort": effort, "prior": prior, "transitions": transitions}
     report = pipeline.classify(levels, labels=labels, seed=seed, batch_size=batch_size, **options)

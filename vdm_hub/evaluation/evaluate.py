@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vdm_hub.data.batches import evaluation_batches
+from vdm_hub.data.captions import CAPTIONS
+from vdm_hub.data.conditions import CLASS_LABELS, Condition
 from vdm_hub.data.images import ImageLevels, ImageStream, labels_as
 from vdm_hub.errors import ConfigurationError, DataError, shortened
 from vdm_hub.evaluation.journal import Journal, check_evaluation_journal
@@ -88,9 +90,9 @@ def evaluate(
     processes = processes or Processes()
     if journal is not None:
         check_evaluation_journal(journal)
-    levels, labels = read_images(images, batch_size, max_images)
+    levels, numbers = read_images(images, batch_size, max_images)
     check_images(pipeline, levels, images.num_levels)
-    labels = labels_of(pipeline, labels, images.class_names)
+    condition, told = _condition(pipeline, images, numbers)
     method, chances = method_of(method), _chances(pipeline, marginal, prior)
     stages = (
         replicates
@@ -102,9 +104,9 @@ def evaluate(
     key = {
         "images": description["fingerprint"],
         "weights": weights,
-        "labels": None if labels is None else fingerprint(labels),
+        "labels": None if condition is None or told is None else condition.key(told),
     }
-    how = _How(pipeline, levels, labels, batch_size, key, journal, processes, progress)
+    how = _How(pipeline, levels, condition, told, batch_size, key, journal, processes, progress)
 
     def one(objective: Objective, stages: ReplicateStages, model: str) -> LikelihoodReport:
         measurement = build_measurement(objective, len(levels), method, seed)
@@ -138,7 +140,7 @@ def _chances(pipeline: LikelihoodPipeline, marginal: bool, prior: Sequence[float
                 f"prior is {shortened(prior)}, and acts only with marginal: give both or neither."
             )
         return None
-    return checked_prior(prior, len(chosen_classes(pipeline.condition)))
+    return checked_prior(prior, len(chosen_classes(pipeline.class_condition)))
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ class _How:
 
     pipeline: LikelihoodPipeline
     levels: Tensor
-    labels: Tensor | None
+    condition: Condition | None
+    told: Tensor | None
     batch_size: int
     key: dict[str, Any]
     journal: Path | None
@@ -171,7 +174,9 @@ class _How:
         """The images with these indices, on the pipeline's device."""
         device = self.pipeline.device_of_latents
         batch = {"levels": self.levels[indices].to(device), "indices": indices}
-        return batch if self.labels is None else batch | {"class_labels": self.labels[indices].to(device)}
+        if self.condition is None or self.told is None:
+            return batch
+        return batch | self.condition.told({self.condition.entry: self.told[indices].to(device)})
 
     def open_journal(self, measurement: Measurement, model: str) -> Journal | None:
         """The journal of a method on one model: the main process first, so that the others find what it has made."""
@@ -201,15 +206,14 @@ def _describe(dataset: Mapping[str, Any] | None, levels: Tensor) -> dict[str, An
 
 def read_images(
     images: ImageLevels | ImageStream, batch_size: int, max_images: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """The levels of the images, and their labels, where they have any."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The levels of the images, and what else is known of each, by its name."""
     needed = None if max_images is None else math.ceil(max_images / batch_size)
     parts = list(islice(evaluation_batches(images, batch_size), needed))
     if not parts:
         raise DataError("there are no images to evaluate.")
-    labels = [part["class_labels"] for part in parts if "class_labels" in part]
-    joined = torch.cat(labels)[:max_images] if labels else None
-    return torch.cat([part["levels"] for part in parts])[:max_images], joined
+    joined = {name: torch.cat([part[name] for part in parts])[:max_images] for name in parts[0]}
+    return joined.pop("levels"), joined
 
 
 def check_images(pipeline: LikelihoodPipeline, levels: Tensor, given_levels: int) -> None:
@@ -239,4 +243,13 @@ def labels_of(pipeline: LikelihoodPipeline, labels: Tensor | None, names: tuple[
     Raises:
         DataError: There are none, or one is of no class of the network's.
     """
-    return None if pipeline.condition is None else labels_as(labels, names, pipeline.condition)
+    return None if pipeline.class_condition is None else labels_as(labels, names, pipeline.class_condition)
+
+
+def _condition(
+    pipeline: LikelihoodPipeline, images: ImageLevels | ImageStream, numbers: Mapping[str, Tensor]
+) -> tuple[Condition | None, Tensor | None]:
+    """What the network is told of each image, as a condition and its numbers; nothing of an unconditional one."""
+    if (text := pipeline.text_condition) is not None:
+        return text.of_images(images.captions), numbers[CAPTIONS]
+    return pipeline.class_condition, labels_of(pipeline, numbers.get(CLASS_LABELS), images.class_names)

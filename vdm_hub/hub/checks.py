@@ -27,9 +27,11 @@ from vdm_hub.errors import CheckpointError, ConfigurationError, MissingFileError
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import CONFIGS, ModelFiles
 from vdm_hub.hub.schemas import check_config, check_given_fields, type_of_field
+from vdm_hub.hub.text_files import TEXT_COMPONENTS, TextComponent
 from vdm_hub.hub.weights import WeightFiles, check_weights, weight_files
 
-_LIBRARIES = ("diffusers", "transformers", registry.PACKAGE)
+_TEXT_LIBRARY = "transformers"
+_LIBRARIES = ("diffusers", _TEXT_LIBRARY, registry.PACKAGE)
 _COMPONENT_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 _INDEX_KEYS = ("_class_name", "_diffusers_version", "_name_or_path", "_requires", "_module", "_ignore_files")
 _CHECKED: ContextVar[Path | None] = ContextVar("checked", default=None)
@@ -68,7 +70,9 @@ def check_pipeline(
     components = _components(files.name, index, trusts_code)
     if pipeline is not None and not trusts_code:
         _check_index(files.name, index, pipeline, given)
-        forgotten = [key for key, value in index.items() if value == [None, None] and files.names_in(key)]
+        of_some = [key for key in TEXT_COMPONENTS if key not in index]
+        none = [key for key, value in index.items() if value == [None, None]]
+        forgotten = [key for key in (*none, *of_some) if files.names_in(key)]
         if forgotten and forgotten[0] not in given:
             raise CheckpointError(
                 f"{files.name}: {INDEX} says that there is no {forgotten[0]}, and a folder of it is there: it was "
@@ -79,12 +83,16 @@ def check_pipeline(
         for component, (library, _) in looked_at.items():
             _check_configs(files, component, is_own=library == registry.PACKAGE)
         return
-    described = []
+    described: list[_Described | TextComponent] = []
     for component, (library, name) in looked_at.items():
         cls = _class(files.name, component, library, name)
-        if pipeline is not None and not issubclass(cls, type_of_field(pipeline, component)):
+        of_text = library == _TEXT_LIBRARY  # of which no other component is, nor a text encoder of another library
+        if pipeline is not None and (
+            of_text != (component in TEXT_COMPONENTS) or not issubclass(cls, type_of_field(pipeline, component))
+        ):
             raise CheckpointError(f"{files.name}: {INDEX} has a {name} as its {component}, which none is: refused.")
-        described.append(_Described.of(files, component, cls))
+        is_text = pipeline is not None and library == _TEXT_LIBRARY
+        described.append((TextComponent if is_text else _Described).of(files, component, cls))
     if variant is not None and not any(f".{variant}." in path or f".{variant}-" in path for path in files.listed):
         raise ConfigurationError(
             f"variant is {variant!r}, and {files.name} has no weights of that name: leave it out."

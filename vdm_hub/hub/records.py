@@ -43,6 +43,8 @@ class DatasetRecord(TypedDict):
     color: NotRequired[Text]
     image_column: NotRequired[Text]
     label_column: NotRequired[Text]
+    caption_column: NotRequired[Text]
+    caption_template: NotRequired[Text]
     max_images: NotRequired[Natural]
 
 

@@ -52,7 +52,11 @@ class WeightFiles:
 
 
 def weight_files(
-    names: Iterable[str], variant: str | None, place: str, read: Callable[[str], Mapping[str, Any]]
+    names: Iterable[str],
+    variant: str | None,
+    place: str,
+    read: Callable[[str], Mapping[str, Any]],
+    stem: str = WEIGHTS,
 ) -> WeightFiles:
     """The files that a loader takes the weights from: those of the variant where there are any.
 
@@ -61,13 +65,14 @@ def weight_files(
         variant: Such as ``fp16``.
         place: The component, for messages.
         read: Gives the content of a JSON file.
+        stem: How their names begin: as those of diffusers, or as those of transformers.
 
     Raises:
         CheckpointError: There are none, two sets of them, or the list of shards is damaged.
     """
     names = set(names)
     for suffix in dict.fromkeys((f".{variant}" if variant else "", "")):
-        whole, index = f"{WEIGHTS}{suffix}.safetensors", f"{WEIGHTS}.safetensors.index{suffix}.json"
+        whole, index = f"{stem}{suffix}.safetensors", f"{stem}.safetensors.index{suffix}.json"
         if index in names:
             shards = _shards(names, f"{place}/{index}", read(index))
             if whole in names:
@@ -113,10 +118,11 @@ def check_weights(cls: type, config: Mapping[str, Any], weights: WeightFiles, fo
     """
     saved = _saved(weights, folder, place)
     network = build_on_meta(cls, config, place, len(saved))
+    shared = getattr(network, "all_tied_weights_keys", {}).keys()  # of transformers: each is saved once
     modernise = getattr(network, "_fix_state_dict_keys_on_load", None)
     if modernise is not None:  # names of attention blocks before diffusers 0.15
         modernise(saved)
-    own = network.state_dict()
+    own = {name: tensor for name, tensor in network.state_dict().items() if name in saved or name not in shared}
     check_names(place, own.keys() - saved.keys(), saved.keys() - own.keys())
     for name, tensor in own.items():
         expected, found = tuple(tensor.shape), saved[name]
@@ -189,7 +195,9 @@ def build_on_meta(cls: type, config: Mapping[str, Any], place: str, tensors: int
         torch.device("meta"),
         _StepLimit(place, tensors),
     ):
-        network: nn.Module = cls.from_config(copy.deepcopy(dict(config)))  # type: ignore[attr-defined]
+        own = getattr(cls, "config_class", None)  # of a model of transformers
+        described: Any = copy.deepcopy(dict(config))
+        network: nn.Module = cls.from_config(described) if own is None else cls(own.from_dict(described))  # type: ignore[attr-defined]
     return network
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdm_hub.data.conditions import ClassCondition
+from vdm_hub.data.conditions import Condition
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.diffusion.times import discretise
@@ -66,7 +66,7 @@ class Objective(nn.Module, ABC):
     """
 
     transitions: int | None = None
-    condition: ClassCondition | None = None
+    condition: Condition | None = None
 
     @property
     @abstractmethod
@@ -132,7 +132,7 @@ class VDMObjective(Objective):
         network: nn.Module,
         process: ForwardProcess,
         transitions: int | None = None,
-        condition: ClassCondition | None = None,
+        condition: Condition | None = None,
     ) -> None:
         super().__init__()
         self.transitions = None if transitions is None else whole_number("transitions", transitions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition, ClassLabels
+from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition, ClassLabels, Condition
 from vdm_hub.data.levels import levels_from_images
 from vdm_hub.data.preprocessing import HeldOut, Preprocessing
 from vdm_hub.diffusion.draws import Generator
@@ -32,8 +33,10 @@ from vdm_hub.likelihood.protocol import ClassificationEffort
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.conditions import check_classes
 from vdm_hub.models.loading import REMEDY, refuse_pickles
+from vdm_hub.models.text_conditions import TextCondition
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.classes import checked_prior, chosen_classes
+from vdm_hub.pipelines.prompts import Prompt, encoded, one_for_each
 from vdm_hub.pipelines.published_card import KeepsPublishedCard
 
 _LOADING = (
@@ -43,12 +46,13 @@ _LOADING = (
     *("provider", "sess_options", "provider_options"),
 )
 """The arguments of `DiffusionPipeline.from_pretrained` besides components; it ignores all others."""
+_OF_SOME = ("text_encoder", "tokenizer")
 
 
 class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     """A generative model of K-level images that knows their likelihood, on whichever rung of the ladder."""
 
-    _left_out_where_none: tuple[str, ...] = ("preprocessing", "held_out", "classes")
+    _left_out_where_none: tuple[str, ...] = ("preprocessing", "held_out", "classes", "captions")
     """The entries of a pipeline's index that stand there only where they are known."""
 
     @property
@@ -66,9 +70,10 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         preprocessing: Mapping[str, Any] | None,
         held_out: Mapping[str, Any] | None,
         classes: Mapping[str, Any] | None = None,
+        captions: Mapping[str, Any] | None = None,
     ) -> None:
         """Keep what is known of the images in the config, as mappings: a list there is a component's class."""
-        images = {"preprocessing": preprocessing, "held_out": held_out, "classes": classes}
+        images = {"preprocessing": preprocessing, "held_out": held_out, "classes": classes, "captions": captions}
         check_arguments(type(self), images)
         if preprocessing is not None:
             self._check_preprocessing(preprocessing)
@@ -111,8 +116,18 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         return None
 
     @property
-    def condition(self) -> ClassCondition | None:
-        """The classes that it is conditioned on, by number and by name; ``None`` for an unconditional model."""
+    def condition(self) -> Condition | None:
+        """What it is conditioned on, classes or captions; ``None`` for an unconditional model."""
+        return self.text_condition or self.class_condition
+
+    @property
+    def text_condition(self) -> TextCondition | None:
+        """The captions that it is conditioned on, with its text encoder; ``None`` where it is not."""
+        return None
+
+    @property
+    def class_condition(self) -> ClassCondition | None:
+        """The classes that it is conditioned on, by number and by name; ``None`` where it is not."""
         if (classes := self.config.get("classes")) is not None:
             return ClassCondition.from_config(classes)
         known = self._network_classes
@@ -120,13 +135,13 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes it is conditioned on; ``None`` for an unconditional model."""
-        return None if self.condition is None else self.condition.count
+        """How many classes it is conditioned on; ``None`` where it is not."""
+        return None if self.class_condition is None else self.class_condition.count
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes that it is conditioned on, in their order, where it knows any."""
-        return None if self.condition is None else self.condition.names
+        return None if self.class_condition is None else self.class_condition.names
 
     @property
     def _network_classes(self) -> int | None:
@@ -137,6 +152,12 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     def _takes_labels(self) -> bool:
         """Whether labels may be given: networks of a user's own may read them though their config says nothing."""
         return self.num_classes is not None
+
+    def to_json_string(self) -> str:
+        """The index as JSON; components that not every model has are left out where there are none."""
+        index = json.loads(super().to_json_string())
+        kept = {key: value for key, value in index.items() if value != [None, None] or key not in _OF_SOME}
+        return json.dumps(kept, indent=2, sort_keys=True) + "\n"
 
     @property
     @abstractmethod
@@ -321,6 +342,9 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         seed: int = 0,
         class_labels: ClassLabels | None = None,
         *,
+        prompt: Prompt | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
         batch_size: int = 256,
         **network_arguments: Tensor,
     ) -> LikelihoodReport:
@@ -336,6 +360,9 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             seed: Of all draws: an image's noise is a function of it, the replicate and the image's index; its time
                 also of how many images there are, over which times are stratified.
             class_labels: Class of each image, (B,), by number or name, or one for all.
+            prompt: Caption of each image, or one for all.
+            prompt_embeds: In place of ``prompt``, what the text encoder makes of it, (B, L, D).
+            prompt_attention_mask: With ``prompt_embeds``, where there is a token, (B, L); everywhere by default.
             batch_size: Images at once, at most.
             network_arguments: Passed to the network by name, each (B, ...).
 
@@ -362,7 +389,10 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         method, levels = method_of(method), self._levels(images)
         whole = {"levels": levels, "indices": torch.arange(levels.shape[0])}
         self._check_arguments(network_arguments, levels.shape[0])
-        whole |= network_arguments | self._labels(class_labels, levels.shape[0])
+        told = self._told(
+            levels.shape[0], network_arguments, class_labels, prompt, prompt_embeds, prompt_attention_mask
+        )
+        whole |= network_arguments | told
 
         def batches() -> Iterator[dict[str, Tensor]]:
             parts = torch.arange(levels.shape[0]).split(batch_size)
@@ -424,7 +454,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             >>> report.names, report.posterior.shape
             (('0', '1', '2'), torch.Size([2, 3]))
         """
-        condition, classes = self.condition, chosen_classes(self.condition, candidates)
+        condition, classes = self.class_condition, chosen_classes(self.class_condition, candidates)
         assert condition is not None
         chances, levels = checked_prior(prior, len(classes)), self._levels(images)
         batch = {"levels": levels, "indices": torch.arange(len(levels))}
@@ -474,9 +504,43 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             if taken is not None and name not in taken:
                 raise unknown_name(f"argument of {type(self).__name__} or its network", name, {*known, *taken})
 
+    def _told(
+        self,
+        batch_size: int,
+        given: Mapping[str, Any],
+        class_labels: ClassLabels | None,
+        prompt: Prompt | None,
+        prompt_embeds: Tensor | None,
+        prompt_attention_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The network's arguments for what it is conditioned on, of each image."""
+        self._check_told(class_labels, prompt, prompt_embeds)
+        labels, text = self._labels(class_labels, batch_size), self.text_condition
+        if text is None or (prompt is None and prompt_embeds is None and "encoder_hidden_states" in given):
+            return labels
+        told = encoded(text.text, prompt, prompt_embeds, prompt_attention_mask)
+        return labels | {
+            key: value.to(self.device_of_latents) for key, value in one_for_each(told, batch_size).items()
+        }
+
+    def _check_told(self, class_labels: Any, prompt: Any, prompt_embeds: Any = None) -> None:
+        """Refuse a class for a model that knows captions, and the other way round."""
+        told = {"class_labels": class_labels, "prompt": prompt, "prompt_embeds": prompt_embeds}
+        told = {name: value for name, value in told.items() if value is not None}
+        condition, text = self.condition, self.text_condition is not None
+        takes_class = self.class_condition is not None or not text  # without both, labels have words of their own
+        wrong = [name for name in told if not (takes_class if name == "class_labels" else text)]
+        if not wrong:
+            return
+        knows = "nothing" if condition is None else f"a {condition.noun}"
+        remedy = "leave it out" if condition is None else f"give {condition.argument} instead"
+        raise ConfigurationError(
+            f"{wrong[0]} is {shortened(told[wrong[0]])}, and the model is told {knows} of an image: {remedy}."
+        )
+
     def _labels(self, class_labels: ClassLabels | None, batch_size: int) -> dict[str, Tensor]:
         """The network's argument for the classes, one of each image."""
-        condition = self.condition
+        condition = self.class_condition
         if class_labels is None:
             if condition is not None:
                 raise ConfigurationError(

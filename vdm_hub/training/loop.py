@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vdm_hub.data.conditions import Condition
 from vdm_hub.data.images import ImageLevels
 from vdm_hub.data.loading import Images, RunData, load_data
 from vdm_hub.errors import CheckpointError, warn
@@ -29,6 +30,7 @@ from vdm_hub.recipes.configuration import allowed_changes
 from vdm_hub.training.dry_run import describe_run
 from vdm_hub.training.memory import memory_needs, refuse_what_cannot_fit
 from vdm_hub.training.opening import describe_recipe, without_effect
+from vdm_hub.training.parts.conditions import build_condition
 from vdm_hub.training.parts.processes import build_accelerator, is_sharded
 from vdm_hub.training.parts.setup import build_objective, build_pipeline
 from vdm_hub.training.parts.shards import full_tensors
@@ -66,11 +68,12 @@ def train_model(configuration: Configuration) -> LikelihoodReport | None:
 def _train(configuration: Configuration, accelerator: Accelerator, folder: OutputFolder) -> LikelihoodReport | None:
     show = accelerator.is_main_process
     data = load_data(configuration.data)
-    needs = memory_needs(configuration, data.image_shape, accelerator, data.classes)
+    condition = build_condition(configuration, data, accelerator)
+    needs = memory_needs(configuration, data.image_shape, accelerator, condition)
     if show:
         print(describe_recipe(configuration), data.summary, needs, sep="\n", flush=True)
     refuse_what_cannot_fit(needs, accelerator)
-    run = TrainingRun(configuration, accelerator, data, folder)
+    run = TrainingRun(configuration, accelerator, data, folder, condition)
     if show:
         print("".join(f"note: {words}.\n" for words in without_effect(configuration, run.total_steps)), end="")
     run.resume()
@@ -107,9 +110,14 @@ class TrainingRun(RunState):
     """A run with its output: log, pictures and checkpoints while it lasts, and its results."""
 
     def __init__(
-        self, configuration: Configuration, accelerator: Accelerator, data: RunData, folder: OutputFolder
+        self,
+        configuration: Configuration,
+        accelerator: Accelerator,
+        data: RunData,
+        folder: OutputFolder,
+        condition: Condition | None = None,
     ) -> None:
-        super().__init__(configuration, accelerator, data, folder)
+        super().__init__(configuration, accelerator, data, folder, condition)
         self.trackers = Trackers(accelerator, wanted=bool(self.training.trackers))
         self.stop, self._stop_is_agreed = StopSignals(), False
         self._start: ResumePoint | None = None
@@ -313,7 +321,7 @@ class TrainingRun(RunState):
         if is_sharded(self.accelerator):
             own, weights = full_tensors(self.model.state_dict(), is_main), full_tensors(weights, is_main)
             if is_main:
-                model = build_objective(self.configuration, self.data.image_shape, self.data.classes)
+                model = build_objective(self.configuration, self.data.image_shape, self.model.condition)
                 model.to(self.accelerator.device)
                 model.load_state_dict(own)
         if not is_main:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vdm_hub.data.conditions import ClassCondition
+from vdm_hub.data.conditions import Condition
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError, in_one_line
 from vdm_hub.models.calls import Call
@@ -62,7 +62,7 @@ class MemoryNeeds:
 
 
 def memory_needs(
-    configuration: Configuration, shape: Shape, accelerator: Accelerator, classes: ClassCondition | None = None
+    configuration: Configuration, shape: Shape, accelerator: Accelerator, condition: Condition | None = None
 ) -> MemoryNeeds:
     """The memory that a process of a run will need, counted without taking any of it.
 
@@ -70,7 +70,7 @@ def memory_needs(
         configuration: The recipe.
         shape: Of the images, (C, H, W).
         accelerator: Its processes share what they shard.
-        classes: Of the images, where the model is told.
+        condition: What the network is told of each image.
 
     Raises:
         ConfigurationError: The networks can't be built, or do not take such images.
@@ -78,7 +78,7 @@ def memory_needs(
     training = configuration.training
     with on_meta_device():
         without = replace(configuration, training=replace(training, compile="none"))
-        objective = build_objective(without, shape, classes)
+        objective = build_objective(without, shape, condition)
     for part in (objective.body, getattr(getattr(objective, "process", None), "first_stage", None)):
         if part is not None:
             part.to("meta")  # a trained first stage was loaded

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import singledispatch
 from typing import Any, TypeAlias
 
 import torch
 
 from vdm_hub.data.arguments import DataArguments
-from vdm_hub.data.conditions import ClassCondition
+from vdm_hub.data.conditions import Condition
 from vdm_hub.data.preprocessing import HeldOut, Preprocessing
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess
@@ -51,33 +50,32 @@ def build_scheduler(configuration: Configuration) -> VDMScheduler:
 
 
 def build_objective(
-    configuration: Configuration, shape: tuple[int, int, int], classes: ClassCondition | None = None
+    configuration: Configuration, shape: tuple[int, int, int], condition: Condition | None = None
 ) -> Objective:
     """The module of all that is trained, initialised from the run's seed.
 
     Args:
         configuration: The recipe.
         shape: Of the images, (C, H, W).
-        classes: Of the images, where the model is to be told.
+        condition: What the network is told of each image.
     """
     torch.manual_seed(configuration.training.seed)
-    condition = None if classes is None else replace(classes, dropout=configuration.model.condition_dropout)
     objective = _BUILDERS[configuration.model.model](configuration, shape, condition)
     speed_up(objective, configuration.training)
     return objective
 
 
-def _build_vdm(configuration: Configuration, shape: Shape, condition: ClassCondition | None) -> Objective:
+def _build_vdm(configuration: Configuration, shape: Shape, condition: Condition | None) -> Objective:
     process = build_scheduler(configuration).build_process()
     network = build_network(configuration, shape, process, condition=condition)
     return VDMObjective(network, process, configuration.diffusion.transitions, condition)
 
 
-def _build_hvae(configuration: Configuration, shape: Shape, condition: ClassCondition | None) -> Objective:
+def _build_hvae(configuration: Configuration, shape: Shape, condition: Condition | None) -> Objective:
     return HVAEObjective(build_hvae(configuration, shape, "hvae", configuration.model.hvae_config))
 
 
-def _build_latent_vdm(configuration: Configuration, shape: Shape, condition: ClassCondition | None) -> Objective:
+def _build_latent_vdm(configuration: Configuration, shape: Shape, condition: Condition | None) -> Objective:
     gaussian = build_scheduler(configuration).build_process()
     if not isinstance(gaussian, GaussianProcess):
         raise ConfigurationError(
@@ -90,7 +88,7 @@ def _build_latent_vdm(configuration: Configuration, shape: Shape, condition: Cla
     return VDMObjective(network, process, configuration.diffusion.transitions, condition)
 
 
-_BUILDERS: dict[str, Callable[[Configuration, Shape, ClassCondition | None], Objective]] = {
+_BUILDERS: dict[str, Callable[[Configuration, Shape, Condition | None], Objective]] = {
     "vdm": _build_vdm,
     "hvae": _build_hvae,
     "latent_vdm": _build_latent_vdm,
@@ -154,7 +152,7 @@ def _(objective: VDMObjective, preprocessing: Any = None, held_out: Any = None) 
         "noise_schedule": None if carried is None else RegisteredModel.carrying(carried),
         "preprocessing": preprocessing,
         "held_out": held_out,
-        "classes": None if objective.condition is None else objective.condition.to_config(),
+        **({} if objective.condition is None else objective.condition.pipeline_arguments()),
     }
     if isinstance(process, LatentProcess):
         return LatentVDMPipeline(process.first_stage, **parts, latent_scaling=process.scaling())

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 from vdm_hub.data.held_out import SPLIT
 from vdm_hub.data.loading import RunData, check_outputs_apart
@@ -21,7 +22,7 @@ from vdm_hub.likelihood.methods import VariationalBound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
-from vdm_hub.plots import plot_schedule, plot_training_curve, rows_of_classes, save_grid
+from vdm_hub.plots import plot_schedule, plot_training_curve, rows_of_choices, save_grid
 from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.recipes.configuration import differences
 from vdm_hub.training.parts.setup import build_pipeline, describe_preprocessing
@@ -203,12 +204,17 @@ def results(folder: OutputFolder) -> Iterator[None]:
 
 
 def save_samples(pipeline: LikelihoodPipeline, configuration: Configuration, path: Path) -> None:
-    """Draw samples from the run's seed, and save them as one picture; of classes each has a row of its own."""
+    """Draw samples from the run's seed, and save them as one picture; what the network is told has rows of its own."""
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     training = configuration.training
     generator = torch.Generator().manual_seed(training.seed)
-    told, columns = rows_of_classes(pipeline.num_classes, training.num_sample_images)
-    count = training.num_sample_images if columns is None else len(told["class_labels"])
+    condition = pipeline.condition
+    choices = None if condition is None else len(condition.choices)
+    rows, columns = rows_of_choices(choices, training.num_sample_images)
+    told = {} if condition is None else {condition.argument: [condition.choices[row] for row in rows]}
+    count = len(rows) or training.num_sample_images
+    if pipeline.text_condition is not None and rows:
+        tqdm.write("a row of samples each of: " + "; ".join(map(str, told["prompt"][::columns])))
     save_grid(pipeline.sample(count, generator, training.num_inference_steps, **told), path, columns)
 
 

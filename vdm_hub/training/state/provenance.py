@@ -89,7 +89,8 @@ def describe_split(images: Images, arguments: DataArguments, split: str | None) 
         color=arguments.color,
         image_column=arguments.image_column,
     )
-    return described if arguments.label_column is None else described | {"label_column": arguments.label_column}
+    told = {name: getattr(arguments, name) for name in ("label_column", "caption_column", "caption_template")}
+    return described | {name: value for name, value in told.items() if value is not None}
 
 
 def plugin_versions(diffusion: DiffusionArguments) -> dict[str, str | None]:

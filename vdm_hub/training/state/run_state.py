@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vdm_hub.data.batches import training_batches
+from vdm_hub.data.conditions import Condition
 from vdm_hub.data.loading import RunData
 from vdm_hub.diffusion.times import stratified_times
 from vdm_hub.errors import ConfigurationError, explained
@@ -39,7 +40,12 @@ class RunState:
     """The state on which the next step of a run depends, and the steps."""
 
     def __init__(
-        self, configuration: Configuration, accelerator: Accelerator, data: RunData, folder: OutputFolder
+        self,
+        configuration: Configuration,
+        accelerator: Accelerator,
+        data: RunData,
+        folder: OutputFolder,
+        condition: Condition | None = None,
     ) -> None:
         training = self.training = configuration.training
         self.configuration, self.accelerator, self.data, self.folder = configuration, accelerator, data, folder
@@ -57,7 +63,7 @@ class RunState:
         self.total_steps = count_steps(training, self.source.steps_per_epoch)
         accumulation, processes = training.gradient_accumulation_steps, accelerator.num_processes
         self.global_batch_size = training.train_batch_size * accumulation * processes
-        self.model = build_objective(configuration, data.image_shape, data.classes)
+        self.model = build_objective(configuration, data.image_shape, condition)
         self.model.to(accelerator.device)
         self.preparation = self.model.prepare(self._first_images())
         optimizer = build_optimizer(self.model, training, learning_rate(training, processes))
@@ -109,7 +115,7 @@ class RunState:
             self.objective.train()
         parts: list[dict[str, Tensor]] = []
         for part, batch in enumerate(batches):
-            batch = self._condition(to_device(batch, self.accelerator.device), part)
+            batch = to_device(self._condition(batch, part), self.accelerator.device)
             with self.accelerator.accumulate(self.objective):
                 with self.accelerator.autocast():  # FSDP2 does not bring its own
                     bound: Bound = self.objective(batch, self._times(part), self._noise(batch, part))
@@ -154,13 +160,17 @@ class RunState:
         return stratified_times(size, offset, self._place(part) * size, total, self.accelerator.device)
 
     def _condition(self, batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
-        """The batch with the condition of some of its data hidden from the network.
+        """The batch with what the network is told of each datum, and that of some hidden from it."""
+        condition = self.model.condition
+        if condition is None:
+            return batch
+        return condition.told(self._hidden(condition, batch, part) if condition.dropout > 0 else batch)
+
+    def _hidden(self, condition: Condition, batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
+        """The batch with the condition of some of its data hidden.
 
         Which ones is a draw of their places in the global batch, the same for any number of processes that share it.
         """
-        condition = self.model.condition
-        if condition is None or condition.dropout == 0:
-            return batch
         size, start = self.training.train_batch_size, self._place(part) * self.training.train_batch_size
         draws = np.random.default_rng([self.training.seed, self.step, _HIDDEN]).random(start + size)[start:]
         return condition.hide(batch, torch.from_numpy(draws < condition.dropout))
