@@ -13,7 +13,8 @@ from transformers import BartConfig, BartModel, CLIPConfig, CLIPModel, GPT2Confi
 from naming import naming
 from tiny_text import LIMIT, WIDTH, text_folder, tiny_encoder, tiny_tokenizer
 from vdm_hub.errors import CheckpointError, ConfigurationError, MissingFileError
-from vdm_hub.models.text_encoders import TextEncoder, open_text_encoder
+from vdm_hub.models.installed_encoders import open_text_encoder
+from vdm_hub.models.text_encoders import TextEncoder
 
 TEXTS = ["", "a cat", "a big dog", "eel", "a bat"]
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "hidden_size": 8}

@@ -26,6 +26,7 @@ SHAPES = {
     "digits_latent": (1, 8, 8),
     "digits_vae": (1, 8, 8),
     "fashion_mnist": (1, 28, 28),
+    "fashion_mnist_captions": (1, 28, 28),
     "imagenet32": (3, 32, 32),
     "mnist": (1, 28, 28),
     "template": (3, 32, 32),

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias, TypedDict
 
-import datasets
 import torch
 from torch import Tensor
 
-from vdm_hub.data.labels import no_such_column
 from vdm_hub.errors import DataError, shortened
 from vdm_hub.hub.schemas import Record, Within
 
@@ -96,7 +94,7 @@ class StreamCaptions:
         numbers = {EMPTY: 0}
         for row, one in enumerate(texts):
             if not isinstance(one, str):
-                raise _no_caption(row, column, one)
+                raise no_caption(row, column, one)
             numbers.setdefault(one, len(numbers))
         return cls(column, numbers)
 
@@ -136,59 +134,17 @@ class StreamCaptions:
         return self.texts[1 : 1 + count]
 
 
-def read_captions(dataset: datasets.Dataset, column: str, note: str = "") -> ImageCaptions:
-    """The captions of a column of text.
-
-    Args:
-        dataset: Its images need not be decoded.
-        column: The column.
-        note: What to add where there is no such column.
-
-    Raises:
-        DataError: There is no such column, it holds anything else, or a caption is missing.
-
-    >>> read_captions(datasets.Dataset.from_dict({"text": ["a cat", "a dog"]}), "text").numbers
-    tensor([1, 2])
-    """
-    if column not in dataset.column_names:
-        raise no_such_column(column, dataset.column_names, note)
-    feature = dataset.features[column]
-    if not holds_captions(feature):
-        raise no_captions(column, feature)
-    captions = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    for row, one in enumerate(captions):
-        if one is None:
-            raise _no_caption(row, column, one)
-    return ImageCaptions.of(captions)
-
-
-def no_captions(column: str, feature: object) -> DataError:
-    """The error for a column of another kind."""
-    return DataError(
-        f"the column {column!r} holds {str(feature)[:200]}, and captions are texts, one for each image: name another "
-        f"with --caption_column, or make captions from classes with --label_column and --caption_template."
-    )
-
-
-def holds_captions(feature: object) -> bool:
-    """Whether a column of this kind holds texts.
-
-    >>> holds_captions(datasets.Value("string")), holds_captions(datasets.List(datasets.Value("string")))
-    (True, False)
-    """
-    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
-
-
-def _no_caption(row: int, column: str, found: object) -> DataError:
-    return DataError(
-        f"row {row} of the column {column!r} holds {shortened(found)} instead of a caption: leave the images without "
-        f"one out, or give them an empty text."
-    )
-
-
 def described_captions(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Where the captions of a model's training came from, for whoever reads other images like those."""
     if config is None:
         return {}
     named = "caption_column" if config["template"] is None else "label_column"
     return {named: config["column"], "caption_template": config["template"]}
+
+
+def no_caption(row: int, column: str, found: object) -> DataError:
+    """The error for a row without a caption."""
+    return DataError(
+        f"row {row} of the column {column!r} holds {shortened(found)} instead of a caption: leave the images without "
+        f"one out, or give them an empty text."
+    )

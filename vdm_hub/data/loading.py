@@ -11,7 +11,8 @@ import datasets
 import torch
 
 from vdm_hub.data.arguments import DataArguments
-from vdm_hub.data.captions import StreamCaptions, holds_captions, no_captions, read_captions
+from vdm_hub.data.caption_columns import holds_captions, no_captions, read_captions
+from vdm_hub.data.captions import StreamCaptions
 from vdm_hub.data.colors import Color
 from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.data.corrupt import without_corrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,11 @@ class TextComponent:
             MissingFileError: A file is not there.
             CheckpointError: One is damaged, or of another class, or names code.
         """
-        if not hasattr(kind, "load_state_dict"):
+        library: Any = sys.modules[kind.__module__.partition(".")[0]]
+        is_tokenizer = component == TEXT_COMPONENTS[1]
+        if not issubclass(kind, library.PreTrainedTokenizerBase if is_tokenizer else library.PreTrainedModel):
+            raise CheckpointError(f"{files.name} has a {kind.__name__} as its {component}, which is none: refused.")
+        if is_tokenizer:
             check_tokenizer_files(files, component)
             return cls(files, component, kind, {})
         path = f"{component}/{CONFIG}"

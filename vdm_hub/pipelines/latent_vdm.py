@@ -8,8 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
 
 from vdm_hub.data.captions import CaptionsMapping
 from vdm_hub.data.conditions import ClassesMapping
@@ -86,8 +85,8 @@ class LatentVDMPipeline(VDMPipeline):
         forward_process: RegisteredModel | None = None,
         classes: ClassesMapping | None = None,
         captions: CaptionsMapping | None = None,
-        text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: nn.Module | None = None,
+        tokenizer: object | None = None,
     ) -> None:
         text: Any = {"text_encoder": text_encoder, "tokenizer": tokenizer}
         super().__init__(unet, scheduler, noise_schedule, forward_process=forward_process, **text)

@@ -15,7 +15,6 @@ from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vdm_hub import registry
 from vdm_hub.data.captions import CaptionsMapping
@@ -92,8 +91,8 @@ class VDMPipeline(LikelihoodPipeline):
         forward_process: RegisteredModel | None = None,
         classes: ClassesMapping | None = None,
         captions: CaptionsMapping | None = None,
-        text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: nn.Module | None = None,
+        tokenizer: object | None = None,
     ) -> None:
         super().__init__()
         self._steps_of: dict[int | None, int] = {}  # by thread, and of the last call

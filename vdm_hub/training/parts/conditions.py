@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from vdm_hub.data.captions import LONGEST, MOST_EXAMPLES, ImageCaptions, StreamCaptions
 from vdm_hub.data.conditions import Condition
 from vdm_hub.data.loading import RunData
+from vdm_hub.models.installed_encoders import open_text_encoder
 from vdm_hub.models.text_conditions import TextCondition
-from vdm_hub.models.text_encoders import open_text_encoder
 from vdm_hub.recipes.arguments import Configuration
 
 
