@@ -70,17 +70,20 @@ def shortened(line: str) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``runs/digits``, ``runs/digits_vae``, ``runs/template``, ``my_images``, ``my-ddpm`` and the pages' own files."""
+    """The runs, folders of images and checkpoint that the pages speak of, and the pages' own files."""
     home = tmp_path_factory.mktemp("pages")
-    (home / "my_images").mkdir()
     source = np.random.default_rng(0)
     for i in range(40):
-        Image.fromarray(source.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(home / "my_images" / f"{i}.png")
+        image = Image.fromarray(source.integers(0, 256, (40, 36, 3), dtype=np.uint8))
+        for folder in (home / "my_images", home / "my_classes" / ("cat", "dog")[i % 2]):
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
     for text in (text for page in PAGES for kind, _, text in blocks(page) if kind == "yaml"):
         (home / text.removeprefix("# ").partition("\n")[0]).write_text(text)
     (home / "scripts").symlink_to(ROOT / "scripts")
     shutil.copytree(finished_run()[0], home / "runs" / "digits")
     run(home, f"accelerate launch --num_processes 1 scripts/train.py digits_vae {SHORT}")
+    run(home, f"vdm-hub train digits_classes {SHORT} {SMALL_UNET}")
     run(home, f"vdm-hub train template --train_data_dir my_images --resolution 32 {SHORT} {SMALL_UNET}")
     stock = DDPMPipeline(tiny_network(stock=True), DDPMScheduler())  # type: ignore[arg-type]
     stock.save_pretrained(home / "my-ddpm")

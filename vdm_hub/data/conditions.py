@@ -193,12 +193,13 @@ class ClassCondition(Condition):
         if isinstance(given, list | tuple) and any(isinstance(one, str) for one in given):
             return torch.stack([self.numbers(one) for one in given])
         try:
-            return self._checked(torch.as_tensor(given))
+            labels = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigurationError(
                 f"class_labels are {shortened(given)}, no numbers ({in_one_line(error)}): give a class's number, or "
                 f"its name, for each image."
             ) from error
+        return self._checked(labels)
 
     def _number(self, name: str) -> int:
         if self.names is None:
