@@ -19,6 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from hub.publications import EVALUATION, IMAGES, RECIPE, RUN, write_run
+from tiny import tiny_pipeline, tiny_unet
+from tiny_text import WIDTH, tiny_encoder, tiny_tokenizer
 from vdm_hub import VDMPipeline
 from vdm_hub.commands import main
 from vdm_hub.errors import CheckpointError, PublishError
@@ -390,3 +392,20 @@ def test_a_runs_folder_and_its_pipeline_are_the_same_source(run: Path) -> None:
     of_run, of_pipeline = read_contents(run), read_contents(run / "pipeline")
     assert of_run == of_pipeline
     assert of_run.evaluation["bits_per_dim"] == json.loads((run / "evaluation.json").read_text())["bits_per_dim"]
+
+
+def test_a_model_of_captions_says_what_it_is_told_and_asks_for_it(tmp_path: Path) -> None:
+    captions = {"column": "text", "template": None, "max_length": 12, "dropout": 0.1, "examples": ["a `b`", "c"]}
+    pipe = VDMPipeline(
+        tiny_unet(cross_attention_dim=WIDTH),
+        tiny_pipeline().scheduler,
+        captions=captions,
+        text_encoder=tiny_encoder(),
+        tokenizer=tiny_tokenizer(),
+    )
+    pipe.save_pretrained(tmp_path / "model")
+    told = card(tmp_path / "model")
+    assert told.data.pipeline_tag == "text-to-image" and "conditional" in told.data.tags
+    assert 'pipe(prompt=["a `b`", "c"], guidance_scale=2' in told.text
+    assert "of the column `text`" in told.text and "``a `b` ``, `c`" in told.text and "BertModel" in told.text
+    assert "A caption-conditional variational diffusion model" in told.text and "pipe.classify" not in told.text

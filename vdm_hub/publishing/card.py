@@ -209,24 +209,37 @@ def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
 
 def _condition(pipeline: LikelihoodPipeline) -> dict[str, Any] | None:
     """What the model is told of an image, and how its pipeline is called with that."""
-    condition = pipeline.class_condition
+    condition = pipeline.condition
     if condition is None:
         return None
-    shown = min(_SHOWN, condition.count)
-    numbers = [place * condition.count // shown for place in range(shown)]
-    asked = numbers if condition.names is None else [python(condition.name_of(number)) for number in numbers]
-    argument = Markup(f"{condition.argument}=[{', '.join(map(str, asked))}]")
-    names = [condition.name_of(number) for number in range(condition.count)]
+    choices = condition.choices or ("a caption",)
+    count = min(_SHOWN, len(choices))
+    shown = [choices[place * len(choices) // count] for place in range(count)]
+    classes = pipeline.class_condition
+    names = choices if classes is None else [classes.name_of(number) for number in range(classes.count)]
+    if classes is not None and classes.names is not None:
+        shown = [classes.name_of(int(number)) for number in shown]
+    asked = ", ".join(python(one) if isinstance(one, str) else str(one) for one in shown)
+    argument = Markup(f"{condition.argument}=[{asked}]")
+    recorded = any(pipeline.config.get(known) for known in ("classes", "captions"))
     return {
         "noun": condition.noun,
         "argument": argument,
         "asking": argument + Markup(", guidance_scale=2" if condition.dropout else ""),
-        "count": condition.count,
-        "column": condition.column if pipeline.config.get("classes") else None,
+        "count": None if classes is None else classes.count,
+        "column": condition.column if recorded else None,
+        "template": getattr(condition, "template", None),
+        "encoder": _encoder(pipeline),
         "names": Markup(", ").join(map(code, names[:_NAMED])) + (", ..." if len(names) > _NAMED else ""),
-        "named": condition.names is not None,
+        "named": classes is None or classes.names is not None,
         "hidden": f"{100 * condition.dropout:g} %" if condition.dropout else "",
     }
+
+
+def _encoder(pipeline: Any) -> str | None:
+    """The class and the size of a text encoder, where there is one."""
+    encoder = getattr(pipeline, "text_encoder", None)
+    return None if encoder is None else f"{type(encoder).__name__}, {encoder.num_parameters():,} parameters"
 
 
 def _steps_argument(pipeline: Any, steps: int, stock: bool = False) -> Markup:
