@@ -14,7 +14,7 @@ from transformers import BertModel
 from naming import naming
 from tiny import quiet, randomised, sampled, tiny_pipeline, tiny_unet
 from tiny_text import LIMIT, WIDTH, tiny_encoder, tiny_tokenizer
-from vdm_hub import VDMPipeline
+from vdm_hub import ClassificationEffort, VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError
 
 CAPTIONS = {"column": "text", "template": None, "max_length": LIMIT, "dropout": 0.1, "examples": ["a cat"]}
@@ -125,6 +125,27 @@ def test_a_likelihood_is_of_the_caption_and_says_so() -> None:
     embeds = {"prompt_embeds": pipe.encode_prompt(PROMPTS)[0], "prompt_attention_mask": pipe.encode_prompt(PROMPTS)[1]}
     assert torch.equal(report.per_image, pipe.bits_per_dim(images, replicates=2, **embeds).per_image)
     assert not torch.equal(report.per_image, pipe.bits_per_dim(images, prompt="eel", replicates=2).per_image)
+
+
+def test_a_caption_of_each_image_is_found_among_candidates() -> None:
+    pipe, images = pipeline(), torch.zeros(2, 1, 8, 8, dtype=torch.long)
+    report = pipe.classify(images, PROMPTS, effort=ClassificationEffort(budget=200, confidence=None))
+    assert report.names == tuple(PROMPTS) and report.posterior.shape == (2, 2)
+    swapped = pipe.classify(images, PROMPTS[::-1], effort=ClassificationEffort(budget=200, confidence=None))
+    torch.testing.assert_close(report.posterior, swapped.posterior.flip(1))
+    for wrong in (None, ["a cat"], ["a cat", "a cat"], ["a cat", 1], "ab"):
+        with pytest.raises(ConfigurationError, match="candidates"):
+            pipe.classify(images, wrong)
+
+
+def test_a_pipeline_without_its_encoder_takes_what_it_gave(tmp_path: Path) -> None:
+    whole = pipeline()
+    bare = quiet(VDMPipeline(whole.unet, whole.scheduler, captions=CAPTIONS))
+    embeds, mask = whole.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[:2]
+    given = drawn(bare, prompt_embeds=embeds, prompt_attention_mask=mask)
+    assert torch.equal(given, drawn(whole, prompt=PROMPTS))
+    with pytest.raises(ConfigurationError, match=naming("text_encoder", "prompt_embeds")):
+        drawn(bare, prompt=PROMPTS)
 
 
 @pytest.mark.parametrize("cls", [VDMPipeline, DiffusionPipeline])

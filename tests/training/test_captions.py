@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from naming import naming
-from runs import as_process, configuration, start, train_here
+from runs import TORCHRUN, as_process, configuration, python, recipe, start, train_here
 from tiny import sampled
 from tiny_text import WIDTH, text_folder
 from vdm_hub import VDMPipeline, load_split
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.training.state.checkpoints import checkpoints
 
 TEXTS = ["a cat", "a big dog", "eel"]
 NAMES = ["cat", "dog", "eel"]
@@ -194,3 +196,18 @@ def test_images_without_captions_are_not_measured_by_a_model_of_captions(tmp_pat
     pipe = VDMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     with pytest.raises(DataError, match="--caption_column"):
         evaluate(pipe, load_split(str(tmp_path / "data"), "test"), replicates=2, progress=False)
+
+
+def test_two_processes_train_what_one_trains_and_encode_once(tmp_path: Path, own_cache: Path) -> None:
+    both = {"max_train_steps": 3, "train_batch_size": 8, "condition_dropout": 0.4, "adam_epsilon": 1e-3}
+    given = fields(tmp_path, **both)
+    path = recipe(tmp_path / "recipe", tmp_path / "two", **given)
+    cache = tmp_path / "cache"
+    done = python(*TORCHRUN, "-m", "vdm_hub.train", path, ACCELERATE_USE_CPU="true", HF_ASSETS_CACHE=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert len([path for path in cache.rglob("*") if path.is_file()]) == 1
+    train_here(tmp_path / "one", **given, gradient_accumulation_steps=2)
+    ends = (checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("one", "two"))
+    one, two = (load_file(end / "objective.safetensors") for end in ends)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")

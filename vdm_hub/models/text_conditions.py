@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,12 +79,28 @@ class TextCondition(Condition):
                 "the network is conditioned on captions, and the images have none: name the column that holds them "
                 "with --caption_column, or that of their classes with --label_column and a --caption_template."
             )
+        return replace(self, encodings=self._text.stored(captions.texts))
+
+    def encoded(self, texts: Sequence[str], noun: str = "caption") -> Encodings:
+        """The encodings of texts, made now.
+
+        Args:
+            texts: Any.
+            noun: What a text is, where it must be cut.
+
+        Raises:
+            ConfigurationError: There is no encoder at hand.
+        """
+        return self._text.encode(texts, noun)
+
+    @property
+    def _text(self) -> TextEncoder:
         if self.text is None:
             raise ConfigurationError(
-                "the pipeline has no text_encoder and tokenizer, so that captions say nothing to it: load it with "
-                "both."
+                "the pipeline has no text_encoder and tokenizer, so that a text says nothing to it: load it with "
+                "both, or give prompt_embeds."
             )
-        return replace(self, encodings=self.text.stored(captions.texts))
+        return self.text
 
     def hide(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
         """The batch with the empty text in place of the captions that are hidden.

@@ -35,7 +35,7 @@ from vdm_hub.models.conditions import check_classes
 from vdm_hub.models.loading import REMEDY, refuse_pickles
 from vdm_hub.models.text_conditions import TextCondition
 from vdm_hub.objectives.variational_bound import Objective
-from vdm_hub.pipelines.classes import checked_prior, chosen_classes
+from vdm_hub.pipelines.classes import checked_prior, chosen_classes, chosen_texts
 from vdm_hub.pipelines.prompts import Prompt, encoded, one_for_each
 from vdm_hub.pipelines.published_card import KeepsPublishedCard
 
@@ -428,7 +428,8 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
         Args:
             images: As `log_likelihood` takes them.
-            candidates: The classes to choose from, by number or name; all of the network's by default.
+            candidates: The classes to choose from, by number or name, all of the network's by default; or captions,
+                where it was trained with captions: ``["a photo of a shirt", "a photo of a bag"]``.
             prior: ``p(c)`` of the candidates; uniform by default.
             labels: What each image is, the number of its candidate from 0, where the report is to say how often it
                 was found.
@@ -454,16 +455,25 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             >>> report.names, report.posterior.shape
             (('0', '1', '2'), torch.Size([2, 3]))
         """
-        condition, classes = self.class_condition, chosen_classes(self.class_condition, candidates)
-        assert condition is not None
-        chances, levels = checked_prior(prior, len(classes)), self._levels(images)
+        names, told = self._candidates(candidates)
+        chances, levels = checked_prior(prior, len(names)), self._levels(images)
         batch = {"levels": levels, "indices": torch.arange(len(levels))}
-        told, objective = torch.tensor(classes), self.objective(transitions)
-        classifier = BoundClassifier(
-            objective, lambda chosen: {condition.argument: told[chosen]}, chances, effort, seed, batch_size
-        )
-        report = classifier.report(batch, tuple(map(condition.name_of, classes)))
+        classifier = BoundClassifier(self.objective(transitions), told, chances, effort, seed, batch_size)
+        report = classifier.report(batch, names)
         return report if labels is None else report.scored(labels)
+
+    def _candidates(
+        self, candidates: Sequence[int | str] | None
+    ) -> tuple[tuple[str, ...], Callable[[Tensor], dict[str, Tensor]]]:
+        """The names of candidates, and what the network is told of them, by their numbers."""
+        if (text := self.text_condition) is not None:
+            texts = chosen_texts(candidates)
+            return texts, text.encoded(texts).take
+        condition = self.class_condition
+        classes = chosen_classes(condition, candidates)
+        assert condition is not None
+        told = torch.tensor(classes)
+        return tuple(map(condition.name_of, classes)), lambda chosen: {CLASS_LABELS: told[chosen]}
 
     def _levels(self, images: Any) -> Tensor:
         """The levels of images, which must have the model's shape, on its device."""
@@ -518,7 +528,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         labels, text = self._labels(class_labels, batch_size), self.text_condition
         if text is None or (prompt is None and prompt_embeds is None and "encoder_hidden_states" in given):
             return labels
-        told = encoded(text.text, prompt, prompt_embeds, prompt_attention_mask)
+        told = encoded(text, prompt, prompt_embeds, prompt_attention_mask)
         return labels | {
             key: value.to(self.device_of_latents) for key, value in one_for_each(told, batch_size).items()
         }

@@ -41,6 +41,24 @@ def chosen_classes(condition: ClassCondition | None, candidates: Sequence[int | 
     return chosen
 
 
+def chosen_texts(candidates: Sequence[int | str] | None) -> tuple[str, ...]:
+    """The captions that are to be chosen from, each once.
+
+    Raises:
+        ConfigurationError: There are none, or fewer than two, or one is none or given twice.
+
+    >>> chosen_texts(["a cat", "a dog"])
+    ('a cat', 'a dog')
+    """
+    texts = [one for one in candidates or () if isinstance(one, str)]
+    if isinstance(candidates, str) or len(texts) != len(candidates or ()) or len(set(texts)) != max(len(texts), 2):
+        raise ConfigurationError(
+            f"candidates are {shortened(candidates)}, and the model is told captions: give at least two texts, each "
+            f"once, such as ['a photo of a shirt', 'a photo of a bag']."
+        )
+    return tuple(texts)
+
+
 def _number(candidate: int | str, names: Sequence[str]) -> int:
     if isinstance(candidate, str) and candidate in names:
         return names.index(candidate)

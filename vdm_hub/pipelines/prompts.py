@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from vdm_hub.data.captions import EMPTY
 from vdm_hub.errors import ConfigurationError, shortened
-from vdm_hub.models.text_encoders import TextEncoder
+from vdm_hub.models.text_conditions import TextCondition
 
 Prompt: TypeAlias = str | Sequence[str]
 """A text for each image, or one for all."""
@@ -20,7 +20,7 @@ Told: TypeAlias = dict[str, Tensor]
 
 
 def encoded(
-    text: TextEncoder | None,
+    condition: TextCondition,
     prompt: Prompt | None,
     embeds: Tensor | None = None,
     mask: Tensor | None = None,
@@ -30,7 +30,7 @@ def encoded(
     """What a network is told of prompts, given as texts or as what an encoder made of them.
 
     Args:
-        text: The encoder.
+        condition: The captions that the model is conditioned on.
         prompt: The texts.
         embeds: In their place (B, L, D).
         mask: (B, L), with ``embeds``; all are tokens where not given.
@@ -51,13 +51,8 @@ def encoded(
         raise ConfigurationError(
             f"{name} is {shortened(prompt)}: give a text, or a list of texts, one for each image."
         )
-    if text is None:
-        raise ConfigurationError(
-            f"the pipeline has no text_encoder and tokenizer, so that a {name} says nothing to it: give "
-            f"{name}_embeds, or load it with both."
-        )
     different = list(dict.fromkeys(texts))
-    return text.encode(different, "prompt").take(torch.tensor([different.index(one) for one in texts]))
+    return condition.encoded(different, "prompt").take(torch.tensor([different.index(one) for one in texts]))
 
 
 def _checked(embeds: Any, mask: Any, name: str) -> Told:

@@ -422,12 +422,12 @@ class VDMPipeline(LikelihoodPipeline):
             raise ConfigurationError("encode_prompt needs a model that is conditioned on captions.")
         each = whole_number("num_images_per_prompt", num_images_per_prompt)
         device = self._execution_device
-        told = encoded(condition.text, prompt, prompt_embeds, prompt_attention_mask)
+        told = encoded(condition, prompt, prompt_embeds, prompt_attention_mask)
         told = {key: value.to(device).repeat_interleave(each, 0) for key, value in told.items()}
         if not do_classifier_free_guidance:
             return told["encoder_hidden_states"], told["encoder_attention_mask"], None, None
         name, instead = "negative_prompt", negative_of(negative_prompt, negative_prompt_embeds)
-        untold = encoded(condition.text, instead, negative_prompt_embeds, negative_prompt_attention_mask, name=name)
+        untold = encoded(condition, instead, negative_prompt_embeds, negative_prompt_attention_mask, name=name)
         untold = {key: value.to(device) for key, value in untold.items()}
         count = len(told["encoder_hidden_states"]) // each
         untold = {key: value.repeat_interleave(each, 0) for key, value in one_for_each(untold, count, name).items()}

@@ -103,9 +103,9 @@ def _meaning(field: str, value: Any) -> Any:
     if (kind := registry.SERIALISED_FIELDS.get(field)) is not None:
         name, config, package = registry.parse_serialised(kind, value)
         return name, config, package or registry.BUILT_IN_PACKAGE
-    if field in ("train_data_dir", "first_stage_from", "dataset_name"):
+    if field in ("train_data_dir", "first_stage_from", "dataset_name", "text_encoder"):
         place = found(value)
-        local = field != "dataset_name" or (place is not None and place.is_dir())
+        local = field not in ("dataset_name", "text_encoder") or (place is not None and place.is_dir())
         return (place or Path(value)).resolve() if local else value
     return value
 
