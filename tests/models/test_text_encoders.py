@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,14 @@ def test_a_text_that_is_too_long_is_cut_before_its_end_and_that_is_said() -> Non
         (tokens,) = text.tokens([long])
     assert tokens == [*text.tokenizer(long)["input_ids"][: LIMIT - 1], text.tokenizer.sep_token_id]
     assert text.tokenizer.backend_tokenizer.to_str() == saved  # nothing of it is saved with the pipeline
+
+
+def test_threads_that_share_a_tokenizer_get_what_each_gets_alone() -> None:
+    text, long = tiny_text(), "a b c d e f g h i j k l m n"
+    expected = {one: text.tokens([one])[0] for one in (*TEXTS, long)}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: (one, text.tokens([one])[0]), [*TEXTS, long] * 40))
+    assert all(tokens == expected[one] for one, tokens in found)
 
 
 def test_a_folder_and_an_installed_package_and_each_kind_of_encoder(tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ def test_what_can_not_be_asked_for_is_refused(captions: Any, arguments: Any, nam
         drawn(pipeline(**captions), **arguments)
 
 
+def test_a_prompt_has_a_name() -> None:
+    with pytest.raises(ConfigurationError, match="prompt="):
+        pipeline()("a cat")  # type: ignore[arg-type]
+
+
 def test_a_prompt_is_refused_by_models_of_classes_and_of_nothing() -> None:
     unet = randomised(tiny_unet(num_class_embeds=3))
     for pipe, remedy in ((tiny_pipeline(), "leave it out"), (tiny_pipeline(unet), "class_labels")):

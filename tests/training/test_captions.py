@@ -17,7 +17,7 @@ from runs import TORCHRUN, as_process, configuration, python, recipe, start, tra
 from tiny import sampled
 from tiny_text import WIDTH, text_folder
 from vdm_hub import VDMPipeline, load_split
-from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.training.state.checkpoints import checkpoints
 
@@ -189,6 +189,15 @@ def test_a_network_of_another_width_is_refused(tmp_path: Path) -> None:
             **fields(tmp_path),
             unet={"block_out_channels": [8], "norm_num_groups": 4, "cross_attention_dim": 16},
         )
+
+
+def test_a_run_goes_on_with_its_own_captions_and_encoder_alone(tmp_path: Path) -> None:
+    given = fields(tmp_path, checkpointing_steps=3)
+    train_here(tmp_path / "run", **given, max_train_steps=3)
+    train_here(tmp_path / "run", **given, max_train_steps=6, resume_from_checkpoint="latest")
+    text_folder(tmp_path / "encoder", seed=1)  # in its very place
+    with pytest.raises(CheckpointError, match="text encoder"):
+        train_here(tmp_path / "run", **given, max_train_steps=9, resume_from_checkpoint="latest")
 
 
 def test_images_without_captions_are_not_measured_by_a_model_of_captions(tmp_path: Path) -> None:

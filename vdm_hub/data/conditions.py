@@ -90,6 +90,11 @@ class Condition(ABC):
     def example(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """The network's arguments of some batch, for whoever looks at shapes alone."""
 
+    @property
+    def record(self) -> dict[str, str]:
+        """What the record of a run says of it, beside its recipe."""
+        return {}
+
     def key(self, numbers: Tensor) -> str:
         """The SHA-256 of what some data are told, by their numbers, int64."""
         return f"sha256:{hashlib.sha256(numbers.numpy().tobytes()).hexdigest()}"

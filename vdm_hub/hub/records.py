@@ -170,6 +170,7 @@ class RunRecord(TypedDict):
     working_directory_git: NotRequired[_Git | None]
     dataset: DatasetRecord
     augmentation: dict[str, bool]
+    text_encodings: NotRequired[Text]
     steps: Whole
     training_seconds: Positive
     processes: Natural

@@ -119,6 +119,11 @@ class TextCondition(Condition):
         told = self.encodings.take(batch[CAPTIONS].cpu())
         return others | {name: value.to(batch[CAPTIONS].device) for name, value in told.items()}
 
+    @property
+    def record(self) -> dict[str, str]:
+        """The fingerprint of the encoder and of all captions."""
+        return {} if self.encodings is None else {"text_encodings": self.encodings.key}
+
     def key(self, numbers: Tensor) -> str:
         """The SHA-256 of what some images are told: the encodings, and which of them."""
         assert self.encodings is not None

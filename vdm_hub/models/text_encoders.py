@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from vdm_hub.models.calls import evaluating
 from vdm_hub.models.encodings import Encodings, fingerprint, stored
 
 _UNSAID = 512  # tokens, where neither tokenizer nor config names a limit
+_TOKENIZING = Lock()
 _DIGESTS: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
@@ -57,11 +59,13 @@ class TextEncoder:
             texts: Any.
             noun: What a text is, for that warning.
         """
-        found: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
-        long = [place for place, one in enumerate(found) if len(one) > self.limit]
+        with _TOKENIZING:  # a tokenizer keeps how it was last asked to cut, for other threads and in what is saved
+            found: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
+            long = [place for place, one in enumerate(found) if len(one) > self.limit]
+            again = [texts[place] for place in long]
+            cut = self.tokenizer(again, truncation=True, max_length=self.limit)["input_ids"] if long else []
+            self.tokenizer(EMPTY)
         if long:
-            cut = self.tokenizer([texts[place] for place in long], truncation=True, max_length=self.limit)["input_ids"]
-            self.tokenizer(EMPTY)  # a tokenizer keeps how it was last asked to cut, and would be saved with it
             for place, one in zip(long, cut, strict=True):
                 found[place] = one
             warn(
@@ -98,11 +102,17 @@ class TextEncoder:
 
     @torch.no_grad()
     def _states(self, tokens: Any) -> Iterator[Tensor]:
-        with evaluating(self.encoder), torch.autocast(self.encoder.device.type, enabled=False):
+        with evaluating(self.encoder), torch.autocast(self._device.type, enabled=False):
             for one in tokens:
-                ids = torch.tensor([one], device=self.encoder.device)
+                ids = torch.tensor([one], device=self._device)
                 output = self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
                 yield output.last_hidden_state[0]
+
+    @property
+    def _device(self) -> torch.device:
+        """The device on which it computes, which of an offloaded one is not where its weights are."""
+        hook = getattr(self.encoder, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or self.encoder.device)
 
     @property
     def digest(self) -> str:

@@ -335,6 +335,8 @@ class VDMPipeline(LikelihoodPipeline):
             raise ConfigurationError(f"callback_on_step_end is {shortened(callback_on_step_end)}: give a function.")
         if (asked := callback_on_step_end_tensor_inputs) not in ((), [], ("latents",), ["latents"]):
             raise ConfigurationError(f"the callback asks for {shortened(asked)}; only ['latents'] can be given.")
+        if isinstance(batch_size, str | list | tuple):
+            raise ConfigurationError(f"batch_size, the first argument, is {shortened(batch_size)}: write prompt=...")
         self._check_names(network_arguments, type(self).__call__)
         process, device = self.process, self._execution_device
         guiding = build_guider(guider, guidance_scale)

@@ -144,6 +144,9 @@ def _other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[st
     if any(images[0][name] != images[1][name] for name in ("images", "shape", "levels", "fingerprint")):
         counts = " and ".join(f"{one['images']} of fingerprint {str(one['fingerprint'])[:20]}" for one in images)
         changed.append(f"the training images are others ({counts})")
+    texts = [str(one.get("text_encodings"))[:16] for one in (before, now)]
+    if len(set(texts)) > 1:
+        changed.append(f"the captions, or their text encoder, are others (fingerprints {' and '.join(texts)})")
     return changed
 
 

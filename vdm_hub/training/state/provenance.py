@@ -36,6 +36,7 @@ class Provenance:
         self, configuration: Configuration, accelerator: Accelerator, objective: Objective, data: RunData
     ) -> None:
         self._configuration, self._accelerator, self._data = configuration, accelerator, data
+        self._condition = {} if objective.condition is None else objective.condition.record
         self._parameters = {name: count_parameters(part) for name, part in objective.parts.items()}
 
     def describe(self, steps: int, seconds: float) -> dict[str, Any]:
@@ -74,6 +75,7 @@ class Provenance:
                 "random_flip": data.random_flip,
                 "random_crop": train.resized and not data.center_crop,
             },
+            **self._condition,
         }
 
 
