@@ -105,8 +105,8 @@ def test_a_text_that_is_too_long_is_cut_before_its_end_and_that_is_said() -> Non
     saved = text.tokenizer.backend_tokenizer.to_str()
     with pytest.warns(UserWarning, match=naming(LIMIT, long)):
         (tokens,) = text.tokens([long])
-    assert tokens == [*text.tokenizer(long)["input_ids"][: LIMIT - 1], text.tokenizer.sep_token_id]
     assert text.tokenizer.backend_tokenizer.to_str() == saved  # nothing of it is saved with the pipeline
+    assert tokens == [*text.tokenizer(long)["input_ids"][: LIMIT - 1], text.tokenizer.sep_token_id]
 
 
 def test_threads_that_share_a_tokenizer_get_what_each_gets_alone() -> None:
