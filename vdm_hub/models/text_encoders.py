@@ -96,14 +96,13 @@ class TextEncoder:
         """
         tokens = self.tokens(texts)
         key = fingerprint(self.digest, tokens)
-        bar: Any = tqdm
-        shown = bar(tokens, desc="encoding captions", unit="text", leave=False, disable=not progress)
-        return stored(key, tokens, self.width, self._states(shown))
+        return stored(key, tokens, self.width, self._states(tokens, progress))
 
     @torch.no_grad()
-    def _states(self, tokens: Any) -> Iterator[Tensor]:
+    def _states(self, tokens: Sequence[Sequence[int]], progress: bool = False) -> Iterator[Tensor]:
+        bar: Any = tqdm
         with evaluating(self.encoder), torch.autocast(self._device.type, enabled=False):
-            for one in tokens:
+            for one in bar(tokens, desc="encoding captions", unit="text", leave=False, disable=not progress):
                 ids = torch.tensor([one], device=self._device)
                 output = self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
                 yield output.last_hidden_state[0]
