@@ -47,6 +47,7 @@ REDUCTIONS = {"mean": "sum", "sum": "mean", "min": "max", "max": "min", "minimum
 REDUCTIONS |= {"amin": "amax", "amax": "amin", "floor": "ceil", "ceil": "floor", "all": "any", "any": "all"}
 REDUCTIONS |= {"sqrt": "square", "exp": "expm1", "log": "log1p", "std": "var", "log_softmax": "softmax"}
 HOW = {"device", "non_blocking", "foreach", "fused", "strict"}  # where, how fast, and what is refused: no number
+HOW |= {"at_least", "at_most", "above", "below", "choices", "only_with"}  # the range of an option: the same
 LEFT_ALONE = m.Annotation() | m.Decorator() | m.Raise() | m.Assert() | m.Import() | m.ImportFrom() | m.BaseString()
 TESTS_PASS, TESTS_FAIL = 0, 1
 MOST_MEMORY = 12 << 30  # bytes of addresses; importing torch takes 3 GiB of them. More fails, which is noticed
@@ -103,6 +104,8 @@ def is_left_alone(node: cst.CSTNode) -> bool:
             name = call.func.attr if isinstance(call.func, cst.Attribute) else call.func
             return isinstance(name, cst.Name) and name.value in SPEAKS
     if isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value in HOW:
+        return True
+    if isinstance(node, cst.If) and m.matches(node.test, m.Name("TYPE_CHECKING")):
         return True
     # A refusal: its condition is held by the tests of what is refused.
     if isinstance(node, cst.If) and node.orelse is None:
