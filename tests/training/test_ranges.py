@@ -30,6 +30,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "early_stopping_threshold": {"validation_steps": 1, "validation_size": 9, "early_stopping_patience": 1},
     "validation_images": {"validation_steps": 1, "validation_size": 9},
     "validation_steps": {"validation_size": 9},
+    "num_classes": {"label_column": "label"},
+    "condition_dropout": {"label_column": "label"},
+    "caption_max_length": {"caption_column": "text", "text_encoder": "an-encoder"},
 }
 
 
