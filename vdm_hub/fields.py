@@ -74,7 +74,12 @@ def check_fields(arguments: Any) -> None:
             raise unknown_name(one.name, value, known)
         if (other := allowed["only_with"]) is not None and value != one.default:
             on = getattr(arguments, other)
-            require(bool(on), one.name, value, f"it acts only with {other}, which is {on!r}: give both or neither")
+            require(
+                bool(on),
+                one.name,
+                value,
+                f"it acts only with {other}, which is {on!r}: give that, too, or leave it out",
+            )
 
 
 def idle_fields(arguments: Any) -> list[str]:

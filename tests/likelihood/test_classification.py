@@ -300,7 +300,8 @@ def test_figures_of_a_report_by_hand() -> None:
         [[0.0, math.log(3)], [0.0, math.log(3)], [math.log(9), 0.0], [0.0, math.log(9)]]
     ).double()
     report = report_of(differences, [0, 1, 1, 0])
-    assert report.accuracy == 0.75 and report.accuracy_error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert report.accuracy == 0.75  # its error: that of a Beta(3.5, 1.5)
+    assert report.accuracy_error == pytest.approx(math.sqrt(3.5 * 1.5 / (5**2 * 6)))
     # Two at 0.75, one of them right; two at 0.9, both right.
     assert report.expected_calibration_error == pytest.approx(0.5 * 0.25 + 0.5 * 0.1)
     assert report.confusion.tolist() == [[2, 0], [1, 1]]

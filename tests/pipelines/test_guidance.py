@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UniPCMultistepScheduler
@@ -89,6 +90,7 @@ def test_an_object_has_its_own_scale() -> None:
         ({}, {"guider": PerturbedAttentionGuidance(perturbed_guidance_layers=[0])}, ("PerturbedAttentionGuidance",)),
         ({}, {"guidance_scale": 2.0, "guider": ClassifierFreeGuidance()}, ("guidance_scale", "2.0")),
         ({}, {"class_labels": ["sneker", 0]}, ("'sneaker'",)),
+        ({}, {"class_labels": ["sneaker", [0]]}, ("class_labels",)),
     ],
 )
 def test_what_can_not_be_guided_is_refused(classes: Any, arguments: Any, named: Any) -> None:
@@ -105,6 +107,8 @@ def test_as_many_images_as_labels_and_one_label_for_all() -> None:
     pipe = pipeline()
     assert len(pipe(**LABELS, num_inference_steps=2, output_type="pt").images) == 2
     assert len(pipe(3, class_labels="sandal", num_inference_steps=2, output_type="pt").images) == 3
+    for labels in (np.array([2, 0]), range(2), torch.tensor([2, 0])):
+        assert len(pipe(class_labels=labels, num_inference_steps=2, output_type="pt").images) == 2
     by_name, by_number = (sampled(pipe, class_labels=label) for label in ("sandal", 1))
     assert torch.equal(by_name, by_number)
 

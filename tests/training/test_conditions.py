@@ -100,6 +100,16 @@ def test_a_class_that_was_not_trained_on_is_refused(tmp_path: Path) -> None:
         labels_as(None, None, three)
 
 
+def test_classes_that_are_taken_by_number_and_those_without_an_image_are_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="by number"):
+        assert labels_as(torch.tensor([0, 1]), None, ClassCondition(3, tuple(NAMES))).tolist() == [0, 1]
+    with pytest.warns(UserWarning, match="by number"):
+        labels_as(torch.tensor([0, 1]), tuple(NAMES), ClassCondition(3))
+    path = folder(tmp_path / "data", datasets.ClassLabel(names=NAMES), {"train": [0, 2] * 12})
+    with pytest.warns(UserWarning, match="'dog'"):
+        start(tmp_path / "run", dataset_name=path, num_levels=256, **LABELLED)
+
+
 def test_what_is_hidden_is_a_draw_of_the_place_in_the_global_batch(tmp_path: Path) -> None:
     run = start(tmp_path / "run", **LABELLED, condition_dropout=0.25, train_batch_size=40)
     labels, hidden = torch.arange(40) % 10, torch.zeros(200, 40, dtype=torch.bool)

@@ -141,3 +141,9 @@ def test_a_mistake_is_refused_in_one_paragraph(words: list[str], named: str, tmp
     with pytest.raises(ConfigurationError) as caught:
         parse_recipe([made(tmp_path), *words])
     assert named in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("template", ["{label}", "{label} on grey"])
+def test_a_text_that_begins_with_a_brace_is_no_mapping(template: str) -> None:
+    words = ["digits", "--label_column", "label", "--text_encoder", "an-encoder", "--caption_template", template]
+    assert parse_recipe(words).data.caption_template == template

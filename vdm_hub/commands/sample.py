@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 from typing import Any
 
 import torch
@@ -56,6 +57,15 @@ def _chosen(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> dict
     return chosen
 
 
+def _words(text: str) -> list[str]:
+    """The words between commas; a word in quotes may hold some, as in CSV.
+
+    >>> _words('3, "red, green"')
+    ['3', 'red, green']
+    """
+    return next(csv.reader([text], skipinitialspace=True), [])
+
+
 def _told(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> tuple[list[int | str], int | None]:
     """The classes or captions of about so many samples, those of one in a row, and how many are in a row."""
     count, condition = arguments.num_images, pipeline.condition
@@ -66,7 +76,7 @@ def _told(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> tuple[
             raise ConfigurationError(f"--{name} is {shortened(given)}, and the model is told {knows}: {remedy}.")
     asked: list[int | str] = list(arguments.prompt or ())
     if arguments.class_labels is not None and (classes := pipeline.class_condition) is not None:
-        names, words = classes.names or (), [word.strip() for word in arguments.class_labels.split(",")]
+        names, words = classes.names or (), _words(arguments.class_labels)
         asked = classes.numbers(
             [word if word in names or not word.isdigit() else int(word) for word in words]
         ).tolist()

@@ -196,7 +196,10 @@ class ClassCondition(Condition):
         if isinstance(given, str):
             return torch.tensor(self._number(given))
         if isinstance(given, list | tuple) and any(isinstance(one, str) for one in given):
-            return torch.stack([self.numbers(one) for one in given])
+            numbers = [self.numbers(one) for one in given]
+            if any(one.ndim for one in numbers):
+                raise ConfigurationError(f"class_labels are {shortened(given)}: give one class for each image.")
+            return torch.stack(numbers)
         try:
             labels = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -25,7 +25,7 @@ from vdm_hub.data.levels import Levels, levels_from_image, nearest_levels
 from vdm_hub.data.picture_files import FORMATS, check_one_picture, check_palette, check_size, check_values
 from vdm_hub.data.sources import Opener, check_memory
 from vdm_hub.data.templates import captions_of_classes
-from vdm_hub.errors import DataError, in_one_line, unknown_name
+from vdm_hub.errors import DataError, in_one_line, shortened, unknown_name, warn
 
 ImageSize: TypeAlias = tuple[int, int]
 """The size of a picture, (W, H), as Pillow has it."""
@@ -351,6 +351,13 @@ def labels_as(labels: Tensor | None, names: tuple[str, ...] | None, classes: Cla
         raise DataError(
             f"the network is conditioned on {classes.count} classes, and the images have no labels: name the column "
             f"that holds them with --label_column."
+        )
+    if (names is None) != (classes.names is None):
+        named, other = ("images'", "model's") if names is not None else ("model's", "images'")
+        warn(
+            f"the {named} classes have names and the {other} have none, so they are taken by number: "
+            f"{shortened(list(names or classes.names or ()), 200)} are 0, 1, ...; look whether they are the same.",
+            stacklevel=3,
         )
     if names is not None and classes.names is not None and names != classes.names:
         for number in labels.unique().tolist():

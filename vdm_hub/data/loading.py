@@ -476,6 +476,14 @@ def _classes_of(train: Images, arguments: DataArguments) -> ClassCondition | Non
     if isinstance(train, ImageLevels):
         assert train.labels is not None
         found = len(names) if names is not None else int(train.labels.max()) + 1
+        unseen = sorted(set(range(max(found, given or 0))) - set(train.labels.unique().tolist()))
+        if unseen:
+            known = [names[number] if names else number for number in unseen]
+            warn(
+                f"no training image is of {len(unseen)} of the classes of {column!r}: {shortened(known, 300)}. The "
+                f"model will know nothing of them.",
+                stacklevel=3,
+            )
     else:
         found = int(train.num_classes or 0)
     if given is not None and (given < found or (names is not None and given != found)):

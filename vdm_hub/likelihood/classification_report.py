@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm_hub.errors import DataError
+from vdm_hub.errors import DataError, explained
 
 _BINS = 15
 
@@ -85,12 +85,19 @@ class ClassificationReport:
         """The report beside the truth.
 
         Args:
-            labels: The number of each image's candidate, from 0, (N,).
+            labels: The number, from 0, or the name of each image's candidate, (N,).
 
         Raises:
             DataError: There are more or fewer than images, or one is of no candidate.
         """
-        given = torch.as_tensor(labels).cpu()
+        with explained(
+            "the labels are no numbers", "give the number or the name of each image's candidate", DataError
+        ):
+            named = isinstance(labels, list | tuple) and any(isinstance(one, str) for one in labels)
+            known: dict[Any, int] = {name: number for number, name in enumerate(self.names)}
+            given = torch.as_tensor([known.get(one, one) for one in labels] if named else labels).cpu()
+        if given.is_floating_point() or given.dtype == torch.bool:
+            raise DataError(f"the labels are {given.dtype}: give the number or the name of each image's candidate.")
         if given.shape != self.predicted.shape:
             raise DataError(f"{tuple(given.shape)} labels for {len(self.predicted)} images: give one each.")
         if bool(((given < 0) | (given >= len(self.names))).any()):
@@ -113,8 +120,13 @@ class ClassificationReport:
 
     @property
     def accuracy_error(self) -> float:
-        """The binomial standard error of `accuracy`, over images of the same population."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self._truth))
+        """The binomial standard error of `accuracy`, over images of the same population.
+
+        That of Jeffreys' posterior, a Beta(k + 1/2, N - k + 1/2) of k of N images: not zero where none or all are
+        found.
+        """
+        found, count = self.accuracy * len(self._truth) + 0.5, len(self._truth) + 1
+        return math.sqrt(found * (count - found) / (count**2 * (count + 1)))
 
     @property
     def expected_calibration_error(self) -> float:

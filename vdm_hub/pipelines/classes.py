@@ -31,6 +31,8 @@ def chosen_classes(condition: ClassCondition | None, candidates: Sequence[int | 
             "the model is not class-conditional, and a class is found by what the network says when told each: give a "
             "model that was trained with labels."
         )
+    if isinstance(candidates, str | int):
+        raise ConfigurationError(f"candidates is {shortened(candidates)}: give a list of classes, by number or name.")
     names = [condition.name_of(number) for number in range(condition.count)]
     given = list(range(condition.count)) if candidates is None else list(candidates)
     chosen = [_number(one, names) for one in given]

@@ -381,7 +381,7 @@ class VDMPipeline(LikelihoodPipeline):
         if output_type == "latent":
             images = latents
         else:
-            _check_finite(latents)
+            _check_finite(latents, None if guiding is None else guidance_scale)
             decodes = by_score is not None or (is_vdm and not scheduler.ends_at_data)
             levels = bound.decode(latents, network, generator) if decodes else process.quantise(latents)
             images = images_from_levels(levels, process.num_levels, output_type)
@@ -645,19 +645,22 @@ def _steps(num_inference_steps: int, sampler: Sampler | None) -> int:
     return num_inference_steps // sampler.evaluations
 
 
-def _number_of(class_labels: ClassLabels) -> int:
+def _number_of(class_labels: Any) -> int:
     """How many images are asked for by so many labels: one, where they are no list."""
-    if isinstance(class_labels, Tensor):
-        return class_labels.numel() or 1
-    return len(class_labels) or 1 if isinstance(class_labels, list | tuple) else 1
+    has_many = hasattr(class_labels, "__len__") and getattr(class_labels, "ndim", 1) > 0
+    has_many = has_many and not isinstance(class_labels, str)
+    return len(class_labels) or 1 if has_many else 1
 
 
-def _check_finite(latents: Tensor) -> None:
+def _check_finite(latents: Tensor, guidance_scale: float | None) -> None:
     if not bool(latents.isfinite().all()):
         broken = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        remedy = "look at the model's weights, or take smaller steps"
+        if guidance_scale is not None:
+            remedy = f"guidance_scale is {guidance_scale:g}, give a smaller one, or take smaller steps"
         raise NonFiniteLossError(
             f"the latents of {len(broken)} of {len(latents)} images (the first: {broken[0]}) are not finite after "
-            f"the last step: look at the model's weights, or take smaller steps."
+            f"the last step: {remedy}."
         )
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.plots import rows_of_choices
 from vdm_hub.publishing.contents import Contents
 from vdm_hub.publishing.markdown import code, markdown, python, render, visible, words
 from vdm_hub.publishing.wording import plugin_packages, wording_of
@@ -164,6 +165,7 @@ def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
     on_main = edition.revision == "main"
     steps, wording = recipe.get("num_inference_steps", 250), wording_of(pipeline)
     drawn = f"Drawn with {steps} network evaluations each, not selected." if wording.steps else "Not selected."
+    drawn = markdown("{}{}", drawn, _rows_of_samples(pipeline, recipe))
     revision_words = [] if on_main else ["--revision", edition.revision]
     return {
         "name": edition.repo_id.split("/")[-1],
@@ -234,6 +236,18 @@ def _condition(pipeline: LikelihoodPipeline) -> dict[str, Any] | None:
         "named": classes is None or classes.names is not None,
         "hidden": f"{100 * condition.dropout:g} %" if condition.dropout else "",
     }
+
+
+def _rows_of_samples(pipeline: LikelihoodPipeline, recipe: Mapping[str, Any]) -> Markup:
+    """What the rows of the picture of samples were told, from the top."""
+    condition, classes = pipeline.condition, pipeline.class_condition
+    if condition is None:
+        return Markup("")
+    numbers, columns = rows_of_choices(len(condition.choices), recipe.get("num_sample_images", 64))
+    told = [condition.choices[number] for number in numbers[::columns]]
+    names = told if classes is None else [classes.name_of(int(number)) for number in told]
+    rows = Markup(", ").join(map(code, names))
+    return markdown(" Unguided, a row each of {}.", rows) if names else Markup(" Unguided.")
 
 
 def _encoder(pipeline: Any) -> str | None:

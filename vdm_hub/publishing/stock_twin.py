@@ -129,9 +129,11 @@ def _check_network(network: Any) -> None:
             "of an AutoencoderKL and knows no levels, so it runs another process: this model has no stock twin."
         )
     if type(network) is not UNet2DModel:
+        name = type(network).__name__
+        is_stock = type(network).__module__.startswith("diffusers.")
+        why = "samples in other pipelines" if is_stock else "does not have"
         raise ConfigurationError(
-            f"the network is a {type(network).__name__}, which diffusers alone does not have; only a model with a "
-            f"UNet2DModel has a stock twin."
+            f"the network is a {name}, which diffusers alone {why}; only a model with a UNet2DModel has a stock twin."
         )
     if network.config.sample_size is None:
         raise ConfigurationError("the network's config has no sample_size, which a DDPMPipeline needs: give it there.")

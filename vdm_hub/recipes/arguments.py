@@ -301,7 +301,8 @@ def _merged(
     A name, or an empty mapping, takes the place of all that the recipe says.
     """
     _refuse_doubled(dotted)
-    given = [(field, json.loads(value)) for field, value in overrides.items() if str(value).startswith("{")]
+    mappings = {field: str(value) for field, value in overrides.items() if NameOrJSON in members(FIELDS[field])}
+    given = [(field, json.loads(value)) for field, value in mappings.items() if value.startswith("{")]
     merged: dict[str, Any] = {}
     for field, change in [*given, *dotted]:
         before = merged.get(field)

@@ -23,6 +23,11 @@ from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import UNET_CLASSES
 
 _SKETCHED = ContextVar("_SKETCHED", default=False)
+_CAUSES = {
+    "cross_attention_dim": "the text encoder's vectors ask for",
+    "num_class_embeds": "the classes of the label column, and the null class of condition dropout, ask for",
+    "num_embeds_ada_norm": "the classes of the label column ask for",
+}
 _DATA = 2  # in the call that tells what a network gives
 
 
@@ -192,8 +197,9 @@ def build_described(
     for key, value in from_data.items():
         if described.get(key) not in (None, value):
             raise ConfigurationError(
-                f"the recipe's {field} has {key}={described[key]}, but the images are {_of_images(from_data)}, which "
-                f"asks for {key}={value}: leave {key} out (it follows the data), or train on such images."
+                f"the recipe's {field} has {key}={described[key]}, but {_CAUSES.get(key, 'the images are')} "
+                f"{'' if key in _CAUSES else _of_images(from_data) + ', which asks for'} {key}={value}: leave {key} "
+                f"out, as it follows from that, or train on what asks for {described[key]}."
             )
     try:
         with torch.device("meta") if _SKETCHED.get() else nullcontext():

@@ -211,7 +211,7 @@ def save_samples(pipeline: LikelihoodPipeline, configuration: Configuration, pat
     condition = pipeline.condition
     choices = None if condition is None else len(condition.choices)
     rows, columns = rows_of_choices(choices, training.num_sample_images)
-    told = {} if condition is None else {condition.argument: [condition.choices[row] for row in rows]}
+    told = {} if condition is None else {condition.argument: [condition.choices[row] for row in rows] or ""}
     count = len(rows) or training.num_sample_images
     if pipeline.text_condition is not None and rows:
         tqdm.write("a row of samples each of: " + "; ".join(map(str, told["prompt"][::columns])))
