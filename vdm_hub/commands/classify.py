@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from vdm_hub.commands.images import load_images
+from vdm_hub.commands.images import images_of
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
 from vdm_hub.data.arguments import DataArguments
@@ -28,18 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision)
     chosen_classes(pipeline.class_condition)  # before images are read
-    images, description, notes = load_images(
-        pipeline,
-        arguments.dataset_name,
-        arguments.split,
-        config_name=arguments.dataset_config_name,
-        image_column=arguments.image_column,
-        color=arguments.color,
-        resolution=arguments.resolution,
-        label_column=arguments.label_column,
-        say=lambda said: print(said, file=sys.stderr),
-        max_images=arguments.max_images,
-    )
+    images, description, notes = images_of(arguments, pipeline, lambda said: print(said, file=sys.stderr))
     report = classify_images(
         pipeline,
         images,

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from vdm_hub.commands.images import load_images
+from vdm_hub.commands.images import images_of
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.commands.options import OVERRIDES
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
@@ -76,20 +76,9 @@ def _load(
     overrides = {name: value for name in OVERRIDES if (value := getattr(arguments, name)) is not None}
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
     _check_columns(arguments, pipeline)
-    images, description, notes = load_images(
-        pipeline,
-        arguments.dataset_name,
-        arguments.split,
-        config_name=arguments.dataset_config_name,
-        image_column=arguments.image_column,
-        color=arguments.color,
-        resolution=arguments.resolution,
-        label_column=arguments.label_column,
-        caption_column=arguments.caption_column,
-        say=lambda said: print(said, file=sys.stderr) if processes.is_main else None,
-        max_images=arguments.max_images,
+    return pipeline, *images_of(
+        arguments, pipeline, lambda said: print(said, file=sys.stderr) if processes.is_main else None
     )
-    return pipeline, images, description, notes
 
 
 def _check_columns(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> None:

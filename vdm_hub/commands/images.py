@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -95,6 +96,25 @@ def _told(pipeline: LikelihoodPipeline, label_column: str | None, caption_column
         return {name: value for name, value in (trained | asked).items() if value is not None}
     classes = pipeline.config.get("classes")
     return ({"label_column": classes["column"]} if classes else {}) | asked
+
+
+def images_of(
+    arguments: argparse.Namespace, pipeline: LikelihoodPipeline, say: Callable[[str], None]
+) -> tuple[ImageLevels, dict[str, Any], list[str]]:
+    """The images that a command line names; see `load_images`."""
+    return load_images(
+        pipeline,
+        arguments.dataset_name,
+        arguments.split,
+        config_name=arguments.dataset_config_name,
+        image_column=arguments.image_column,
+        color=arguments.color,
+        resolution=arguments.resolution,
+        label_column=arguments.label_column,
+        caption_column=getattr(arguments, "caption_column", None),  # of some commands
+        max_images=arguments.max_images,
+        say=say,
+    )
 
 
 def _as_trained(pipeline: LikelihoodPipeline, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

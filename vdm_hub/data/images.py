@@ -344,6 +344,9 @@ def labels_as(labels: Tensor | None, names: tuple[str, ...] | None, classes: Cla
     Raises:
         DataError: There are no labels, or one is of a class that the model does not know.
 
+    Warns:
+        UserWarning: One side has no names, so that labels are taken by number.
+
     >>> labels_as(torch.tensor([0, 1, 1]), ("cat", "dog"), ClassCondition(2, ("dog", "cat")))
     tensor([1, 0, 0])
     """
