@@ -156,9 +156,7 @@ class VDMObjective(Objective):
 
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
         """The terms ``reconstruction``, ``prior`` and ``diffusion``, and those that the process adds."""
-        levels = batch["levels"]
-        _check_draws(levels, times, self.process.num_levels)
-        network = _OutsideIslands(self.call, self.network, levels.device.type, _network_arguments(batch))
+        levels, network = batch["levels"], self._called_on(batch, times)
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
             extras, bound = self.process.bind(x, noise)
@@ -178,14 +176,18 @@ class VDMObjective(Objective):
             noise: Base noise.
             reconstruction: Whether the reconstruction is one of them, as with a decoder that asks the network.
         """
-        levels = batch["levels"]
-        _check_draws(levels, times, self.process.num_levels)
-        network = _OutsideIslands(self.call, self.network, levels.device.type, _network_arguments(batch))
+        levels, network = batch["levels"], self._called_on(batch, times)
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
             _, bound = self.process.bind(x, noise)
             terms = {"reconstruction": bound.reconstruction(levels, x, noise, network)} if reconstruction else {}
             return terms | {self.integrand: self._diffusion(bound, x, times, noise, network)}
+
+    def _called_on(self, batch: Batch, times: Tensor) -> _OutsideIslands:
+        """The network, told what the batch holds beside its levels, once these draws are found to have a bound."""
+        levels = batch["levels"]
+        _check_draws(levels, times, self.process.num_levels)
+        return _OutsideIslands(self.call, self.network, levels.device.type, _network_arguments(batch))
 
     def _diffusion(self, bound: Any, x: Tensor, times: Tensor, noise: Noise, network: Any) -> Tensor:
         if self.transitions is None:
