@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from tiny import tiny_pipeline, tiny_unet
-from vdm_hub import ClassificationEffort, VDMPipeline, load_split
+from tiny_text import LIMIT, WIDTH, tiny_encoder, tiny_tokenizer
+from vdm_hub import ClassificationEffort, VDMPipeline, VDMScheduler, load_split
 from vdm_hub.commands import main
 
 FEW = ("--max_images", "6", "--budget", "40", "--pilot_evaluations", "40")
@@ -95,3 +96,52 @@ def test_an_unconditional_model_is_refused(tmp_path: Path, capsys: pytest.Captur
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     assert main(words(tmp_path / "pipeline", "--label_column", "label")) == 2
     assert "class-conditional" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def told_captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was told captions made of the digits' classes."""
+    folder = tmp_path_factory.mktemp("captions") / "pipeline"
+    captions = {"column": "label", "template": "a {label}", "max_length": LIMIT, "dropout": 0.0, "examples": []}
+    parts: Any = {"text_encoder": tiny_encoder(), "tokenizer": tiny_tokenizer(), "captions": captions}
+    VDMPipeline(tiny_unet(cross_attention_dim=WIDTH), tiny_pipeline().scheduler, **parts).save_pretrained(folder)
+    return folder
+
+
+def test_captions_are_chosen_from_those_of_the_images(told_captions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    effort = ("--max_images", "12", "--budget", "100", "--pilot_evaluations", "0")
+    assert main(words(told_captions, *effort, "--json")) == 0
+    figures = json.loads(capsys.readouterr().out)
+    labels = load_split("digits", "test[:12]", num_levels=17, label_column="label").labels
+    assert labels is not None and figures["candidates"] == [f"a {number}" for number in labels.unique().tolist()]
+    assert sum(map(sum, figures["confusion"])) == 12
+    named = [f"a {number}" for number in range(10)]
+    assert main(words(told_captions, *effort, "--json", "--candidates", *named)) == 0
+    assert json.loads(capsys.readouterr().out)["candidates"] == named
+    assert main(words(told_captions, *effort, "--candidates", "a 0", "a 1")) == 2
+    assert "none of the candidates" in capsys.readouterr().err
+
+
+def test_classes_are_chosen_by_number_or_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(folder, *FEW, "--candidates", "7", "3", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["candidates"] == ["7", "3"]
+    assert main(words(folder, *FEW, "--candidates", "7", "12")) == 2
+    assert "12" in capsys.readouterr().err
+
+
+def test_images_without_a_column_are_classified_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(2):
+        Image.new("L", (8, 8), 16 * number).save(images / f"{number}.png")
+    classes = {"count": 3, "names": ["cat", "dog", "eel"], "dropout": 0.0, "column": "kind"}
+    pipe = VDMPipeline(tiny_unet(num_class_embeds=3), VDMScheduler(num_levels=17), classes=classes)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    effort = ["--budget", "12", "--pilot_evaluations", "0"]
+    asked = ["classify", str(tmp_path / "pipeline"), "--dataset_name", str(images), "--split", "train", *effort]
+    assert main([*asked, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert "accuracy" not in figures and "'kind'" in figures["notes"][0]
+    assert main([*asked, "--label_column", "kind"]) == 2, "a column that was asked for must be there"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiny import tiny_pipeline, tiny_unet
+from tiny import randomised, tiny_pipeline, tiny_unet
+from tiny_text import LIMIT, WIDTH, tiny_encoder, tiny_tokenizer
+from vdm_hub import VariationalBound, VDMPipeline
 from vdm_hub.commands import main
+from vdm_hub.data.images import captioned
 from vdm_hub.data.loading import load_split
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
 from vdm_hub.evaluation.evaluate import evaluate
@@ -89,7 +93,8 @@ def test_what_is_reported_of_the_own_class_is_what_it_is_without_the_mixture(pip
 
 def test_every_class_is_measured_on_the_same_draws(pipe: Any) -> None:
     inner = BoundEstimator(pipe.objective(), len(IMAGES.levels), pilot_evaluations=0)
-    one = MarginalMeasurement(inner, torch.full((10,), 0.1, dtype=torch.float64))
+    candidates = pipe.known_condition.choose()
+    one = MarginalMeasurement(inner, candidates, candidates.prior())
     batch = {"levels": torch.as_tensor(IMAGES.levels), "indices": torch.arange(12), "class_labels": IMAGES.labels}
     with torch.no_grad():
         found = one.measure(batch, 1)
@@ -97,6 +102,26 @@ def test_every_class_is_measured_on_the_same_draws(pipe: Any) -> None:
             told = inner.measure(batch | {"class_labels": torch.full((12,), label)}, 1)
             assert torch.equal(found.diagnostics["by_class"][:, label], torch.stack([*told.terms.values()]).sum(0))
             assert torch.equal(found.diagnostics["time"], told.diagnostics["time"])
+
+
+def test_the_mixture_of_captions_is_that_of_what_the_images_are_told() -> None:
+    """The same captions as texts of a prompt: every one of them measured by itself."""
+    captions = {"column": "label", "template": "a {label}", "max_length": LIMIT, "dropout": 0.0, "examples": []}
+    parts: Any = {"text_encoder": tiny_encoder(), "tokenizer": tiny_tokenizer(), "captions": captions}
+    pipe: Any = VDMPipeline(randomised(tiny_unet(cross_attention_dim=WIDTH)), tiny_pipeline().scheduler, **parts)
+    images = captioned(replace(IMAGES, class_names=tuple("abcdefghij")), "a {label}")
+    even = VariationalBound(pilot_evaluations=0)  # a pilot would choose other times for other captions
+    plain = evaluate(pipe, images, even, replicates=2, progress=False)
+    report = evaluate(pipe, images, even, replicates=2, progress=False, marginal=True)
+    torch.testing.assert_close(report.per_image, plain.per_image, rtol=1e-5, atol=1e-5)
+    assert images.captions is not None
+    texts = [images.captions.texts[number] for number in images.captions.numbers.unique().tolist()]
+    one_each = [pipe.log_likelihood(images.levels, even, replicates=2, prompt=text) for text in texts]
+    bounds = torch.stack([-one.log_likelihood.double() for one in one_each], 1)
+    mixed = mixture(bounds, torch.full((len(texts),), 1 / len(texts)).double()).mean() / math.log(2)
+    found = report.to_dict()["marginal"]
+    assert found["mixture_bits"] == pytest.approx(float(mixed), rel=1e-6)  # float32 sums in other batches
+    assert found["gain_bits"] <= found["most_bits"] == pytest.approx(math.log2(len(texts)))
 
 
 def test_only_a_class_conditional_model_has_a_mixture(pipe: Any) -> None:

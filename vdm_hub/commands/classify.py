@@ -17,7 +17,6 @@ from vdm_hub.evaluation.tables import write_posterior
 from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.likelihood.classification_report import ClassificationReport
-from vdm_hub.pipelines.classes import chosen_classes
 from vdm_hub.plots import plot_confusion
 
 _FILES = {"classification.json": ".json", "posterior.parquet": ".parquet", "confusion.png": ".png"}
@@ -27,12 +26,18 @@ def run(arguments: argparse.Namespace) -> None:
     """Classify the images, and print the report."""
     _check(arguments)
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision)
-    chosen_classes(pipeline.class_condition)  # before images are read
-    images, description, notes = images_of(arguments, pipeline, lambda said: print(said, file=sys.stderr))
+    words = arguments.candidates
+    candidates = None if words is None else pipeline.known_condition.choices_of(words)
+    if candidates is not None or pipeline.text_condition is None:
+        pipeline.known_condition.choose(candidates)  # before images are read
+    images, description, notes = images_of(
+        arguments, pipeline, lambda said: print(said, file=sys.stderr), must_be_told=False
+    )
     report = classify_images(
         pipeline,
         images,
         arguments.effort,
+        candidates=candidates,
         prior=arguments.prior,
         transitions=arguments.transitions,
         seed=arguments.seed,

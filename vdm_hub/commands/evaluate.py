@@ -75,25 +75,9 @@ def _load(
 ) -> tuple[LikelihoodPipeline, ImageLevels, dict[str, Any], list[str]]:
     overrides = {name: value for name in OVERRIDES if (value := getattr(arguments, name)) is not None}
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
-    _check_columns(arguments, pipeline)
     return pipeline, *images_of(
         arguments, pipeline, lambda said: print(said, file=sys.stderr) if processes.is_main else None
     )
-
-
-def _check_columns(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> None:
-    """Refuse a column of what the network is not told."""
-    text = pipeline.text_condition
-    knows = "is not class-conditional" if text is None else "is conditioned on captions"
-    if arguments.label_column is not None and pipeline.num_classes is None and (text is None or text.template is None):
-        raise ConfigurationError(
-            f"--label_column is {arguments.label_column!r}, and the network {knows}: leave it out."
-        )
-    if arguments.caption_column is not None and text is None:
-        raise ConfigurationError(
-            f"--caption_column is {arguments.caption_column!r}, and the network is not conditioned on captions: leave "
-            f"it out."
-        )
 
 
 def _evaluate(

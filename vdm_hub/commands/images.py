@@ -11,10 +11,11 @@ from vdm_hub.data.captions import described_captions
 from vdm_hub.data.colors import Color
 from vdm_hub.data.held_out import SPLIT, names_held_out
 from vdm_hub.data.images import ImageLevels
+from vdm_hub.data.labels import UntoldImagesError
 from vdm_hub.data.loading import load_split
 from vdm_hub.data.preprocessing import HeldOut
 from vdm_hub.data.sources import UnknownColumnError, UnknownSplitError
-from vdm_hub.errors import DataError
+from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.evaluation.provenance import describe_images
 from vdm_hub.pipelines.base import LikelihoodPipeline
 
@@ -34,6 +35,7 @@ def load_images(
     caption_column: str | None = None,
     max_images: int | None = None,
     say: Callable[[str], None] | None = None,
+    must_be_told: bool = True,
 ) -> tuple[ImageLevels, dict[str, Any], list[str]]:
     """The images of a split as the model's levels.
 
@@ -52,6 +54,7 @@ def load_images(
             the column, or by the template, of its training.
         max_images: Take this many images, from the start.
         say: As `vdm_hub.data.loading.load_split` takes it.
+        must_be_told: Whether the images must have labels or captions, where no column is named.
 
     Returns:
         The images; what `vdm_hub.evaluation.provenance.describe_images` says of them; and what the reader of a figure
@@ -72,9 +75,16 @@ def load_images(
         max_samples=max_images,
         say=say,
         held_out=pipeline.held_out,
-        **told,
     )
-    images, split, column = _load(load, split, used, "image_column" not in given, pipeline.held_out is not None)
+    place = (split, used, "image_column" not in given, pipeline.held_out is not None)
+    try:
+        images, split, column = _load(partial(load, **told), *place)
+    except UntoldImagesError as error:
+        if must_be_told or label_column is not None or caption_column is not None:
+            raise
+        images, split, column = _load(load, *place)
+        notes.append(f"what the images are is not known, so nor is how often it was found: {error}")
+        told = {}
     if column != used["image_column"]:
         notes.append(f"the images were read from the column {column!r}: there is no {used['image_column']!r}")
     description = describe_images(images, source, split, config=config_name, **used | {"image_column": column})
@@ -99,9 +109,17 @@ def _told(pipeline: LikelihoodPipeline, label_column: str | None, caption_column
 
 
 def images_of(
-    arguments: argparse.Namespace, pipeline: LikelihoodPipeline, say: Callable[[str], None]
+    arguments: argparse.Namespace,
+    pipeline: LikelihoodPipeline,
+    say: Callable[[str], None],
+    must_be_told: bool = True,
 ) -> tuple[ImageLevels, dict[str, Any], list[str]]:
-    """The images that a command line names; see `load_images`."""
+    """The images that a command line names; see `load_images`.
+
+    Raises:
+        ConfigurationError: It names a column of what the network is not told.
+    """
+    _check_columns(arguments, pipeline)
     return load_images(
         pipeline,
         arguments.dataset_name,
@@ -111,10 +129,26 @@ def images_of(
         color=arguments.color,
         resolution=arguments.resolution,
         label_column=arguments.label_column,
-        caption_column=getattr(arguments, "caption_column", None),  # of some commands
+        caption_column=arguments.caption_column,
         max_images=arguments.max_images,
         say=say,
+        must_be_told=must_be_told,
     )
+
+
+def _check_columns(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> None:
+    """Refuse a column of what the network is not told."""
+    text = pipeline.text_condition
+    knows = "is not class-conditional" if text is None else "is conditioned on captions"
+    if arguments.label_column is not None and pipeline.num_classes is None and (text is None or text.template is None):
+        raise ConfigurationError(
+            f"--label_column is {arguments.label_column!r}, and the network {knows}: leave it out."
+        )
+    if arguments.caption_column is not None and text is None:
+        raise ConfigurationError(
+            f"--caption_column is {arguments.caption_column!r}, and the network is not conditioned on captions: leave "
+            f"it out."
+        )
 
 
 def _as_trained(pipeline: LikelihoodPipeline, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -51,12 +51,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     _add_checkpoint(parser.add_argument_group("a checkpoint of diffusers whose config is wrong"))
-    images = parser.add_argument_group("images")
-    _add_images(images)
-    images.add_argument(
-        "--caption_column",
-        help="the column of the captions, of a model that is told them (default: as it was trained)",
-    )
+    _add_images(parser.add_argument_group("images"))
     _add_method(parser.add_argument_group("method"))
     _add_mixture(parser.add_argument_group("classes"))
     _add_effort(parser.add_argument_group("effort"))
@@ -64,12 +59,20 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def classify(parser: argparse.ArgumentParser) -> None:
-    """Find the class of each image by a class-conditional pipeline's bound, and how often it is right."""
+    """Find the class or the caption of each image by a pipeline's bound, and how often it is right."""
     parser.set_defaults(prepare=_choose_effort)
-    parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id; of a class-conditional VDM")
+    parser.add_argument(
+        "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM that is told classes or captions"
+    )
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     _add_images(
         parser.add_argument_group("images"), label_column="the column of the classes, to say how many are found"
+    )
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        help="what to choose from: classes by number or name (default: all), or captions, each in quotes (default: "
+        "the different ones of the images)",
     )
     group = parser.add_argument_group("effort")
     for one in fields(ClassificationEffort):
@@ -81,7 +84,7 @@ def classify(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--transitions", type=int, help="T, the number of transitions; without it, continuous time")
     group.add_argument(
-        "--prior", help="p(c) of the classes before an image is seen, as 0.5,0.3,0.2 (default: uniform)"
+        "--prior", help="p(c) of the candidates before an image is seen, as 0.5,0.3,0.2 (default: uniform)"
     )
     group.add_argument(
         "--batch_size",
@@ -144,6 +147,7 @@ def _add_images(
     trained = "(default: as the model was trained"
     group.add_argument("--image_column", help=f"the column that holds the images {trained}, else image)")
     group.add_argument("--label_column", help=f"{label_column} {trained})")
+    group.add_argument("--caption_column", help=f"that of the captions, of a model that is told them {trained})")
     group.add_argument(
         "--num_levels", type=int, help="K, the images' levels, for a checkpoint of diffusers (default: 256)"
     )
@@ -181,8 +185,9 @@ def _add_mixture(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--marginal",
         action="store_true",
-        help="measure under every class, on the same draws, and say by how many bits a label lowers an image's bound "
-        "below the mixture's; as many times the evaluations as there are classes",
+        help="measure under every class, or every different caption of the images, on the same draws, and say by how "
+        "many bits a label lowers an image's bound below the mixture's; as many times the evaluations as there are "
+        "classes",
     )
     group.add_argument("--prior", help=f"with --marginal: {_PRIOR}")
 

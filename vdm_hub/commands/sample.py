@@ -76,10 +76,7 @@ def _told(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> tuple[
             raise ConfigurationError(f"--{name} is {shortened(given)}, and the model is told {knows}: {remedy}.")
     asked: list[int | str] = list(arguments.prompt or ())
     if arguments.class_labels is not None and (classes := pipeline.class_condition) is not None:
-        names, words = classes.names or (), _words(arguments.class_labels)
-        asked = classes.numbers(
-            [word if word in names or not word.isdigit() else int(word) for word in words]
-        ).tolist()
+        asked = classes.numbers(classes.choices_of(_words(arguments.class_labels))).tolist()
     if asked:
         columns = max(1, count // len(asked))
         return [one for one in asked for _ in range(columns)], columns

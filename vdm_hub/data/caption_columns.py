@@ -18,7 +18,8 @@ def read_captions(dataset: datasets.Dataset, column: str, note: str = "") -> Ima
         note: What to add where there is no such column.
 
     Raises:
-        DataError: There is no such column, it holds anything else, or a caption is missing.
+        UntoldImagesError: There is no such column.
+        DataError: It holds anything else, or a caption is missing.
 
     >>> read_captions(datasets.Dataset.from_dict({"text": ["a cat", "a dog"]}), "text").numbers
     tensor([1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from vdm_hub.errors import ConfigurationError, in_one_line, shortened, unknown_name
+from vdm_hub.errors import ConfigurationError, explained, in_one_line, shortened, unknown_name
 from vdm_hub.hub.schemas import Record, Within
 
 CLASS_LABELS = "class_labels"
@@ -40,6 +41,52 @@ ClassesMapping: TypeAlias = Annotated[dict[str, Any], Record(Classes)]
 
 ClassLabels: TypeAlias = Tensor | Sequence[int | str] | int | str
 """Classes by number or by name: one of each image, or one alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What an image may be, as a network is told it: some classes, or some captions.
+
+    Args:
+        condition: What the network is told of each datum.
+        numbers: The condition's entry of each candidate, int64, (C,).
+        names: Of the candidates.
+
+    >>> two = ClassCondition(3, ("cat", "dog", "eel")).choose(["eel", 0])
+    >>> two.names, two.told(torch.tensor([0])), two.places(torch.tensor([0, 2, 2])).tolist()
+    (('eel', 'cat'), {'class_labels': tensor([2])}, [1, 0, 0])
+    """
+
+    condition: Condition
+    numbers: Tensor
+    names: tuple[str, ...]
+
+    def told(self, chosen: Tensor) -> dict[str, Tensor]:
+        """The network's arguments for some candidates, by their places, (M,)."""
+        return self.condition.told({self.condition.entry: self.numbers[chosen]})
+
+    def places(self, numbers: Tensor) -> Tensor:
+        """The place of each datum's own entry among the candidates, (N,), where all are there."""
+        return (numbers[:, None] == self.numbers).int().argmax(1)
+
+    def prior(self, given: Sequence[float] | Tensor | None = None) -> Tensor:
+        """``p(c)`` of the candidates, (C,), float64; uniform where none is given.
+
+        Raises:
+            ConfigurationError: It has another length, or is no distribution.
+        """
+        count = len(self.names)
+        if given is None:
+            return torch.full((count,), 1 / count, dtype=torch.float64)
+        with explained("the prior is no list of numbers", "give one for each candidate", ConfigurationError):
+            chances = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+        total = float(chances.sum())
+        if chances.shape != (count,) or not bool((chances > 0).all()) or not math.isclose(total, 1, rel_tol=1e-6):
+            raise ConfigurationError(
+                f"the prior is {shortened(given)}, which sums to {total:g}: give {count} numbers above 0 that sum to "
+                f"1, one for each candidate."
+            )
+        return chances / total
 
 
 class Condition(ABC):
@@ -72,6 +119,21 @@ class Condition(ABC):
     @abstractmethod
     def choices(self) -> Sequence[int | str]:
         """What a pipeline may be told, by the ``argument``: each class, or a few captions."""
+
+    def choices_of(self, words: Sequence[str]) -> list[int | str]:
+        """What a user wrote on a command line, as the ``argument`` takes it."""
+        return list(words)
+
+    @abstractmethod
+    def choose(self, given: Sequence[int | str] | None = None) -> Candidates:
+        """The candidates that an image's condition is to be found among, each once.
+
+        Args:
+            given: What a pipeline may be told; ``None`` for all that there is.
+
+        Raises:
+            ConfigurationError: One is none that the model knows, or is given twice, or they are fewer than two.
+        """
 
     @abstractmethod
     def hide(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
@@ -236,6 +298,28 @@ class ClassCondition(Condition):
     def _or_names(self) -> str:
         return "" if self.names is None else f", or names such as {self.names[-1]!r}"
 
+    def choices_of(self, words: Sequence[str]) -> list[int | str]:
+        """Classes by name, and by number where no class has that name.
+
+        >>> ClassCondition(3, ("cat", "dog", "2")).choices_of(["2", "1", "cat"])
+        ['2', 1, 'cat']
+        """
+        names = self.names or ()
+        return [word if word in names or not word.isdigit() else int(word) for word in words]
+
+    def choose(self, given: Sequence[int | str] | None = None) -> Candidates:
+        """All classes, or some by number or name: see `Condition.choose`."""
+        if isinstance(given, str | int):
+            raise ConfigurationError(f"candidates is {shortened(given)}: give a list of classes, by number or name.")
+        names = [self.name_of(number) for number in range(self.count)]
+        asked = list(range(self.count)) if given is None else list(given)
+        chosen = [_place(one, names) for one in asked]
+        if len(chosen) < 2 or len(set(chosen)) < len(chosen):
+            raise ConfigurationError(
+                f"candidates are {shortened(asked)}: give at least two, each once, of {shortened(names, 300)}."
+            )
+        return Candidates(self, torch.tensor(chosen), tuple(names[number] for number in chosen))
+
     def hide(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
         """The batch with the null class in place of those that are hidden.
 
@@ -259,3 +343,11 @@ class ClassCondition(Condition):
         """
         self.check_null()
         return {CLASS_LABELS: torch.full((batch_size,), self.count, device=device)}
+
+
+def _place(candidate: int | str, names: Sequence[str]) -> int:
+    if isinstance(candidate, str) and candidate in names:
+        return names.index(candidate)
+    if hasattr(candidate, "__index__") and not isinstance(candidate, bool) and 0 <= int(candidate) < len(names):
+        return int(candidate)
+    raise unknown_name(f"class (of 0 to {len(names) - 1})", candidate, names)

@@ -14,6 +14,10 @@ from vdm_hub.errors import DataError, shortened
 _INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
+class UntoldImagesError(DataError):
+    """The error for a dataset without the column that holds what a network is told of each image."""
+
+
 def read_labels(dataset: datasets.Dataset, column: str, note: str = "") -> Tensor:
     """The labels of a column of integers or of `datasets.ClassLabel`, int64 of shape (N,).
 
@@ -23,7 +27,8 @@ def read_labels(dataset: datasets.Dataset, column: str, note: str = "") -> Tenso
         note: What to add where there is no such column.
 
     Raises:
-        DataError: There is no such column, it holds anything else, or a label is missing, negative or no class.
+        UntoldImagesError: There is no such column.
+        DataError: It holds anything else, or a label is missing, negative or no class.
 
     >>> read_labels(datasets.Dataset.from_dict({"label": [2, 0]}), "label")
     tensor([2, 0])
@@ -63,9 +68,9 @@ def as_labels(
     return torch.tensor(values, dtype=torch.int64)
 
 
-def no_such_column(column: str, columns: Iterable[str], note: str = "") -> DataError:
+def no_such_column(column: str, columns: Iterable[str], note: str = "") -> UntoldImagesError:
     """The error for a column that is not there."""
-    return DataError(f"no column {column!r}: the columns are {', '.join(columns)}.{note}")
+    return UntoldImagesError(f"no column {column!r}: the columns are {', '.join(columns)}.{note}")
 
 
 def no_labels(column: str, feature: object, first: str) -> DataError:

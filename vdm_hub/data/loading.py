@@ -386,7 +386,7 @@ def _in_memory(
         captions = None if caption_column is None else read_captions(encoded, caption_column, source.note)
         images = replace(decode_all(encoded, column, reader, labels), captions=captions)
     except DataError as error:
-        raise DataError(f"in the split {split!r}, {error}") from error
+        raise type(error)(f"in the split {split!r}, {error}") from error
     if labels is not None:
         images = replace(images, class_names=names_of_classes(encoded.features[label_column]))
     if source.has_names:

@@ -1,4 +1,4 @@
-"""The classes of a dataset's images by a pipeline's bound."""
+"""The classes or captions of a dataset's images by a pipeline's bound."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vdm_hub.data.conditions import CLASS_LABELS
+from vdm_hub.data.captions import CAPTIONS
 from vdm_hub.data.images import ImageLevels, ImageStream
-from vdm_hub.evaluation.evaluate import check_images, labels_of, read_images
+from vdm_hub.evaluation.conditions import different, names_of
+from vdm_hub.evaluation.evaluate import check_images, read_images
 from vdm_hub.evaluation.provenance import library_versions, weights_fingerprint
 from vdm_hub.likelihood.classification_report import ClassificationReport
 from vdm_hub.likelihood.protocol import ClassificationEffort
@@ -20,6 +21,7 @@ def classify_images(
     images: ImageLevels | ImageStream,
     effort: ClassificationEffort | None = None,
     *,
+    candidates: Sequence[int | str] | None = None,
     prior: Sequence[float] | None = None,
     transitions: int | None = None,
     seed: int = 0,
@@ -27,13 +29,14 @@ def classify_images(
     max_images: int | None = None,
     dataset: Mapping[str, Any] | None = None,
 ) -> ClassificationReport:
-    """The class of every image, and, where they have labels, how often it is theirs.
+    """The class or the caption of every image, and, where they have their own, how often it is that.
 
     Args:
-        pipeline: A class-conditional model.
+        pipeline: A model that is told classes or captions.
         images: The images, in memory or as a stream.
-        effort: See `LikelihoodPipeline.classify`, as the next four.
-        prior: ``p(c)`` of all classes; uniform by default.
+        effort: See `LikelihoodPipeline.classify`, as the next five.
+        candidates: All classes by default, or the different captions of the images.
+        prior: ``p(c)`` of the candidates; uniform by default.
         transitions: T; continuous time by default.
         seed: Of all draws.
         batch_size: Pairs of an image and a class at once; it changes no figure.
@@ -42,15 +45,17 @@ def classify_images(
 
     Raises:
         DataError: The images' shape, levels or labels are not the model's.
-        ConfigurationError: The network knows no classes, or a number is out of range.
+        ConfigurationError: The network is told nothing of an image, there are fewer than two candidates or, where they
+            are not given, very many captions; or a number is out of range.
     """
     started = time.perf_counter()
     levels, known = read_images(images, batch_size, max_images)
     check_images(pipeline, levels, images.num_levels)
-    labels = known.get(CLASS_LABELS)
-    labels = None if labels is None else labels_of(pipeline, labels, images.class_names)
+    labels = names_of(pipeline, images, known)
+    if candidates is None and images.captions is not None:
+        candidates = different(images.captions.texts, known[CAPTIONS])
     options: dict[str, Any] = {"effort": effort, "prior": prior, "transitions": transitions}
-    report = pipeline.classify(levels, labels=labels, seed=seed, batch_size=batch_size, **options)
+    report = pipeline.classify(levels, candidates, labels=labels, seed=seed, batch_size=batch_size, **options)
     report.details["weights"] = weights_fingerprint(pipeline)
     if dataset is not None:
         report.details["dataset"] = dict(dataset)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from vdm_hub.data.batches import evaluation_batches
-from vdm_hub.data.captions import CAPTIONS
-from vdm_hub.data.conditions import CLASS_LABELS, Condition
-from vdm_hub.data.images import ImageLevels, ImageStream, labels_as
+from vdm_hub.data.conditions import Candidates
+from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.errors import ConfigurationError, DataError, shortened
+from vdm_hub.evaluation.conditions import Told, told_of
 from vdm_hub.evaluation.journal import Journal, check_evaluation_journal
 from vdm_hub.evaluation.measuring import ReplicateStages, measure_images
 from vdm_hub.evaluation.processes import Processes
@@ -28,7 +28,6 @@ from vdm_hub.likelihood.methods import Method, build_measurement, method_of
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Batch, Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
-from vdm_hub.pipelines.classes import checked_prior, chosen_classes
 from vdm_hub.version import __version__
 
 _EXAMINED = 1024  # images, whose latents are looked at
@@ -69,9 +68,10 @@ def evaluate(
             the number and the fingerprint of those that were measured.
         journal: A folder that keeps what is finished; with the same folder, an evaluation that was killed goes on.
         processes: Those that share the images; this one is alone by default.
-        marginal: Measure a class-conditional model under every class, on the same draws, and report the bound of the
-            mixture, ``B_mix(x) = -log sum_c p(c) exp(-B_c(x))``, and the gain by a label, ``B_mix - B_c``, in bits an
-            image, under ``marginal``. It takes as many times the evaluations as there are classes.
+        marginal: Measure a conditional model under every class, or every different caption of the images, on the same
+            draws, and report the bound of the mixture, ``B_mix(x) = -log sum_c p(c) exp(-B_c(x))``, and the gain by a
+            label, ``B_mix - B_c``, in bits an image, under ``marginal``. It takes as many times the evaluations as
+            there are classes.
         prior: ``p(c)`` of the mixture; uniform by default.
 
     Returns:
@@ -92,8 +92,8 @@ def evaluate(
         check_evaluation_journal(journal)
     levels, numbers = read_images(images, batch_size, max_images)
     check_images(pipeline, levels, images.num_levels)
-    condition, told = _condition(pipeline, images, numbers)
-    method, chances = method_of(method), _chances(pipeline, marginal, prior)
+    told = told_of(pipeline, images, numbers)
+    method, mixture = method_of(method), _mixture(told, marginal, prior)
     stages = (
         replicates
         if isinstance(replicates, ReplicateStages)
@@ -104,14 +104,14 @@ def evaluate(
     key = {
         "images": description["fingerprint"],
         "weights": weights,
-        "labels": None if condition is None or told is None else condition.key(told),
+        "labels": None if told is None else told.key,
     }
-    how = _How(pipeline, levels, condition, told, batch_size, key, journal, processes, progress)
+    how = _How(pipeline, levels, told, batch_size, key, journal, processes, progress)
 
     def one(objective: Objective, stages: ReplicateStages, model: str) -> LikelihoodReport:
         measurement = build_measurement(objective, len(levels), method, seed)
-        if chances is not None and model == "unclipped":
-            measurement = MarginalMeasurement(measurement, chances)
+        if mixture is not None and model == "unclipped":
+            measurement = MarginalMeasurement(measurement, mixture, mixture.prior(prior))
         return how.measure(measurement, stages, model)
 
     report = one(pipeline.objective(method.transitions), stages, "unclipped")
@@ -132,15 +132,22 @@ def evaluate(
     return report
 
 
-def _chances(pipeline: LikelihoodPipeline, marginal: bool, prior: Sequence[float] | None) -> Tensor | None:
-    """``p(c)`` of all classes, where the mixture is asked for."""
+def _mixture(told: Told | None, marginal: bool, prior: Sequence[float] | None) -> Candidates | None:
+    """The classes, or the different captions of the images, where their mixture is asked for."""
     if not marginal:
         if prior is not None:
             raise ConfigurationError(
                 f"prior is {shortened(prior)}, and acts only with marginal: give both or neither."
             )
         return None
-    return checked_prior(prior, len(chosen_classes(pipeline.class_condition)))
+    if told is None:
+        raise ConfigurationError(
+            "marginal asks for the mixture of all classes or captions, and the model is neither class-conditional nor "
+            "told captions: leave it out."
+        )
+    mixture = told.mixture()
+    mixture.prior(prior)
+    return mixture
 
 
 @dataclass(frozen=True)
@@ -149,8 +156,7 @@ class _How:
 
     pipeline: LikelihoodPipeline
     levels: Tensor
-    condition: Condition | None
-    told: Tensor | None
+    told: Told | None
     batch_size: int
     key: dict[str, Any]
     journal: Path | None
@@ -159,9 +165,10 @@ class _How:
 
     def measure(self, measurement: Measurement, stages: ReplicateStages, model: str) -> LikelihoodReport:
         """The report of a method on one model, the pipeline's own or the clipped one."""
+        tells = isinstance(measurement, MarginalMeasurement)  # the network, by itself
         return measure_images(
             measurement,
-            self.take,
+            self.entries if tells else self.take,
             len(self.levels),
             stages,
             batch_size=self.batch_size,
@@ -171,12 +178,17 @@ class _How:
         )
 
     def take(self, indices: Tensor) -> Batch:
-        """The images with these indices, on the pipeline's device."""
+        """The images with these indices and what the network is told of them, on the pipeline's device."""
+        batch = self.entries(indices)
+        return batch if self.told is None else self.told.condition.told(batch)
+
+    def entries(self, indices: Tensor) -> Batch:
+        """The images with these indices and the entries of their condition."""
         device = self.pipeline.device_of_latents
         batch = {"levels": self.levels[indices].to(device), "indices": indices}
-        if self.condition is None or self.told is None:
+        if self.told is None:
             return batch
-        return batch | self.condition.told({self.condition.entry: self.told[indices].to(device)})
+        return batch | {self.told.condition.entry: self.told.entries[indices].to(device)}
 
     def open_journal(self, measurement: Measurement, model: str) -> Journal | None:
         """The journal of a method on one model: the main process first, so that the others find what it has made."""
@@ -235,21 +247,3 @@ def check_images(pipeline: LikelihoodPipeline, levels: Tensor, given_levels: int
             f"the images were read as {given_levels} levels, and the model knows {num_levels}: read them with "
             f"num_levels={num_levels}, where they have so many."
         )
-
-
-def labels_of(pipeline: LikelihoodPipeline, labels: Tensor | None, names: tuple[str, ...] | None) -> Tensor | None:
-    """The labels that the network is to be given: none, where it is not class-conditional.
-
-    Raises:
-        DataError: There are none, or one is of no class of the network's.
-    """
-    return None if pipeline.class_condition is None else labels_as(labels, names, pipeline.class_condition)
-
-
-def _condition(
-    pipeline: LikelihoodPipeline, images: ImageLevels | ImageStream, numbers: Mapping[str, Tensor]
-) -> tuple[Condition | None, Tensor | None]:
-    """What the network is told of each image, as a condition and its numbers; nothing of an unconditional one."""
-    if (text := pipeline.text_condition) is not None:
-        return text.of_images(images.captions), numbers[CAPTIONS]
-    return pipeline.class_condition, labels_of(pipeline, numbers.get(CLASS_LABELS), images.class_names)

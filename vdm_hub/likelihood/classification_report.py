@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm_hub.errors import DataError, explained
+from vdm_hub.errors import DataError, explained, shortened
 
 _BINS = 15
 
@@ -81,7 +81,7 @@ class ClassificationReport:
         """The mean number of evaluations of the bound of one candidate at one draw, without the pilot's."""
         return float(self.standing.evaluations.double().mean())
 
-    def scored(self, labels: Tensor | Sequence[int]) -> ClassificationReport:
+    def scored(self, labels: Tensor | Sequence[int | str]) -> ClassificationReport:
         """The report beside the truth.
 
         Args:
@@ -95,6 +95,12 @@ class ClassificationReport:
         ):
             named = isinstance(labels, list | tuple) and any(isinstance(one, str) for one in labels)
             known: dict[Any, int] = {name: number for number, name in enumerate(self.names)}
+            for image, one in enumerate(labels if named else ()):
+                if isinstance(one, str) and one not in known:
+                    raise DataError(
+                        f"image {image} is {shortened(one)}, and that is none of the candidates "
+                        f"{shortened(list(self.names), 300)}: add it, or leave such images out."
+                    )
             given = torch.as_tensor([known.get(one, one) for one in labels] if named else labels).cpu()
         if given.is_floating_point() or given.dtype == torch.bool:
             raise DataError(f"the labels are {given.dtype}: give the number or the name of each image's candidate.")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdm_hub.data.conditions import Candidates
 from vdm_hub.errors import NonFiniteLossError
 from vdm_hub.likelihood.measurement import Batches, Measured, Measurement
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -23,19 +24,21 @@ _ROUNDING = 1e-9  # of a logarithm of a sum, in float64, relative to the bounds
 
 
 class MarginalMeasurement(Measurement):
-    """A likelihood method under every class on the same draws: that of each image's own, and the mixture's beside it.
+    """A likelihood method under every candidate on the same draws: each image's own, and the mixture beside it.
 
-    Batches carry ``class_labels``, (B,). What is reported is the inner measurement's, of each image's own class, to
-    the last bit; ``details["marginal"]`` is of the mixture.
+    Batches carry the condition's entry, such as ``class_labels``, (B,), which this tells the network. What is reported
+    is the inner measurement's, of each image's own class or caption, to the last bit; ``details["marginal"]`` is of
+    the mixture.
 
     Args:
-        inner: The method on a class-conditional model.
+        inner: The method on a conditional model.
+        candidates: The components of the mixture; every image's own is one of them.
         prior: ``p(c)``, (C,), float64.
     """
 
-    def __init__(self, inner: Measurement, prior: Tensor) -> None:
+    def __init__(self, inner: Measurement, candidates: Candidates, prior: Tensor) -> None:
         super().__init__(inner.objective, inner.seed)
-        self.inner, self.prior = inner, prior
+        self.inner, self.candidates, self.prior = inner, candidates, prior
         self.method, self.is_bound, self.options = inner.method, inner.is_bound, inner.options
 
     @property
@@ -48,8 +51,8 @@ class MarginalMeasurement(Measurement):
         self.inner.pilot_evaluations = value
 
     def fit(self, batches: Batches) -> None:
-        """Run the inner measurement's pilot, on the images' own classes."""
-        self.inner.fit(batches)
+        """Run the inner measurement's pilot, on what each image is."""
+        self.inner.fit(lambda: map(self.candidates.condition.told, batches()))
 
     def state(self) -> dict[str, Any]:
         """The inner measurement's."""
@@ -60,27 +63,32 @@ class MarginalMeasurement(Measurement):
         self.inner.load_state(state)
 
     def measure(self, batch: Batch, replicate: int) -> Measured:
-        """The inner measurement of each image's own class, with every class's total beside it, in nats, (B, C)."""
-        labels, device = batch["class_labels"].cpu(), batch["class_labels"].device
-        every = [
-            self.inner.measure({**batch, "class_labels": torch.full_like(labels, number).to(device)}, replicate)
-            for number in range(len(self.prior))
-        ]
-        own = Measured(*(_own([getattr(one, kind) for one in every], labels) for kind in ("terms", "diagnostics")))
+        """The inner measurement of what each image is, with every candidate's total beside it, in nats, (B, C)."""
+        condition, numbers = self.candidates.condition, batch[self.candidates.condition.entry]
+        told = [condition.told({**batch, condition.entry: torch.full_like(numbers, one)}) for one in self._numbers]
+        every = [self.inner.measure(one, replicate) for one in told]
+        places = self.candidates.places(numbers.cpu())
+        own = Measured(*(_own([getattr(one, kind) for one in every], places) for kind in ("terms", "diagnostics")))
         totals = torch.stack([torch.stack(list(one.terms.values())).sum(0) for one in every], 1)
-        extra = {"by_class": totals, "class_label": labels.double()}
+        extra = {"by_class": totals, "class_label": places.double()}
         if "evaluations" in own.diagnostics:
             extra["evaluations"] = torch.stack([one.diagnostics["evaluations"] for one in every]).sum(0)
         return Measured(own.terms, own.diagnostics | extra)
 
+    @property
+    def _numbers(self) -> list[int]:
+        numbers: list[int] = self.candidates.numbers.tolist()
+        return numbers
+
     def fewest_evaluations(self, replicates: int) -> int:
-        """The inner measurement's pilot, and its replicates for each class."""
+        """The inner measurement's pilot, and its replicates for each candidate."""
         pilot = self.inner.fewest_evaluations(0)
         return pilot + len(self.prior) * (self.inner.fewest_evaluations(replicates) - pilot)
 
     def protocol(self) -> dict[str, Any]:
-        """The inner measurement's, and the classes' prior."""
-        return self.inner.protocol() | {"marginal": {"prior": self.prior.tolist()}}
+        """The inner measurement's, the candidates and their prior."""
+        mixture = {"candidates": self._numbers, "prior": self.prior.tolist()}
+        return self.inner.protocol() | {"marginal": mixture}
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
         """The inner measurement's, and the figures of the mixture: see `marginal_figures`."""
@@ -93,10 +101,10 @@ class MarginalMeasurement(Measurement):
         return self.inner.notes(report)
 
 
-def _own(of_classes: list[dict[str, Tensor]], labels: Tensor) -> dict[str, Tensor]:
-    """By name, each image's values of its own class."""
+def _own(of_candidates: list[dict[str, Tensor]], labels: Tensor) -> dict[str, Tensor]:
+    """By name, each image's values of its own candidate."""
     rows = torch.arange(len(labels))
-    return {name: torch.stack([one[name] for one in of_classes])[labels, rows] for name in of_classes[0]}
+    return {name: torch.stack([one[name] for one in of_candidates])[labels, rows] for name in of_candidates[0]}
 
 
 def marginal_figures(by_class: Tensor, labels: Tensor, prior: Tensor) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vdm_hub.data.captions import CAPTIONS, ImageCaptions, StreamCaptions
-from vdm_hub.data.conditions import Condition
-from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.data.conditions import Candidates, Condition
+from vdm_hub.errors import ConfigurationError, DataError, shortened
 from vdm_hub.models.encodings import Encodings
 from vdm_hub.models.text_encoders import TextEncoder
 
@@ -101,6 +101,17 @@ class TextCondition(Condition):
                 "both, or give prompt_embeds."
             )
         return self.text
+
+    def choose(self, given: Sequence[int | str] | None = None) -> Candidates:
+        """Some captions, as texts, which are encoded now: see `Condition.choose`; there is no list of all."""
+        texts = [one for one in given or () if isinstance(one, str)]
+        if isinstance(given, str) or len(texts) != len(given or ()) or len(set(texts)) != max(len(texts), 2):
+            raise ConfigurationError(
+                f"candidates are {shortened(given)}, and the model is told captions: give at least two texts, each "
+                f"once, such as ['a photo of a shirt', 'a photo of a bag']."
+            )
+        told = replace(self, encodings=self.encoded(texts))
+        return Candidates(told, torch.arange(len(texts)), tuple(texts))
 
     def hide(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
         """The batch with the empty text in place of the captions that are hidden.

@@ -35,7 +35,6 @@ from vdm_hub.models.conditions import check_classes
 from vdm_hub.models.loading import REMEDY, refuse_pickles
 from vdm_hub.models.text_conditions import TextCondition
 from vdm_hub.objectives.variational_bound import Objective
-from vdm_hub.pipelines.classes import checked_prior, chosen_classes, chosen_texts
 from vdm_hub.pipelines.prompts import Prompt, encoded, one_for_each
 from vdm_hub.pipelines.published_card import KeepsPublishedCard
 
@@ -119,6 +118,20 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     def condition(self) -> Condition | None:
         """What it is conditioned on, classes or captions; ``None`` for an unconditional model."""
         return self.text_condition or self.class_condition
+
+    @property
+    def known_condition(self) -> Condition:
+        """What it is conditioned on.
+
+        Raises:
+            ConfigurationError: It is on nothing.
+        """
+        if (condition := self.condition) is None:
+            raise ConfigurationError(
+                "the model is neither class-conditional nor told captions, and what an image is, is found by what the "
+                "network says when told each: give a model that was trained with labels or captions."
+            )
+        return condition
 
     @property
     def text_condition(self) -> TextCondition | None:
@@ -415,7 +428,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         candidates: Sequence[int | str] | None = None,
         *,
         prior: Sequence[float] | Tensor | None = None,
-        labels: Sequence[int] | Tensor | None = None,
+        labels: Sequence[int | str] | Tensor | None = None,
         effort: ClassificationEffort | None = None,
         transitions: int | None = None,
         seed: int = 0,
@@ -431,16 +444,16 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             candidates: The classes to choose from, by number or name, all of the network's by default; or captions,
                 where it was trained with captions: ``["a photo of a shirt", "a photo of a bag"]``.
             prior: ``p(c)`` of the candidates; uniform by default.
-            labels: What each image is, the number of its candidate from 0, where the report is to say how often it
-                was found.
+            labels: What each image is, by the number of its candidate from 0 or by its name, where the report is to
+                say how often it was found.
             effort: How many evaluations of the network: see `ClassificationEffort`.
             transitions: T; continuous time by default.
             seed: Of all draws: an image's are a function of it and the image's index.
             batch_size: Pairs of an image and a class in one call of the network; changes no figure.
 
         Raises:
-            ConfigurationError: The network knows no classes, a candidate is none of them or there are fewer than two,
-                or the prior is none.
+            ConfigurationError: The network is told nothing of an image, a candidate is none that it knows or there
+                are fewer than two, or the prior is none.
             DataError: A pixel is none of the K levels, or the images' shape is not the network's.
 
         Example:
@@ -455,25 +468,11 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             >>> report.names, report.posterior.shape
             (('0', '1', '2'), torch.Size([2, 3]))
         """
-        names, told = self._candidates(candidates)
-        chances, levels = checked_prior(prior, len(names)), self._levels(images)
+        chosen, levels = self.known_condition.choose(candidates), self._levels(images)
         batch = {"levels": levels, "indices": torch.arange(len(levels))}
-        classifier = BoundClassifier(self.objective(transitions), told, chances, effort, seed, batch_size)
-        report = classifier.report(batch, names)
+        objective, chances = self.objective(transitions), chosen.prior(prior)
+        report = BoundClassifier(objective, chosen.told, chances, effort, seed, batch_size).report(batch, chosen.names)
         return report if labels is None else report.scored(labels)
-
-    def _candidates(
-        self, candidates: Sequence[int | str] | None
-    ) -> tuple[tuple[str, ...], Callable[[Tensor], dict[str, Tensor]]]:
-        """The names of candidates, and what the network is told of them, by their numbers."""
-        if (text := self.text_condition) is not None:
-            texts = chosen_texts(candidates)
-            return texts, text.encoded(texts).take
-        condition = self.class_condition
-        classes = chosen_classes(condition, candidates)
-        assert condition is not None
-        told = torch.tensor(classes)
-        return tuple(map(condition.name_of, classes)), lambda chosen: {CLASS_LABELS: told[chosen]}
 
     def _levels(self, images: Any) -> Tensor:
         """The levels of images, which must have the model's shape, on its device."""
