@@ -329,14 +329,7 @@ class VDMPipeline(LikelihoodPipeline):
             >>> pipe(batch_size=2, num_inference_steps=4, output_type="pt").images.shape
             torch.Size([2, 1, 8, 8])
         """
-        if output_type not in _OUTPUT_TYPES:
-            raise unknown_name("output_type", output_type, _OUTPUT_TYPES)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ConfigurationError(f"callback_on_step_end is {shortened(callback_on_step_end)}: give a function.")
-        if (asked := callback_on_step_end_tensor_inputs) not in ((), [], ("latents",), ["latents"]):
-            raise ConfigurationError(f"the callback asks for {shortened(asked)}; only ['latents'] can be given.")
-        if isinstance(batch_size, str | list | tuple):
-            raise ConfigurationError(f"batch_size, the first argument, is {shortened(batch_size)}: write prompt=...")
+        self._check_call(batch_size, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_names(network_arguments, type(self).__call__)
         process, device = self.process, self._execution_device
         guiding = build_guider(guider, guidance_scale)
@@ -344,49 +337,40 @@ class VDMPipeline(LikelihoodPipeline):
         negative: Any = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
         embeds = (prompt_embeds, prompt_attention_mask)
         told, untold = self._prompts(prompt, *embeds, num_images_per_prompt, *negative, guided=guiding is not None)
-        if told and batch_size == 1 and latents is None:
-            batch_size = len(told["encoder_hidden_states"])
-        if class_labels is not None and batch_size == 1 and latents is None:
-            batch_size = _number_of(class_labels)
+        if batch_size == 1 and latents is None and (told or class_labels is not None):
+            batch_size = len(told["encoder_hidden_states"]) if told else _number_of(class_labels)
         shape = self._batch_shape(batch_size, latents, generator)
-        _, bound = process.bind(None, process.draw_context(shape, generator, device))
         if told:
             told, untold = (one_for_each(one, shape[0]) for one in (told, untold or told))
             told |= self._labels(class_labels, shape[0])
         else:
             told = self._told(shape[0], network_arguments, class_labels, None, None)
+        _, bound = process.bind(None, process.draw_context(shape, generator, device))
         network = self._network(network_arguments | told, guiding, untold)
-        by_score = self._score_sampler(sampler, bound)
-        scheduler = self._scheduler_of_call(num_inference_steps, by_score)
         if latents is None:
             latents = bound.prior_sample(shape, generator, device)
-        latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
-        latents = latents * scheduler.init_noise_sigma
-        is_vdm = isinstance(scheduler, VDMScheduler)
-        for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            network.at_step(i, len(scheduler.timesteps), timestep)
-            if by_score is not None:
-                assert isinstance(bound, BoundGaussian)
-                s, t = (time_tensor(scheduler.times[j], latents) for j in (i + 1, i))
-                latents = by_score.step(partial(bound.score, network), bound.sde, latents, s, t, generator)
-            elif is_vdm:
-                output = bound.predict(network, latents, time_tensor(scheduler.times[i], latents))
-                latents = scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
-            else:
-                output = network(scheduler.scale_model_input(latents, timestep), timestep)
-                extra = {"generator": generator} if _takes_generator(scheduler) else {}
-                latents = scheduler.step(output, timestep, latents, **extra).prev_sample
-            if callback_on_step_end is not None:
-                latents = (callback_on_step_end(self, i, timestep, {"latents": latents}) or {}).get("latents", latents)
-        if output_type == "latent":
-            images = latents
-        else:
+        steps = _Steps(self, bound, network, num_inference_steps, sampler, generator)
+        latents = steps.taken(
+            latents.to(device, torch.promote_types(latents.dtype, torch.float32)), callback_on_step_end
+        )
+        images = latents
+        if output_type != "latent":
             _check_finite(latents, None if guiding is None else guidance_scale)
-            decodes = by_score is not None or (is_vdm and not scheduler.ends_at_data)
-            levels = bound.decode(latents, network, generator) if decodes else process.quantise(latents)
-            images = images_from_levels(levels, process.num_levels, output_type)
+            images = images_from_levels(steps.decoded(latents), process.num_levels, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @staticmethod
+    def _check_call(batch_size: Any, output_type: str, callback: Any, asked: Any) -> None:
+        """Refuse what a call can't do, before anything is computed."""
+        if output_type not in _OUTPUT_TYPES:
+            raise unknown_name("output_type", output_type, _OUTPUT_TYPES)
+        if callback is not None and not callable(callback):
+            raise ConfigurationError(f"callback_on_step_end is {shortened(callback)}: give a function.")
+        if asked not in ((), [], ("latents",), ["latents"]):
+            raise ConfigurationError(f"the callback asks for {shortened(asked)}; only ['latents'] can be given.")
+        if isinstance(batch_size, str | list | tuple):
+            raise ConfigurationError(f"batch_size, the first argument, is {shortened(batch_size)}: write prompt=...")
 
     def encode_prompt(
         self,
@@ -588,6 +572,58 @@ class VDMPipeline(LikelihoodPipeline):
     def notes(self, transitions: int | None) -> list[str]:
         """Notes on what the scheduler's config says and the bound's process does otherwise."""
         return notes_on_bound(self.scheduler.config, transitions)
+
+
+class _Steps:
+    """The reverse steps of one call: by its scheduler's own rule, or by the score."""
+
+    def __init__(
+        self,
+        pipe: VDMPipeline,
+        bound: Any,
+        network: GuidedNetwork,
+        num_inference_steps: int,
+        sampler: str | Sampler,
+        generator: Any,
+    ) -> None:
+        self._pipe, self._bound, self._network, self._generator = pipe, bound, network, generator
+        self._by_score = pipe._score_sampler(sampler, bound)
+        self._scheduler = pipe._scheduler_of_call(num_inference_steps, self._by_score)
+        self._is_vdm = isinstance(self._scheduler, VDMScheduler)
+
+    def taken(self, latents: Tensor, callback: StepCallback | None) -> Tensor:
+        """What all steps make of z_1, in float32 or above."""
+        timesteps = self._scheduler.timesteps
+        latents = latents * self._scheduler.init_noise_sigma
+        for i, timestep in enumerate(self._pipe.progress_bar(timesteps)):
+            self._network.at_step(i, len(timesteps), timestep)
+            latents = self._step(i, timestep, latents)
+            if callback is not None:
+                latents = (callback(self._pipe, i, timestep, {"latents": latents}) or {}).get("latents", latents)
+        return latents
+
+    def _step(self, i: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        scheduler, bound, network, generator = self._scheduler, self._bound, self._network, self._generator
+        if self._by_score is not None:
+            assert isinstance(bound, BoundGaussian)
+            s, t = (time_tensor(scheduler.times[j], latents) for j in (i + 1, i))
+            return self._by_score.step(partial(bound.score, network), bound.sde, latents, s, t, generator)
+        if self._is_vdm:
+            output = bound.predict(network, latents, time_tensor(scheduler.times[i], latents))
+            own: Tensor = scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
+            return own
+        output = network(scheduler.scale_model_input(latents, timestep), timestep)
+        extra = {"generator": generator} if _takes_generator(scheduler) else {}
+        stock: Tensor = scheduler.step(output, timestep, latents, **extra).prev_sample
+        return stock
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """The levels of what the last step left."""
+        decodes = self._by_score is not None or (self._is_vdm and not self._scheduler.ends_at_data)
+        if decodes:
+            levels: Tensor = self._bound.decode(latents, self._network, self._generator)
+            return levels
+        return self._pipe.process.quantise(latents)
 
 
 class _InOwnPrecision(nn.Module):
