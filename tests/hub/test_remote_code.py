@@ -20,7 +20,8 @@ from distributions import write_metadata
 from hub.server import LoopbackHub
 from hub.test_loading import MEASURE, PIPELINES, REPOSITORY, build_pipeline
 from naming import naming
-from tiny import tiny_pipeline, tiny_unet_2d
+from tiny import tiny_pipeline, tiny_unet, tiny_unet_2d
+from tiny_text import LIMIT, WIDTH, tiny_encoder, tiny_tokenizer
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.hub.install_hint import add_install_hint
@@ -448,6 +449,17 @@ def test_the_check_passes_where_both_sides_agree_and_says_where_they_do_not(
     monkeypatch.setattr(remote_code, "_measure_without_the_package", lambda folder: other)
     with pytest.raises(CheckpointError, match=naming("samples", "diffusion")):
         check_remote_code(folders["with code"] / "carried")
+
+
+def test_a_model_of_captions_carries_its_code_and_a_reader_its_encoder_s(tmp_path: Path) -> None:
+    captions = {"column": "text", "template": None, "max_length": LIMIT, "dropout": 0.0, "examples": []}
+    parts: Any = {"text_encoder": tiny_encoder(), "tokenizer": tiny_tokenizer(), "captions": captions}
+    VDMPipeline(tiny_unet(cross_attention_dim=WIDTH), tiny_pipeline().scheduler, **parts).save_pretrained(tmp_path)
+    add_remote_code(tmp_path)
+    check_remote_code(tmp_path)  # samples and bounds of prompts, in a process without vdm_hub
+    _change(tmp_path / "model_index.json", text_encoder=["transformers", "NoSuchModel"])
+    with pytest.raises(CheckpointError, match="NoSuchModel"):
+        add_remote_code(tmp_path)
 
 
 def test_the_check_runs_no_code_but_today_s(folder: Path, tmp_path: Path) -> None:

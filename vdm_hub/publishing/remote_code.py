@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
@@ -34,6 +33,7 @@ from vdm_hub.hub.install_hint import HINT_KEY
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import CONFIGS
+from vdm_hub.hub.text_files import TEXT_COMPONENTS
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.publishing import remote_code_reader
 from vdm_hub.publishing.carried_code import (
@@ -132,14 +132,20 @@ def _read_index(folder: Path) -> dict[str, Any]:
         )
     for component, (library, cls) in _components(index).items():
         library = PACKAGE if PINNED_NAME.fullmatch(library) else library
-        known = cls in PUBLIC_CLASSES if library == PACKAGE else library == "diffusers" and hasattr(diffusers, cls)
-        if not known:
+        if not _is_known(component, library, cls):
             raise CheckpointError(
-                f"{path} has {library}.{cls} as its {component}: only classes of diffusers and vdm_hub can be "
-                f"published with their code."
+                f"{INDEX} has {library}.{cls} as its {component}: only classes of diffusers and vdm_hub, and text "
+                f"encoders of transformers, can be published with the code of vdm_hub."
             )
         index[component] = [library, cls]
     return index
+
+
+def _is_known(component: str, library: str, cls: str) -> bool:
+    if library == PACKAGE:
+        return cls in PUBLIC_CLASSES
+    of_text = component in TEXT_COMPONENTS  # which the reader has transformers for, as for any pipeline with text
+    return library == ("transformers" if of_text else "diffusers") and hasattr(importlib.import_module(library), cls)
 
 
 def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

@@ -17,7 +17,9 @@ def measure(pipe: Any) -> dict[str, Tensor]:
     """Samples, the latents on their way, and the terms of the bound of images of noise: all from fixed seeds."""
     pipe.set_progress_bar_config(disable=True)
     classes = pipe.num_classes
-    labels = None if classes is None else torch.arange(_IMAGES) % classes
+    told: dict[str, Any] = {} if classes is None else {"class_labels": torch.arange(_IMAGES) % classes}
+    if pipe.text_encoder is not None:
+        told = {"prompt": ["a cat", ""]}
     latents: dict[str, Tensor] = {}
 
     def record(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -27,13 +29,13 @@ def measure(pipe: Any) -> dict[str, Tensor]:
         _IMAGES,
         generator=torch.Generator().manual_seed(0),
         num_inference_steps=_STEPS,
-        class_labels=labels,
+        **told,
         output_type="pt",
         callback_on_step_end=record,
     ).images
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(1))
     levels = (noise * pipe.process.num_levels).long()
-    report = pipe.bits_per_dim(levels, replicates=_REPLICATES, seed=2, class_labels=labels)
+    report = pipe.bits_per_dim(levels, replicates=_REPLICATES, seed=2, **told)
     terms = {f"the bound's term {name!r}": values for name, values in report.terms_per_image.items()}
     return {name: values.contiguous() for name, values in ({"the samples": images} | latents | terms).items()}
 
