@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
         parts.append(pipeline.sample(len(seeds), generators, arguments.num_inference_steps, **part, **chosen))
     with written_beside(arguments.output) as beside:
         save_grid(torch.cat(parts), beside, columns)
-    print(f"{count} samples{_rows(told, columns, pipeline)}: {arguments.output}")
+    other = "" if count == arguments.num_images else f" of {arguments.num_images}, as all rows are equally long"
+    print(f"{count} samples{other}{_rows(told, columns, pipeline)}: {arguments.output}")
 
 
 def _chosen(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> dict[str, Any]:
@@ -91,5 +92,5 @@ def _told(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> tuple[
 def _rows(told: list[int | str], columns: int | None, pipeline: LikelihoodPipeline) -> str:
     if not told:
         return ""
-    names = [one if isinstance(one, str) else pipeline.class_condition.name_of(one) for one in told[::columns]]  # type: ignore[union-attr]
+    names = [pipeline.known_condition.name_of(one) for one in told[::columns]]
     return f", a row each of {', '.join(names)}"

@@ -98,6 +98,7 @@ class Condition(ABC):
         noun: What it is, in words, after "given the".
         dropout: The share of training data whose condition is hidden.
         column: The column of the training dataset that held it.
+        template: What it was made by, from the classes of that column.
     """
 
     entry: ClassVar[str]
@@ -105,6 +106,7 @@ class Condition(ABC):
     noun: ClassVar[str]
     dropout: float
     column: str
+    template: str | None = None
 
     @property
     @abstractmethod
@@ -119,6 +121,10 @@ class Condition(ABC):
     @abstractmethod
     def choices(self) -> Sequence[int | str]:
         """What a pipeline may be told, by the ``argument``: each class, or a few captions."""
+
+    def name_of(self, choice: Any) -> str:
+        """One of the ``choices`` for a reader."""
+        return str(choice)
 
     def choices_of(self, words: Sequence[str]) -> list[int | str]:
         """What a user wrote on a command line, as the ``argument`` takes it."""
@@ -237,13 +243,13 @@ class ClassCondition(Condition):
         """What a network's table of classes follows from: how many there are, and whether there is a null class."""
         return {"classes": self.count, "null": int(self.dropout > 0)}
 
-    def name_of(self, number: int) -> str:
-        """The name of a class, or its number where it has none.
+    def name_of(self, choice: Any) -> str:
+        """The name of the class of a number, or that where it has none.
 
         >>> ClassCondition(2).name_of(1)
         '1'
         """
-        return str(number) if self.names is None else self.names[number]
+        return str(choice) if self.names is None else self.names[choice]
 
     def numbers(self, given: ClassLabels) -> Tensor:
         """Classes by number or name as numbers, int64.

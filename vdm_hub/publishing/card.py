@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,7 @@ TASKS = {
 }
 """The task of a model by the noun of its condition."""
 _NAMED = 100  # classes
+_LINE = 100  # characters of a caption
 _SHOWN = 4  # images, and so classes, of the examples
 _TAGS = ("likelihood", "bits-per-dimension")
 _DATASETS = {
@@ -218,9 +220,9 @@ def _condition(pipeline: LikelihoodPipeline) -> dict[str, Any] | None:
     count = min(_SHOWN, len(choices))
     shown = [choices[place * len(choices) // count] for place in range(count)]
     classes = pipeline.class_condition
-    names = choices if classes is None else [classes.name_of(number) for number in range(classes.count)]
-    if classes is not None and classes.names is not None:
-        shown = [classes.name_of(int(number)) for number in shown]
+    names = [_short(condition.name_of(one)) for one in choices[:_NAMED]]
+    if classes is None or classes.names is not None:
+        shown = [_short(condition.name_of(one)) for one in shown]
     asked = ", ".join(python(one) if isinstance(one, str) else str(one) for one in shown)
     argument = Markup(f"{condition.argument}=[{asked}]")
     recorded = any(pipeline.config.get(known) for known in ("classes", "captions"))
@@ -230,9 +232,9 @@ def _condition(pipeline: LikelihoodPipeline) -> dict[str, Any] | None:
         "asking": argument + Markup(", guidance_scale=2" if condition.dropout else ""),
         "count": None if classes is None else classes.count,
         "column": condition.column if recorded else None,
-        "template": getattr(condition, "template", None),
+        "template": condition.template,
         "encoder": _encoder(pipeline),
-        "names": Markup(", ").join(map(code, names[:_NAMED])) + (", ..." if len(names) > _NAMED else ""),
+        "names": Markup(", ").join(map(code, names)) + (", ..." if len(choices) > _NAMED else ""),
         "named": classes is None or classes.names is not None,
         "hidden": f"{100 * condition.dropout:g} %" if condition.dropout else "",
     }
@@ -240,14 +242,18 @@ def _condition(pipeline: LikelihoodPipeline) -> dict[str, Any] | None:
 
 def _rows_of_samples(pipeline: LikelihoodPipeline, recipe: Mapping[str, Any]) -> Markup:
     """What the rows of the picture of samples were told, from the top."""
-    condition, classes = pipeline.condition, pipeline.class_condition
+    condition = pipeline.condition
     if condition is None:
         return Markup("")
     numbers, columns = rows_of_choices(len(condition.choices), recipe.get("num_sample_images", 64))
-    told = [condition.choices[number] for number in numbers[::columns]]
-    names = told if classes is None else [classes.name_of(int(number)) for number in told]
+    names = [_short(condition.name_of(condition.choices[number])) for number in numbers[::columns]]
     rows = Markup(", ").join(map(code, names))
     return markdown(" Unguided, a row each of {}.", rows) if names else Markup(" Unguided.")
+
+
+def _short(name: str) -> str:
+    """A caption of a line."""
+    return name if len(name) <= _LINE else textwrap.shorten(name, _LINE, placeholder=" ...")
 
 
 def _encoder(pipeline: Any) -> str | None:
