@@ -205,6 +205,43 @@ class BoundResampling(BoundProcess):
         return self._draw(self.predict(network, z_0, t).exp(), generator)
 
 
+class HoldingProcess(ResamplingProcess):
+    """The same, of which a part may be given."""
+
+    def bind_given(self, x: Tensor, noise: Noise, given: Tensor) -> tuple[dict[str, Tensor], BoundHolding]:
+        return {}, BoundHolding(self, x, given)
+
+
+class BoundHolding(BoundResampling):
+    """What is given is held: z_t and p are there what the data are."""
+
+    def __init__(self, process: ResamplingProcess, x: Tensor, given: Tensor) -> None:
+        super().__init__(process)
+        self.x, self.given = x, given
+
+    def sample(self, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
+        return torch.where(self.given, x, super().sample(x, t, noise))
+
+    def predict(self, network: Network, z_t: Tensor, t: Tensor) -> Tensor:
+        known = self._one_hot(self.x).clamp(min=1e-30).log()
+        return torch.where(self.given.unsqueeze(-1), known, super().predict(network, z_t, t))
+
+    def prior_kl(self, x: Tensor) -> Tensor:
+        keep = self._keep(torch.ones(x.shape[0]), x)
+        q = self._marginal(self._one_hot(x), keep).clamp(min=1e-30)
+        each = (q * (q.log() + math.log(self.num_levels))).sum(-1)
+        return torch.where(self.given, 0.0, each).flatten(1).sum(1)
+
+    def prior_sample(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> Tensor:
+        return torch.where(self.given, self.x, super().prior_sample(shape, generator, device))
+
+    def reverse_step(
+        self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        z_s, estimate = super().reverse_step(output, z_t, s, t, generator)
+        return torch.where(self.given, self.x, z_s), torch.where(self.given, self.x, estimate)
+
+
 class LogitsProcess(ResamplingProcess):
     """The same, its network's output the K logits of each level: (C K, H, W) for (C, H, W), (L K) for (L)."""
 

@@ -42,6 +42,7 @@ telling = {MODULE}:TellingSchedule
 [vdm_hub.forward_processes]
 resampling = {MODULE}:ResamplingProcess
 logits = {MODULE}:LogitsProcess
+holding = {MODULE}:HoldingProcess
 learned_resampling = {MODULE}:LearnedResampling
 
 [vdm_hub.networks]

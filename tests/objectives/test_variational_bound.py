@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import registered
 from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule
 from naming import naming
+from plugin_of_law_7 import HoldingProcess
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
@@ -217,3 +218,38 @@ def test_levels_beyond_the_process_and_times_beyond_the_chain_are_refused() -> N
 def test_the_parts_are_all_modules_of_the_objective_by_what_they_are() -> None:
     process, body = registered.process(registered.scalar_schedule("learned_monotone")), Body()
     assert VDMObjective(body, process).parts == {"network": body, "schedule": process}
+
+
+def held(given: Tensor | None, transitions: int = 3) -> tuple[Bound, Body]:
+    """The bound of bits of which a part is given, and the network that was asked."""
+    torch.manual_seed(0)  # one network for all
+    body = Body()
+    objective = VDMObjective(body, HoldingProcess(), transitions)
+    batch = {"levels": batch_of(4, 2)["levels"]} | ({} if given is None else {"given": given})
+    noise = objective.draw_noise(batch, torch.Generator().manual_seed(1))
+    bound = objective(batch, stratified_times(4, 0.3), noise)
+    again = objective.network_terms(batch, stratified_times(4, 0.3), noise, reconstruction=True)
+    for name, term in again.items():
+        assert torch.equal(term, bound.terms[name])
+    return bound, body
+
+
+def test_what_is_given_is_in_no_term_and_the_rest_is_what_it_would_be() -> None:
+    none = torch.zeros(4, *SHAPE, dtype=torch.bool)
+    (free, _), (also, _), (all_given, body) = held(None), held(none), held(~none)
+    for name, term in free.terms.items():
+        assert torch.equal(also.terms[name], term)
+        assert float(all_given.terms[name].detach().abs().max()) < 1e-6
+        assert name == "prior" or float(term.detach().min()) > 1e-3  # of all coin tosses
+    assert body.calls[0]["others"] == {}  # the network is not told
+    one, _ = held(torch.tensor([True, False, False, False]).reshape(4, 1, 1, 1).expand(4, *SHAPE))
+    assert torch.equal(one.total[1:], free.total[1:]) and float(one.total.detach()[0]) < 1e-5 < float(free.total[0])
+
+
+def test_a_process_of_whole_data_takes_nothing_given_and_marks_are_bools_of_the_levels_shape() -> None:
+    objective = VDMObjective(Body(), registered.process(LinearSchedule()))
+    with pytest.raises(ConfigurationError, match=naming("GaussianProcess", "'given'")):
+        evaluate(objective, given=torch.ones(8, *SHAPE, dtype=torch.bool))
+    for wrong in (torch.ones(8, dtype=torch.bool), torch.ones(8, *SHAPE)):
+        with pytest.raises(DataError, match=naming("'given'", str(wrong.dtype))):
+            evaluate(objective, given=wrong)

@@ -489,6 +489,11 @@ class DecodesToPixels(Process):
             return super().decode(z_0, network, generator).float()
 
 
+class CorruptsWhatIsGiven(Process):
+    def bind_given(self, x: Tensor, noise: Noise, given: Tensor) -> tuple[dict[str, Tensor], BoundGaussian]:
+        return self.bind(x, noise)
+
+
 class TimestepsFromTheEnd(Process):
     def timestep(self, t: Tensor) -> Tensor:
         return super().timestep(1 - t)
@@ -873,6 +878,7 @@ BROKEN: dict[str, dict[str, Callable[[], object]]] = {
         "best_output_has_no_kl": AnotherModelsVariance,
         "reverse_step_follows_the_marginal": StepsAside,
         "sampling": DecodesToPixels,
+        "given_stays": CorruptsWhatIsGiven,
         "times": TimestepsFromTheEnd,
         "json_config": ForgetsItsDecoder,
         "transition_kl_is_seen": TenthOfTheDiffusion,

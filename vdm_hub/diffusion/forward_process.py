@@ -204,6 +204,25 @@ class ForwardProcess(nn.Module, ABC):
         ``x`` is ``None`` when sampling: what q would draw from x is then drawn from p.
         """
 
+    def bind_given(self, x: Tensor, noise: Noise, given: Tensor) -> tuple[dict[str, Tensor], BoundProcess]:
+        """What `bind` gives, where a part of each datum is told, such as a prompt, a left context or padding.
+
+        What is given is never corrupted and in no term, so the bound is one on ``-log p(the others|the given)``;
+        while sampling it keeps its value.
+
+        Args:
+            x: The data; while sampling only what is given of them is read.
+            noise: As in `bind`.
+            given: Which dimensions are, bool, (B, *data).
+
+        Raises:
+            ConfigurationError: The process corrupts all of a datum, as those do that do not say otherwise.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} takes no given data, and {int(given.sum())} dimensions of this batch are said to "
+            f"be given: leave 'given' out of the batch, or choose a process that takes them."
+        )
+
     def timestep(self, t: Tensor) -> Tensor:
         """The timestep that stands for time t in a sampler's grid, strictly increasing, (N,) -> (N,), float64."""
         return t.double() * (self.num_train_timesteps - 1)

@@ -32,7 +32,7 @@ from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow
 from vdm_hub.likelihood.protocol import FlowSettings
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.calls import CountedNetwork
-from vdm_hub.objectives.variational_bound import Batch, Terms, VDMObjective
+from vdm_hub.objectives.variational_bound import Batch, Terms, VDMObjective, check_nothing_given
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
@@ -169,6 +169,7 @@ def chain_terms(
         chain: k, which of the K chains.
         network: The model's network on this batch.
     """
+    check_nothing_given(objective.process, batch)
     process, transitions = gaussian_of(objective.process), objective.transitions
     assert transitions is not None
     levels = batch["levels"]

@@ -45,7 +45,7 @@ from vdm_hub.likelihood.measurement import Measured, Measurement
 from vdm_hub.likelihood.protocol import FlowSettings
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.calls import CountedNetwork
-from vdm_hub.objectives.variational_bound import Batch, Terms, VDMObjective
+from vdm_hub.objectives.variational_bound import Batch, Terms, VDMObjective, check_nothing_given
 
 COARSER = 10
 """The factor on the tolerance of the second solution, by which a figure's numerical error is estimated."""
@@ -296,6 +296,7 @@ def draw_flow(
         key: (seed, replicate).
         draw: Which of an image's draws.
     """
+    check_nothing_given(process, batch)
     gaussian, indices = gaussian_of(process), batch["indices"].tolist()
     x = gaussian.encode(batch["levels"], torch.float64)
     shape, device = tuple(x.shape), x.device

@@ -159,12 +159,21 @@ def counted_calls(network: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
+def told(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that its network is told by name: all but the data, which part is given, and the indices.
+
+    >>> list(told({"levels": torch.zeros(2, 3), "indices": torch.arange(2), "class_labels": torch.ones(2)}))
+    ['class_labels']
+    """
+    return {name: value for name, value in batch.items() if name not in ("levels", "given", "indices")}
+
+
 class CountedNetwork:
     """A network as float64 code sees it: called in its own precision, its calls counted per datum.
 
     Args:
         network: Any module called as ``network(sample, timestep, return_dict=False, **conditioning)[0]``.
-        batch: What it is conditioned on, besides ``levels`` and ``indices``.
+        batch: What it is conditioned on, besides what `told` leaves out.
     """
 
     def __init__(self, network: nn.Module, batch: Mapping[str, Tensor]) -> None:
@@ -172,8 +181,7 @@ class CountedNetwork:
         floating = {tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()}
         # Half precisions get float32: the pipeline's network converts by itself, after its Fourier features.
         self._dtype = torch.float64 if not floating or torch.float64 in floating else torch.float32
-        given = {name: value for name, value in batch.items() if name not in ("levels", "indices")}
-        self._arguments = self._in_its_precision(given)
+        self._arguments = self._in_its_precision(told(batch))
 
     def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         """The network's raw output, of the sample's dtype."""

@@ -26,7 +26,7 @@ from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.diffusion.times import discretise
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.models.calls import CountedNetwork
-from vdm_hub.objectives.variational_bound import Batch, Bound, Terms, VDMObjective
+from vdm_hub.objectives.variational_bound import Batch, Bound, Terms, VDMObjective, bind_batch
 
 _STEPS = ("previous", "current", "next", "last")
 _PROFILE = 105  # a stream of draws
@@ -71,7 +71,7 @@ class ConsistencyObjective(VDMObjective):
         levels, network = batch["levels"], CountedNetwork(self.network, batch)
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
-            extras, bound = self.process.bind(x, noise)
+            extras, bound = bind_batch(self.process, batch, x, noise)
             s, t = discretise(times.double(), self.transitions)
             origin = bound.origin(x)
             # Of data, not what float32 kept of them: 17 levels do not lie on its grid.

@@ -18,17 +18,21 @@ from torch import Tensor, nn
 
 from vdm_hub.data.conditions import Condition
 from vdm_hub.diffusion.draws import Generator
-from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
+from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess, Network, Noise
 from vdm_hub.diffusion.times import discretise
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.fields import whole_number
-from vdm_hub.models.calls import Call, check_context
+from vdm_hub.models.calls import Call, check_context, told
 
 Terms = dict[str, Tensor]
 """The terms of a bound by name, each per datum, (B,), in nats."""
 
 Batch = Mapping[str, Tensor]
-"""``levels``: integers 0..K-1, (B, C, H, W). All else (``class_labels``, ...) is passed to the network by name."""
+"""``levels``: integers 0..K-1, (B, *data), such as (B, C, H, W).
+
+``given``, where it is there: which of them are told, bool, (B, *data): see `ForwardProcess.bind_given`. All else
+(``class_labels``, ...) is passed to the network by name.
+"""
 
 
 @dataclass
@@ -156,10 +160,11 @@ class VDMObjective(Objective):
 
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
         """The terms ``reconstruction``, ``prior`` and ``diffusion``, and those that the process adds."""
-        levels, network = batch["levels"], self._called_on(batch, times)
+        levels, network = batch["levels"], self.network_on(batch)
+        _check_draws(levels, times, self.process.num_levels)
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
-            extras, bound = self.process.bind(x, noise)
+            extras, bound = bind_batch(self.process, batch, x, noise)
             terms = {
                 "reconstruction": bound.reconstruction(levels, x, noise, network),
                 "prior": bound.prior_kl(x),
@@ -176,18 +181,20 @@ class VDMObjective(Objective):
             noise: Base noise.
             reconstruction: Whether the reconstruction is one of them, as with a decoder that asks the network.
         """
-        levels, network = batch["levels"], self._called_on(batch, times)
+        levels, network = batch["levels"], self.network_on(batch)
+        _check_draws(levels, times, self.process.num_levels)
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
-            _, bound = self.process.bind(x, noise)
+            _, bound = bind_batch(self.process, batch, x, noise)
             terms = {"reconstruction": bound.reconstruction(levels, x, noise, network)} if reconstruction else {}
             return terms | {self.integrand: self._diffusion(bound, x, times, noise, network)}
 
-    def _called_on(self, batch: Batch, times: Tensor) -> _OutsideIslands:
-        """The network, told what the batch holds beside its levels, once these draws are found to have a bound."""
-        levels = batch["levels"]
-        _check_draws(levels, times, self.process.num_levels)
-        return _OutsideIslands(self.call, self.network, levels.device.type, _network_arguments(batch))
+    def network_on(self, batch: Batch) -> Network:
+        """The network as a process calls it, told what the batch holds beside its data.
+
+        It runs under the autocast that is in force here, also where a process calls it within a float32 island.
+        """
+        return _OutsideIslands(self.call, self.network, batch["levels"].device.type, told(batch))
 
     def _diffusion(self, bound: Any, x: Tensor, times: Tensor, noise: Noise, network: Any) -> Tensor:
         if self.transitions is None:
@@ -217,8 +224,44 @@ def _check_draws(levels: Tensor, times: Tensor, num_levels: int) -> None:
         raise DataError(f"times run from {float(times.min()):g} to {float(times.max()):g}: give values in [0, 1].")
 
 
-def _network_arguments(batch: Batch) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name not in ("levels", "indices")}
+def bind_batch(
+    process: ForwardProcess, batch: Batch, x: Tensor, noise: Noise
+) -> tuple[dict[str, Tensor], BoundProcess]:
+    """The extra terms, and the process bound to a batch, and to what is given of it where it says so.
+
+    Args:
+        process: Any.
+        batch: See `Batch`.
+        x: Its data, as the process encodes them.
+        noise: Base noise.
+
+    Raises:
+        ConfigurationError: A part of the data is given, and the process takes none.
+        DataError: ``given`` is no bool for each level.
+    """
+    given = batch.get("given")
+    if given is None:
+        return process.bind(x, noise)
+    levels = batch["levels"]
+    if given.dtype != torch.bool or given.shape != levels.shape:
+        raise DataError(
+            f"'given' is {given.dtype} of shape {tuple(given.shape)}: give a bool for each of the levels, "
+            f"{tuple(levels.shape)}."
+        )
+    return process.bind_given(x, noise, given)
+
+
+def check_nothing_given(process: ForwardProcess, batch: Batch) -> None:
+    """Refuse a batch of which a part is given, for what is measured of whole data alone.
+
+    Raises:
+        ConfigurationError: A part is.
+    """
+    if (given := batch.get("given")) is not None:
+        raise ConfigurationError(
+            f"{int(given.sum())} dimensions of this batch are said to be given, and this likelihood of "
+            f"{type(process).__name__} is of whole data: leave 'given' out of the batch, or ask for method 'bound'."
+        )
 
 
 class _OutsideIslands:

@@ -48,6 +48,8 @@ class FakeNetwork:
 
     def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         """The output at a sample and its timestep."""
+        if not sample.is_floating_point():  # ids of tokens
+            sample = sample.to(torch.as_tensor(timestep).dtype)
         level = torch.as_tensor(timestep, device=sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
         output = torch.tanh(self.scale * sample + 0.3 * torch.sin(level / 300).to(sample.dtype)).flatten(1)
         entries = math.prod(self.shape)
@@ -347,6 +349,34 @@ def _chain(process: ForwardProcess, size: int) -> dict[str, Tensor]:
     for t, s in pairwise(times):
         z, estimate = bound.reverse_step(bound.predict(network, z, t), z, s, t, generators)
     return found | {"z_s": z, "the estimate": estimate, "decode()": bound.decode(z, network, generators)}
+
+
+@PROCESS_LAWS.add
+def given_stays(process: ForwardProcess) -> None:
+    """Where a part of the data may be given, it keeps its value in z_t and while sampling, and is in no term."""
+    batch = BoundBatch(process)
+    given = (torch.arange(batch.x[0].numel()) % 2 == 0).reshape(batch.x.shape[1:]).expand_as(batch.x)
+    try:
+        bound, of_all = (
+            batch.process.bind_given(batch.x, batch.noise, part)[1] for part in (given, torch.ones_like(given))
+        )
+    except ConfigurationError:  # it takes none
+        return
+    drawn = bound.prior_sample(tuple(batch.x.shape), seeded(4), CPU).to(batch.x.dtype)
+    s, t = torch.tensor(0.4, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
+    z_s, estimate = bound.reverse_step(bound.predict(batch.network, drawn, t), drawn, s, t, seeded(5))
+    latent = bound.sample(batch.x, batch.t, batch.noise)
+    for name, value in {"z_t": latent, "prior_sample()": drawn, "z_s": z_s, "the estimate": estimate}.items():
+        require_close(value[given], batch.x[given], f"{name}, where the data are given,", rtol=0, atol=0)
+    nothing = {
+        "prior_kl": of_all.prior_kl(batch.x),
+        "reconstruction": of_all.reconstruction(batch.levels, batch.x, batch.noise, batch.network),
+        "transition_kl": of_all.transition_kl(batch.x, batch.s, batch.t, batch.noise, batch.network),
+        "kl_rate": batch.rate(of_all, batch.network),
+    }
+    for name, term in nothing.items():
+        if term is not None:
+            require_close(term, torch.zeros(BATCH), f"{name} of data that are all given", rtol=0, atol=1e-6)
 
 
 @PROCESS_LAWS.add
