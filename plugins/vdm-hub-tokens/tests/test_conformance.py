@@ -1,0 +1,23 @@
+"""Both processes keep every law that vdm_hub relies on."""
+
+from __future__ import annotations
+
+from vdm_hub import Check, parametrize_with_checks
+from vdm_hub_tokens import AbsorbingProcess, UniformProcess
+
+
+@parametrize_with_checks(
+    [
+        AbsorbingProcess(5),
+        AbsorbingProcess(3, "polynomial", 2.0),
+        AbsorbingProcess(2, "cosine"),
+        AbsorbingProcess(40, "squared_cosine", num_train_timesteps=100),
+        AbsorbingProcess(5, remasking=0.5, remasking_cap=0.3),
+        UniformProcess(5),
+        UniformProcess(2, "polynomial", 2.0),
+        UniformProcess(3, "cosine", num_train_timesteps=100),
+        UniformProcess(4, "squared_cosine"),
+    ]
+)
+def test_conformance(check: Check) -> None:
+    check()
