@@ -85,6 +85,7 @@ from .objectives.hierarchical import standard_kl as standard_kl
 from .likelihood.lockstep import Trajectory as Trajectory
 from .likelihood.lockstep import integrate_ode as integrate_ode
 from .likelihood.probability_flow import FlowMeasurement as FlowMeasurement
+from .likelihood.measurement import Batches as Batches
 from .likelihood.measurement import Measured as Measured
 from .likelihood.measurement import Measurement as Measurement
 from .likelihood.methods import ImportanceWeighted as ImportanceWeighted
@@ -94,6 +95,7 @@ from .likelihood.methods import VariationalBound as VariationalBound
 from .likelihood.protocol import ClassificationEffort as ClassificationEffort
 from .likelihood.report import LikelihoodReport as LikelihoodReport
 from .objectives.restrictions import as_hierarchical_vae as as_hierarchical_vae
+from .objectives.variational_bound import Batch as Batch
 from .objectives.variational_bound import Bound as Bound
 from .objectives.variational_bound import Objective as Objective
 from .objectives.variational_bound import VDMObjective as VDMObjective

@@ -31,6 +31,7 @@ class LikelihoodMethod(ABC):
     Attributes:
         name: Under which it is registered, and which reports and cards give.
         transitions: T of the model that is measured; ``None`` for continuous time, and where there are none.
+        example_fields: A `VDMScheduler`'s config fields of a process that the conformance kit may measure by it.
 
     Example:
         >>> from vdm_hub import ImportanceWeighted
@@ -41,6 +42,11 @@ class LikelihoodMethod(ABC):
 
     name: ClassVar[str]
     transitions: int | None = None
+    example_fields: ClassVar[Mapping[str, Any]] = {
+        "forward_process": "gaussian",
+        "num_levels": 17,
+        "num_train_timesteps": 1000,
+    }
 
     @abstractmethod
     def build(self, objective: Objective, num_images: int, seed: int) -> Measurement:

@@ -1,6 +1,7 @@
 """The laws of a likelihood method: a figure depends on data, weights, seed and what is said, and on nothing else.
 
-They are tried on a small diffusion that denoises nothing: no likelihood of note, but one all the same.
+They are tried on a small diffusion that denoises nothing: no likelihood of note, but one all the same. A method of
+another kind of model says which by its ``example_fields``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vdm_hub import registry
-from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.measurement import Measurement
 from vdm_hub.likelihood.methods import LikelihoodMethod, build_measurement
@@ -20,7 +21,6 @@ from vdm_hub.objectives.variational_bound import VDMObjective
 from vdm_hub.testing.laws import Laws, require
 from vdm_hub.testing.process_laws import FakeNetwork
 from vdm_hub.testing.subjects import (
-    SHAPE,
     json_round_trip,
     require_close,
     require_finite,
@@ -31,13 +31,12 @@ from vdm_hub.testing.subjects import (
 
 METHOD_LAWS = Laws("likelihood_methods", LikelihoodMethod)
 _IMAGES = 4
-_FIELDS = {"forward_process": "gaussian", "num_levels": 17, "num_train_timesteps": 1000}
 
 
 class _Network(nn.Module):
     """The kit's fake network, called as a model's."""
 
-    def __init__(self, process: GaussianProcess) -> None:
+    def __init__(self, process: ForwardProcess) -> None:
         super().__init__()
         self.fake = FakeNetwork(process)
 
@@ -45,14 +44,23 @@ class _Network(nn.Module):
         return (self.fake(sample, timestep),)
 
 
-def _batch(*indices: int) -> dict[str, Tensor]:
-    levels = torch.randint(0, 17, (_IMAGES, *SHAPE), generator=seeded(1), dtype=torch.uint8)
+def _process(method: LikelihoodMethod) -> ForwardProcess:
+    """The process that the method says it may be tried on."""
+    cls, _ = registry.resolve_class("forward_processes", method.example_fields["forward_process"])
+    process: ForwardProcess = cls.from_fields(method.example_fields)  # type: ignore[attr-defined]
+    return process
+
+
+def _batch(method: LikelihoodMethod, *indices: int) -> dict[str, Tensor]:
+    process = _process(method)
+    shape = (_IMAGES, *process.example_shape)
+    levels = torch.randint(0, process.num_levels, shape, generator=seeded(1), dtype=torch.uint8)
     return {"levels": levels[list(indices)], "indices": torch.tensor(indices)}
 
 
 def _measurement(method: LikelihoodMethod, seed: int = 0, state: dict[str, Any] | None = None) -> Measurement:
     """The measurement after its pilot, or with what another found in its own."""
-    process = GaussianProcess.from_fields(_FIELDS)
+    process = _process(method)
     measurement = build_measurement(
         VDMObjective(_Network(process), process, method.transitions), _IMAGES, method, seed
     )
@@ -60,13 +68,13 @@ def _measurement(method: LikelihoodMethod, seed: int = 0, state: dict[str, Any] 
         measurement.load_state(state)
         return measurement
     with torch.no_grad():
-        measurement.fit(lambda: [_batch(0, 1), _batch(2, 3)])
+        measurement.fit(lambda: [_batch(method, 0, 1), _batch(method, 2, 3)])
     return measurement
 
 
-def _total(measurement: Measurement, *indices: int, replicate: int = 0) -> Tensor:
+def _total(method: LikelihoodMethod, measurement: Measurement, *indices: int, replicate: int = 0) -> Tensor:
     with torch.no_grad():
-        terms = measurement.measure(_batch(*indices), replicate).terms
+        terms = measurement.measure(_batch(method, *indices), replicate).terms
     return sum((term.double() for term in terms.values()), torch.zeros(len(indices), dtype=torch.float64))
 
 
@@ -113,7 +121,7 @@ def options_round_trip(method: LikelihoodMethod) -> None:
 def terms(method: LikelihoodMethod) -> None:
     """Each term is one finite number an image, by a name."""
     with torch.no_grad():
-        found = _measurement(method).measure(_batch(0, 1, 2), 0).terms
+        found = _measurement(method).measure(_batch(method, 0, 1, 2), 0).terms
     require(found, f"there are {len(found)} terms")
     for name, term in found.items():
         require_shape(term, (3,), f"the term {name!r} of 3 images")
@@ -124,7 +132,7 @@ def terms(method: LikelihoodMethod) -> None:
 def images_do_not_mix(method: LikelihoodMethod) -> None:
     """An image's figure is a function of seed, replicate and its index: other batches give the same."""
     measurement = _measurement(method)
-    together, others = _total(measurement, 0, 1, 2, 3), _total(measurement, 3, 1)
+    together, others = _total(method, measurement, 0, 1, 2, 3), _total(method, measurement, 3, 1)
     require_close(others, together[[3, 1]], "the figure in another batch", rtol=1e-6, atol=1e-9)
 
 
@@ -132,9 +140,9 @@ def images_do_not_mix(method: LikelihoodMethod) -> None:
 def replicates_are_draws(method: LikelihoodMethod) -> None:
     """Another replicate is another draw of every image, and so is another seed, unless nothing is drawn."""
     measurement = _measurement(method)
-    first, state = _total(measurement, 0, 1), measurement.state()
-    second = _total(measurement, 0, 1, replicate=1)
-    other = _total(_measurement(method, seed=1, state=state), 0, 1)
+    first, state = _total(method, measurement, 0, 1), measurement.state()
+    second = _total(method, measurement, 0, 1, replicate=1)
+    other = _total(method, _measurement(method, seed=1, state=state), 0, 1)
     moved = torch.stack([second - first, other - first]) != 0
     require(
         moved.all() | ~moved.any(),
@@ -147,8 +155,8 @@ def state_round_trips(method: LikelihoodMethod) -> None:
     """What its pilot found is JSON, and another process that loads it measures the same, bit for bit."""
     measurement = _measurement(method)
     state = json_round_trip(measurement.state(), "state()")
-    loaded = _total(_measurement(method, state=state), 0, 1)
-    require_close(loaded, _total(measurement, 0, 1), "the figure after load_state()", rtol=0, atol=0)
+    loaded = _total(method, _measurement(method, state=state), 0, 1)
+    require_close(loaded, _total(method, measurement, 0, 1), "the figure after load_state()", rtol=0, atol=0)
 
 
 @METHOD_LAWS.add
