@@ -1,8 +1,8 @@
-"""Pictures between prompts: ``python scripts/interpolate_prompts.py PIPELINE "a photo of a Sneaker" "a photo of a Bag"``.
+"""Pictures between prompts.
 
-What the text encoder makes of two prompts is mixed, ``(1 - a) first + a second`` for each token, and samples are drawn
-from the same noise at each a: a column for each a, a row for each noise. With more than two prompts each column passes
-on to the next pair, below.
+``python scripts/interpolate_prompts.py PIPELINE "a photo of a Sneaker" "a photo of a Bag"``: what the text encoder
+makes of two prompts is mixed, ``(1 - a) first + a second`` for each token, and samples are drawn from the same noise
+at each a: a column for each a, a row for each noise. With more than two prompts, the next rows are of the next pair.
 """
 
 from __future__ import annotations
