@@ -34,7 +34,7 @@ def measure(size: str, pairs: int) -> tuple[float, float, float]:
     network, device = run.model.network.eval(), run.accelerator.device
     pipeline = VDMPipeline(network, VDMScheduler(**run.model.process.fields()))
     pipeline.set_progress_bar_config(disable=True)
-    sample = torch.randn(BATCH, *run.data.image_shape, device=device)
+    sample = torch.randn(BATCH, *run.data.shape, device=device)
     timestep = torch.rand(BATCH, device=device) * 999
 
     def forward() -> None:

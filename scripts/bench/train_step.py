@@ -129,7 +129,7 @@ def bare_step(run: TrainingRun) -> Callable[[], object]:
     """Forward, squared error, backward and AdamW, on tensors that are there."""
     network, device = bare_network(run), run.accelerator.device
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
-    shape = (run.training.train_batch_size, *run.data.image_shape)
+    shape = (run.training.train_batch_size, *run.data.shape)
     sample, target = torch.randn(shape, device=device), torch.randn(shape, device=device)
     timestep = torch.rand(shape[0], device=device) * 999
 

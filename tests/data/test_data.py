@@ -127,7 +127,7 @@ def test_digits_are_scikit_learns_levels_in_its_split() -> None:
     data = load_data(DataArguments(dataset_name="digits", num_levels=17))
     assert isinstance(data.train, ImageLevels) and isinstance(data.test, ImageLevels)
     assert np.array_equal(data.train.levels[:, 0], train) and np.array_equal(data.test.levels[:, 0], test)
-    assert data.validation is None and data.image_shape == (1, 8, 8) and data.num_levels == 17
+    assert data.validation is None and data.shape == (1, 8, 8) and data.num_levels == 17
     assert digits()["test"][0]["image"].mode == "L"
     part = load_split("digits", "train[100:200]", num_levels=17, label_column="label")
     assert torch.equal(part.levels, data.train.levels[100:200])
@@ -174,7 +174,7 @@ def test_a_folder_of_images_without_a_test_split_trains_with_a_warning(tmp_path:
     folder = png_folder(tmp_path, *(Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(5)))
     with pytest.warns(UserWarning, match=naming("--test_split")):
         data = load_data(DataArguments(train_data_dir=folder))
-    assert data.test is None and data.image_shape == (3, 4, 4)
+    assert data.test is None and data.shape == (3, 4, 4)
     assert "'tset'" in refused(load_data, DataArguments(train_data_dir=folder, test_split="tset"))
 
 

@@ -1,4 +1,4 @@
-"""Which images a run or an evaluation reads: the data part of a recipe."""
+"""Which images, or texts, a run or an evaluation reads: the data part of a recipe."""
 
 # ruff: noqa: RUF009 - `option` is dataclasses.field with a help text
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NewType
 
+from vdm_hub.data.kinds import IMAGES, TOKENS, DataKind
 from vdm_hub.data.templates import check_template
 from vdm_hub.fields import check_fields, option, require
 
@@ -13,9 +14,15 @@ Share = NewType("Share", float)
 """How many images: as a share, a number between 0 and 1; or as a whole number, an ``int``."""
 
 
+_OF_IMAGES = (
+    *("image_column", "label_column", "num_classes", "caption_column", "caption_template", "resolution"),
+    *("center_crop", "random_flip", "color", "num_levels", "skip_corrupt_images", "num_workers"),
+)
+
+
 @dataclass(frozen=True)
 class DataArguments:
-    """Which images, and what is done to them before they become levels."""
+    """Which images, or texts, and what is done to them before they become levels, or tokens."""
 
     _argument_group_name = "data"
 
@@ -28,9 +35,47 @@ class DataArguments:
     train_data_dir: str | None = option(
         None,
         "Instead of dataset_name: a folder of images or of Parquet files, or one Parquet file. Folders train/, "
-        "validation/ and test/ in it are splits where they hold all of the images; else all are the split 'train'.",
+        "validation/ and test/ in it are splits where they hold all of the images; else all are the split 'train'. "
+        "With a tokenizer: a text file, or a folder of text files, of which, where no folders say otherwise, the last "
+        "tenth by place is the split 'test', and the one before it 'validation'.",
     )
     image_column: str = option("image", "The column that holds the images.")
+    tokenizer: str | None = option(
+        None,
+        "The data are texts, and this makes tokens of them: 'byte'; 'character', those of the training texts; 'bpe', "
+        "byte pairs learned from them; or a folder or a Hub id with a fast tokenizer of transformers.",
+    )
+    vocabulary_size: int | None = option(
+        None,
+        "With tokenizer bpe: how many tokens there are, the mask not among them.",
+        at_least=258,
+        at_most=2**20,
+        only_with="tokenizer",
+    )
+    text_column: str = option(
+        "text", "With a tokenizer: the column that holds the texts, of data that have columns.", only_with="tokenizer"
+    )
+    window_length: int = option(
+        128,
+        "With a tokenizer: texts are cut into windows of so many tokens.",
+        at_least=2,
+        at_most=2**20,
+        only_with="tokenizer",
+    )
+    window_context: int = option(
+        0,
+        "With a tokenizer: how many tokens at the start of a window, the last of the one before, are given and not "
+        "scored.",
+        at_least=0,
+        at_most=2**20,
+        only_with="tokenizer",
+    )
+    window_shift: bool = option(
+        True,
+        "With a tokenizer: begin each training window at a random place at each use, up to a window later; what is "
+        "measured, and what is streamed, is cut at fixed places.",
+        only_with="tokenizer",
+    )
     label_column: str | None = option(
         None,
         "The column that holds the images' classes, integers or ClassLabel: the model is then conditioned on them.",
@@ -128,12 +173,52 @@ class DataArguments:
             self.caption_column,
             f"label_column is {self.label_column!r}, and a model is conditioned on one of the two: leave one out",
         )
+        self._check_kind()
         if self.caption_template is not None:
             check_template(self.caption_template)
         for name in ("test_size", "validation_size"):
             size = getattr(self, name)
             whole_or_share = isinstance(size, int) or size < 1
             require(whole_or_share, name, size, "give a share below 1, such as 0.1, a whole number of images, or 0")
+
+    def _check_kind(self) -> None:
+        """Refuse fields of images for texts, and a vocabulary of a size that follows from something else."""
+        for name in _OF_IMAGES if self.kind is TOKENS else ():
+            require(
+                getattr(self, name) == type(self).__dataclass_fields__[name].default,
+                name,
+                getattr(self, name),
+                f"it acts on images, and tokenizer is {self.tokenizer!r}, so that the data are texts: leave one out",
+            )
+        made = self.tokenizer == "bpe"
+        require(
+            (self.vocabulary_size is not None) == made,
+            "vocabulary_size",
+            self.vocabulary_size,
+            "tokenizer is 'bpe', so say how many tokens it is to learn, such as 1024"
+            if made
+            else f"tokenizer is {self.tokenizer!r}, whose size follows from itself, so leave it out",
+        )
+        require(
+            self.window_context < self.window_length,
+            "window_context",
+            self.window_context,
+            f"window_length is {self.window_length}, and what is given is not scored, so give less",
+        )
+
+    @property
+    def kind(self) -> DataKind:
+        """What the data are.
+
+        >>> DataArguments(dataset_name="digits").kind.name, DataArguments("a.txt", tokenizer="byte").kind.name
+        ('images', 'tokens')
+        """
+        return IMAGES if self.tokenizer is None else TOKENS
+
+    @property
+    def source(self) -> str:
+        """The name of the dataset, or the place of the folder."""
+        return self.train_data_dir or str(self.dataset_name)
 
     @property
     def has_captions(self) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.data.examples import Examples
 from vdm_hub.errors import DataError, in_one_line
 
 T = TypeVar("T")
@@ -22,11 +22,11 @@ Batch = dict[str, Tensor]
 
 @dataclass(eq=False)
 class TrainingBatches(ABC):
-    """Training batches of images; `training_batches` takes those that suit the images.
+    """Training batches of images, or of data of another kind; `training_batches` takes those that suit the data.
 
     Args:
-        images: The training images.
-        batch_size: Images of one process in a batch.
+        images: The training data.
+        batch_size: Data of one process in a batch.
         seed: Fixes order, mirroring and crops.
         rank: The number of this process.
         world_size: The number of processes.
@@ -56,7 +56,7 @@ class TrainingBatches(ABC):
 
 @dataclass(eq=False)
 class ShuffledBatches(TrainingBatches):
-    """Training batches of `ImageLevels`, which are held in memory.
+    """Training batches of data that are held in memory.
 
     Epoch e is a permutation of the images, drawn from (seed, e) alone. A global batch is the next ``world_size *
     batch_size`` images of it, and each process has its contiguous slice. Mirroring and crops are drawn with the
@@ -67,6 +67,7 @@ class ShuffledBatches(TrainingBatches):
     Raises:
         DataError: There are fewer images than in one global batch.
 
+    >>> from vdm_hub import ImageLevels
     >>> images = ImageLevels(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), (1, 1, 1), 256)
     >>> batches = ShuffledBatches(images, batch_size=5, seed=0)
     >>> sorted(torch.cat([batches.batch(step)["levels"].flatten() for step in (0, 1)]).tolist())
@@ -80,24 +81,22 @@ class ShuffledBatches(TrainingBatches):
         # Fewer than one optimiser step needs are refused by whoever counts those.
         self.steps_per_epoch = whole - whole % self.accumulation if whole >= self.accumulation else whole
         if self.steps_per_epoch == 0:
-            raise _too_few(len(self.images), self.batch_size, self.world_size, self.held_out)
+            raise _too_few(self, len(self.images))
         self._epoch: tuple[int, Tensor, Tensor] | None = None
 
     def batch(self, step: int) -> Batch:
         """The batch of this process at a step, counted from 0.
 
         Returns:
-            ``levels``, uint8 of shape (B, C, H, W), and ``class_labels`` or ``captions``, (B,), where the images have
-            some.
+            As `Examples.take` gives it: of images ``levels``, uint8 of shape (B, C, H, W), and ``class_labels`` or
+            ``captions``, (B,), where they have some.
         """
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         order, draws = self._plan(epoch)
         start = (step_of_epoch * self.world_size + self.rank) * self.batch_size
         places = slice(start, start + self.batch_size)
-        batch = self.images.take(order[places], draws[places, 1:])
-        if self.random_flip:
-            batch["levels"] = _flip(batch["levels"], draws[places, 0])
-        return batch
+        batch: Batch = self.images.take(order[places], draws[places, 1:])
+        return self.images.mirrored(batch, draws[places, 0]) if self.random_flip else batch
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from a step on, without end; nothing before it is read."""
@@ -113,7 +112,7 @@ class ShuffledBatches(TrainingBatches):
 
 
 class StreamedBatches(TrainingBatches):
-    """Training batches of an `ImageStream`, through a shuffle buffer.
+    """Training batches of a stream, through a shuffle buffer.
 
     The order depends on the seed and the epoch alone: every process reads all of the stream, and decodes its own slice
     of each global batch, as `ShuffledBatches` divides it. An epoch leaves out only its last, incomplete global batch.
@@ -128,7 +127,7 @@ class StreamedBatches(TrainingBatches):
             DataError: The stream has fewer images than one global batch.
         """
         batches = (self._decode(step, rows) for step, rows in islice(enumerate(self._rows()), start_step, None))
-        return _read_ahead(batches) if self.images.reader.num_workers else batches
+        return _read_ahead(batches) if self.images.num_workers else batches
 
     def _rows(self) -> Iterator[list[dict[str, Any]]]:
         """The rows of this process's batches, epoch after epoch."""
@@ -142,38 +141,40 @@ class StreamedBatches(TrainingBatches):
                     yield whole[start : start + self.batch_size]
                 complete += 1
             if complete == 0:
-                raise _too_few(len(whole), self.batch_size, self.world_size, self.held_out, self.accumulation)
+                raise _too_few(self, len(whole), self.accumulation)
 
     def _decode(self, step: int, rows: list[dict[str, Any]]) -> Batch:
         place = step * self.world_size + self.rank  # in the order of the images, whatever the number of processes
         draws = torch.rand(self.batch_size, 3, generator=_generator(self.seed, place))
         batch: Batch = self.images.take(rows, draws[:, 1:])
-        if self.random_flip:
-            batch["levels"] = _flip(batch["levels"], draws[:, 0])
-        return batch
+        return self.images.mirrored(batch, draws[:, 0]) if self.random_flip else batch
 
 
-def training_batches(images: ImageLevels | ImageStream, batch_size: int, **arguments: Any) -> TrainingBatches:
-    """`ShuffledBatches` or `StreamedBatches`, as the images are; the keyword arguments are theirs."""
-    kind = ShuffledBatches if isinstance(images, ImageLevels) else StreamedBatches
+def training_batches(images: Examples, batch_size: int, **arguments: Any) -> TrainingBatches:
+    """`ShuffledBatches` or `StreamedBatches`, as the data are; the keyword arguments are theirs."""
+    kind = StreamedBatches if images.is_stream else ShuffledBatches
     return kind(images, batch_size, **arguments)
 
 
-def evaluation_batches(
-    images: ImageLevels | ImageStream, batch_size: int, *, rank: int = 0, world_size: int = 1
-) -> Iterator[Batch]:
+def evaluation_batches(images: Any, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """All images once, in order, the last incomplete batch included; image i goes to process ``i mod world_size``.
 
-    Returns:
-        Batches with ``levels``, uint8 of shape (B, C, H, W); ``class_labels`` or ``captions``, (B,), where the images
-        have some; and ``indices``, int64 of shape (B,): each image's number in the split. Processes may have different
-        numbers of batches.
+    Args:
+        images: The data of a split, of any kind.
+        batch_size: How many in a batch, at most.
+        rank: The number of this process.
+        world_size: The number of processes.
 
+    Returns:
+        Batches as `Examples.take` gives them, and ``indices``, int64 of shape (B,): each image's number in the split.
+        Processes may have different numbers of batches.
+
+    >>> from vdm_hub import ImageLevels
     >>> images = ImageLevels(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), (1, 2, 2), 256)
     >>> [batch["indices"].tolist() for batch in evaluation_batches(images, 2)]
     [[0, 1], [2, 3], [4]]
     """
-    if isinstance(images, ImageLevels):
+    if not images.is_stream:
         for indices in torch.arange(rank, len(images), world_size).split(batch_size):
             if len(indices):
                 yield images.take(indices) | {"indices": indices}
@@ -195,26 +196,24 @@ def _next(rows: Iterator[T], number: int) -> list[T]:
         ) from error
 
 
-def _too_few(count: int, batch_size: int, world_size: int, held_out: int, accumulation: int = 1) -> DataError:
+def _too_few(batches: TrainingBatches, count: int, accumulation: int = 1) -> DataError:
     """The error for images that can't fill one batch, with the fields that would help, and by how much."""
+    batch_size, world_size, held_out = batches.batch_size, batches.world_size, batches.held_out
+    data = batches.images.kind.data
     needed = batch_size * world_size * accumulation
     steps = f", {accumulation} times a step" if accumulation > 1 else ""
     remedies = []
     if held_out and count + held_out >= needed:
         remedies.append(
-            f"hold out at most {count + held_out - needed} images (validation_size and the test images, together)"
+            f"hold out at most {count + held_out - needed} {data} (validation_size and the test {data}, together)"
         )
     if most := count // (world_size * accumulation):
         remedies.append(f"set train_batch_size to at most {most}")
-    taken = f", for {held_out} of the {count + held_out} images are held out," if held_out else ""
+    taken = f", for {held_out} of the {count + held_out} {data} are held out," if held_out else ""
     return DataError(
-        f"{count} training images{taken} do not fill one batch of {batch_size} on each of {world_size} process(es)"
-        f"{steps}: {', or '.join(remedies) or 'give more images'}."
+        f"{count} training {data}{taken} do not fill one batch of {batch_size} on each of {world_size} process(es)"
+        f"{steps}: {', or '.join(remedies) or f'give more {data}'}."
     )
-
-
-def _flip(levels: Tensor, draws: Tensor) -> Tensor:
-    return torch.where((draws < 0.5)[:, None, None, None], levels.flip(-1), levels)
 
 
 def _generator(*seeds: int) -> torch.Generator:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, ClassVar, TypeAlias
 
 import datasets
 import numpy as np
@@ -17,12 +17,16 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.captions import CAPTIONS, ImageCaptions, StreamCaptions
 from vdm_hub.data.colors import Color, check_depth, convert_color, load_pixels
 from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition
+from vdm_hub.data.examples import Examples
+from vdm_hub.data.kinds import IMAGES, Units
 from vdm_hub.data.labels import as_labels
 from vdm_hub.data.levels import Levels, levels_from_image, nearest_levels
 from vdm_hub.data.picture_files import FORMATS, check_one_picture, check_palette, check_size, check_values
+from vdm_hub.data.preprocessing import Preprocessing
 from vdm_hub.data.sources import Opener, check_memory
 from vdm_hub.data.templates import captions_of_classes
 from vdm_hub.errors import DataError, in_one_line, shortened, unknown_name, warn
@@ -162,8 +166,53 @@ class ImageReader:
         return (channels, height, width) if self.resolution is None else (channels, self.resolution, self.resolution)
 
 
+class _Images(Examples):
+    """What images in memory and those of a stream have in common."""
+
+    kind = IMAGES
+    image_shape: tuple[int, int, int]
+    resized_from: ImageSize | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an image, (C, H, W)."""
+        return self.image_shape
+
+    @property
+    def resized(self) -> bool:
+        """Whether any image was resized or cropped, or is to be cropped at each use; of a stream the first answers."""
+        return self.resized_from is not None
+
+    def mirrored(self, batch: dict[str, Tensor], draws: Tensor) -> dict[str, Tensor]:
+        """The batch with the images mirrored left to right whose draw, (B,), lies below 1/2."""
+        levels = batch["levels"]
+        return batch | {"levels": torch.where((draws < 0.5)[:, None, None, None], levels.flip(-1), levels)}
+
+    def units(self, count: int) -> Units:
+        """Bits are counted by dimension: by each level of each channel."""
+        return Units(IMAGES, int(np.prod(self.image_shape)))
+
+    def augmentation(self, arguments: DataArguments) -> dict[str, bool]:
+        """Whether images are mirrored, and cropped at random."""
+        return {
+            "random_flip": arguments.random_flip,
+            "random_crop": self.resized and not arguments.center_crop,
+        }
+
+    def pipeline_arguments(self, arguments: DataArguments) -> dict[str, Any]:
+        """How images became levels."""
+        preprocessing: Preprocessing = {
+            "resolution": arguments.resolution,
+            "center_crop": arguments.center_crop,
+            "color": arguments.color,
+            "num_levels": arguments.num_levels,
+            "image_column": arguments.image_column,
+        }
+        return {"preprocessing": preprocessing}
+
+
 @dataclass(frozen=True)
-class ImageLevels:
+class ImageLevels(_Images):
     """Images held in memory as levels.
 
     Args:
@@ -186,15 +235,16 @@ class ImageLevels:
     names: tuple[str, ...] | None = None
     class_names: tuple[str, ...] | None = None
     captions: ImageCaptions | None = None
+    is_stream: ClassVar[bool] = False
 
     def __len__(self) -> int:
         """The number of images, N."""
         return len(self.levels)
 
     @property
-    def resized(self) -> bool:
-        """Whether any image was resized or cropped, or is to be cropped at each use."""
-        return self.resized_from is not None
+    def count(self) -> int:
+        """The number of images, N."""
+        return len(self.levels)
 
     def take(self, indices: Tensor, offsets: Tensor | None = None) -> dict[str, Tensor]:
         """A batch of the images with these indices.
@@ -221,7 +271,7 @@ class ImageLevels:
 
 
 @dataclass(frozen=True)
-class ImageStream:
+class ImageStream(_Images):
     """Images read as a stream and decoded batch by batch.
 
     Args:
@@ -251,11 +301,17 @@ class ImageStream:
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     captions: StreamCaptions | None = None
+    is_stream: ClassVar[bool] = True
 
     @property
-    def resized(self) -> bool:
-        """Whether the first image is resized or cropped."""
-        return self.resized_from is not None
+    def count(self) -> int | None:
+        """How many images it has, where that is known."""
+        return self.size
+
+    @property
+    def num_workers(self) -> int:
+        """The threads that decode, one of which reads ahead where there are any."""
+        return self.reader.num_workers
 
     def take(
         self, rows: Sequence[dict[str, Any]], offsets: Tensor | None = None, indices: Sequence[int] | None = None

@@ -92,11 +92,20 @@ def read_layout(root: Path) -> Layout:
     files = images or parquet
     _check_names([*files, *metadata])
     _check_shards(parquet)
-    splits = _splits(files, _top_folder) or (_splits(files, _file_name) if parquet else None)
+    splits = splits_by_folder(files) or (_splits(files, _file_name) if parquet else None)
     notes = [] if splits else [_note(files)]
     classes, note = _classes(images, is_divided=splits is not None)
     note = "; ".join(filter(None, [*notes, note]))
     return Layout(listing, splits or {"train": files}, bool(parquet), metadata, classes, note)
+
+
+def splits_by_folder(files: Iterable[str]) -> dict[str, list[str]] | None:
+    """The files by the split that the folder at the top names; ``None`` where one of them has none.
+
+    >>> splits_by_folder(["train/a.txt", "val/b.txt"]), splits_by_folder(["train/a.txt", "b.txt"])
+    ({'train': ['train/a.txt'], 'validation': ['val/b.txt']}, None)
+    """
+    return _splits(files, _top_folder)
 
 
 def _splits(files: Iterable[str], name: Callable[[str], str | None]) -> dict[str, list[str]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from vdm_hub.data.captions import StreamCaptions
 from vdm_hub.data.colors import Color
 from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.data.corrupt import without_corrupt
+from vdm_hub.data.examples import RunData as RunData
 from vdm_hub.data.files import lies_in, list_folder
 from vdm_hub.data.held_out import choose_again, hold_out, names_held_out, number_to_hold_out
 from vdm_hub.data.images import (
@@ -27,6 +28,7 @@ from vdm_hub.data.images import (
     labelled_as,
     names_for_captions,
 )
+from vdm_hub.data.kinds import IMAGES, TOKENS
 from vdm_hub.data.labels import (
     holds_labels,
     names_of_classes,
@@ -49,6 +51,7 @@ from vdm_hub.data.sources import (
 )
 from vdm_hub.data.summaries import Use, summary_of
 from vdm_hub.data.templates import captions_of_classes
+from vdm_hub.data.text_loading import load_texts
 from vdm_hub.errors import DataError, shortened, warn
 
 Images: TypeAlias = ImageLevels | ImageStream
@@ -56,50 +59,24 @@ Images: TypeAlias = ImageLevels | ImageStream
 _ENCODED = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
 
-@dataclass(frozen=True)
-class RunData:
-    """The splits of a run; ``image_shape`` is (C, H, W), the same for all.
-
-    Args:
-        train: To train on.
-        validation: Held out, to measure while training.
-        test: To measure at the end.
-        held_out: How many images of the training split are not trained on, but held out.
-        summary: How many images each of them has, and what lies in the folder and is not used: one paragraph.
-        held_out_test: How the test images were chosen, where they were held out of the training split.
-        notes: What the reader of a figure on the test images must know, one sentence each.
-        classes: Those of the label column, where one is asked for.
-    """
-
-    train: Images
-    validation: Images | None
-    test: Images | None
-    held_out: int = 0
-    summary: str = ""
-    held_out_test: HeldOut | None = None
-    notes: tuple[str, ...] = ()
-    classes: ClassCondition | None = None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape of one image, (C, H, W)."""
-        return self.train.image_shape
-
-    @property
-    def num_levels(self) -> int:
-        """The number of levels, K."""
-        return self.train.num_levels
-
-
 def load_data(arguments: DataArguments) -> RunData:
+    """Load the splits that the arguments name: images, decoded, or texts, as windows of tokens.
+
+    Raises:
+        DataError: A dataset, split or column is not there, or the data are not what the arguments say.
+
+    >>> data = load_data(DataArguments(dataset_name="digits", num_levels=17, validation_size=200))
+    >>> len(data.train), len(data.validation), len(data.test), data.shape
+    (1237, 200, 360, (1, 8, 8))
+    """
+    return _LOADERS[arguments.kind.name](arguments)
+
+
+def _load_images(arguments: DataArguments) -> RunData:
     """Load and decode the splits that the arguments name.
 
     Raises:
         DataError: A dataset, split or column is not there, or the images are not alike or not on the levels.
-
-    >>> data = load_data(DataArguments(dataset_name="digits", num_levels=17, validation_size=200))
-    >>> len(data.train), len(data.validation), len(data.test), data.image_shape
-    (1237, 200, 360, (1, 8, 8))
     """
     source = _source(arguments)
     test, chosen = _evaluation_split(source, arguments, arguments.test_split), None
@@ -137,6 +114,9 @@ def load_data(arguments: DataArguments) -> RunData:
     sizes = (0 if held_out is None else len(held_out), 0 if chosen is None else chosen["size"])
     notes = _warn_of_overlaps(source, arguments, sum(sizes), test is not None and chosen is None)
     return RunData(train, validation, test, sum(sizes), summary, chosen, notes, classes)
+
+
+_LOADERS: dict[str, Callable[[DataArguments], RunData]] = {IMAGES.name: _load_images, TOKENS.name: load_texts}
 
 
 def load_split(
@@ -211,7 +191,7 @@ def check_outputs_apart(arguments: DataArguments, outputs: Mapping[str, Path]) -
     Raises:
         DataError: An output would be among the images of this or another run.
     """
-    name = arguments.train_data_dir or str(arguments.dataset_name)
+    name = arguments.source
     if not outputs or (name == arguments.dataset_name and not is_local(name)):
         return
     folder = local_path(name)

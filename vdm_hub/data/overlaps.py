@@ -15,7 +15,12 @@ _USES = {"train": "trains on", "validation": "validates on", "test": "tests on"}
 
 
 def overlaps(
-    source: Source, splits: Mapping[str, str], limit: int | None = None, *, streaming: bool = False
+    source: Source,
+    splits: Mapping[str, str],
+    limit: int | None = None,
+    *,
+    streaming: bool = False,
+    data: str = "images",
 ) -> dict[tuple[str, str], str]:
     """Sentences on each two of the training, validation and test splits that have images in common.
 
@@ -25,6 +30,7 @@ def overlaps(
             that are held out of the training split: these have no images in common with what is left of it.
         limit: The most images at the start of the training split that are trained on or held out.
         streaming: Whether whole splits are read as streams.
+        data: What rows are called.
     """
     spans = {
         use: _spans(source, split, limit if use == "train" else None, streaming=streaming)
@@ -39,10 +45,10 @@ def overlaps(
             if split == other_split
         )
         if common:
-            count = "images" if streaming else f"{common:,} images"
+            count = data if streaming else f"{common:,} {data}"
             notes[one, other] = (
                 f"{count} of {splits[other]!r}, which the run {_USES[other]}, are also of {splits[one]!r}, which it "
-                f"{_USES[one]}: the figure is not one of held-out images; name another split with --{other}_split."
+                f"{_USES[one]}: the figure is not one of held-out {data}; name another split with --{other}_split."
             )
     return notes
 

@@ -9,7 +9,7 @@ from typing import Any
 from vdm_hub.data.captions import CAPTIONS
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.evaluation.conditions import different, names_of
-from vdm_hub.evaluation.evaluate import check_images, read_images
+from vdm_hub.evaluation.evaluate import read_images
 from vdm_hub.evaluation.provenance import library_versions, weights_fingerprint
 from vdm_hub.likelihood.classification_report import ClassificationReport
 from vdm_hub.likelihood.protocol import ClassificationEffort
@@ -50,7 +50,7 @@ def classify_images(
     """
     started = time.perf_counter()
     levels, known = read_images(images, batch_size, max_images)
-    check_images(pipeline, levels, images.num_levels)
+    pipeline.check_data(levels, images.num_levels)
     labels = names_of(pipeline, images, known)
     if candidates is None and images.captions is not None:
         candidates = different(images.captions.texts, known[CAPTIONS])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vdm_hub.data.batches import evaluation_batches
 from vdm_hub.data.conditions import Candidates
-from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.data.examples import ABOUT_SITES, Examples
+from vdm_hub.data.kinds import Units
 from vdm_hub.errors import ConfigurationError, DataError, shortened
 from vdm_hub.evaluation.conditions import Told, told_of
 from vdm_hub.evaluation.journal import Journal, check_evaluation_journal
@@ -35,7 +36,7 @@ _EXAMINED = 1024  # images, whose latents are looked at
 
 def evaluate(
     pipeline: LikelihoodPipeline,
-    images: ImageLevels | ImageStream,
+    images: Examples,
     method: Method = "bound",
     replicates: int | ReplicateStages = 8,
     *,
@@ -56,7 +57,8 @@ def evaluate(
 
     Args:
         pipeline: The model.
-        images: The images, in memory or as a stream; their labels are given to a class-conditional network.
+        images: The images, or other data, in memory or as a stream; their labels are given to a class-conditional
+            network.
         method: What it is measured by, or its name: see `LikelihoodPipeline.log_likelihood`.
         replicates: Independent passes over the images, behind the standard error; or `ReplicateStages`, with an error
             at which it ends, and a budget.
@@ -91,7 +93,7 @@ def evaluate(
     if journal is not None:
         check_evaluation_journal(journal)
     levels, numbers = read_images(images, batch_size, max_images)
-    check_images(pipeline, levels, images.num_levels)
+    pipeline.check_data(levels, images.num_levels)
     told = told_of(pipeline, images, numbers)
     method, mixture = method_of(method), _mixture(told, marginal, prior)
     stages = (
@@ -99,14 +101,16 @@ def evaluate(
         if isinstance(replicates, ReplicateStages)
         else ReplicateStages(replicates, max_replicates=max(256, replicates))
     )
-    description = _describe(dataset, levels)
+    sites = {name: numbers[name] for name in ABOUT_SITES if name in numbers}
+    units = images.units(len(levels))
+    description = _describe(dataset, levels, units)
     weights = weights_fingerprint(pipeline)
     key = {
         "images": description["fingerprint"],
         "weights": weights,
         "labels": None if told is None else told.key,
-    }
-    how = _How(pipeline, levels, told, batch_size, key, journal, processes, progress)
+    } | {name: fingerprint(known) for name, known in sites.items()}
+    how = _How(pipeline, levels, sites, units, told, batch_size, key, journal, processes, progress)
 
     def one(objective: Objective, stages: ReplicateStages, model: str) -> LikelihoodReport:
         measurement = build_measurement(objective, len(levels), method, seed)
@@ -121,7 +125,7 @@ def evaluate(
         report = report.with_clipped(lambda: one(clipped, same, "clipped"))
     details, notes = pipeline.examine(levels[:_EXAMINED].to(pipeline.device_of_latents))
     report.details |= details
-    report.with_notes([*pipeline.notes(method.transitions), *notes])
+    report.with_notes([*pipeline.notes(method.transitions), *notes, *units.notes])
     report.details |= {"seed": seed, "weights": weights} | ({} if dataset is None else {"dataset": description})
     report.details |= {"processes": processes.count, "versions": library_versions()}
     report.details |= {
@@ -156,6 +160,8 @@ class _How:
 
     pipeline: LikelihoodPipeline
     levels: Tensor
+    sites: Mapping[str, Tensor]
+    units: Units
     told: Told | None
     batch_size: int
     key: dict[str, Any]
@@ -175,6 +181,7 @@ class _How:
             processes=self.processes,
             journal=self.open_journal(measurement, model),
             progress=self.progress,
+            units=self.units,
         )
 
     def take(self, indices: Tensor) -> Batch:
@@ -186,6 +193,7 @@ class _How:
         """The images with these indices and the entries of their condition."""
         device = self.pipeline.device_of_latents
         batch = {"levels": self.levels[indices].to(device), "indices": indices}
+        batch |= {name: known[indices].to(device) for name, known in self.sites.items()}
         if self.told is None:
             return batch
         return batch | {self.told.condition.entry: self.told.entries[indices].to(device)}
@@ -209,16 +217,15 @@ class _How:
         return made or Journal(place, key)
 
 
-def _describe(dataset: Mapping[str, Any] | None, levels: Tensor) -> dict[str, Any]:
+def _describe(dataset: Mapping[str, Any] | None, levels: Tensor, units: Units) -> dict[str, Any]:
     """The description of the images, with the number and the fingerprint of those that are measured."""
-    known = dataset is not None and dataset["images"] == len(levels)
+    data = units.kind.data
+    known = dataset is not None and dataset[data] == len(levels)
     digest = dataset["fingerprint"] if dataset is not None and known else fingerprint(levels)
-    return {**(dataset or {}), "images": len(levels), "fingerprint": digest}
+    return {**(dataset or {}), data: len(levels), "fingerprint": digest}
 
 
-def read_images(
-    images: ImageLevels | ImageStream, batch_size: int, max_images: int | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def read_images(images: Examples, batch_size: int, max_images: int | None) -> tuple[Tensor, dict[str, Tensor]]:
     """The levels of the images, and what else is known of each, by its name."""
     needed = None if max_images is None else math.ceil(max_images / batch_size)
     parts = list(islice(evaluation_batches(images, batch_size), needed))
@@ -226,24 +233,3 @@ def read_images(
         raise DataError("there are no images to evaluate.")
     joined = {name: torch.cat([part[name] for part in parts])[:max_images] for name in parts[0]}
     return joined.pop("levels"), joined
-
-
-def check_images(pipeline: LikelihoodPipeline, levels: Tensor, given_levels: int) -> None:
-    """Refuse images whose shape or levels are not the model's.
-
-    Raises:
-        DataError: They are not.
-    """
-    (channels, height, width), num_levels = pipeline.image_shape, pipeline.num_levels
-    if tuple(levels.shape[1:]) != (channels, height, width):
-        raise DataError(
-            f"the images are {'x'.join(map(str, levels.shape[1:]))}, the model's {channels}x{height}x{width}: "
-            f"evaluate a dataset of that size and number of channels, or ask for resizing with --resolution {height}."
-        )
-    if int(levels.max()) >= num_levels:
-        raise DataError(f"the images hold level {int(levels.max())}; the model knows 0 to {num_levels - 1}.")
-    if given_levels != num_levels:
-        raise DataError(
-            f"the images were read as {given_levels} levels, and the model knows {num_levels}: read them with "
-            f"num_levels={num_levels}, where they have so many."
-        )

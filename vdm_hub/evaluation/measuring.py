@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.data.kinds import Units
 from vdm_hub.evaluation.journal import Journal
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.fields import within
@@ -31,7 +32,8 @@ class ReplicateStages:
 
     Attributes:
         replicates: Those of the first stage.
-        target: Monte Carlo standard error of the mean over the images, bits/dim; ``None`` stops after the first stage.
+        target: Monte Carlo standard error of the mean over the images, in bits/dim, or bits/byte of texts; ``None``
+            stops after the first stage.
         max_replicates: The most in all.
         max_evaluations: The most network evaluations in all, the pilot's included.
 
@@ -50,7 +52,7 @@ class ReplicateStages:
         if self.target is None:
             return
         if not 0 < self.target < math.inf:
-            raise ConfigurationError(f"target_standard_error is {self.target}: give a number above 0, in bits/dim.")
+            raise ConfigurationError(f"target_standard_error is {self.target}: give a number above 0, in bits/dim (of texts, bits/byte).")
         if not FEWEST_REPLICATES <= self.replicates <= self.max_replicates:
             raise ConfigurationError(
                 f"replicates is {self.replicates}, with a target_standard_error and max_replicates "
@@ -83,7 +85,7 @@ class ReplicateStages:
             report: Of the replicates so far.
             pilot: How many of its evaluations no further replicate takes.
         """
-        done, error = report.replicates, report.standard_error
+        done, error = report.replicates, report.leading_error
         if self.target is None or error <= self.target:
             return None
         most = self._most(report, pilot)
@@ -101,7 +103,7 @@ class ReplicateStages:
         """The report's record of the target: whether it was reached, and if not, what ended the measurement."""
         if self.target is None:
             return {}
-        target: dict[str, object] = {"standard_error": self.target, "reached": report.standard_error <= self.target}
+        target: dict[str, object] = {"standard_error": self.target, "reached": report.leading_error <= self.target}
         target |= {"max_replicates": self.max_replicates, "max_evaluations": self.max_evaluations}
         if not target["reached"]:
             by_evaluations = self._most(report, pilot) < self.max_replicates
@@ -119,6 +121,7 @@ def measure_images(
     processes: Processes | None = None,
     journal: Journal | None = None,
     progress: bool = True,
+    units: Units | None = None,
 ) -> LikelihoodReport:
     """The report of a method over images, the same on every process.
 
@@ -131,6 +134,7 @@ def measure_images(
         processes: Those that share the images; each takes part.
         journal: Where finished images are kept, and found.
         progress: Whether to show a bar with the current estimate.
+        units: What bits are counted by; by dimension of an image where not given.
 
     Raises:
         DataError: There are fewer images than processes.
@@ -145,11 +149,11 @@ def measure_images(
     stages.check_budget(measurement.fewest_evaluations(stages.replicates))
     batches = list(batches_of(num_images, batch_size, processes.count))
     own = batches[processes.rank :: processes.count]
-    dimensions = int(take(own[0][:1])["levels"][0].numel())
+    units = units or Units(per_datum=int(take(own[0][:1])["levels"][0].numel()))
     with (
         evaluating(measurement.objective),
         torch.no_grad(),
-        _Bar(torch.cat(own), dimensions, progress and processes.is_main) as bar,
+        _Bar(torch.cat(own), units, progress and processes.is_main) as bar,
     ):
         worker = _Worker(measurement, take, own, Results(num_images), journal, bar)
         fitted = processes.together(lambda: worker.fit(batches) if processes.is_main else None)
@@ -161,7 +165,7 @@ def measure_images(
             fresh = processes.together(lambda: worker.run(stage))  # noqa: B023 - called before the next stage
             for found in processes.gather(fresh):
                 worker.results.take(found)
-            report = worker.results.report(measurement, goal, dimensions)
+            report = worker.results.report(measurement, goal, units)
             following = processes.broadcast(stages.next(report, measurement.pilot_evaluations))
             if following is None:
                 break
@@ -236,10 +240,11 @@ class _Worker:
 class _Bar:
     """A progress bar over this process's images, with the estimate so far and its error."""
 
-    def __init__(self, share: Tensor, dimensions: int, shown: bool) -> None:
-        self._share, self._scale = share, dimensions * math.log(2)
+    def __init__(self, share: Tensor, units: Units, shown: bool) -> None:
+        self._share, self._unit = share, units.leading
+        self._scale = units.per_datum * (units.bytes_per_value or 1) * math.log(2)
         self._means: list[float] = []
-        self._bar = tqdm(total=0, desc="evaluating", unit="image", disable=not shown, leave=False)
+        self._bar = tqdm(total=0, desc="evaluating", unit=units.kind.datum, disable=not shown, leave=False)
 
     def __enter__(self) -> _Bar:
         return self
@@ -261,7 +266,7 @@ class _Bar:
         """Count finished images; before the first replicate is finished, there is no error to show."""
         if not self._bar.disable and not self._means:
             so_far = results.totals([replicate])[0, self._share].nanmean() / self._scale
-            self._bar.set_postfix_str(f"{float(so_far):.4f} bits/dim", refresh=False)
+            self._bar.set_postfix_str(f"{float(so_far):.4f} {self._unit}", refresh=False)
         self._bar.update(images)
 
     def finish(self, replicate: int, results: Results) -> None:
@@ -271,4 +276,4 @@ class _Bar:
         self._means.append(float(results.totals([replicate])[0, self._share].mean() / self._scale))
         means = torch.tensor(self._means, dtype=torch.float64)
         error = f" ± {float(means.std() / math.sqrt(len(means))):.4f}" if len(means) > 1 else ""
-        self._bar.set_postfix_str(f"{float(means.mean()):.4f}{error} bits/dim")
+        self._bar.set_postfix_str(f"{float(means.mean()):.4f}{error} {self._unit}")

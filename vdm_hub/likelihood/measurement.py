@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdm_hub.data.kinds import Units
 from vdm_hub.errors import DataError, NonFiniteLossError
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.calls import evaluating
@@ -148,19 +149,20 @@ class Results:
         """The negative log-likelihood in nats, (replicates, images); NaN where it is missing."""
         return torch.stack(list(self._stacked("term", replicates).values())).sum(0)
 
-    def report(self, measurement: Measurement, replicates: int, dimensions: int) -> LikelihoodReport:
+    def report(self, measurement: Measurement, replicates: int, units: Units) -> LikelihoodReport:
         """The report of the first so many replicates, of all images that were measured in them.
 
         Args:
             measurement: The method.
             replicates: How many.
-            dimensions: Of one image.
+            units: What bits are counted by.
         """
         chosen = range(replicates)
         seen = torch.stack([self._done[replicate] for replicate in chosen]).all(0).nonzero().flatten()
         terms = {name: value[:, seen] for name, value in self._stacked("term", chosen).items()}
         diagnostics = {name: value[:, seen] for name, value in self._stacked("diagnostic", chosen).items()}
-        report = LikelihoodReport(terms, diagnostics.get("time"), dimensions, integrand=diagnostics.get("integrand"))
+        report = LikelihoodReport(terms, diagnostics.get("time"), units.per_datum, units=units)
+        report.integrand = diagnostics.get("integrand")
         report.method, report.is_bound = measurement.method, measurement.is_bound
         report.transitions = measurement.transitions
         evaluations = diagnostics.get("evaluations", torch.zeros(()))
@@ -180,7 +182,9 @@ class Results:
         }
 
 
-def collect(measurement: Measurement, batches: Batches, num_images: int, replicates: int) -> LikelihoodReport:
+def collect(
+    measurement: Measurement, batches: Batches, num_images: int, replicates: int, units: Units | None = None
+) -> LikelihoodReport:
     """The report of a method over all batches and replicates, in ``eval`` mode and without gradients.
 
     Args:
@@ -188,6 +192,7 @@ def collect(measurement: Measurement, batches: Batches, num_images: int, replica
         batches: Called once a replicate; each batch carries ``indices``, (B,), the images' indices.
         num_images: How many images all batches hold together.
         replicates: Independent estimates of each image.
+        units: What bits are counted by; by dimension of an image where not given.
 
     Raises:
         NonFiniteLossError: A term of an image is not finite; the message names both.
@@ -200,7 +205,8 @@ def collect(measurement: Measurement, batches: Batches, num_images: int, replica
         for replicate in range(replicates):
             for batch in batches():
                 results.add(replicate, batch["indices"], measurement.measure(batch, replicate))
-    return results.report(measurement, replicates, int(batch["levels"][0].numel()))
+    units = units or Units(per_datum=int(batch["levels"][0].numel()))
+    return results.report(measurement, replicates, units)
 
 
 def check_finite(name: str, term: Tensor, index: Tensor) -> None:

@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdm_hub.data.kinds import TOKENS, Units
 from vdm_hub.errors import VDMHubError, in_one_line
 from vdm_hub.likelihood.stages import FEWEST_REPLICATES
 
 
 @dataclass
 class LikelihoodReport:
-    """A likelihood of a set of images.
+    """A likelihood of a set of images, or of texts.
+
+    What is said of images and of bits/dim holds of the windows of texts and of bits/token: see ``units``.
 
     Attributes:
         terms_per_image: Each term in nats, (replicates, images), float64. A replicate is one independent estimate.
         times: The time at which each diffusion term was estimated, (replicates, images) or (replicates, images, n);
             ``None`` where the method has none.
-        dimensions: Dimensions of one image.
+        dimensions: Dimensions of one image; of texts, the tokens of a window that are scored, on average.
         is_bound: Whether the number bounds the negative log-likelihood from above, rather than estimating it.
         method: How it was computed.
         transitions: Number of transitions T; ``None`` for continuous time.
@@ -30,17 +33,19 @@ class LikelihoodReport:
         details: What else is to be said, as plain JSON: the protocol, the dataset, versions, notes.
         integrand: The diffusion term in nats at its own time, importance weight included, control variate left out,
             shaped like ``times``; ``None`` where the diffusion term itself is that.
+        units: What bits are counted by.
     """
 
     terms_per_image: dict[str, Tensor]
     times: Tensor | None
-    dimensions: int
+    dimensions: float
     is_bound: bool = True
     method: str = "bound"
     transitions: int | None = None
     network_evaluations: int = 0
     details: dict[str, Any] = field(default_factory=dict)
     integrand: Tensor | None = None
+    units: Units = field(default_factory=Units)
 
     @property
     def _total(self) -> Tensor:
@@ -89,6 +94,21 @@ class LikelihoodReport:
         return self._total.std(0) / math.sqrt(self.replicates)
 
     @property
+    def leading_error(self) -> float:
+        """The `standard_error` in the unit in which one is asked for: bits/dim, or of texts bits/byte."""
+        return self.units.by_leading(self.standard_error)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The bits per UTF-8 byte of texts, every byte counted once; ``None`` where that has no meaning."""
+        return None if self.units.bytes_per_value is None else self.bits_per_dim / self.units.bytes_per_value
+
+    @property
+    def perplexity(self) -> float:
+        """``2^(bits per token)`` (or per dimension): the number of equally likely values that is as uncertain."""
+        return float(2.0**self.bits_per_dim)
+
+    @property
     def reached(self) -> bool:
         """Whether the standard error that was asked for was reached; true where none was."""
         return bool(self.details.get("target", {}).get("reached", True))
@@ -123,7 +143,7 @@ class LikelihoodReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as one JSON object; a standard error that one replicate can't give is null."""
-        return {
+        return self._texts_to_dict() | {
             "bits_per_dim": self.bits_per_dim,
             "standard_error": _finite(self.standard_error),
             "standard_error_over_images": _finite(self.standard_error_over_images),
@@ -137,23 +157,57 @@ class LikelihoodReport:
             "dimensions": self.dimensions,
         } | self.details
 
+    def _texts_to_dict(self) -> dict[str, Any]:
+        """What a report of texts says besides; the other figures are in bits/token."""
+        if self.units.kind is not TOKENS:
+            return {}
+        scored = round(self.dimensions * self.num_images)
+        each = self.units.bytes_per_value
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "standard_error_per_byte": None if each is None else _finite(self.standard_error / each),
+            "standard_error_over_images_per_byte": (
+                None if each is None else _finite(self.standard_error_over_images / each)
+            ),
+            "bits_per_token": self.bits_per_dim,
+            "perplexity": self.perplexity,
+            "tokens": scored,
+            "bytes": None if each is None else round(scored * each),
+        }
+
     def __str__(self) -> str:
         sign = "<=" if self.is_bound else "="
+        kind, value, data = self.units.kind, self.units.kind.value, self.units.kind.data
         given = " | ".join(["x", *filter(None, [self.details.get("condition")])])
         lines = [
-            f"-log2 p({given}) / dim {sign} {self.bits_per_dim:.4f} bits/dim   standard error "
+            f"-log2 p({given}) / {value} {sign} {self.bits_per_dim:.4f} {kind.unit}   standard error "
             f"{_shown(self.standard_error, 'replicates')} (Monte Carlo), "
-            f"{_shown(self.standard_error_over_images, 'images')} (images)"
+            f"{_shown(self.standard_error_over_images, data)} ({data})",
+            *self._lines_of_texts(sign),
         ]
         width = max(16, *(len(name) + 2 for name in self.terms))
         lines += [f"  {name:<{width}}{value:>10.4f}" for name, value in self.terms.items()]
         lines.append(
-            f"  {self.num_images} images, {self.replicates} replicates, {self.network_evaluations} network "
+            f"  {self.num_images} {data}, {self.replicates} replicates, {self.network_evaluations} network "
             f"evaluations, {self._time}"
         )
         lines += [f"  {line}" for line in (*_protocol_lines(self.details), *_target_lines(self.details))]
         notes = [*_few_replicates(self.replicates), *self.details.get("notes", [])]
         return "\n".join(lines + [f"  note: {note}" for note in notes])
+
+    def _lines_of_texts(self, sign: str) -> list[str]:
+        """The lines on bytes and perplexity, of texts."""
+        if self.units.kind is not TOKENS:
+            return []
+        each, scored, lines = self.units.bytes_per_value, round(self.dimensions * self.num_images), []
+        if each is not None:
+            lines.append(
+                f"{'':<17}{sign} {self.bits_per_byte:.4f} bits/byte    standard error "
+                f"{_shown(self.standard_error / each, 'replicates')} (Monte Carlo), "
+                f"{_shown(self.standard_error_over_images / each, 'windows')} (windows)"
+            )
+        what = "" if each is None else f" for {round(scored * each):,} bytes"
+        return [*lines, f"  perplexity {sign} {self.perplexity:.4f} a token; {scored:,} tokens{what}"]
 
     @property
     def _time(self) -> str:
@@ -164,7 +218,7 @@ class LikelihoodReport:
         return "continuous time" if self.transitions is None else f"{self.transitions} transitions"
 
 
-_READ = ("resolution", "color", "image_column")  # how images were read, where that is not as they are
+_READ = ("resolution", "color", "image_column", "window_length", "window_context")  # how images were read, where that is not as they are
 
 
 def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
@@ -198,7 +252,8 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
     if dataset := details.get("dataset"):
         named = ", ".join(str(dataset[key]) for key in ("name", "config", "split") if dataset.get(key))
         read = (f"{key.replace('_', ' ')} {dataset[key]}" for key in _READ if dataset.get(key))
-        how = ", ".join([named, f"{dataset['levels']} levels", *read])
+        values = f"{dataset['levels']} {'levels' if 'images' in dataset else 'tokens known'}"
+        how = ", ".join([named, values, *read])
         lines.append(f"dataset: {how}, {str(dataset['fingerprint'])[:19]}...")
     return lines
 

@@ -109,6 +109,31 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     def num_levels(self) -> int:
         """The number of levels of its images, K."""
 
+    def check_data(self, levels: Tensor, given_levels: int) -> None:
+        """Refuse images whose shape or levels are not the model's.
+
+        Args:
+            levels: Of the images, (N, C, H, W).
+            given_levels: As how many levels they were read.
+
+        Raises:
+            DataError: They are not.
+        """
+        (channels, height, width), num_levels = self.image_shape, self.num_levels
+        if tuple(levels.shape[1:]) != (channels, height, width):
+            raise DataError(
+                f"the images are {'x'.join(map(str, levels.shape[1:]))}, the model's {channels}x{height}x{width}: "
+                f"evaluate a dataset of that size and number of channels, or ask for resizing with --resolution "
+                f"{height}."
+            )
+        if int(levels.max()) >= num_levels:
+            raise DataError(f"the images hold level {int(levels.max())}; the model knows 0 to {num_levels - 1}.")
+        if given_levels != num_levels:
+            raise DataError(
+                f"the images were read as {given_levels} levels, and the model knows {num_levels}: read them with "
+                f"num_levels={num_levels}, where they have so many."
+            )
+
     @property
     def process(self) -> ForwardProcess | None:
         """The forward process that corrupts the images; ``None`` where nothing does, as in a hierarchical VAE."""

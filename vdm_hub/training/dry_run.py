@@ -37,7 +37,7 @@ def describe_run(run: RunState) -> str:
     rows = {
         "network": f"{type(run.model.body).__name__}, {network:,} parameters",
         "beside it": f"{schedule:,} learned parameters" if schedule else "nothing is learned",
-        "images": f"{_number_of_images(run)}, {'x'.join(map(str, run.data.image_shape))}",
+        "images": f"{_number_of_images(run)}, {'x'.join(map(str, run.data.shape))}",
         "global batch": f"{run.global_batch_size} images on {run.accelerator.num_processes} x {device.type}",
         "state": f"{_bytes(run) / _MIB:,.1f} MiB: weights, gradients, the optimiser's state and the moving average",
         "peak memory": f"{_peak(device) / _MIB:,.0f} MiB of {'the GPU' if device.type == 'cuda' else 'the process'}",

@@ -69,7 +69,7 @@ def _train(configuration: Configuration, accelerator: Accelerator, folder: Outpu
     show = accelerator.is_main_process
     data = load_data(configuration.data)
     condition = build_condition(configuration, data, accelerator)
-    needs = memory_needs(configuration, data.image_shape, accelerator, condition)
+    needs = memory_needs(configuration, data.shape, accelerator, condition)
     if show:
         print(describe_recipe(configuration), data.summary, needs, sep="\n", flush=True)
     refuse_what_cannot_fit(needs, accelerator)
@@ -321,7 +321,7 @@ class TrainingRun(RunState):
         if is_sharded(self.accelerator):
             own, weights = full_tensors(self.model.state_dict(), is_main), full_tensors(weights, is_main)
             if is_main:
-                model = build_objective(self.configuration, self.data.image_shape, self.model.condition)
+                model = build_objective(self.configuration, self.data.shape, self.model.condition)
                 model.to(self.accelerator.device)
                 model.load_state_dict(own)
         if not is_main:

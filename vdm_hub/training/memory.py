@@ -158,7 +158,7 @@ def _least(training: TrainingArguments, accelerator: Accelerator) -> float:
     return lowered * (1.0 if training.compile == "none" else 0.25)
 
 
-def _kept(objective: Objective, shape: tuple[int, int, int]) -> int:
+def _kept(objective: Objective, shape: tuple[int, ...]) -> int:
     """The bytes that the forward passes of the networks keep of a few images."""
     levels = torch.zeros(_IMAGES, *shape, dtype=torch.uint8, device="meta")
     if not isinstance(objective, VDMObjective):

@@ -22,7 +22,7 @@ _TRAINED: dict[str, Any] = {cls.__name__: cls for cls in (MarkovianHVAE, Autoenc
 _COMPONENTS = ("hvae", "first_stage", "vae")  # in pipelines of ours and of diffusers
 
 
-def build_first_stage(configuration: Configuration, shape: tuple[int, int, int]) -> nn.Module:
+def build_first_stage(configuration: Configuration, shape: tuple[int, ...]) -> nn.Module:
     """The first stage that the recipe describes, or starts from.
 
     Raises:
@@ -52,7 +52,7 @@ def build_first_stage(configuration: Configuration, shape: tuple[int, int, int])
 
 
 def _trained(
-    configuration: Configuration, shape: tuple[int, int, int], source: str
+    configuration: Configuration, shape: tuple[int, ...], source: str
 ) -> tuple[nn.Module, list[nn.Parameter]]:
     """The trained first stage, and what of it is new: diffusers' autoencoder has no scale of a likelihood."""
     source = str(pipeline_folder(expanded(source)))
@@ -105,7 +105,7 @@ def _find(files: ModelFiles) -> tuple[str, str]:
 
 
 def _with_levels(
-    configuration: Configuration, shape: tuple[int, int, int], autoencoder: AutoencoderKL, given: dict[str, Any]
+    configuration: Configuration, shape: tuple[int, ...], autoencoder: AutoencoderKL, given: dict[str, Any]
 ) -> AutoencoderKLFirstStage:
     if autoencoder.config.in_channels != shape[0]:
         raise ConfigurationError(

@@ -213,7 +213,7 @@ def build_described(
 
 
 def build_hvae(
-    configuration: Configuration, shape: tuple[int, int, int], field: str, described: Mapping[str, Any]
+    configuration: Configuration, shape: tuple[int, ...], field: str, described: Mapping[str, Any]
 ) -> MarkovianHVAE:
     """The hierarchical VAE that a field of the recipe describes."""
     from_data = {

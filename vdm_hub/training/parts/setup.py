@@ -28,7 +28,7 @@ from vdm_hub.schedulers.vdm import VDMScheduler
 from vdm_hub.training.parts.first_stages import build_first_stage
 from vdm_hub.training.parts.networks import build_hvae, build_network
 
-Shape: TypeAlias = tuple[int, int, int]
+Shape: TypeAlias = tuple[int, ...]
 COMPILER = "inductor"
 # UNetVDMModel's own repeated block; diffusers' networks name none, and these are nearly all of them.
 _REPEATED_BLOCKS = (*UNetVDMModel._repeated_blocks, "ResnetBlock2D", "Attention", "BasicTransformerBlock")
@@ -50,17 +50,22 @@ def build_scheduler(configuration: Configuration) -> VDMScheduler:
 
 
 def build_objective(
-    configuration: Configuration, shape: tuple[int, int, int], condition: Condition | None = None
+    configuration: Configuration,
+    shape: Shape,
+    condition: Condition | None = None,
+    tokenization: Tokenization | None = None,
 ) -> Objective:
     """The module of all that is trained, initialised from the run's seed.
 
     Args:
         configuration: The recipe.
-        shape: Of the images, (C, H, W).
+        shape: Of the images, (C, H, W), or of windows of tokens, (L,).
         condition: What the network is told of each image.
+        tokenization: Of texts, what makes tokens of them.
     """
     torch.manual_seed(configuration.training.seed)
-    objective = _BUILDERS[configuration.model.model](configuration, shape, condition)
+    told = (condition,) if tokenization is None else (tokenization,)
+    objective = _BUILDERS[configuration.model.model](configuration, shape, *told)
     speed_up(objective, configuration.training)
     return objective
 

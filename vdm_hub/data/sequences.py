@@ -1,0 +1,353 @@
+"""Texts as windows of tokens: how documents are joined and cut, so that each byte is counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, TypeAlias, TypedDict
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.examples import Examples
+from vdm_hub.data.kinds import TOKENS, Units
+from vdm_hub.data.tokenization import Tokenization
+from vdm_hub.errors import ConfigurationError, DataError, warn
+from vdm_hub.hub.schemas import Record, Within
+
+
+class Windows(TypedDict):
+    """What a pipeline's config says of how texts become windows.
+
+    Documents are encoded each by itself and joined, each followed by the token that ends a document, where there are
+    several. The first window is the first ``length`` tokens; each further one begins with the last ``context`` tokens
+    of the one before it, which are given. The last window is the last ``length`` tokens, of which those are given that
+    were scored before; a text shorter than a window is filled up, and what it is filled with is given, too.
+
+    Attributes:
+        length: L, the tokens of a window.
+        context: How many of them are given, from the window before.
+        text_column: The column of the training dataset that held the texts.
+    """
+
+    length: Annotated[int, Within(2, 2**20)]
+    context: Annotated[int, Within(0, 2**20)]
+    text_column: Annotated[str, Within(1, 1000)]
+
+
+WindowsMapping: TypeAlias = Annotated[dict[str, Any], Record(Windows)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a text is cut into windows: see `Windows`.
+
+    >>> Cut(length=4, context=1).windows(9)
+    ([0, 3, 5], [0, 1, 2])
+    """
+
+    length: int
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.context < self.length:
+            raise ConfigurationError(
+                f"window_context is {self.context}, and window_length {self.length}: give a context shorter than a "
+                f"window, as what is given is not scored."
+            )
+
+    @property
+    def stride(self) -> int:
+        """How many tokens a window scores, all but the first and the last."""
+        return self.length - self.context
+
+    def windows(self, tokens: int) -> tuple[list[int], list[int]]:
+        """Where the windows of so many tokens begin, and how many tokens at the start of each are given."""
+        starts, given, scored = [0], [0], min(self.length, tokens)
+        while scored < tokens:
+            start = min(scored - self.context, tokens - self.length)
+            starts.append(start)
+            given.append(scored - start)
+            scored = start + self.length
+        return starts, given
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What was found of some texts when they were encoded.
+
+    Attributes:
+        documents: How many there are.
+        characters: In all of them.
+        unknown: How many characters the tokenizer does not know.
+        altered: How many documents decode to another text.
+    """
+
+    documents: int = 0
+    characters: int = 0
+    unknown: int = 0
+    altered: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is lost on the way, one sentence each."""
+        found = []
+        if self.unknown:
+            share = self.unknown / max(self.characters, 1)
+            found.append(
+                f"the tokenizer does not know {self.unknown:,} of {self.characters:,} characters ({share:.2%}), so "
+                f"that there is no figure in bits/byte"
+            )
+        elif self.altered:
+            found.append(
+                f"the tokenizer changes {self.altered:,} of {self.documents:,} documents, as decoding gives others, "
+                f"so that there is no figure in bits/byte"
+            )
+        return tuple(found)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the tokens say all of the texts: then a likelihood of tokens is one of texts."""
+        return not (self.unknown or self.altered)
+
+
+class _Texts(Examples):
+    """What windows in memory and those of a stream have in common."""
+
+    kind = TOKENS
+    tokenization: Tokenization
+    cut: Cut
+
+    @property
+    def num_levels(self) -> int:  # type: ignore[override]
+        """The number of values of a token, K: all of the vocabulary but the mask."""
+        return self.tokenization.num_values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a window, (L,)."""
+        return (self.cut.length,)
+
+    def pipeline_arguments(self, arguments: DataArguments) -> dict[str, Any]:
+        """The tokenizer, and how texts became windows."""
+        windows: Windows = {
+            "length": self.cut.length,
+            "context": self.cut.context,
+            "text_column": arguments.text_column,
+        }
+        return {"tokenizer": self.tokenization.tokenizer, "windows": windows}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindows(_Texts):
+    """Windows of tokens, of texts that are held in memory as one sequence.
+
+    Args:
+        tokens: Values 0..K-1, int32, (N,): of all documents, joined.
+        sizes: The UTF-8 bytes that each stands for, (N,).
+        tokenization: The tokenizer.
+        cut: How the sequence is cut.
+        facts: What was found of the texts.
+        shifted: Whether each window begins at a random place at each use, up to a stride later: for training.
+        most: Only the first so many windows.
+
+    >>> from vdm_hub.data.tokenization import make_tokenizer
+    >>> byte = Tokenization(make_tokenizer("byte"))
+    >>> windows = encode_texts(["abcdefg"], byte, Cut(4))
+    >>> batch = windows.take(torch.arange(2))
+    >>> batch["levels"].tolist(), batch["given"].sum(1).tolist()
+    ([[97, 98, 99, 100], [100, 101, 102, 103]], [0, 1])
+    >>> windows.units(2).per_datum, windows.units(2).bytes_per_value
+    (3.5, 1.0)
+    """
+
+    tokens: Tensor
+    sizes: Tensor
+    tokenization: Tokenization
+    cut: Cut
+    facts: TextFacts = TextFacts()
+    shifted: bool = False
+    most: int | None = None
+    is_stream: ClassVar[bool] = False
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where each window begins, (windows,), and how many tokens at its start are given, (windows,)."""
+        starts, given = self.cut.windows(len(self.tokens))
+        if self.shifted:  # what lies in two of them is trained on twice, at other places each time
+            given = [0, *[self.cut.context] * (len(given) - 1)]
+        return torch.tensor(starts[: self.most]), torch.tensor(given[: self.most])
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        return len(self.places[0])
+
+    @property
+    def count(self) -> int:
+        """The number of windows."""
+        return len(self.places[0])
+
+    @property
+    def words(self) -> str:
+        """How many there are, of how many tokens and bytes."""
+        return f"{len(self):,} windows, {len(self.tokens):,} tokens for {int(self.sizes.long().sum()):,} bytes,"
+
+    @property
+    def levels(self) -> Tensor:
+        """All windows, (windows, L), as they are measured."""
+        return self.take(torch.arange(len(self)))["levels"]
+
+    @property
+    def _filled(self) -> int:
+        """How many tokens a text shorter than a window lacks."""
+        return max(self.cut.length - len(self.tokens), 0)
+
+    def take(self, places: Tensor, offsets: Tensor | None = None) -> dict[str, Tensor]:
+        """A batch of windows: see `Examples.take`.
+
+        Returns:
+            ``levels``, int64, (B, L); ``given``, where any window has some; and ``attention_mask``, where the text is
+            shorter than a window.
+        """
+        length, given = self.cut.length, self.places[1]
+        starts, already = self.places[0][places], given[places]
+        if self.shifted and offsets is not None:
+            room = max(len(self.tokens) - length, 0)
+            starts = (starts + (offsets[:, 0].double() * self.cut.stride).long()).clamp(max=room)
+        sites = torch.arange(length)
+        where = (starts[:, None] + sites).clamp(max=len(self.tokens) - 1)
+        batch = {"levels": self.tokens[where].long()}
+        filled = sites >= length - self._filled
+        if self._filled or bool(given.any()):
+            batch["given"] = (sites < already[:, None]) | filled
+        if self._filled:
+            batch["attention_mask"] = (~filled).long().expand(len(places), -1).contiguous()
+        return batch
+
+    def units(self, count: int) -> Units:
+        """Bits are counted by token and by byte, each of those that the first so many windows score once."""
+        starts, already = (part[:count] for part in self.places)
+        ends = (starts + self.cut.length).clamp(max=len(self.tokens))
+        tokens = int((ends - starts - already).sum())
+        upto = torch.cat([torch.zeros(1, dtype=torch.int64), self.sizes.long().cumsum(0)])
+        size = int((upto[ends] - upto[starts + already]).sum())
+        known = self.facts.whole and size > 0
+        return Units(TOKENS, tokens / max(len(starts), 1), size / tokens if known else None, self.facts.notes)
+
+    def augmentation(self, arguments: DataArguments) -> dict[str, bool]:
+        """Whether windows begin at random places."""
+        return {"window_shift": self.shifted}
+
+    def first(self, count: int | None) -> TokenWindows:
+        """The first so many windows."""
+        return self if count is None else replace(self, most=count)
+
+
+def encode_texts(
+    texts: Iterable[str], tokenization: Tokenization, cut: Cut, *, ends: bool | None = None, shifted: bool = False
+) -> TokenWindows:
+    """Texts as windows in memory.
+
+    Args:
+        texts: The documents.
+        tokenization: The tokenizer.
+        cut: How they are cut.
+        ends: Whether each is followed by the token that ends a document; where there are several, if not said.
+        shifted: As of `TokenWindows`.
+
+    Raises:
+        DataError: There are none.
+    """
+    tokens: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    found = {"documents": 0, "characters": 0, "unknown": 0, "altered": 0}
+    end = tokenization.end
+    for text in texts:
+        encoded = tokenization.encode(text)
+        found["documents"] += 1
+        found["characters"] += encoded.characters
+        found["unknown"] += encoded.unknown
+        found["altered"] += encoded.altered
+        tokens += [encoded.levels, _end_of(end, end)]
+        sizes += [encoded.sizes, _end_of(end, 0)]
+    if not tokens or not sum(len(part) for part in tokens[::2]):
+        raise DataError("the texts have no tokens: give some that are not empty.")
+    if not (found["documents"] > 1 if ends is None else ends):
+        tokens, sizes = tokens[::2], sizes[::2]
+    joined = (torch.from_numpy(np.concatenate(parts)) for parts in (tokens, sizes))
+    return TokenWindows(*joined, tokenization, cut, TextFacts(**found), shifted)
+
+
+def _end_of(end: int | None, value: int | None) -> np.ndarray:
+    return np.array([] if end is None else [value], dtype=np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStream(_Texts):
+    """Windows of tokens, of texts that are read as a stream: cut at the same places in every pass.
+
+    Args:
+        dataset: Of windows, as `stream_windows` gives them.
+        tokenization: The tokenizer.
+        cut: How the texts are cut.
+        shuffle_buffer_size: Windows in the shuffle buffer of training.
+    """
+
+    dataset: datasets.IterableDataset
+    tokenization: Tokenization
+    cut: Cut
+    shuffle_buffer_size: int = 1
+    is_stream: ClassVar[bool] = True
+    num_workers: ClassVar[int] = 0
+
+    words: ClassVar[str] = "a stream of windows"
+    facts: ClassVar[TextFacts] = TextFacts()
+
+    @property
+    def count(self) -> None:
+        """Nothing: only reading all of it would tell."""
+
+    def take(
+        self, rows: Sequence[Mapping[str, Any]], offsets: Tensor | None = None, indices: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """A batch of windows: see `Examples.take`."""
+        levels = torch.tensor([row["levels"] for row in rows])
+        if self.cut.context == 0:
+            return {"levels": levels}
+        already = torch.tensor([row["already"] for row in rows])
+        return {"levels": levels, "given": torch.arange(self.cut.length) < already[:, None]}
+
+    def units(self, count: int) -> Units:
+        """Bits are counted by token: how many bytes these are is not known beforehand."""
+        return Units(TOKENS, float(self.cut.stride))
+
+    def augmentation(self, arguments: DataArguments) -> dict[str, bool]:
+        """Nothing: the windows of a stream begin at fixed places."""
+        return {"window_shift": False}
+
+
+def stream_windows(documents: Iterable[str], tokenization: Tokenization, cut: Cut) -> Iterator[dict[str, Any]]:
+    """The windows of documents that are joined as they come; what is left at the end, less than a window, is left out.
+
+    >>> from vdm_hub.data.tokenization import make_tokenizer
+    >>> byte = Tokenization(make_tokenizer("byte"))
+    >>> [row["levels"] for row in stream_windows(["abc", "de"], byte, Cut(3))]
+    [[97, 98, 99], [256, 100, 101]]
+    """
+    held: list[int] = []
+    already, has_warned = 0, False
+    for text in documents:
+        encoded = tokenization.encode(text)
+        if (encoded.unknown or encoded.altered) and not has_warned:
+            has_warned = True
+            notes = TextFacts(1, encoded.characters, encoded.unknown, int(encoded.altered)).notes
+            warn(f"in a document of the stream {notes[0]}.", stacklevel=2)
+        held += encoded.levels.tolist()
+        held += [] if tokenization.end is None else [tokenization.end]
+        while len(held) >= cut.length:
+            yield {"levels": held[: cut.length], "already": already}
+            held, already = held[cut.stride :], cut.context

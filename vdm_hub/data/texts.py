@@ -1,0 +1,183 @@
+"""Where texts come from: a file, a folder of files, or the column of a dataset; their splits, and what is refused."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from vdm_hub.data.files import Listing, describe_unused, list_folder
+from vdm_hub.data.layouts import splits_by_folder
+from vdm_hub.data.sources import Source, UnknownColumnError, is_local, local_path, open_folder, open_source
+from vdm_hub.errors import DataError, shortened
+
+_SUFFIXES = "txt text md rst tex csv json jsonl html xml py pyi c h cc cpp hpp rs go java js ts sh sql"
+TEXT_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+"""The suffixes of files that are read as texts."""
+
+COLUMN = "text"
+"""The column of texts that are files."""
+
+_SHARE = 10
+"""One part in so many, by place, is the test split, and the one before it the validation split."""
+
+
+class TextFiles(Source):
+    """Text files, each a document.
+
+    Folders ``train/``, ``validation/`` and ``test/`` are splits where they hold all of the files. Else the files are
+    divided by place, in the order of their names: the last tenth of them is ``test``, and the one before it
+    ``validation``; of one file the last tenth of its characters, and the one before it. Nothing is shuffled.
+    """
+
+    has_names = True
+
+    def __init__(self, name: str, root: Path, files: Sequence[str], listing: Listing | None = None) -> None:
+        super().__init__(name)
+        self._root, self._files, self.listing = root, files, listing
+        self._by_folder = None if len(files) == 1 else splits_by_folder(files)
+
+    @property
+    def note(self) -> str:
+        """How the texts are divided, and what in the folder is not read."""
+        what = "characters" if len(self._files) == 1 else "files, in the order of their names,"
+        by_place = (
+            f" The splits are made by place: the last tenth of the {what} is 'test', and the one before it "
+            f"'validation'."
+        )
+        unused = "" if self.listing is None or not self.listing.unused else describe_unused(self.listing.unused)
+        return (by_place if self._by_folder is None else "") + (f" Not used: {unused}." if unused else "")
+
+    @cached_property
+    def _documents(self) -> Mapping[str, Sequence[str]]:
+        """The names of the documents of each split; those of one file are its parts."""
+        if self._by_folder is not None:
+            return self._by_folder
+        if len(self._files) == 1:
+            return {split: [split] for split in ("train", "validation", "test")}
+        train, validation, test = _by_place(self._files)
+        return (
+            {"train": train, "validation": validation, "test": test}
+            if validation
+            else {
+                "train": train,
+                "test": test,
+            }
+        )
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The number of documents of each split, by its name."""
+        return {split: len(names) for split, names in self._documents.items()}
+
+    def _texts(self, split: str) -> Iterator[str]:
+        names = self._documents[split]
+        if len(self._files) > 1:
+            yield from (read_text(self._root / name) for name in names)
+            return
+        text = read_text(self._root / self._files[0])
+        parts = dict(zip(("train", "validation", "test"), _by_place(text), strict=True))
+        if not parts[split]:
+            raise DataError(
+                f"{self.name!r} has {len(text)} characters, of which none is left for the split {split!r}: give a "
+                f"longer text."
+            )
+        yield parts[split]
+
+    def _whole(self, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({COLUMN: list(self._texts(split))})
+
+    def _stream(self, split: str) -> datasets.IterableDataset:
+        features = datasets.Features({COLUMN: datasets.Value("string")})
+        return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs={"part": (self, split)})
+
+
+def _rows(part: tuple[TextFiles, str]) -> Iterator[dict[str, str]]:
+    source, split = part
+    return ({COLUMN: text} for text in source._texts(split))
+
+
+def _by_place(whole: Any) -> tuple[Any, Any, Any]:
+    """The parts of a text, or of a list: all before the last two tenths, the first of these, and the other.
+
+    >>> _by_place("abcdefghijkl")
+    ('abcdefghij', 'k', 'l')
+    >>> _by_place(["a", "b"])
+    (['a'], [], ['b'])
+    """
+    size = len(whole)
+    test = max(1, size // _SHARE)
+    validation = test if size > 2 else 0
+    return whole[: size - test - validation], whole[size - test - validation : size - test], whole[size - test :]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, as it is: no line end is changed.
+
+    Raises:
+        DataError: It can't be read, is empty, or is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"the text {str(path)!r} can't be read ({error}): look whether it is there.") from error
+    if not data:
+        raise DataError(f"the text {str(path)!r} is empty: give one with something in it.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the text {str(path)!r} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}): convert it, such "
+            f"as by `iconv -f latin1 -t utf-8`, as bits are counted by UTF-8 bytes."
+        ) from error
+
+
+def open_texts(name: str, config_name: str | None = None) -> Source:
+    """The texts of a name: a text file, a folder of text files or of Parquet files, a Parquet file, or a Hub dataset.
+
+    Raises:
+        DataError: There are none, or they can't be read.
+    """
+    if name == "digits" or not (is_local(name) or Path(name).suffix.casefold() in TEXT_SUFFIXES):
+        return open_source(name, config_name)
+    path = local_path(name)
+    if path.is_file() and path.suffix.casefold() != ".parquet":
+        return TextFiles(name, path.parent, [path.name])
+    if path.is_dir():
+        listing = list_folder(path)
+        texts = [file for file in listing.files if posixpath.splitext(file)[1].casefold() in TEXT_SUFFIXES]
+        others = sorted(set(listing.files) - set(texts))
+        if not any(file.casefold().endswith(".parquet") for file in others):
+            listing.leave_out("files of other kinds", *others)
+            if not texts:
+                there = describe_unused(listing.unused) or "nothing"
+                raise DataError(f"the folder {name!r} holds no texts: it has {there}. Name another.")
+            return TextFiles(name, path, texts, listing)
+    return open_folder(name, config_name)
+
+
+def texts_of(rows: Iterable[Mapping[str, Any]], column: str, split: str) -> Iterator[str]:
+    """The texts of a column, row by row; empty ones are left out.
+
+    Raises:
+        UnknownColumnError: There is no such column; the message names the others.
+        DataError: A row holds something else.
+    """
+    for number, row in enumerate(rows):
+        if column not in row:
+            raise UnknownColumnError(
+                f"the split {split!r} has no column {column!r}: it has {', '.join(row)}. Name the one that holds the "
+                f"texts with --text_column."
+            )
+        text = row[column]
+        if not isinstance(text, str):
+            raise DataError(
+                f"row {number} of the column {column!r} of {split!r} holds {shortened(text)}, no text: name another "
+                f"with --text_column, or take that row out."
+            )
+        if text:
+            yield text
