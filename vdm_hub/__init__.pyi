@@ -14,6 +14,10 @@ from .commands.outputs import check_output as check_output
 from .data.images import ImageLevels as ImageLevels
 from .data.loading import RunData as RunData
 from .data.loading import load_split as load_split
+from .data.sequences import TokenWindows as TokenWindows
+from .data.text_loading import load_windows as load_windows
+from .data.tokenization import Tokenization as Tokenization
+from .data.tokenization import make_tokenizer as make_tokenizer
 from .diffusion.conditioning import AffineConditioning as AffineConditioning
 from .diffusion.conditioning import Conditioning as Conditioning
 from .diffusion.continuous_time import DiffusionSDE as DiffusionSDE
@@ -104,9 +108,12 @@ from .models.first_stages import AutoencoderKLFirstStage as AutoencoderKLFirstSt
 from .models.hvae import MarkovianHVAE as MarkovianHVAE
 from .models.loading import ModelMixin as ModelMixin  # diffusers looks for it, and for the next, in each library
 from .models.registered_model import RegisteredModel as RegisteredModel
+from .models.token_networks import TokenNetwork as TokenNetwork
+from .models.token_networks import TokenTimeEmbedding as TokenTimeEmbedding
 from .models.unet_vdm import UNetVDMModel as UNetVDMModel
 from .pipelines.hvae import HVAEPipeline as HVAEPipeline
 from .pipelines.latent_vdm import LatentVDMPipeline as LatentVDMPipeline
+from .pipelines.tokens import TokenPipeline as TokenPipeline
 from .pipelines.vdm import VDMPipeline as VDMPipeline
 from .plots import plot_decompositions as plot_decompositions
 from .plots import save_grid as save_grid

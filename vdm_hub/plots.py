@@ -138,29 +138,32 @@ def _plot_histogram(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> Non
     axis.hist(bits, bins=min(_BINS, max(5, math.isqrt(len(bits)))), alpha=0.6)
     axis.axvline(report.bits_per_dim, color="black", linewidth=1)
     sign = "at most" if report.is_bound else "estimated"
-    axis.set(xlabel=f"bits/dim, {sign}", ylabel="images", title=f"{len(bits)} images, mean {report.bits_per_dim:.3f}")
+    kind = report.units.kind
+    title = f"{len(bits)} {kind.data}, mean {report.bits_per_dim:.3f}"
+    axis.set(xlabel=f"{kind.unit}, {sign}", ylabel=kind.data, title=title)
 
 
-def plot_training_curve(history: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
+def plot_training_curve(history: Mapping[str, Mapping[str, list[float]]], path: Path, unit: str = "bits/dim") -> None:
     """Plot the bound over the steps of a run: all of it with its terms, and the later part enlarged.
 
     Args:
         history: What is in a run's ``history.json``.
         path: Where to write the PNG.
+        unit: Of its figures.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 3.4), layout="constrained")
         whole, late = figure.subplots(1, 2)
         if history["train"]["step"] or history["validation"]["step"]:
-            _plot_course(history, whole)
-            _plot_late_course(history, late)
+            _plot_course(history, whole, unit)
+            _plot_late_course(history, late, unit)
         else:
             for axis in (whole, late):
-                axis.set(xlabel="step", title="bits/dim: nothing was logged", xticks=[], yticks=[])
+                axis.set(xlabel="step", title=f"{unit}: nothing was logged", xticks=[], yticks=[])
         figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
 
 
-def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None:
+def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes, unit: str) -> None:
     """Draw the whole course, logarithmic both ways: its terms differ by orders of magnitude."""
     train, validation = history["train"], history["validation"]
     marker = "." if len(train["step"]) == 1 else None  # one point makes no line
@@ -172,7 +175,7 @@ def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None
     axis.plot(validation["step"], validation["bits_per_dim"], "o", color="tab:red", markersize=3, label="held-out")
     totals = [value for part in (train, validation) for value in part["bits_per_dim"] if value > 0]
     shown = [value for name in terms for value in train[name] if value > min(totals, default=1) * 1e-4]
-    axis.set(xscale="log", yscale="log", xlabel="step", ylabel="bits/dim", title="the whole course")
+    axis.set(xscale="log", yscale="log", xlabel="step", ylabel=unit, title="the whole course")
     axis.set_ylim(min([*totals, *shown], default=0.1) / 1.5, max(totals, default=10) * 1.5)
     for one, subdivisions in ((axis.xaxis, (1, 3)), (axis.yaxis, (1, 2, 5))):
         one.set_major_locator(LogLocator(subs=subdivisions))
@@ -181,7 +184,7 @@ def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None
     _legend(axis)
 
 
-def _plot_late_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) -> None:
+def _plot_late_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes, unit: str) -> None:
     """Draw the later course; each logged value is that of one batch, so their running mean is drawn too."""
     last = max(step for part in history.values() for step in part["step"])
     train, validation = (_from_step(last / 3, history[part]) for part in ("train", "validation"))
@@ -201,7 +204,7 @@ def _plot_late_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes) ->
     every = np.concatenate([train["bits_per_dim"], validation["bits_per_dim"]])
     low, high = np.quantile(every, [0.01, 0.95])
     room = max(0.1 * (high - low), 0.02 * abs(high))
-    axis.set(xlabel="step", ylabel="bits/dim", title="after the first third, enlarged", ylim=(low - room, high + room))
+    axis.set(xlabel="step", ylabel=unit, title="after the first third, enlarged", ylim=(low - room, high + room))
     _legend(axis)
 
 
@@ -251,5 +254,6 @@ def _plot_bits(report: LikelihoodReport, axis: matplotlib.axes.Axes) -> None:
     count = np.full(_BINS, len(times) / _BINS) if weighted else np.maximum(np.bincount(index, minlength=_BINS), 1)
     mean = np.bincount(index, bits, minlength=_BINS) / count
     axis.stairs(mean, np.linspace(0, 1, _BINS + 1), fill=True, alpha=0.6)
-    title = f"{name} term: {report.terms[name]:.3f} bits/dim"
-    axis.set(xlabel="t", ylabel="bits/dim per unit of t", title=title)
+    unit = report.units.kind.unit
+    title = f"{name} term: {report.terms[name]:.3f} {unit}"
+    axis.set(xlabel="t", ylabel=f"{unit} per unit of t", title=title)

@@ -25,12 +25,14 @@ class Examples(ABC):
         is_stream: Whether they are read anew in each pass; else they are in memory, and are taken by number.
         num_levels: K: a value of a datum is one of 0..K-1.
         captions: Their captions, where there are some.
+        tokenization: What makes tokens of them, where they are texts.
     """
 
     kind: ClassVar[DataKind]
     is_stream: ClassVar[bool]
     num_levels: int
     captions: Any = None
+    tokenization: Any = None
 
     @property
     @abstractmethod
@@ -111,6 +113,11 @@ class RunData:
     def shape(self) -> tuple[int, ...]:
         """The shape of a datum: (C, H, W) of an image, (L,) of a window of tokens."""
         return self.train.shape
+
+    @property
+    def tokenization(self) -> Any:
+        """What makes tokens of them, where they are texts."""
+        return self.train.tokenization
 
     @property
     def num_levels(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, TypeAlias, TypedDict
 
@@ -91,6 +91,11 @@ class TextFacts:
     characters: int = 0
     unknown: int = 0
     altered: int = 0
+
+    def __add__(self, other: TextFacts) -> TextFacts:
+        """The facts of two sets of texts together."""
+        both = {one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)}
+        return TextFacts(**both)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -278,8 +283,37 @@ def encode_texts(
         raise DataError("the texts have no tokens: give some that are not empty.")
     if not (found["documents"] > 1 if ends is None else ends):
         tokens, sizes = tokens[::2], sizes[::2]
-    joined = (torch.from_numpy(np.concatenate(parts)) for parts in (tokens, sizes))
-    return TokenWindows(*joined, tokenization, cut, TextFacts(**found), shifted)
+    joined, counted = (torch.from_numpy(np.concatenate(parts)) for parts in (tokens, sizes))
+    return TokenWindows(joined, counted, tokenization, cut, TextFacts(**found), shifted)
+
+
+def encode_each(
+    texts: Sequence[str], tokenization: Tokenization, cut: Cut
+) -> tuple[dict[str, Tensor], Units, list[int]]:
+    """Texts, each cut by itself, as one batch.
+
+    Returns:
+        The batch with ``levels``, ``given`` and ``attention_mask``, (B, L); what its bits are counted by; and how many
+        windows each text has.
+    """
+    parts: list[dict[str, Tensor]] = []
+    counts, tokens, size, facts = [], 0.0, 0.0, TextFacts()
+    for text in texts:
+        windows = encode_texts([text], tokenization, cut)
+        batch, units, count = windows.take(torch.arange(len(windows))), windows.units(len(windows)), len(windows)
+        whole = torch.ones_like(batch["levels"])
+        parts.append({"given": whole.new_zeros(whole.shape).bool(), "attention_mask": whole} | batch)
+        counts.append(count)
+        tokens += units.per_datum * count
+        size += units.per_datum * count * (units.bytes_per_value or 0)
+        facts = facts + windows.facts
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if bool(joined["attention_mask"].all()):
+        del joined["attention_mask"]
+    if not bool(joined["given"].any()):
+        del joined["given"]
+    each = size / tokens if facts.whole else None
+    return joined, Units(TOKENS, tokens / sum(counts), each, facts.notes), counts
 
 
 def _end_of(end: int | None, value: int | None) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Told:
         return Candidates(self.condition, numbers, different(self.texts, self.entries))
 
 
-def told_of(pipeline: LikelihoodPipeline, images: Images, known: Mapping[str, Tensor]) -> Told | None:
+def told_of(pipeline: LikelihoodPipeline, images: Any, known: Mapping[str, Tensor]) -> Told | None:
     """What a pipeline's network is to be told of images; ``None`` of an unconditional one.
 
     Args:

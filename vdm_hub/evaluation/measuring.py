@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.data.kinds import Units
+from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.evaluation.journal import Journal
 from vdm_hub.evaluation.processes import Processes
 from vdm_hub.fields import within
@@ -52,7 +52,9 @@ class ReplicateStages:
         if self.target is None:
             return
         if not 0 < self.target < math.inf:
-            raise ConfigurationError(f"target_standard_error is {self.target}: give a number above 0, in bits/dim (of texts, bits/byte).")
+            raise ConfigurationError(
+                f"target_standard_error is {self.target}: give a number above 0, in bits/dim (of texts, bits/byte)."
+            )
         if not FEWEST_REPLICATES <= self.replicates <= self.max_replicates:
             raise ConfigurationError(
                 f"replicates is {self.replicates}, with a target_standard_error and max_replicates "

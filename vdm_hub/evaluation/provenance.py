@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels, ImageStream
+from vdm_hub.data.sequences import TokenStream, TokenWindows
 from vdm_hub.errors.secret_values import masked_values
 from vdm_hub.files import found
 from vdm_hub.version import __version__
@@ -87,6 +88,50 @@ def describe_images(
     return masked_values(described)
 
 
+def describe_windows(
+    windows: TokenWindows | TokenStream,
+    name: str,
+    split: str | None,
+    *,
+    config: str | None = None,
+    text_column: str = "text",
+) -> dict[str, Any]:
+    """The public description of a dataset of texts: of a local folder or file only the last part of its path.
+
+    Args:
+        windows: The texts, as they were loaded.
+        name: The dataset's name on the Hub, or a local path.
+        split: The split that they are.
+        config: The configuration of the dataset, where it has several.
+        text_column: The column that held the texts.
+
+    Returns:
+        ``name``, ``config``, ``split``, ``windows`` (how many), ``shape`` (L,), ``levels`` (K), ``window_context``,
+        ``documents``, ``characters``, ``unknown_characters``, ``tokens`` and ``bytes`` of the whole text, its
+        ``fingerprint`` as windows, and ``text_column`` where it is not ``"text"``. What only reading all of it would
+        tell is null for a stream.
+    """
+    facts = None if isinstance(windows, TokenStream) else windows.facts
+    known = None if isinstance(windows, TokenStream) else windows
+    described = {
+        "name": public_name(name),
+        "config": config,
+        "split": split,
+        "windows": windows.count,
+        "shape": list(windows.shape),
+        "levels": windows.num_levels,
+        "window_context": windows.cut.context,
+        "documents": None if facts is None else facts.documents,
+        "characters": None if facts is None else facts.characters,
+        "unknown_characters": None if facts is None else facts.unknown,
+        "tokens": None if known is None else len(known.tokens),
+        "bytes": None if known is None else int(known.sizes.long().sum()),
+        "fingerprint": None if known is None else fingerprint(known.levels),
+        **({} if text_column == "text" else {"text_column": text_column}),
+    }
+    return masked_values(described)
+
+
 def fingerprint(levels: Tensor | tuple[Tensor, ...]) -> str:
     """The SHA-256 of images as levels: ``sha256(str(shape) + bytes)`` with the shape (N, C, H, W), in uint8.
 
@@ -123,5 +168,5 @@ def public_name(source: str) -> str:
     ('uoft-cs/cifar10', 'birds', 'birds.parquet')
     """
     place = found(source)
-    local = source.startswith((".", "/", "~")) or source.endswith(".parquet") or place is not None
+    local = source.startswith((".", "/", "~")) or source.endswith((".parquet", ".txt")) or place is not None
     return (place or Path(source)).absolute().name if local else source

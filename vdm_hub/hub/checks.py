@@ -70,7 +70,7 @@ def check_pipeline(
     components = _components(files.name, index, trusts_code)
     if pipeline is not None and not trusts_code:
         _check_index(files.name, index, pipeline, given)
-        of_some = [key for key in TEXT_COMPONENTS if key not in index]
+        of_some = [key for key in _of_transformers(pipeline) if key not in index]
         none = [key for key, value in index.items() if value == [None, None]]
         forgotten = [key for key in (*none, *of_some) if files.names_in(key)]
         if forgotten and forgotten[0] not in given:
@@ -88,7 +88,8 @@ def check_pipeline(
         cls = _class(files.name, component, library, name)
         of_text = library == _TEXT_LIBRARY  # of which no other component is, nor a text encoder of another library
         if pipeline is not None and (
-            of_text != (component in TEXT_COMPONENTS) or not issubclass(cls, type_of_field(pipeline, component))
+            of_text != (component in _of_transformers(pipeline))
+            or not issubclass(cls, type_of_field(pipeline, component))
         ):
             raise CheckpointError(f"{files.name}: {INDEX} has a {name} as its {component}, which none is: refused.")
         is_text = pipeline is not None and library == _TEXT_LIBRARY
@@ -101,6 +102,12 @@ def check_pipeline(
     found = [(one, one.weight_files(variant)) for one in described]
     for one, weights in found:  # they are downloaded after all that describes them was found good
         one.check_weights(weights)
+
+
+def _of_transformers(pipeline: type) -> tuple[str, ...]:
+    """The components of a pipeline that are of transformers, and of no other library."""
+    named: tuple[str, ...] = getattr(pipeline, "_of_transformers", TEXT_COMPONENTS)
+    return named
 
 
 def check_component(files: ModelFiles, component: str, cls: type, variant: str | None = None) -> None:

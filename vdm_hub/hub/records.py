@@ -48,6 +48,26 @@ class DatasetRecord(TypedDict):
     max_images: NotRequired[Natural]
 
 
+class TextsRecord(TypedDict):
+    """The record of a dataset of texts, as `vdm_hub.evaluation.provenance.describe_windows` makes it."""
+
+    name: Text | None
+    config: Text | None
+    split: Text | None
+    windows: Natural | None
+    shape: Annotated[list[Natural], Within(1, 1)]
+    levels: Annotated[int, Within(2, 2**20)]
+    window_context: Whole
+    documents: Whole | None
+    characters: Whole | None
+    unknown_characters: Whole | None
+    tokens: Whole | None
+    bytes: Whole | None
+    fingerprint: Fingerprint | None
+    text_column: NotRequired[Text]
+    max_windows: NotRequired[Natural]
+
+
 class _Flow(TypedDict):
     dequantization: Text
     divergence: Text
@@ -123,7 +143,14 @@ class Evaluation(_Figures):
     transitions: Natural | None
     is_bound: bool
     method: Text
-    dimensions: Natural
+    dimensions: Natural | Positive
+    bits_per_byte: NotRequired[Figure | None]
+    standard_error_per_byte: NotRequired[Positive | None]
+    standard_error_over_images_per_byte: NotRequired[Positive | None]
+    bits_per_token: NotRequired[Figure]
+    perplexity: NotRequired[Positive]
+    tokens: NotRequired[Natural]
+    bytes: NotRequired[Natural | None]
     weights: Fingerprint
     seed: Annotated[int, Within(0, 2**63)]
     processes: Natural
@@ -132,7 +159,7 @@ class Evaluation(_Figures):
     seconds_before: NotRequired[Positive]
     device: NotRequired[Text]
     dtype: NotRequired[Text]
-    dataset: NotRequired[DatasetRecord]
+    dataset: NotRequired[DatasetRecord | TextsRecord]
     condition: NotRequired[Text]
     notes: NotRequired[list[Text]]
     options: NotRequired[dict[str, Figure | Text | bool | None]]
@@ -151,6 +178,7 @@ class ValidationRecord(TypedDict):
 
     step: Whole
     bits_per_dim: Figure
+    bits_per_byte: NotRequired[Figure]
     standard_error: Positive | None
     images: Natural | None
 
@@ -168,7 +196,7 @@ class RunRecord(TypedDict):
     plugins: dict[str, Text | None]
     git: _Git | None
     working_directory_git: NotRequired[_Git | None]
-    dataset: DatasetRecord
+    dataset: DatasetRecord | TextsRecord
     augmentation: dict[str, bool]
     text_encodings: NotRequired[Text]
     steps: Whole
@@ -304,13 +332,25 @@ def _miscounted(record: Mapping[str, Any]) -> Iterator[str]:
     marginal, dataset = record.get("marginal"), record.get("dataset")
     if marginal is not None and marginal["gain_bits"] > marginal["most_bits"] + _ROUNDING:
         yield f"the gain by a label is {marginal['gain_bits']} bits, and none is above {marginal['most_bits']}"
-    if dataset is not None and dataset["images"] not in (None, record["num_images"]):
-        yield f"num_images is {record['num_images']}, and the dataset's images are {dataset['images']}"
-    if dataset is not None and math.prod(dataset["shape"]) != record["dimensions"]:
+    if dataset is not None and _count(dataset) not in (None, record["num_images"]):
+        yield f"num_images is {record['num_images']}, and the dataset's images are {_count(dataset)}"
+    whole = None if dataset is None else math.prod(dataset["shape"])
+    some = dataset is not None and "windows" in dataset  # of the tokens of a window those that are scored
+    if whole is not None and (record["dimensions"] > whole if some else record["dimensions"] != whole):
+        assert dataset is not None
         yield f"dimensions is {record['dimensions']}, and the dataset's shape is {dataset['shape']}"
 
 
+def _count(dataset: Mapping[str, Any]) -> int | None:
+    """How many images, or windows of texts, a dataset has."""
+    return dataset["windows"] if "windows" in dataset else dataset["images"]
+
+
 def _misread(images: Mapping[str, Any]) -> Iterator[str]:
+    if "windows" in images:
+        if (images["windows"] is None) != (images["fingerprint"] is None):
+            yield f"the dataset's windows are {images['windows']}, and its fingerprint {images['fingerprint']}"
+        return
     side, shape = images["resolution"], images["shape"]
     if side is not None and shape[1:] != [side, side]:
         yield f"the dataset's resolution is {side}, and its shape {shape}"
@@ -341,7 +381,7 @@ def _torn(columns: Mapping[str, list[float]]) -> Iterator[str]:
     steps = columns["step"]
     if not all(isinstance(step, int) and step >= 0 for step in steps) or any(b <= a for a, b in pairwise(steps)):
         yield "the steps do not rise"
-    terms = columns.keys() - {"step", "bits_per_dim", "standard_error", "learning_rate"}
+    terms = columns.keys() - {"step", "bits_per_dim", "bits_per_byte", "standard_error", "learning_rate"}
     for row, total in enumerate(columns["bits_per_dim"]):
         if terms and not _is_sum(total, [columns[term][row] for term in terms]):
             yield f"bits_per_dim at step {steps[row]} is {total}, which is not the sum of its terms"

@@ -15,7 +15,8 @@ from vdm_hub.hub.weights import WeightFiles, check_weights, weight_files
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
-"""The components of a pipeline that are of transformers."""
+"""The components of a pipeline that are of transformers, where it does not say others."""
+TOKENIZER = "tokenizer"
 STEM = "model"
 """The name of transformers' weights, without what says variant, shard and format."""
 TOKENIZER_FILE = re.compile(
@@ -101,7 +102,7 @@ class TextComponent:
             CheckpointError: One is damaged, or of another class, or names code.
         """
         library: Any = sys.modules[kind.__module__.partition(".")[0]]
-        is_tokenizer = component == TEXT_COMPONENTS[1]
+        is_tokenizer = component == TOKENIZER
         if not issubclass(kind, library.PreTrainedTokenizerBase if is_tokenizer else library.PreTrainedModel):
             raise CheckpointError(f"{files.name} has a {kind.__name__} as its {component}, which is none: refused.")
         if is_tokenizer:

@@ -143,19 +143,23 @@ class LikelihoodReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as one JSON object; a standard error that one replicate can't give is null."""
-        return self._texts_to_dict() | {
-            "bits_per_dim": self.bits_per_dim,
-            "standard_error": _finite(self.standard_error),
-            "standard_error_over_images": _finite(self.standard_error_over_images),
-            "terms": self.terms,
-            "num_images": self.num_images,
-            "network_evaluations": self.network_evaluations,
-            "replicates": self.replicates,
-            "transitions": self.transitions,
-            "is_bound": self.is_bound,
-            "method": self.method,
-            "dimensions": self.dimensions,
-        } | self.details
+        return (
+            self._texts_to_dict()
+            | {
+                "bits_per_dim": self.bits_per_dim,
+                "standard_error": _finite(self.standard_error),
+                "standard_error_over_images": _finite(self.standard_error_over_images),
+                "terms": self.terms,
+                "num_images": self.num_images,
+                "network_evaluations": self.network_evaluations,
+                "replicates": self.replicates,
+                "transitions": self.transitions,
+                "is_bound": self.is_bound,
+                "method": self.method,
+                "dimensions": self.dimensions,
+            }
+            | self.details
+        )
 
     def _texts_to_dict(self) -> dict[str, Any]:
         """What a report of texts says besides; the other figures are in bits/token."""
@@ -218,7 +222,7 @@ class LikelihoodReport:
         return "continuous time" if self.transitions is None else f"{self.transitions} transitions"
 
 
-_READ = ("resolution", "color", "image_column", "window_length", "window_context")  # how images were read, where that is not as they are
+_READ = ("resolution", "color", "image_column", "window_context")  # how data were read, where not as they are
 
 
 def _protocol_lines(details: Mapping[str, Any]) -> list[str]:

@@ -23,11 +23,12 @@ from vdm_hub.hub.install_hint import FORMER_HINTS, INSTALL_HINT
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import INDEX
 
-PIPELINE_NAMES = ("HVAEPipeline", "LatentVDMPipeline", "VDMPipeline")
+PIPELINE_NAMES = ("HVAEPipeline", "LatentVDMPipeline", "TokenPipeline", "VDMPipeline")
 CLASSES = (
     "AutoencoderKLFirstStage",
     "MarkovianHVAE",
     "RegisteredModel",
+    "TokenTimeEmbedding",
     "UNetVDMModel",
     "VDMScheduler",
     *PIPELINE_NAMES,

@@ -83,6 +83,15 @@ class Configuration:
             "nothing is held out to measure, so give validation_split or validation_size, or set it to 0",
         )
         self._check_captions()
+        texts = self.data.kind.name == "tokens"
+        require(
+            texts == (self.model.model == "tokens"),
+            "model",
+            self.model.model,
+            "tokenizer says that the data are texts, so set model to tokens"
+            if texts
+            else "it is a diffusion of texts, so give a tokenizer, such as 'byte'",
+        )
         dropout, usual = self.model.condition_dropout, ModelArguments.condition_dropout
         require(
             self.data.label_column is not None or self.data.has_captions or dropout == usual,

@@ -27,7 +27,14 @@ FIRST_STAGE_CLASSES = ("MarkovianHVAE", "AutoencoderKL")
 MAX_STEPS = 10**8 - 1
 """The largest number of steps: the names of checkpoints have room for no more."""
 
-DEFAULT_CLASSES = {"unet": UNET_CLASSES[0], "first_stage": FIRST_STAGE_CLASSES[0], "hvae": FIRST_STAGE_CLASSES[0]}
+TOKEN_NETWORK_CLASS = "BertForMaskedLM"
+
+DEFAULT_CLASSES = {
+    "unet": UNET_CLASSES[0],
+    "first_stage": FIRST_STAGE_CLASSES[0],
+    "hvae": FIRST_STAGE_CLASSES[0],
+    "network": TOKEN_NETWORK_CLASS,
+}
 """The classes of networks where a field names none, by the field."""
 
 TRACKERS = ("none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -53,7 +60,7 @@ _MAY_CHANGE = {
 # Fields that say which images are trained on: where these are the same ones, they may be named otherwise.
 _NAME_IMAGES = {
     *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "train_split", "color"),
-    *("validation_size", "test_size", "max_train_samples", "skip_corrupt_images"),
+    *("validation_size", "test_size", "max_train_samples", "skip_corrupt_images", "text_column"),
 }
 
 
@@ -103,9 +110,10 @@ def _meaning(field: str, value: Any) -> Any:
     if (kind := registry.SERIALISED_FIELDS.get(field)) is not None:
         name, config, package = registry.parse_serialised(kind, value)
         return name, config, package or registry.BUILT_IN_PACKAGE
-    if field in ("train_data_dir", "first_stage_from", "dataset_name", "text_encoder"):
+    named = ("dataset_name", "text_encoder", "tokenizer", "network_from")
+    if field in ("train_data_dir", "first_stage_from", *named):
         place = found(value)
-        local = field not in ("dataset_name", "text_encoder") or (place is not None and place.is_dir())
+        local = field not in named or (place is not None and place.is_dir())
         return (place or Path(value)).resolve() if local else value
     return value
 
@@ -170,10 +178,26 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model: Literal["vdm", "hvae", "latent_vdm"] = option(
+    model: Literal["vdm", "hvae", "latent_vdm", "tokens"] = option(
         "vdm",
         "What is trained: vdm, a diffusion of the images; hvae, a hierarchical VAE (of depth 1, the VAE); latent_vdm, "
-        "a diffusion of a VAE's latents.",
+        "a diffusion of a VAE's latents; tokens, a diffusion of a text's tokens.",
+    )
+    network: NameOrJSON = option(
+        NameOrJSON("{}"),
+        "With model tokens: the network, as a mapping in YAML or JSON here: '_class_name', a model of transformers "
+        "that gives logits of each token and whose attention is not causal (BertForMaskedLM, the default), and the "
+        "arguments of its config; the vocabulary follows from the tokenizer.",
+    )
+    network_from: str | None = option(
+        None,
+        "With model tokens: start from a trained masked language model of transformers, or from the network of a run "
+        "of tokens: a folder or a Hub id, instead of a new one.",
+    )
+    time_embedding: bool = option(
+        False,
+        "With model tokens: tell the network the timestep, by a vector that is added to every token's embedding; a "
+        "process that masks says it by what is masked.",
     )
     hvae: NameOrJSON = option(
         NameOrJSON("{}"), "With model hvae: the arguments of MarkovianHVAE, as a mapping in YAML or JSON here."
@@ -234,6 +258,12 @@ class ModelArguments:
                 value,
                 f"it acts only with model {' or '.join(models)}, and model is {self.model}, so leave it out",
             )
+        require(
+            self.network_from is None or not self._mapping("network"),
+            "network_from",
+            self.network_from,
+            f"network is {self.network}, and a trained one has its own, so leave one of the two out",
+        )
         if self.first_stage_class not in FIRST_STAGE_CLASSES:
             raise unknown_name("_class_name of first_stage", self.first_stage_class, FIRST_STAGE_CLASSES)
 
@@ -270,6 +300,16 @@ class ModelArguments:
         return {key: value for key, value in self._mapping("unet").items() if key not in ("_class_name", "_package")}
 
     @property
+    def network_class(self) -> str:
+        """The name of the class of a network of tokens."""
+        return str(self._mapping("network").get("_class_name", TOKEN_NETWORK_CLASS))
+
+    @property
+    def network_config(self) -> dict[str, Any]:
+        """The arguments of its config."""
+        return {key: value for key, value in self._mapping("network").items() if key != "_class_name"}
+
+    @property
     def hvae_config(self) -> dict[str, Any]:
         """The arguments of `MarkovianHVAE`."""
         return self._mapping("hvae")
@@ -300,6 +340,7 @@ class ModelArguments:
 _FIELDS_OF_MODELS = {
     "unet": ("vdm", "latent_vdm"),
     "hvae": ("hvae",),
+    **dict.fromkeys(("network", "network_from", "time_embedding"), ("tokens",)),
     **dict.fromkeys(("first_stage", "first_stage_from", "freeze_first_stage", "scale_latents"), ("latent_vdm",)),
 }
 

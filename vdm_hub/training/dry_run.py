@@ -11,7 +11,6 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from vdm_hub.data.images import ImageLevels
 from vdm_hub.training.parts.networks import count_parameters
 from vdm_hub.training.parts.shards import local_part
 from vdm_hub.training.state.run_state import RunState
@@ -33,15 +32,16 @@ def describe_run(run: RunState) -> str:
     run.optimise(batches)
     seconds = _seconds(run, batches)
     device, network = run.accelerator.device, count_parameters(run.model.body)
+    data = run.data.kind.data
     schedule = count_parameters(run.model) - network
     rows = {
         "network": f"{type(run.model.body).__name__}, {network:,} parameters",
         "beside it": f"{schedule:,} learned parameters" if schedule else "nothing is learned",
-        "images": f"{_number_of_images(run)}, {'x'.join(map(str, run.data.shape))}",
-        "global batch": f"{run.global_batch_size} images on {run.accelerator.num_processes} x {device.type}",
+        data: f"{_number_of_images(run)}, {'x'.join(map(str, run.data.shape))}",
+        "global batch": f"{run.global_batch_size} {data} on {run.accelerator.num_processes} x {device.type}",
         "state": f"{_bytes(run) / _MIB:,.1f} MiB: weights, gradients, the optimiser's state and the moving average",
         "peak memory": f"{_peak(device) / _MIB:,.0f} MiB of {'the GPU' if device.type == 'cuda' else 'the process'}",
-        "a step": f"{seconds:.3f} s, {run.global_batch_size / seconds:,.1f} images/s",
+        "a step": f"{seconds:.3f} s, {run.global_batch_size / seconds:,.1f} {data}/s",
         "training": f"{_duration(left * seconds)} for {left:,} steps, without reading a stream, validation, sampling "
         "and the evaluation at the end",
     }
@@ -68,7 +68,7 @@ def _wait(device: torch.device) -> None:
 
 def _number_of_images(run: RunState) -> str:
     train = run.data.train
-    return f"{len(train):,}" if isinstance(train, ImageLevels) else "a stream"
+    return "a stream" if train.is_stream else f"{train.count:,}"
 
 
 def _bytes(run: RunState) -> int:

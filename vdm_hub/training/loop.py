@@ -17,14 +17,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vdm_hub.data.conditions import Condition
-from vdm_hub.data.images import ImageLevels
-from vdm_hub.data.loading import Images, RunData, load_data
+from vdm_hub.data.examples import Examples, RunData
+from vdm_hub.data.loading import load_data
 from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.methods import VariationalBound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
+from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import allowed_changes
 from vdm_hub.training.dry_run import describe_run
@@ -69,7 +70,7 @@ def _train(configuration: Configuration, accelerator: Accelerator, folder: Outpu
     show = accelerator.is_main_process
     data = load_data(configuration.data)
     condition = build_condition(configuration, data, accelerator)
-    needs = memory_needs(configuration, data.shape, accelerator, condition)
+    needs = memory_needs(configuration, data.shape, accelerator, condition, data.tokenization)
     if show:
         print(describe_recipe(configuration), data.summary, needs, sep="\n", flush=True)
     refuse_what_cannot_fit(needs, accelerator)
@@ -152,11 +153,12 @@ class TrainingRun(RunState):
         values = dict(zip(terms, means, strict=True))
         total = sum(values.values())
         per_second = (progress.format_dict["rate"] or 0.0) * self.global_batch_size
-        shown = {name: f"{value:.3f}" for name, value in ({"bits/dim": total} | values).items()}
-        progress.set_postfix(shown | {"images/s": f"{per_second:.0f}"})
+        kind = self.data.kind
+        shown = {name: f"{value:.3f}" for name, value in ({kind.unit: total} | values).items()}
+        progress.set_postfix(shown | {f"{kind.data}/s": f"{per_second:.0f}"})
         rate = {"learning_rate": self.lr_scheduler.get_last_lr()[0]}
         self.history.add("train", self.step, {"bits_per_dim": total} | values | rate)
-        logged = {"bits_per_dim": total} | values | {"images_per_second": per_second}
+        logged = {f"bits_per_{kind.value}": total} | values | {f"{kind.data}_per_second": per_second}
         self.trackers.log({f"train/{name}": value for name, value in logged.items()} | rate, self.step)
 
     def validate(self) -> None:
@@ -173,10 +175,10 @@ class TrainingRun(RunState):
         if self.early_stopping.patience is not None:  # all processes stop at the same step
             self.early_stopping.look(float(broadcast(measured)), self.step)
 
-    def _measure(self, model: Objective, images: Images) -> float:
+    def _measure(self, model: Objective, images: Examples) -> float:
         """The held-out bits/dim, from two stratified times for each image."""
         report = evaluate(
-            build_pipeline(model),
+            self._pipeline(model),
             images,
             VariationalBound(self.configuration.diffusion.transitions),
             replicates=2,
@@ -184,25 +186,33 @@ class TrainingRun(RunState):
             max_images=self.training.validation_images,
             progress=False,
         )
-        tqdm.write(f"step {self.step}: held-out {report.bits_per_dim:.4f} bits/dim (se {report.standard_error:.4f})")
+        units, by_byte = report.units, report.bits_per_byte
+        figure = units.by_leading(report.bits_per_dim)
+        tqdm.write(f"step {self.step}: held-out {figure:.4f} {units.leading} (se {report.leading_error:.4f})")
         measured = {"bits_per_dim": report.bits_per_dim, "standard_error": report.standard_error}
-        self.history.add("validation", self.step, measured)
-        terms = {f"validation/{name}": value for name, value in report.terms.items()}
-        self.trackers.log({"validation/bits_per_dim": report.bits_per_dim} | terms, self.step)
+        of_texts = {} if by_byte is None else {"bits_per_byte": by_byte}
+        self.history.add("validation", self.step, measured | of_texts)
+        shown = {f"bits_per_{units.kind.value}": report.bits_per_dim} | of_texts | report.terms
+        self.trackers.log({f"validation/{name}": value for name, value in shown.items()}, self.step)
         return report.bits_per_dim
 
+    def _pipeline(self, model: Objective) -> LikelihoodPipeline:
+        """The pipeline of the model as it is now."""
+        return build_pipeline(model, **self.data.train.pipeline_arguments(self.configuration.data))
+
     def sample(self) -> None:
-        """Draw a grid of samples of the averaged weights, for the trackers and the run's folder."""
+        """Draw samples of the averaged weights, a grid or texts, for the trackers and the run's folder."""
         if self.training.num_sample_images == 0:
             return
-        grid = self.folder.path / "samples" / f"step-{self.step:08d}.png"
+        suffix = self.folder.samples.suffix
+        grid = self.folder.path / "samples" / f"step-{self.step:08d}{suffix}"
         try:
             with self._averaged() as model:
                 if model is None:
                     return
                 clear_leftovers(grid)
                 with written_beside(grid) as beside:
-                    save_samples(build_pipeline(model.eval()), self.configuration, beside)
+                    save_samples(self._pipeline(model.eval()), self.configuration, beside)
             self.trackers.log_pictures({"samples": grid}, self.step)
         except OSError as error:
             warn(f"the samples of step {self.step} could not be written ({error}): training goes on.", stacklevel=2)
@@ -288,7 +298,9 @@ class TrainingRun(RunState):
             record = {} if validation is None else {"validation": validation}
             self.folder.record(self.history, self.provenance.describe(self.step, self.seconds) | record)
         if report is not None:
-            measured = {"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error}
+            value = report.units.kind.value
+            measured = {f"test/bits_per_{value}": report.bits_per_dim, "test/standard_error": report.standard_error}
+            measured |= {} if report.bits_per_byte is None else {"test/bits_per_byte": report.bits_per_byte}
             self.trackers.log(measured, self.step)
         self.trackers.log_pictures(self.folder.pictures, self.step)
         print(self.folder.summary(self.configuration, self.data, report, validation))
@@ -300,13 +312,13 @@ class TrainingRun(RunState):
         last, images = self.history.last("validation", step), self.data.validation
         if last is None or images is None:
             return None
-        sizes = [len(images) if isinstance(images, ImageLevels) else None, self.training.validation_images]
+        sizes = [None if images.is_stream else images.count, self.training.validation_images]
         return last | {"images": min((size for size in sizes if size is not None), default=None)}
 
     def _published(self) -> AbstractContextManager[Objective | None]:
         if not self.early_stopping.weights:  # the main process's alone: the others need not know
             return self._averaged()
-        best = f"{self.early_stopping.best:.4f} bits/dim held out"
+        best = f"{self.early_stopping.best:.4f} {self.data.kind.unit} held out"
         print(f"the weights of step {self.early_stopping.best_step} are published, the best that were seen ({best})")
         return self._averaged(self.early_stopping.weights)
 
@@ -321,7 +333,9 @@ class TrainingRun(RunState):
         if is_sharded(self.accelerator):
             own, weights = full_tensors(self.model.state_dict(), is_main), full_tensors(weights, is_main)
             if is_main:
-                model = build_objective(self.configuration, self.data.shape, self.model.condition)
+                model = build_objective(
+                    self.configuration, self.data.shape, self.model.condition, self.data.tokenization
+                )
                 model.to(self.accelerator.device)
                 model.load_state_dict(own)
         if not is_main:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vdm_hub.data.conditions import Condition
+from vdm_hub.data.tokenization import Tokenization
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError, in_one_line
 from vdm_hub.models.calls import Call
@@ -62,15 +63,20 @@ class MemoryNeeds:
 
 
 def memory_needs(
-    configuration: Configuration, shape: Shape, accelerator: Accelerator, condition: Condition | None = None
+    configuration: Configuration,
+    shape: Shape,
+    accelerator: Accelerator,
+    condition: Condition | None = None,
+    tokenization: Tokenization | None = None,
 ) -> MemoryNeeds:
     """The memory that a process of a run will need, counted without taking any of it.
 
     Args:
         configuration: The recipe.
-        shape: Of the images, (C, H, W).
+        shape: Of the images, (C, H, W), or of windows of tokens, (L,).
         accelerator: Its processes share what they shard.
         condition: What the network is told of each image.
+        tokenization: Of texts, what makes tokens of them.
 
     Raises:
         ConfigurationError: The networks can't be built, or do not take such images.
@@ -78,7 +84,7 @@ def memory_needs(
     training = configuration.training
     with on_meta_device():
         without = replace(configuration, training=replace(training, compile="none"))
-        objective = build_objective(without, shape, condition)
+        objective = build_objective(without, shape, condition, tokenization)
     for part in (objective.body, getattr(getattr(objective, "process", None), "first_stage", None)):
         if part is not None:
             part.to("meta")  # a trained first stage was loaded
@@ -118,8 +124,8 @@ def refuse_what_cannot_fit(needs: MemoryNeeds, accelerator: Accelerator) -> None
             raise ConfigurationError(
                 f"the run needs at least {wanted / _MIB:,.0f} MiB of memory ({sum(needs.parameters.values()):,} "
                 f"parameters with gradients, moments and averages, and {needs.fewest / _MIB:,.0f} MiB for what a "
-                f"batch keeps), and {place} has {there_is / _MIB:,.0f} MiB: give a smaller unet, hvae or first_stage, "
-                f"or a smaller train_batch_size with more gradient_accumulation_steps, or gradient_checkpointing."
+                f"batch keeps), and {place} has {there_is / _MIB:,.0f} MiB: give a smaller unet, network, hvae or "
+                f"first_stage, or a smaller train_batch_size with more gradient_accumulation_steps, or gradient_checkpointing."
             )
 
 
@@ -202,8 +208,8 @@ def _count(module: nn.Module, run: Any) -> int:
             result = run()
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ConfigurationError(
-            f"the networks that the recipe describes do not take such images ({in_one_line(error)}): change unet, "
-            f"hvae or first_stage."
+            f"the networks that the recipe describes do not take such data ({in_one_line(error)}): change unet, "
+            f"network, hvae or first_stage."
         ) from error
     del result
     return sum(storage.nbytes() for storage in kept.values())

@@ -48,10 +48,14 @@ class Trackers:
         self._each(lambda tracker: tracker.log(dict(values), step=step))
 
     def log_pictures(self, files: Mapping[str, Path], step: int) -> None:
-        """Log picture files by name, those that exist, to the trackers that show pictures."""
+        """Log picture files, and files of text, by name, those that exist, to the trackers that show such."""
         if not self.wanted:
             return
-        self._each(lambda tracker: _show(tracker, _read(files), step))
+        texts = {name: _as_code(file.read_text("utf-8")) for name, file in files.items() if _is_text(file)}
+        pictures = {name: file for name, file in files.items() if file.suffix == ".png"}
+        if texts:
+            self._each(lambda tracker: tracker.log(texts, step=step))
+        self._each(lambda tracker: _show(tracker, _read(pictures), step))
 
     def close(self) -> None:
         """End the trackers, and the group of processes."""
@@ -70,6 +74,15 @@ class Trackers:
                     f"is logged is in its checkpoints and in history.json all the same.",
                     stacklevel=3,
                 )
+
+
+def _is_text(file: Path) -> bool:
+    return file.suffix == ".txt" and file.exists()
+
+
+def _as_code(text: str) -> str:
+    """Text as Markdown that shows it as it is: trackers read what they are given as that."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _read(files: Mapping[str, Path]) -> dict[str, np.ndarray]:

@@ -41,6 +41,11 @@ def on_meta_device() -> Iterator[None]:
         _SKETCHED.reset(token)
 
 
+def is_sketched() -> bool:
+    """Whether networks are built without memory here."""
+    return _SKETCHED.get()
+
+
 def build_network(
     configuration: Configuration,
     shape: Sequence[int],

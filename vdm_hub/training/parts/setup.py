@@ -8,25 +8,28 @@ from typing import Any, TypeAlias
 
 import torch
 
-from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.conditions import Condition
 from vdm_hub.data.preprocessing import HeldOut, Preprocessing
+from vdm_hub.data.tokenization import Tokenization
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.models.registered_model import RegisteredModel
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.objectives.hierarchical import HierarchicalObjective, HVAEObjective
+from vdm_hub.objectives.tokens import TokenObjective
 from vdm_hub.objectives.variational_bound import Objective, VDMObjective
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.pipelines.hvae import HVAEPipeline
 from vdm_hub.pipelines.latent_vdm import LatentVDMPipeline
+from vdm_hub.pipelines.tokens import TokenPipeline
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.schedulers.vdm import VDMScheduler
 from vdm_hub.training.parts.first_stages import build_first_stage
 from vdm_hub.training.parts.networks import build_hvae, build_network
+from vdm_hub.training.parts.token_networks import build_token_network
 
 Shape: TypeAlias = tuple[int, ...]
 COMPILER = "inductor"
@@ -34,15 +37,20 @@ COMPILER = "inductor"
 _REPEATED_BLOCKS = (*UNetVDMModel._repeated_blocks, "ResnetBlock2D", "Attention", "BasicTransformerBlock")
 
 
-def build_scheduler(configuration: Configuration) -> VDMScheduler:
-    """The scheduler whose config describes the process at the start of training."""
+def build_scheduler(configuration: Configuration, num_levels: int | None = None) -> VDMScheduler:
+    """The scheduler whose config describes the process at the start of training.
+
+    Args:
+        configuration: The recipe.
+        num_levels: K, where the recipe does not say it.
+    """
     diffusion = configuration.diffusion
     return VDMScheduler(
         num_train_timesteps=diffusion.num_train_timesteps,
         noise_schedule=diffusion.noise_schedule,
         prediction_type=diffusion.prediction_type,
         conditioning=diffusion.conditioning,
-        num_levels=configuration.data.num_levels,
+        num_levels=num_levels or configuration.data.num_levels,
         data_scaling=diffusion.data_scaling,
         decoder=diffusion.decoder,
         forward_process=diffusion.forward_process,
@@ -64,8 +72,8 @@ def build_objective(
         tokenization: Of texts, what makes tokens of them.
     """
     torch.manual_seed(configuration.training.seed)
-    told = (condition,) if tokenization is None else (tokenization,)
-    objective = _BUILDERS[configuration.model.model](configuration, shape, *told)
+    told: Any = condition if tokenization is None else tokenization
+    objective = _BUILDERS[configuration.model.model](configuration, shape, told)
     speed_up(objective, configuration.training)
     return objective
 
@@ -93,7 +101,15 @@ def _build_latent_vdm(configuration: Configuration, shape: Shape, condition: Con
     return VDMObjective(network, process, configuration.diffusion.transitions, condition)
 
 
-_BUILDERS: dict[str, Callable[[Configuration, Shape, Condition | None], Objective]] = {
+def _build_tokens(configuration: Configuration, shape: Shape, tokenization: Tokenization) -> Objective:
+    process = build_scheduler(configuration, tokenization.num_values).build_process()
+    network = build_token_network(configuration, shape[0], tokenization)
+    scored = shape[0] - configuration.data.window_context
+    return TokenObjective(network, process, configuration.diffusion.transitions, scored=scored)
+
+
+_BUILDERS: dict[str, Callable[[Configuration, Shape, Any], Objective]] = {
+    "tokens": _build_tokens,
     "vdm": _build_vdm,
     "hvae": _build_hvae,
     "latent_vdm": _build_latent_vdm,
@@ -116,19 +132,24 @@ def speed_up(objective: Objective, arguments: TrainingArguments) -> None:
     if arguments.compile == "whole":
         objective.compile(backend=COMPILER)
     elif arguments.compile == "regional":
+        repeated = repeated_blocks(objective)
         for block in network.modules():
-            if type(block).__name__ in _REPEATED_BLOCKS:
+            if type(block).__name__ in repeated:
                 block.compile(backend=COMPILER, fullgraph=True)
 
 
 def repeated_blocks(objective: Objective) -> list[str]:
     """The classes of blocks that a network repeats: what is compiled, or sharded, each for itself."""
-    return sorted({type(block).__name__ for block in objective.modules()} & set(_REPEATED_BLOCKS))
+    known = {*_REPEATED_BLOCKS, *getattr(objective.body, "_repeated_blocks", ())}
+    return sorted({type(block).__name__ for block in objective.modules()} & known)
 
 
 @singledispatch
 def build_pipeline(
-    objective: Objective, preprocessing: Preprocessing | None = None, held_out: HeldOut | None = None
+    objective: Objective,
+    preprocessing: Preprocessing | None = None,
+    held_out: HeldOut | None = None,
+    **described: Any,
 ) -> LikelihoodPipeline:
     """The pipeline of an objective as it is now.
 
@@ -138,6 +159,7 @@ def build_pipeline(
         objective: All that was trained.
         preprocessing: How the images that it was trained on became levels.
         held_out: How its test images were held out of them.
+        described: Of texts, the ``tokenizer``, and the ``windows`` that they are cut into.
     """
     raise ConfigurationError(f"{type(objective).__name__} belongs to no pipeline.")
 
@@ -145,6 +167,13 @@ def build_pipeline(
 @build_pipeline.register
 def _(objective: HierarchicalObjective, preprocessing: Any = None, held_out: Any = None) -> HVAEPipeline:
     return HVAEPipeline(objective.model, preprocessing, held_out)
+
+
+@build_pipeline.register
+def _(objective: TokenObjective, *, tokenizer: Any, windows: Any = None, held_out: Any = None) -> TokenPipeline:
+    network = objective.network
+    scheduler = VDMScheduler(**objective.process.fields())
+    return TokenPipeline(network.model, tokenizer, scheduler, network.time_embedding, windows)
 
 
 @build_pipeline.register
@@ -163,17 +192,6 @@ def _(objective: VDMObjective, preprocessing: Any = None, held_out: Any = None) 
         return LatentVDMPipeline(process.first_stage, **parts, latent_scaling=process.scaling())
     weights = RegisteredModel.carrying(process) if process.has_weights else None
     return VDMPipeline(**parts, forward_process=weights)
-
-
-def describe_preprocessing(arguments: DataArguments) -> Preprocessing:
-    """The preprocessing of a run's images, for its pipeline."""
-    return {
-        "resolution": arguments.resolution,
-        "center_crop": arguments.center_crop,
-        "color": arguments.color,
-        "num_levels": arguments.num_levels,
-        "image_column": arguments.image_column,
-    }
 
 
 def count_steps(arguments: TrainingArguments, steps_per_epoch: int | None) -> int:

@@ -60,6 +60,10 @@ class _State(TypedDict):
     scaler: NotRequired[_Scaler]
 
 
+_COUNTS = ("images", "windows")
+"""The names under which a dataset's record says how many data there are."""
+
+
 def pack_state(run: RunState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The state of a run as groups of tensors and as JSON; where they are sharded, all processes take part."""
     keep = run.accelerator.is_main_process
@@ -141,9 +145,13 @@ def _other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[st
     if before["processes"] != now["processes"]:
         changed.append(f"processes was {before['processes']} and is {now['processes']}")
     images = [one["dataset"] for one in (before, now)]
-    if any(images[0][name] != images[1][name] for name in ("images", "shape", "levels", "fingerprint")):
-        counts = " and ".join(f"{one['images']} of fingerprint {str(one['fingerprint'])[:20]}" for one in images)
-        changed.append(f"the training images are others ({counts})")
+    if any(images[0].get(name) != images[1].get(name) for name in (*_COUNTS, "shape", "levels", "fingerprint")):
+        counts = " and ".join(
+            f"{next((one[name] for name in _COUNTS if name in one), None)} of fingerprint "
+            f"{str(one['fingerprint'])[:20]}"
+            for one in images
+        )
+        changed.append(f"the training data are others ({counts})")
     texts = [str(one.get("text_encodings"))[:16] for one in (before, now)]
     if len(set(texts)) > 1:
         changed.append(f"the captions, or their text encoder, are others (fingerprints {' and '.join(texts)})")

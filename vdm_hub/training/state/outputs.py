@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from vdm_hub.data.held_out import SPLIT
+from vdm_hub.data.kinds import IMAGES, TOKENS
 from vdm_hub.data.loading import RunData, check_outputs_apart
 from vdm_hub.errors import CheckpointError, ConfigurationError, in_one_line
 from vdm_hub.evaluation.evaluate import evaluate
@@ -22,10 +23,11 @@ from vdm_hub.likelihood.methods import VariationalBound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.pipelines.tokens import TokenPipeline, joined_texts
 from vdm_hub.plots import plot_schedule, plot_training_curve, rows_of_choices, save_grid
 from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.recipes.configuration import differences
-from vdm_hub.training.parts.setup import build_pipeline, describe_preprocessing
+from vdm_hub.training.parts.setup import build_pipeline
 from vdm_hub.training.state.checkpoints import checkpoints, foreign_entries, tidy
 from vdm_hub.training.state.history import History
 from vdm_hub.training.state.provenance import describe_split
@@ -39,10 +41,10 @@ class OutputFolder:
 
     def __init__(self, configuration: Configuration) -> None:
         assert configuration.training.output_dir is not None
-        self.path = expanded(configuration.training.output_dir)
+        self.path, self.kind = expanded(configuration.training.output_dir), configuration.data.kind
         self.checkpoints, self.pipeline = self.path / "checkpoints", self.path / "pipeline"
         self.recipe, self.evaluation = self.path / "recipe.yaml", self.path / "evaluation.json"
-        self.samples, self.schedule = self.path / "samples.png", self.path / "schedule.png"
+        self.samples, self.schedule = self.path / configuration.data.kind.samples, self.path / "schedule.png"
         self.history, self.curve = self.path / "history.json", self.path / "training_curve.png"
         self.provenance = self.path / "run.json"
         self.logs, self.lock = self.path / "logs", self.path / ".vdm_hub.lock"
@@ -161,7 +163,7 @@ class OutputFolder:
         with written_beside(self.history) as beside:
             beside.write_text(json.dumps(history.to_dict(), allow_nan=False))
         with written_beside(self.curve) as beside:
-            plot_training_curve(history.to_dict(), beside)
+            plot_training_curve(history.to_dict(), beside, self.kind.unit)
         with written_beside(self.provenance) as beside:
             beside.write_text(json.dumps(provenance, indent=1, allow_nan=False))
 
@@ -175,12 +177,15 @@ class OutputFolder:
         """The summary of a run: its figure on the test images, or the last in training, and its place."""
         name, lines = configuration.data.dataset_name or configuration.data.train_data_dir, []
         if report is not None:
-            what = "test images held out" if data.held_out_test else f"{configuration.data.test_split} split"
+            what = (
+                f"test {data.kind.data} held out" if data.held_out_test else f"{configuration.data.test_split} split"
+            )
             lines = [f"\n{what} of {name}:\n{report}"]
         elif validation is not None:
             lines = [
-                f"\nno test images; {validation['images']} images held out of {name}, at step {validation['step']}:\n"
-                f"{validation['bits_per_dim']:.4f} bits/dim   standard error {validation['standard_error']:.4f}"
+                f"\nno test {data.kind.data}; {validation['images']} {data.kind.data} held out of {name}, at step "
+                f"{validation['step']}:\n{validation['bits_per_dim']:.4f} {data.kind.unit}   standard error "
+                f"{validation['standard_error']:.4f}"
             ]
         places = {"pipeline": self.pipeline, "samples": self.samples, "schedule": self.schedule}
         return "\n".join(lines + [f"{name:<13}{place}" for name, place in places.items() if place.exists()])
@@ -203,8 +208,22 @@ def results(folder: OutputFolder) -> Iterator[None]:
         ) from error
 
 
-def save_samples(pipeline: LikelihoodPipeline, configuration: Configuration, path: Path) -> None:
-    """Draw samples from the run's seed, and save them as one picture; what the network is told has rows of its own."""
+def save_samples(pipeline: Any, configuration: Configuration, path: Path) -> None:
+    """Draw samples from the run's seed, and save them in the file that shows those of its kind of data."""
+    _SAVED_BY[configuration.data.kind.name](pipeline, configuration, path)
+
+
+def _save_texts(pipeline: TokenPipeline, configuration: Configuration, path: Path) -> None:
+    """Draw texts, as many as fill a few screens at most, and save them, one after the other."""
+    pipeline.set_progress_bar_config(desc="sampling", leave=False)
+    training = configuration.training
+    count, generator = min(training.num_sample_images, _MOST_TEXTS), torch.Generator().manual_seed(training.seed)
+    texts = pipeline(count, num_inference_steps=training.num_inference_steps, generator=generator, return_dict=False)
+    path.write_text(joined_texts(texts[0]), "utf-8")
+
+
+def _save_grid(pipeline: LikelihoodPipeline, configuration: Configuration, path: Path) -> None:
+    """Draw images, and save them as one picture; what the network is told has rows of its own."""
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     training = configuration.training
     generator = torch.Generator().manual_seed(training.seed)
@@ -218,6 +237,10 @@ def save_samples(pipeline: LikelihoodPipeline, configuration: Configuration, pat
     save_grid(pipeline.sample(count, generator, training.num_inference_steps, **told), path, columns)
 
 
+_SAVED_BY: dict[str, Callable[[Any, Configuration, Path], None]] = {IMAGES.name: _save_grid, TOKENS.name: _save_texts}
+_MOST_TEXTS = 16
+
+
 def publish_locally(
     objective: Objective, configuration: Configuration, folder: OutputFolder, data: RunData
 ) -> LikelihoodReport | None:
@@ -226,7 +249,8 @@ def publish_locally(
     held_out: Any = data.held_out_test
     if held_out is not None and dataset is not None:
         held_out = held_out | {"fingerprint": dataset["fingerprint"]}
-    pipeline = build_pipeline(objective.eval(), describe_preprocessing(configuration.data), held_out)
+    described = data.train.pipeline_arguments(configuration.data)
+    pipeline = build_pipeline(objective.eval(), **described, held_out=held_out)
     with written_beside(folder.pipeline, keeps_all=True) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
     training = configuration.training

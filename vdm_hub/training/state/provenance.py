@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from vdm_hub import registry
 from vdm_hub.data.arguments import DataArguments
-from vdm_hub.data.loading import Images, RunData
-from vdm_hub.evaluation.provenance import describe_images, library_versions
+from vdm_hub.data.examples import RunData
+from vdm_hub.data.kinds import IMAGES, TOKENS
+from vdm_hub.evaluation.provenance import describe_images, describe_windows, library_versions
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import DiffusionArguments
@@ -71,20 +72,20 @@ class Provenance:
             "git": code_state(),
             "working_directory_git": git_state(),
             "dataset": describe_split(train, data, data.train_split),
-            "augmentation": {
-                "random_flip": data.random_flip,
-                "random_crop": train.resized and not data.center_crop,
-            },
+            "augmentation": train.augmentation(data),
             **self._condition,
         }
 
 
-def describe_split(images: Images, arguments: DataArguments, split: str | None) -> dict[str, Any]:
-    """The description of one of a run's splits, as `describe_images` makes it."""
-    name = arguments.dataset_name or str(arguments.train_data_dir)
+def describe_split(images: Any, arguments: DataArguments, split: str | None) -> dict[str, Any]:
+    """The public description of one of a run's splits, by the kind of its data."""
+    return _DESCRIBED_BY[images.kind.name](images, arguments, split)
+
+
+def _describe_images(images: Any, arguments: DataArguments, split: str | None) -> dict[str, Any]:
     described = describe_images(
         images,
-        name,
+        arguments.source,
         split,
         config=arguments.dataset_config_name,
         resolution=arguments.resolution,
@@ -93,6 +94,19 @@ def describe_split(images: Images, arguments: DataArguments, split: str | None) 
     )
     told = {name: getattr(arguments, name) for name in ("label_column", "caption_column", "caption_template")}
     return described | {name: value for name, value in told.items() if value is not None}
+
+
+def _describe_windows(windows: Any, arguments: DataArguments, split: str | None) -> dict[str, Any]:
+    return describe_windows(
+        windows,
+        arguments.source,
+        split,
+        config=arguments.dataset_config_name,
+        text_column=arguments.text_column,
+    )
+
+
+_DESCRIBED_BY = {IMAGES.name: _describe_images, TOKENS.name: _describe_windows}
 
 
 def plugin_versions(diffusion: DiffusionArguments) -> dict[str, str | None]:

@@ -63,7 +63,7 @@ class RunState:
         self.total_steps = count_steps(training, self.source.steps_per_epoch)
         accumulation, processes = training.gradient_accumulation_steps, accelerator.num_processes
         self.global_batch_size = training.train_batch_size * accumulation * processes
-        self.model = build_objective(configuration, data.shape, condition)
+        self.model = build_objective(configuration, data.shape, condition, data.tokenization)
         self.model.to(accelerator.device)
         self.preparation = self.model.prepare(self._first_images())
         optimizer = build_optimizer(self.model, training, learning_rate(training, processes))
