@@ -25,14 +25,12 @@ class Examples(ABC):
         is_stream: Whether they are read anew in each pass; else they are in memory, and are taken by number.
         num_levels: K: a value of a datum is one of 0..K-1.
         captions: Their captions, where there are some.
-        tokenization: What makes tokens of them, where they are texts.
     """
 
     kind: ClassVar[DataKind]
     is_stream: ClassVar[bool]
     num_levels: int
     captions: Any = None
-    tokenization: Any = None
 
     @property
     @abstractmethod
@@ -117,7 +115,7 @@ class RunData:
     @property
     def tokenization(self) -> Any:
         """What makes tokens of them, where they are texts."""
-        return self.train.tokenization
+        return getattr(self.train, "tokenization", None)
 
     @property
     def num_levels(self) -> int:

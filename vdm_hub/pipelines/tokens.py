@@ -283,10 +283,7 @@ class TokenPipeline(LikelihoodPipeline):
             None if one is None else whole_number("an id of a prompt", one, 0, tokenization.num_ids - 1)
             for one in prompt
         ]
-        return [
-            None if one in (None, tokenization.mask_id) else one - (one > tokenization.mask_id)  # type: ignore[operator]
-            for one in ids
-        ]
+        return [None if one in (None, tokenization.mask_id) else one - (one > tokenization.mask_id) for one in ids]
 
     def sample(
         self, batch_size: int, generator: Generator = None, num_inference_steps: int = 128, **arguments: Any
@@ -305,7 +302,7 @@ class TokenPipeline(LikelihoodPipeline):
         return TokenObjective(self.token_network(), self.process, transitions)
 
     @torch.no_grad()
-    def log_likelihood(
+    def log_likelihood(  # type: ignore[override]
         self,
         texts: str | Sequence[str],
         method: Method = "bound",

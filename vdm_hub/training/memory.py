@@ -125,7 +125,8 @@ def refuse_what_cannot_fit(needs: MemoryNeeds, accelerator: Accelerator) -> None
                 f"the run needs at least {wanted / _MIB:,.0f} MiB of memory ({sum(needs.parameters.values()):,} "
                 f"parameters with gradients, moments and averages, and {needs.fewest / _MIB:,.0f} MiB for what a "
                 f"batch keeps), and {place} has {there_is / _MIB:,.0f} MiB: give a smaller unet, network, hvae or "
-                f"first_stage, or a smaller train_batch_size with more gradient_accumulation_steps, or gradient_checkpointing."
+                f"first_stage, or a smaller train_batch_size with more gradient_accumulation_steps, or "
+                f"gradient_checkpointing."
             )
 
 

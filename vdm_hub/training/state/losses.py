@@ -54,8 +54,8 @@ class LossWatch:
             if (wrong := self._what_is_wrong(found)) is not None:
                 named = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
                 raise NonFiniteLossError(
-                    f"the loss of step {step} {wrong} ({named}; bits by dimension, or token). Training stopped; the last "
-                    f"good checkpoint is {self._last_good()}. Resume from it with a lower learning_rate (now "
+                    f"the loss of step {step} {wrong} ({named}; bits by dimension, or token). Training stopped; the "
+                    f"last good checkpoint is {self._last_good()}. Resume from it with a lower learning_rate (now "
                     f"{self._training.learning_rate:g}) or max_grad_norm (now {self._training.max_grad_norm}), or "
                     f"use bf16 instead of fp16."
                 )
