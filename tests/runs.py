@@ -65,8 +65,8 @@ def _schedule_once(process: ForwardProcess, report: LikelihoodReport | None, pat
     _draw_once(curve, lambda: plot_schedule(process, report, path), path)
 
 
-def _course_once(history: Mapping[str, Any], path: Path) -> None:
-    _draw_once(json.dumps(history), lambda: plot_training_curve(history, path), path)
+def _course_once(history: Mapping[str, Any], path: Path, unit: str = "bits/dim") -> None:
+    _draw_once(json.dumps(history) + unit, lambda: plot_training_curve(history, path, unit), path)
 
 
 def _draw_once(shown: object, draw: Callable[[], None], path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from linear_gaussian import Batches, objective
 from naming import naming
+from vdm_hub.data.kinds import Units
 from vdm_hub.diffusion.draws import image_generator
 from vdm_hub.errors import DataError, NonFiniteLossError
 from vdm_hub.likelihood.measurement import Measured, Measurement, Results, collect
@@ -122,7 +123,7 @@ def test_results_are_the_same_whoever_found_them_and_say_what_is_missing() -> No
         totals, 0.5 * torch.tensor([[20, 21, math.nan, 23, 24], [0, 1, math.nan, 3, 4]]).double(), equal_nan=True
     )
     whole.take(whole_of_replicate_1(known, batch))
-    report = whole.report(known, 3, dimensions=16)
+    report = whole.report(known, 3, Units(per_datum=16))
     assert report.terms_per_image["a"][:, 2].tolist() == [3, 13, 23], "of images that all replicates have"
 
 

@@ -23,6 +23,7 @@ NUMBERS = {
 }
 LARGE = {"learning_rate", "adam_epsilon", "adam_weight_decay", "max_grad_norm", "early_stopping_threshold"}
 LARGE |= {"ema_inv_gamma", "ema_power"}  # without an upper bound but that they are finite
+TEXTS = {"tokenizer": "byte", "model": "tokens", "num_levels": 256, "unet": {}}
 BESIDE: dict[str, dict[str, Any]] = {
     "num_train_epochs": {"max_train_steps": None},
     "shuffle_buffer_size": {"streaming": True},
@@ -32,6 +33,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "validation_steps": {"validation_size": 9},
     "num_classes": {"label_column": "label"},
     "condition_dropout": {"label_column": "label"},
+    "vocabulary_size": TEXTS | {"tokenizer": "bpe"},
+    "window_length": TEXTS,
+    "window_context": TEXTS | {"window_length": 2**20},
     "caption_max_length": {"caption_column": "text", "text_encoder": "an-encoder"},
 }
 

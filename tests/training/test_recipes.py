@@ -33,8 +33,12 @@ SHAPES = {
 }
 
 
+TEXTS = ("python_source", "shakespeare")
+"""Those of texts: see test_tokens."""
+
+
 def test_these_are_all() -> None:
-    assert sorted(SHAPES) == recipes()
+    assert sorted([*SHAPES, *TEXTS]) == recipes()
 
 
 @pytest.mark.parametrize("name", SHAPES)

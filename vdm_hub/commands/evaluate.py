@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from vdm_hub.commands.images import images_of
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.commands.options import OVERRIDES
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
+from vdm_hub.commands.texts import OF_TEXTS, refuse_options, windows_of
 from vdm_hub.data.arguments import DataArguments
-from vdm_hub.data.images import ImageLevels
+from vdm_hub.data.examples import Examples
+from vdm_hub.data.kinds import IMAGES, TOKENS
 from vdm_hub.data.loading import check_outputs_apart
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.evaluation.journal import check_evaluation_journal
 from vdm_hub.evaluation.measuring import ReplicateStages
 from vdm_hub.evaluation.processes import Processes
-from vdm_hub.evaluation.tables import write_per_image
+from vdm_hub.evaluation.tables import write_table
 from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -35,6 +38,8 @@ _RANGES = {
     (1, 16_384): ("resolution",),
     (0, MAX_SEED): ("seed",),
     (2, 256): ("num_levels",),
+    (2, 2**20): ("window_length",),
+    (0, 2**20): ("window_context",),
 }
 
 
@@ -72,18 +77,27 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _load(
     arguments: argparse.Namespace, processes: Processes
-) -> tuple[LikelihoodPipeline, ImageLevels, dict[str, Any], list[str]]:
+) -> tuple[LikelihoodPipeline, Examples, dict[str, Any], list[str]]:
     overrides = {name: value for name in OVERRIDES if (value := getattr(arguments, name)) is not None}
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
-    return pipeline, *images_of(
+    read = _READ_BY[pipeline.kind.name]
+    return pipeline, *read(
         arguments, pipeline, lambda said: print(said, file=sys.stderr) if processes.is_main else None
     )
+
+
+def _images_of(arguments: argparse.Namespace, pipeline: Any, say: Callable[[str], None]) -> Any:
+    refuse_options(arguments, OF_TEXTS, "images")
+    return images_of(arguments, pipeline, say)
+
+
+_READ_BY: dict[str, Callable[..., Any]] = {IMAGES.name: _images_of, TOKENS.name: windows_of}
 
 
 def _evaluate(
     arguments: argparse.Namespace,
     pipeline: LikelihoodPipeline,
-    images: ImageLevels,
+    images: Examples,
     description: dict[str, Any],
     processes: Processes,
 ) -> LikelihoodReport:
@@ -106,9 +120,9 @@ def _evaluate(
     )
 
 
-def _write(arguments: argparse.Namespace, report: LikelihoodReport, images: ImageLevels) -> None:
+def _write(arguments: argparse.Namespace, report: LikelihoodReport, images: Any) -> None:
     if arguments.per_image is not None:
-        write_per_image(report, arguments.per_image, images)
+        write_table(report, arguments.per_image, images)
     if arguments.plot is not None:
         with written_beside(arguments.plot) as beside:
             plot_likelihood(report, beside)

@@ -43,7 +43,7 @@ def explain(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
-    """Measure a pipeline's likelihood on a dataset, in bits per dimension."""
+    """Measure a pipeline's likelihood on a dataset, in bits per dimension, or per byte of texts."""
     parser.epilog = _EPILOG
     parser.set_defaults(prepare=_choose_method_and_mixture)
     parser.add_argument(
@@ -52,6 +52,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     _add_checkpoint(parser.add_argument_group("a checkpoint of diffusers whose config is wrong"))
     _add_images(parser.add_argument_group("images"))
+    _add_texts(parser.add_argument_group("texts, of a model of tokens"))
     _add_method(parser.add_argument_group("method"))
     _add_mixture(parser.add_argument_group("classes"))
     _add_effort(parser.add_argument_group("effort"))
@@ -159,7 +160,18 @@ def _add_images(
         type=int,
         help=f"resize first; such figures can't be compared with published ones {trained}, else as they are)",
     )
-    group.add_argument("--max_images", type=int, help="evaluate only the first so many images")
+    group.add_argument("--max_images", type=int, help="evaluate only the first so many images, or windows of texts")
+
+
+def _add_texts(group: argparse._ArgumentGroup) -> None:
+    trained = "(default: as the model was trained)"
+    group.add_argument("--text_column", help=f"the column that holds the texts, of data that have columns {trained}")
+    group.add_argument("--window_length", type=int, help=f"cut texts into windows of so many tokens {trained}")
+    group.add_argument(
+        "--window_context",
+        type=int,
+        help=f"how many tokens at the start of a window, the last of the one before, are given {trained}",
+    )
 
 
 def _add_method(group: argparse._ArgumentGroup) -> None:
@@ -221,7 +233,7 @@ def _add_effort(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--target_standard_error",
         type=float,
-        help="add replicates until the Monte Carlo error is at most this, in bits/dim",
+        help="add replicates until the Monte Carlo error is at most this, in bits/dim, or of texts in bits/byte",
     )
     group.add_argument("--max_replicates", type=int, help="with a target: the most replicates (default: 256)")
     group.add_argument("--max_evaluations", type=int, help="with a target: the most network evaluations")
@@ -242,13 +254,15 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def sample(parser: argparse.ArgumentParser) -> None:
-    """Draw samples from a pipeline into one picture."""
+    """Draw samples from a pipeline into one picture, or one file of texts."""
     parser.add_argument(
         "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or of diffusers' DDPM family"
     )
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
-    parser.add_argument("--output", type=Path, default=Path("grid.png"), help="the PNG to write (default: grid.png)")
+    parser.add_argument(
+        "--output", type=Path, help="the PNG, or the file of texts, to write (default: grid.png, or samples.txt)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output, where there is one")
     parser.add_argument("--num_inference_steps", type=int, default=250, help="network evaluations (default: 250)")
     parser.add_argument(
@@ -266,7 +280,14 @@ def sample(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         nargs="+",
         help="of a model that is conditioned on captions: captions, each in quotes and each a row of --num_images "
-        "over them (default: some of its training)",
+        "over them (default: some of its training); of a model of texts: texts to continue, or to fill where they "
+        "have the tokenizer's mask token, such as 'To be, [MASK][MASK]'",
+    )
+    parser.add_argument("--length", type=int, help="of a model of texts: tokens of each (default: a window's)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="of a model of texts: below 1 likelier tokens come more often (default: 1)",
     )
     parser.add_argument("--negative_prompt", help="with guidance: what takes the place of no caption")
     parser.add_argument(

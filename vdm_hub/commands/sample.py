@@ -1,15 +1,19 @@
-"""Draw samples from a pipeline into one picture."""
+"""Draw samples from a pipeline into one picture, or one file of texts."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
+from vdm_hub.commands.texts import OF_TEXT_SAMPLES, draw_texts, refuse_options
+from vdm_hub.data.kinds import IMAGES, TOKENS
 from vdm_hub.diffusion.samplers import ANCESTRAL, build_sampler
 from vdm_hub.errors import ConfigurationError, shortened
 from vdm_hub.fields import MAX_SEED, within
@@ -20,13 +24,26 @@ from vdm_hub.plots import rows_of_choices, save_grid
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draw samples, and save them as one picture."""
+    """Draw samples, and save them as one picture, or as texts."""
     within(1, 10**6, arguments, "num_images", "num_inference_steps", "batch_size")
     within(0, MAX_SEED - arguments.num_images, arguments, "seed")
-    check_output(arguments.output, "output", ".png", overwrite=arguments.overwrite)
-    check_apart_from_training(arguments.pipeline, {"output": arguments.output})
+    given: Path | None = arguments.output
+    if given is not None:
+        suffix = ".txt" if given.suffix.casefold() == ".txt" else ".png"
+        check_output(given, "output", suffix, overwrite=arguments.overwrite)
+        check_apart_from_training(arguments.pipeline, {"output": given})
     build_sampler(arguments.sampler)  # an unknown name is said before anything is loaded
     pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
+    default, draw = _DRAWN_BY[pipeline.kind.name]
+    output = given or Path(default)
+    check_output(output, "output", Path(default).suffix, overwrite=arguments.overwrite)
+    check_apart_from_training(arguments.pipeline, {"output": output})
+    print(draw(arguments, pipeline, output))
+
+
+def _draw_images(arguments: argparse.Namespace, pipeline: Any, output: Path) -> str:
+    """Draw images into one picture, and say so."""
+    refuse_options(arguments, OF_TEXT_SAMPLES, "images")
     chosen = _chosen(arguments, pipeline)
     told, columns = _told(arguments, pipeline)
     count = len(told) or arguments.num_images
@@ -37,10 +54,16 @@ def run(arguments: argparse.Namespace) -> None:
         part = {} if condition is None or not told else {condition.argument: told[start : start + len(seeds)]}
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         parts.append(pipeline.sample(len(seeds), generators, arguments.num_inference_steps, **part, **chosen))
-    with written_beside(arguments.output) as beside:
+    with written_beside(output) as beside:
         save_grid(torch.cat(parts), beside, columns)
     other = "" if count == arguments.num_images else f" of {arguments.num_images}, as all rows are equally long"
-    print(f"{count} samples{other}{_rows(told, columns, pipeline)}: {arguments.output}")
+    return f"{count} samples{other}{_rows(told, columns, pipeline)}: {output}"
+
+
+_DRAWN_BY: dict[str, tuple[str, Callable[[argparse.Namespace, Any, Path], str]]] = {
+    IMAGES.name: ("grid.png", _draw_images),
+    TOKENS.name: ("samples.txt", draw_texts),
+}
 
 
 def _chosen(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class DataArguments:
         "With a tokenizer: how many tokens at the start of a window, the last of the one before, are given and not "
         "scored.",
         at_least=0,
-        at_most=2**20,
+        at_most=2**20 - 1,
         only_with="tokenizer",
     )
     window_shift: bool = option(

@@ -199,7 +199,8 @@ class TokenWindows(_Texts):
     @property
     def words(self) -> str:
         """How many there are, of how many tokens and bytes."""
-        return f"{len(self):,} windows, {len(self.tokens):,} tokens for {int(self.sizes.long().sum()):,} bytes,"
+        first = "" if self.most is None else "the first "
+        return f"{first}{len(self):,} windows, of {len(self.tokens):,} tokens for {int(self.sizes.sum()):,} bytes,"
 
     @property
     def levels(self) -> Tensor:
@@ -233,15 +234,18 @@ class TokenWindows(_Texts):
             batch["attention_mask"] = (~filled).long().expand(len(places), -1).contiguous()
         return batch
 
+    def scored(self) -> tuple[Tensor, Tensor]:
+        """How many tokens each window scores, and how many bytes these stand for, int64, (windows,)."""
+        starts, already = self.places
+        ends = (starts + self.cut.length).clamp(max=len(self.tokens))
+        upto = torch.cat([torch.zeros(1, dtype=torch.int64), self.sizes.long().cumsum(0)])
+        return ends - starts - already, upto[ends] - upto[starts + already]
+
     def units(self, count: int) -> Units:
         """Bits are counted by token and by byte, each of those that the first so many windows score once."""
-        starts, already = (part[:count] for part in self.places)
-        ends = (starts + self.cut.length).clamp(max=len(self.tokens))
-        tokens = int((ends - starts - already).sum())
-        upto = torch.cat([torch.zeros(1, dtype=torch.int64), self.sizes.long().cumsum(0)])
-        size = int((upto[ends] - upto[starts + already]).sum())
-        known = self.facts.whole and size > 0
-        return Units(TOKENS, tokens / max(len(starts), 1), size / tokens if known else None, self.facts.notes)
+        tokens, sizes = (int(part[:count].sum()) for part in self.scored())
+        each = sizes / tokens if self.facts.whole and sizes else None
+        return Units(TOKENS, tokens / min(count, len(self)), each, self.facts.notes)
 
     def augmentation(self, arguments: DataArguments) -> dict[str, bool]:
         """Whether windows begin at random places."""

@@ -4,15 +4,49 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vdm_hub.data.images import ImageLevels
+from vdm_hub.data.kinds import IMAGES, TOKENS
+from vdm_hub.data.sequences import TokenWindows
 from vdm_hub.files import written_beside
 from vdm_hub.likelihood.classification_report import ClassificationReport
 from vdm_hub.likelihood.report import LikelihoodReport
+
+
+def write_table(report: LikelihoodReport, path: Path, data: Any) -> None:
+    """Write one row per datum: `write_per_image` of images, `write_per_window` of texts."""
+    write: dict[str, Callable[..., None]] = {IMAGES.name: write_per_image, TOKENS.name: write_per_window}
+    write[report.units.kind.name](report, path, data)
+
+
+def write_per_window(report: LikelihoodReport, path: Path, windows: TokenWindows) -> None:
+    """Write one row per window, in their order, and the report as JSON in the file's metadata, under ``vdm_hub``.
+
+    Columns: ``window``, its number; ``token``, the number of its first token in the text; ``tokens`` and ``bytes``, of
+    those that it scores; ``bits``, of these together; and ``bits_standard_error``, over the replicates (null for one).
+    """
+    count, starts = report.num_images, windows.places[0]
+    error = report.standard_error_per_image if report.replicates > 1 else None
+    tokens, sizes = windows.scored()
+    columns = {
+        "window": pa.array(range(count), pa.int64()),
+        "token": pa.array(starts[:count].numpy()),
+        "tokens": pa.array(tokens[:count].numpy()),
+        "bytes": pa.array(sizes[:count].numpy()),
+        "bits": pa.array((report.per_image * report.dimensions).numpy()),
+        "bits_standard_error": pa.nulls(count, pa.float64())
+        if error is None
+        else pa.array((error * report.dimensions).numpy()),
+    }
+    table = pa.table(columns).replace_schema_metadata({"vdm_hub": json.dumps(report.to_dict())})
+    with written_beside(path) as beside:
+        pq.write_table(table, beside)
 
 
 def write_per_image(report: LikelihoodReport, path: Path, images: ImageLevels) -> None:

@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition, ClassLabels, Condition
+from vdm_hub.data.kinds import IMAGES, DataKind
 from vdm_hub.data.levels import levels_from_images
 from vdm_hub.data.preprocessing import HeldOut, Preprocessing
 from vdm_hub.diffusion.draws import Generator
@@ -93,6 +94,11 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
                 f"(channels, height, width) and {read['num_levels']} levels, and the model's are of {own['shape']} "
                 f"and {own['num_levels']} levels: give the preprocessing that it was trained with."
             )
+
+    @property
+    def kind(self) -> DataKind:
+        """What it is a model of."""
+        return IMAGES
 
     @property
     @abstractmethod

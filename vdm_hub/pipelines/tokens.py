@@ -198,14 +198,6 @@ class TokenPipeline(LikelihoodPipeline):
 
         Raises:
             ConfigurationError: An argument is out of range, or a prompt has a token that the model does not know.
-
-        Example:
-            >>> import torch
-            >>> from transformers import BertConfig, BertForMaskedLM
-            >>> from vdm_hub.data.tokenization import make_tokenizer
-            >>> tokenizer = make_tokenizer("byte")
-            >>> "[MASK]" in tokenizer.get_vocab()
-            True
         """
         levels, given = self._start(num_samples, length, prompt)
         steps = whole_number("num_inference_steps", num_inference_steps)

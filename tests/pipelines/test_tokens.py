@@ -1,0 +1,347 @@
+"""`TokenPipeline`: what is saved is what is loaded, holes are filled, and the bound is that of the enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    EuroBertConfig,
+    EuroBertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+)
+
+import tiny_tokens
+from naming import naming
+from tiny import seeded
+from tiny_text import tiny_tokenizer
+from tiny_tokens import LENGTH, PROCESS, network, pipeline, tokenizer
+from vdm_hub import TokenPipeline, TokenTimeEmbedding, UNetVDMModel, VariationalBound, VDMScheduler
+from vdm_hub.data.sequences import Cut, encode_texts
+from vdm_hub.data.tokenization import MASK, Tokenization
+from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, MissingPluginError
+from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.models.token_networks import TokenNetwork, check_token_model
+
+TEXTS = ["abc def", "gab", "fed cab bag face"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tiny_tokens.install(tmp_path_factory.mktemp("plugin") / "site-packages"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TokenPipeline:
+    return pipeline()
+
+
+@pytest.fixture
+def saved(pipe: TokenPipeline, tmp_path: Path) -> Path:
+    pipe.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+# ---- saved and loaded -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", [TokenPipeline, DiffusionPipeline])
+@pytest.mark.parametrize("told", [False, True])
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path, loader: Any, told: bool) -> None:
+    embedding = TokenTimeEmbedding(8) if told else None
+    if embedding is not None:
+        torch.nn.init.normal_(embedding.embedding.linear_2.weight)
+    first = pipeline(time_embedding=embedding)
+    first.save_pretrained(tmp_path)
+    second = loader.from_pretrained(tmp_path)
+    second.set_progress_bar_config(disable=True)
+    assert type(second) is TokenPipeline and second.config.windows == first.config.windows
+    draws = [one(3, num_inference_steps=4, generator=seeded()) for one in (first, second)]
+    assert torch.equal(draws[0].ids, draws[1].ids) and draws[0].texts == draws[1].texts
+    reports = [one.log_likelihood(TEXTS, replicates=2) for one in (first, second)]
+    assert torch.equal(reports[0].per_image, reports[1].per_image)
+
+
+def test_the_index_names_transformers_and_nothing_else_that_is_not_ours(saved: Path) -> None:
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["network"] == ["transformers", "BertForMaskedLM"] and index["tokenizer"][0] == "transformers"
+    assert index["scheduler"] == ["vdm_hub", "VDMScheduler"]
+
+
+@pytest.mark.parametrize(
+    ("component", "named"),
+    [
+        ("network", ["diffusers", "UNet2DModel"]),
+        ("network", ["vdm_hub", "UNetVDMModel"]),
+        ("network", ["transformers", "BertConfig"]),
+        ("tokenizer", ["transformers", "BertForMaskedLM"]),
+        ("network", ["os", "system"]),
+        ("scheduler", ["transformers", "BertForMaskedLM"]),
+    ],
+)
+def test_another_component_is_refused(saved: Path, component: str, named: list[str]) -> None:
+    index = saved / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {component: named}))
+    with pytest.raises(CheckpointError):
+        TokenPipeline.from_pretrained(saved)
+
+
+def test_other_weights_and_code_are_refused(saved: Path) -> None:
+    weights = load_file(saved / "network" / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name][:-1].clone()}, saved / "network" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=naming(name)):
+        TokenPipeline.from_pretrained(saved)
+    config = saved / "network" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "code.Model"}}))
+    with pytest.raises(CheckpointError, match="auto_map"):
+        TokenPipeline.from_pretrained(saved)
+
+
+def test_a_missing_plugin_is_named(saved: Path) -> None:
+    config = saved / "scheduler" / "scheduler_config.json"
+    process = {"name": "absorbing_of_another", "package": "vdm-hub-of-another", "config": {}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"forward_process": process}))
+    with pytest.raises(MissingPluginError, match="vdm-hub-of-another"):
+        TokenPipeline.from_pretrained(saved)
+
+
+def test_a_folder_without_its_tokenizer_is_refused(saved: Path) -> None:
+    shutil.rmtree(saved / "tokenizer")
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        TokenPipeline.from_pretrained(saved)
+
+
+# ---- what does not belong together ----------------------------------------------------------------------------------
+
+
+def scheduler(levels: int) -> VDMScheduler:
+    return VDMScheduler(num_levels=levels, forward_process=PROCESS)
+
+
+def test_parts_of_other_sizes_are_refused() -> None:
+    words = tokenizer()
+    with pytest.raises(ConfigurationError, match=naming("num_levels", len(words) - 1)):
+        TokenPipeline(network(len(words)), words, scheduler(5))
+    with pytest.raises(ConfigurationError, match=naming("tokens", len(words) - 2)):
+        TokenPipeline(network(len(words) - 2), words, scheduler(len(words) - 1))
+    with pytest.raises(ConfigurationError, match=naming("positions", LENGTH, 99)):
+        windows = {"length": 99, "context": 0, "text_column": "text"}
+        TokenPipeline(network(len(words)), words, scheduler(len(words) - 1), windows=windows)
+
+
+SIZES: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 12}
+LAYERS: dict[str, Any] = {"num_hidden_layers": 1, "max_position_embeddings": 16, "pad_token_id": None}
+
+
+def test_causal_networks_and_those_without_logits_are_refused() -> None:
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+    for model in (gpt, LlamaForCausalLM(LlamaConfig(**SIZES, **LAYERS))):
+        with pytest.raises(ConfigurationError, match="causal"):
+            check_token_model(model, 8)
+    with pytest.raises(ConfigurationError, match="logits"):
+        check_token_model(BertModel(BertConfig(**SIZES, **LAYERS)), 8)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: BertForMaskedLM(BertConfig(**SIZES, **LAYERS)),
+        lambda: EuroBertForMaskedLM(EuroBertConfig(**SIZES, **LAYERS)),
+        lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **LAYERS, is_causal=False)),
+        lambda: ModernBertForMaskedLM(ModernBertConfig(**SIZES, **LAYERS, bos_token_id=None, eos_token_id=None)),
+    ],
+    ids=["bert", "eurobert", "llama", "modernbert"],
+)
+def test_bidirectional_networks_give_a_logit_for_each_token_but_the_mask(build: Any) -> None:
+    torch.manual_seed(0)
+    model, words = build().eval(), Tokenization(tokenizer())
+    check_token_model(model, 16)
+    levels = torch.randint(0, words.num_values + 1, (2, 16), generator=seeded())
+    logits = TokenNetwork(model, words)(levels, torch.zeros(2))[0]
+    assert logits.shape == (2, 16, words.num_values) and bool(logits.isfinite().all())
+
+
+def test_a_mask_in_the_midst_of_the_ids_is_left_out_of_the_logits() -> None:
+    words = Tokenization(tiny_tokenizer())
+    model = network(words.num_ids)
+    levels = torch.tensor([[0, 3, 4, words.num_values, 9]])
+    ids = words.ids_of(levels)
+    assert ids.tolist() == [[0, 3, 5, words.mask_id, 10]]
+    whole = model(input_ids=ids).logits
+    kept = [place for place in range(words.num_ids) if place != words.mask_id]
+    assert torch.equal(TokenNetwork(model, words)(levels, torch.zeros(1))[0], whole[..., kept])
+
+
+def test_the_timestep_is_told_where_it_is_to_be() -> None:
+    words = Tokenization(tokenizer())
+    model, embedding = network(words.num_ids), TokenTimeEmbedding(8)
+    levels, times = torch.zeros(2, LENGTH), torch.tensor([1.0, 900.0])
+    plain, told = TokenNetwork(model, words), TokenNetwork(model, words, embedding)
+    torch.testing.assert_close(told(levels, times)[0], plain(levels, times)[0])  # zero before training
+    torch.nn.init.normal_(embedding.embedding.linear_2.weight)
+    rows = told(levels, times)[0]
+    assert not torch.allclose(rows[0], rows[1]) and torch.equal(plain(levels, times)[0][0], plain(levels, times)[0][1])
+
+
+# ---- samples --------------------------------------------------------------------------------------------------------
+
+
+def test_samples_have_no_mask_and_the_length_that_is_asked_for(pipe: TokenPipeline) -> None:
+    drawn = pipe(5, length=6, num_inference_steps=3, generator=seeded())
+    assert drawn.ids.shape == (5, 6) and not bool((drawn.ids == pipe.tokenizer.mask_token_id).any())
+    assert drawn.texts == [pipe.tokenization.decode(pipe.tokenization.levels_of(row.numpy())) for row in drawn.ids]
+    assert pipe(2, generator=seeded()).ids.shape == (2, LENGTH)
+
+
+def test_holes_are_filled_and_what_is_given_stays(pipe: TokenPipeline) -> None:
+    for prompt in (f"a{MASK}c{MASK}{MASK}f", [0, None, 2, None, None, 5]):
+        drawn = pipe(4, prompt=prompt, num_inference_steps=4, generator=seeded())
+        assert [text[0] + text[2] + text[-1] for text in drawn.texts] == ["acf"] * 4 or prompt[0] == 0
+        assert all(row[2] == drawn.ids[0, 2] for row in drawn.ids) and drawn.ids.shape == (4, 6)
+    continued = pipe(2, prompt=["ab", "g"], num_inference_steps=4, generator=seeded())
+    assert [text[:1] for text in continued.texts] == ["a", "a", "g", "g"] and continued.ids.shape == (4, LENGTH)
+
+
+def test_a_callback_sees_a_text_that_opens(pipe: TokenPipeline) -> None:
+    masked: list[int] = []
+
+    def look(pipe: Any, step: int, timestep: Any, seen: dict[str, Any]) -> None:
+        masked.append(sum(text.count(MASK) for text in seen["texts"]))
+        assert set(seen) == set(pipe._callback_tensor_inputs)
+
+    pipe(8, num_inference_steps=8, generator=seeded(), callback_on_step_end=look)
+    assert masked == sorted(masked, reverse=True) and masked[0] > masked[-1] == 0 and len(masked) == 8
+
+
+def test_without_temperature_the_likeliest_tokens_are_drawn(pipe: TokenPipeline) -> None:
+    drawn = pipe(3, num_inference_steps=1, temperature=0, generator=seeded())
+    masks = torch.full((1, LENGTH), pipe.num_levels)
+    likeliest = pipe.token_network()(masks, torch.zeros(1))[0].argmax(-1)
+    assert torch.equal(drawn.ids, pipe.tokenization.ids_of(likeliest).expand(3, -1))
+
+
+def test_samples_are_those_of_their_generators(pipe: TokenPipeline) -> None:
+    both = pipe(2, num_inference_steps=4, generator=[seeded(1), seeded(2)]).ids
+    assert torch.equal(both[1:], pipe(1, num_inference_steps=4, generator=[seeded(2)]).ids)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"length": 99}, "length"),
+        ({"temperature": -1}, "temperature"),
+        ({"prompt": [0, 99]}, "99"),
+        ({"prompt": "abcdefgabc"}, "10"),
+        ({"generator": [torch.Generator()] * 3}, "3"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(pipe: TokenPipeline, given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        pipe(**given)
+
+
+# ---- likelihood -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_bound_is_the_mean_over_all_orders(pipe: TokenPipeline) -> None:
+    text, words = "bad", pipe.tokenization
+    levels, called = torch.from_numpy(words.encode(text).levels).long(), pipe.token_network()
+    whole = torch.full((LENGTH,), 0)
+    whole[:3] = levels
+    mask = (torch.arange(LENGTH) < 3).long()[None]
+    total = 0.0
+    for order in itertools.permutations(range(3)):
+        seen = whole.clone()
+        seen[:3] = words.num_values
+        seen[3:] = levels[-1]  # what fills a window
+        for place in order:
+            logits = called(seen[None], torch.zeros(1), attention_mask=mask)[0][0, place]
+            total -= float(torch.log_softmax(logits, -1)[levels[place]])
+            seen[place] = levels[place]
+    exact = total / math.factorial(3) / (3 * math.log(2))
+    report = pipe.log_likelihood(text, VariationalBound(pilot_evaluations=0, times_per_datum=128), replicates=64)
+    assert report.bits_per_byte == pytest.approx(report.bits_per_dim)
+    assert abs(report.bits_per_dim - exact) < 4 * report.standard_error < 0.5
+
+
+def test_a_report_counts_each_token_and_byte_once(pipe: TokenPipeline) -> None:
+    report = pipe.log_likelihood(TEXTS, replicates=2)
+    said, size = report.to_dict(), sum(map(len, TEXTS))
+    assert said["tokens"] == said["bytes"] == size and said["windows_of_texts"] == [1, 1, 2]
+    nats = torch.stack(list(report.terms_per_image.values())).sum()
+    assert said["bits_per_byte"] == pytest.approx(float(nats) / 2 / size / math.log(2))
+    assert said["perplexity"] == pytest.approx(2 ** said["bits_per_token"])
+    assert "bits/byte" in str(report) and "perplexity" in str(report)
+
+
+def test_unknown_characters_leave_bits_by_token_alone(pipe: TokenPipeline) -> None:
+    report = pipe.log_likelihood("ab☃cd", replicates=2)
+    assert report.bits_per_byte is None and report.to_dict()["bits_per_byte"] is None
+    assert "1 of 5 characters" in str(report) and "bits/byte   " not in str(report)
+
+
+def test_what_fills_a_window_changes_nothing(pipe: TokenPipeline) -> None:
+    called = pipe.token_network()
+    short = torch.tensor([[1, 2, 3]])
+    long = torch.tensor([[1, 2, 3, 5, 5, 6, 4, 0]])
+    mask = (torch.arange(LENGTH) < 3).long()[None]
+    given = called(long, torch.zeros(1), attention_mask=mask)[0][:, :3]
+    torch.testing.assert_close(given, called(short, torch.zeros(1))[0])
+
+
+def test_evaluation_and_pipeline_agree_whatever_the_batches(pipe: TokenPipeline) -> None:
+    windows = encode_texts([TEXTS[2] * 3], pipe.tokenization, pipe.cut)
+    reports = [evaluate(pipe, windows, replicates=3, batch_size=size, progress=False) for size in (2, 5)]
+    own = pipe.log_likelihood(TEXTS[2] * 3, replicates=3)
+    torch.testing.assert_close(reports[0].per_image, reports[1].per_image)
+    torch.testing.assert_close(own.per_image, reports[0].per_image)
+    assert reports[0].standard_error == pytest.approx(own.standard_error)
+
+
+def test_a_longer_context_is_given_and_not_scored() -> None:
+    words = pipeline(context=4)
+    report = words.log_likelihood("abcdefgabcde", replicates=2)
+    assert report.to_dict()["tokens"] == 12 and report.num_images == 2
+
+
+@pytest.mark.parametrize("texts", ["", [], ["a", ""], 3])
+def test_what_is_no_text_is_refused(pipe: TokenPipeline, texts: Any) -> None:
+    with pytest.raises(DataError):
+        pipe.log_likelihood(texts)
+
+
+def test_windows_of_another_tokenizer_are_refused(pipe: TokenPipeline) -> None:
+    others = encode_texts(["abc"], Tokenization(tiny_tokenizer()), Cut(4))
+    with pytest.raises(DataError, match="tokenizer"):
+        evaluate(pipe, others, progress=False)
+
+
+def test_other_networks_than_those_of_transformers_are_refused() -> None:
+    words = tokenizer()
+    unet: Any = UNetVDMModel(8, block_out_channels=(8,), norm_num_groups=4)
+    with pytest.raises((ConfigurationError, AttributeError)):
+        TokenPipeline(unet, words, scheduler(len(words) - 1))
