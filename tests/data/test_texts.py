@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vdm_hub.data.sequences import Cut, TokenWindows, encode_texts
 from vdm_hub.data.text_loading import load_windows
 from vdm_hub.data.tokenization import END, MASK, Tokenization, make_tokenizer, open_tokenizer, with_mask
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
+from vdm_hub.likelihood.report import LikelihoodReport
 
 BYTE = Tokenization(make_tokenizer("byte"))
 TEXT = "The rain in Spain stays mainly in the plain. " * 20
@@ -258,3 +260,12 @@ def test_a_stream_makes_no_tokenizer_of_its_texts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     with pytest.raises(DataError, match="--streaming"):
         run_data(tmp_path / "a.txt", tokenizer="character", streaming=True)
+
+
+def test_windows_of_other_lengths_with_the_same_bits_a_token_have_no_error_among_them() -> None:
+    windows = encode_texts(["abcdefghij"], BYTE, Cut(4))
+    each = windows.scored()[0].double()
+    terms = {"diffusion": (each * 3 * math.log(2)).expand(2, -1)}
+    units = windows.units(len(windows))
+    report = LikelihoodReport(terms, None, units.per_datum, units=units)
+    assert report.bits_per_dim == pytest.approx(3) and report.standard_error_over_images < 1e-12

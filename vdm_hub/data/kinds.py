@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Units:
         bytes_per_value: How many UTF-8 bytes of a text a token stands for, on average, each byte counted once;
             ``None`` where a figure per byte has no meaning.
         notes: What the reader of a figure must know of that, one sentence each.
+        each: How many values each datum has, a tensor, (data,), where they differ.
 
     >>> units = Units(TOKENS, per_datum=128.0, bytes_per_value=2.5)
     >>> units.leading, units.by_leading(5.0)
@@ -62,6 +64,7 @@ class Units:
     per_datum: float = 0.0
     bytes_per_value: float | None = None
     notes: tuple[str, ...] = ()
+    each: Any = field(default=None, compare=False)
 
     @property
     def leading(self) -> str:

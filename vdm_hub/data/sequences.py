@@ -243,9 +243,10 @@ class TokenWindows(_Texts):
 
     def units(self, count: int) -> Units:
         """Bits are counted by token and by byte, each of those that the first so many windows score once."""
-        tokens, sizes = (int(part[:count].sum()) for part in self.scored())
-        each = sizes / tokens if self.facts.whole and sizes else None
-        return Units(TOKENS, tokens / min(count, len(self)), each, self.facts.notes)
+        each, sizes = (part[:count] for part in self.scored())
+        tokens, size = int(each.sum()), int(sizes.sum())
+        by_token = size / tokens if self.facts.whole and size else None
+        return Units(TOKENS, tokens / len(each), by_token, self.facts.notes, each)
 
     def augmentation(self, arguments: DataArguments) -> dict[str, bool]:
         """Whether windows begin at random places."""
@@ -301,23 +302,25 @@ def encode_each(
         windows each text has.
     """
     parts: list[dict[str, Tensor]] = []
-    counts, tokens, size, facts = [], 0.0, 0.0, TextFacts()
+    found: list[tuple[Tensor, Tensor]] = []
+    facts = TextFacts()
     for text in texts:
         windows = encode_texts([text], tokenization, cut)
-        batch, units, count = windows.take(torch.arange(len(windows))), windows.units(len(windows)), len(windows)
+        batch = windows.take(torch.arange(len(windows)))
         whole = torch.ones_like(batch["levels"])
         parts.append({"given": whole.new_zeros(whole.shape).bool(), "attention_mask": whole} | batch)
-        counts.append(count)
-        tokens += units.per_datum * count
-        size += units.per_datum * count * (units.bytes_per_value or 0)
+        found.append(windows.scored())
         facts = facts + windows.facts
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if bool(joined["attention_mask"].all()):
         del joined["attention_mask"]
     if not bool(joined["given"].any()):
         del joined["given"]
-    each = size / tokens if facts.whole else None
-    return joined, Units(TOKENS, tokens / sum(counts), each, facts.notes), counts
+    each, sizes = (torch.cat(part) for part in zip(*found, strict=True))
+    tokens, size = int(each.sum()), int(sizes.sum())
+    by_token = size / tokens if facts.whole else None
+    units = Units(TOKENS, tokens / len(each), by_token, facts.notes, each)
+    return joined, units, [len(part) for part, _ in found]
 
 
 def _end_of(end: int | None, value: int | None) -> np.ndarray:

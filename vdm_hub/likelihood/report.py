@@ -83,8 +83,13 @@ class LikelihoodReport:
 
     @property
     def standard_error_over_images(self) -> float:
-        """The standard error of the mean as an estimate for the population that the images come from."""
-        return _standard_error(self.per_image)
+        """The standard error of the mean as an estimate for the population that the images come from.
+
+        Where data have different numbers of values it is that of a ratio, of the bits and the values of each.
+        """
+        if self.units.each is None:
+            return _standard_error(self.per_image)
+        return _standard_error(self.per_image - self.bits_per_dim * self.units.each.double() / self.dimensions)
 
     @property
     def standard_error_per_image(self) -> Tensor:
