@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vdm_hub.data.kinds import IMAGES, DataKind
 from vdm_hub.errors import CheckpointError, ConfigurationError, PublishError
 from vdm_hub.evaluation.provenance import weights_fingerprint
 from vdm_hub.hub.install_hint import add_install_hint
@@ -168,7 +169,18 @@ def _load(folder: Path) -> LikelihoodPipeline:
     if name not in PIPELINES:
         raise CheckpointError(f"{folder} holds a {name}, not a pipeline of vdm_hub: {', '.join(PIPELINES)}.")
     pipeline: LikelihoodPipeline = PIPELINES[name].from_pretrained(folder)
+    check_kind(pipeline.kind, "push_to_hub of the pipeline uploads it with diffusers' own card")
     return pipeline
+
+
+def check_kind(kind: DataKind, remedy: str) -> None:
+    """Refuse a model that there is no card for.
+
+    Raises:
+        PublishError: It is one of texts.
+    """
+    if kind is not IMAGES:
+        raise PublishError(f"cards are written of models of images, and this is one of {kind.name}: {remedy}.")
 
 
 def _check_evaluation(source: Contents, pipeline: LikelihoodPipeline) -> None:
