@@ -51,7 +51,10 @@ class FakeNetwork:
         if not sample.is_floating_point():  # ids of tokens
             sample = sample.to(torch.as_tensor(timestep).dtype)
         level = torch.as_tensor(timestep, device=sample.device).reshape(-1, *(1,) * (sample.ndim - 1))
-        output = torch.tanh(self.scale * sample + 0.3 * torch.sin(level / 300).to(sample.dtype)).flatten(1)
+        output = torch.tanh(self.scale * sample + 0.3 * torch.sin(level / 300).to(sample.dtype))
+        if self.shape[:-1] == sample.shape[1:]:  # several numbers of each dimension, such as the logits of a token
+            return output.unsqueeze(-1) * torch.linspace(-1, 1, self.shape[-1], dtype=sample.dtype)
+        output = output.flatten(1)
         entries = math.prod(self.shape)
         if entries != output.shape[1]:
             each = torch.linspace(-1, 1, -(-entries // output.shape[1]), dtype=sample.dtype)

@@ -23,7 +23,7 @@ BINS = 8
 _BUCKETS = 4096
 _PRIMES = (7_919, 104_729, 1_299_709)  # of the left neighbour, the site, the right one
 _SHRINKAGE = 4.0  # sites seen elsewhere that a mean of few is averaged with
-_RIDGE = 0.05  # the share of a feature's own variance
+_RIDGE = 1.0  # the share of a feature's own variance: tables overlap, and a bin has few draws
 _DEFENSIVE = 0.1
 
 
