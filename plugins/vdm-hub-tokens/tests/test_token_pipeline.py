@@ -1,0 +1,89 @@
+"""Both processes in a `TokenPipeline`: samples, filled holes, every likelihood, saved and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from naming import naming
+from tiny_tokens import LENGTH, network, tokenizer
+from vdm_hub import ConfigurationError, LikelihoodMethod, TokenPipeline, VariationalBound, VDMScheduler
+from vdm_hub_tokens import AbsorbingProcess, ExactOrder, MaskedCounts, WeightedOrders
+
+TEXTS = ["abc def", "gab", "fed cab bag face"]
+both = pytest.mark.parametrize("name", ["absorbing", "uniform"])
+
+
+def pipeline(name: str, context: int = 0, **config: float) -> TokenPipeline:
+    words = tokenizer()
+    process = {"name": name, "package": "vdm-hub-tokens", "config": {"schedule": "polynomial"} | config}
+    scheduler = VDMScheduler(num_levels=len(words) - 1, forward_process=process)
+    windows = {"length": LENGTH, "context": context, "text_column": "text"}
+    made = TokenPipeline(network(len(words)), words, scheduler, windows=windows)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@both
+def test_what_is_saved_is_what_is_loaded(name: str, tmp_path: Path) -> None:
+    first = pipeline(name, context=3)
+    first.save_pretrained(tmp_path)
+    second = TokenPipeline.from_pretrained(tmp_path)
+    second.set_progress_bar_config(disable=True)
+    drawn = [one(3, num_inference_steps=4, generator=torch.Generator().manual_seed(0)) for one in (first, second)]
+    assert torch.equal(drawn[0].ids, drawn[1].ids)
+    for method in (VariationalBound(), VariationalBound(5)):
+        reports = [one.log_likelihood(TEXTS, method, replicates=3) for one in (first, second)]
+        assert reports[0].bits_per_dim == reports[1].bits_per_dim > 0 and reports[0].is_bound
+
+
+@both
+def test_holes_are_filled_and_the_rest_is_kept(name: str) -> None:
+    pipe = pipeline(name)
+    prompt = [int(one) for one in pipe.tokenizer("abcdefg ", add_special_tokens=False)["input_ids"]]
+    holes = [None if place in (2, 5) else one for place, one in enumerate(prompt)]
+    found = pipe(40, prompt=holes, num_inference_steps=6, generator=torch.Generator().manual_seed(0)).ids
+    kept = [place for place, one in enumerate(holes) if one is not None]
+    assert torch.equal(found[:, kept], torch.tensor(prompt)[kept].expand(40, -1))
+    assert len(found[:, 2].unique()) > 1 and int((found == pipe.tokenizer.mask_token_id).sum()) == 0
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_every_likelihood_is_reported(context: int) -> None:
+    pipe = pipeline("absorbing", context)
+    methods: dict[str, LikelihoodMethod | str] = {
+        "bound": VariationalBound(times_per_datum=4),
+        "counts": MaskedCounts(counts_per_text=4),
+        "by name": "masked_counts",
+        "one order": WeightedOrders(draws=1),
+        "weighted": WeightedOrders(draws=16),
+        "left to right": ExactOrder(),
+        "confident": ExactOrder("most_confident", opened_at_once=2),
+    }
+    reports = {name: pipe.log_likelihood(TEXTS, method, replicates=24) for name, method in methods.items()}
+    for name, report in reports.items():
+        exact = name in ("left to right", "confident")
+        assert report.is_bound is not exact and report.bits_per_dim > 0
+        assert (report.standard_error < 1e-12) is exact
+        assert ("another model" in str(report)) is exact
+    bound = reports["bound"]
+    for name in ("counts", "by name", "one order"):
+        error = (bound.standard_error**2 + reports[name].standard_error ** 2) ** 0.5
+        assert abs(reports[name].bits_per_dim - bound.bits_per_dim) < 4.5 * error
+    assert reports["weighted"].bits_per_dim < reports["one order"].bits_per_dim
+
+
+def test_remasking_is_the_samplers() -> None:
+    pipe = pipeline("absorbing", remasking=0.5)
+    process = pipe.process
+    assert isinstance(process, AbsorbingProcess) and process.remasking == 0.5
+    texts = pipe(4, num_inference_steps=12, generator=torch.Generator().manual_seed(0)).texts
+    assert all(len(text) > 0 for text in texts)
+    for method in (VariationalBound(), MaskedCounts()):
+        with pytest.raises(ConfigurationError, match=naming("remasking", "transitions")):
+            pipe.log_likelihood(TEXTS, method)
+    plain = pipeline("absorbing").log_likelihood(TEXTS, VariationalBound(12), replicates=32)
+    ours = pipe.log_likelihood(TEXTS, VariationalBound(12), replicates=32)
+    assert ours.bits_per_dim > plain.bits_per_dim + 4 * (ours.standard_error + plain.standard_error)
