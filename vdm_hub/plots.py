@@ -163,7 +163,7 @@ def plot_training_curve(history: Mapping[str, Mapping[str, list[float]]], path: 
         figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
 
 
-def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes, unit: str) -> None:
+def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes, unit: str = "bits/dim") -> None:
     """Draw the whole course, logarithmic both ways: its terms differ by orders of magnitude."""
     train, validation = history["train"], history["validation"]
     marker = "." if len(train["step"]) == 1 else None  # one point makes no line
@@ -184,7 +184,7 @@ def _plot_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes, unit: s
     _legend(axis)
 
 
-def _plot_late_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes, unit: str) -> None:
+def _plot_late_course(history: Mapping[str, Any], axis: matplotlib.axes.Axes, unit: str = "bits/dim") -> None:
     """Draw the later course; each logged value is that of one batch, so their running mean is drawn too."""
     last = max(step for part in history.values() for step in part["step"])
     train, validation = (_from_step(last / 3, history[part]) for part in ("train", "validation"))

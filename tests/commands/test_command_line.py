@@ -115,7 +115,7 @@ def test_numbers_of_evaluate_have_a_range(name: str, capsys: pytest.CaptureFixtu
         assert f"{name} is {value}" in said and "at most" in said and "at least" in said
 
 
-@pytest.mark.parametrize("name", ["x.pdf", "x.jpg", "x.gif", "x.txt", "x", "x.png.bak", ".png"])
+@pytest.mark.parametrize("name", ["x.pdf", "x.jpg", "x.gif", "x.md", "x", "x.png.bak", ".png"])
 def test_samples_are_written_under_names_of_their_format_only(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -380,7 +380,7 @@ def test_the_carried_sources_are_complete_and_need_nothing_that_diffusers_does_n
     rooms = {module.split(".")[0] for module in sources}
     assert not {"training", "recipes", "publishing", "evaluation", "commands"} & rooms
     assert {module for module in sources if module.startswith("data.")} == {
-        f"data.{name}" for name in ("captions", "colors", "conditions", "levels", "preprocessing")
+        f"data.{name}" for name in ("captions", "colors", "conditions", "kinds", "levels", "preprocessing")
     }
     assert set(PUBLIC_CLASSES.values()) <= set(sources)
 
