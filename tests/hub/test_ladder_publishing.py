@@ -163,7 +163,7 @@ def test_only_pipelines_of_the_ladder_are_published(tmp_path: Path) -> None:
     index.write_text(index.read_text().replace("HVAEPipeline", "LikelihoodPipeline"))
     with pytest.raises(CheckpointError, match=naming("LikelihoodPipeline", "HVAEPipeline")):
         write_publication(folder, "me/vae", tmp_path / "out")
-    assert set(PIPELINES) == {"HVAEPipeline", "LatentVDMPipeline", "VDMPipeline"}
+    assert set(PIPELINES) == {"HVAEPipeline", "LatentVDMPipeline", "TokenPipeline", "VDMPipeline"}
     assert issubclass(LatentVDMPipeline, DiffusionPipeline)
 
 

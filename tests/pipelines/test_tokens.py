@@ -36,10 +36,9 @@ from tiny_tokens import LENGTH, PROCESS, network, pipeline, tokenizer
 from vdm_hub import TokenPipeline, TokenTimeEmbedding, UNetVDMModel, VariationalBound, VDMScheduler
 from vdm_hub.data.sequences import Cut, encode_texts
 from vdm_hub.data.tokenization import MASK, Tokenization
-from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, MissingPluginError, PublishError
+from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, MissingPluginError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.models.token_networks import TokenNetwork, check_token_model
-from vdm_hub.publishing.publishing import publish
 
 TEXTS = ["abc def", "gab", "fed cab bag face"]
 
@@ -346,8 +345,3 @@ def test_other_networks_than_those_of_transformers_are_refused() -> None:
     unet: Any = UNetVDMModel(8, block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises((ConfigurationError, AttributeError)):
         TokenPipeline(unet, words, scheduler(len(words) - 1))
-
-
-def test_a_model_of_texts_has_no_card_yet_and_is_refused_before_anything_is_sent(saved: Path) -> None:
-    with pytest.raises(PublishError, match="push_to_hub"):
-        publish(saved, "me/texts")

@@ -93,7 +93,7 @@ def in_words(text: str) -> str:
     >>> in_words("two\n  lines\x07"), len(in_words("word " * 1000)), len(in_words("w" * 5000))
     ('two lines\\x07', 1000, 185)
     """
-    shown = "".join(map(_visible, " ".join(text.split())))
+    shown = "".join(map(shown_character, " ".join(text.split())))
     shown = _LONG_WORD.sub(lambda word: f"{word[0][:120]}[...]{word[0][-60:]}", shown)
     if len(shown) <= MAX_MESSAGE:
         return shown
@@ -163,7 +163,7 @@ def _ends(text: str) -> str:
     return text if len(text) <= 2 * _READ else f"{text[:_READ]} [...] {text[-_READ:]}"
 
 
-def _visible(character: str) -> str:
-    """A character, or its escape where it would not be seen, or would change how others are."""
+def shown_character(character: str) -> str:
+    """The character, or its escape where it would not be seen, or would change how others are."""
     hidden = unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
     return character.encode("unicode_escape").decode() if hidden else character

@@ -24,6 +24,7 @@ Versions = Annotated[dict[str, Text], Within(1, 1_000)]
 
 _ROUNDING = 1e-6
 """The largest error of a total against its terms, by their sizes: means of the same numbers, in float32 at worst."""
+_ERRORS = ("standard_error", "standard_error_over_images")
 _CHANCE = 10
 """The standard errors that an estimate may lie below zero: a probability is at most 1, so its bits do not."""
 
@@ -228,6 +229,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         if figures is not None:
             refuse(path, _contradictions(figures, exact="probability_flow" not in record))
     refuse(path, _miscounted(record) if record else iter(()))
+    refuse(path, _misscaled(record) if record else iter(()))
     refuse(path, _misread(record["dataset"]) if "dataset" in record else iter(()))
     return record
 
@@ -339,6 +341,31 @@ def _miscounted(record: Mapping[str, Any]) -> Iterator[str]:
     if whole is not None and (record["dimensions"] > whole if some else record["dimensions"] != whole):
         assert dataset is not None
         yield f"dimensions is {record['dimensions']}, and the dataset's shape is {dataset['shape']}"
+
+
+def _misscaled(record: Mapping[str, Any]) -> Iterator[str]:
+    """The contradictions between the figures of texts by token and by byte, which images have none of."""
+    of_texts = {"bits_per_byte", "bits_per_token", "perplexity", "tokens", "bytes"}
+    of_texts |= {f"{name}_per_byte" for name in _ERRORS}
+    if missing := sorted(of_texts - record.keys()):
+        if of_texts & record.keys():
+            yield f"{missing[0]} is not said, and other figures of texts are"
+        return
+    total, by_byte, size = record["bits_per_dim"], record["bits_per_byte"], record["bytes"]
+    if "dataset" in record and "windows" not in record["dataset"]:
+        yield f"perplexity is {record['perplexity']}, and the dataset is one of images"
+    if not math.isclose(record["bits_per_token"], total, rel_tol=_ROUNDING):
+        yield f"bits_per_token is {record['bits_per_token']}, and bits_per_dim {total}"
+    if not math.isclose(math.log2(max(record["perplexity"], 1e-300)), total, abs_tol=_ROUNDING, rel_tol=_ROUNDING):
+        yield f"perplexity is {record['perplexity']}, which is not 2 to the {total} bits of a token"
+    if (by_byte is None) != (size is None):
+        yield f"bits_per_byte is {by_byte}, and bytes is {size}"
+    elif size is not None:
+        scaled = {name: (record[f"{name}_per_byte"], record[name]) for name in _ERRORS}
+        for name, (each, of_token) in ({"bits": (by_byte, total)} | scaled).items():
+            known = None if of_token is None else of_token * record["tokens"] / size
+            if (each is None) != (known is None) or not math.isclose(each or 0, known or 0, rel_tol=1e-3):
+                yield f"the {name} of a byte is {each}, and of a token {of_token}, with {record['tokens']} for {size}"
 
 
 def _count(dataset: Mapping[str, Any]) -> int | None:

@@ -344,9 +344,12 @@ def _check_ranges(annotation: Any, value: Any) -> None:
 
 
 def _check_union(annotation: Any, value: Any) -> None:
-    """Raise what the last member that the value is of says against it, unless one has nothing to say."""
+    """Raise what a member that the value is of says against it, unless one has nothing to say.
+
+    Of records it is the one with the fewest fields too many or too few; of others, the last.
+    """
     failure: ValueError | None = None
-    for member in members(annotation):
+    for member in sorted(members(annotation), key=lambda member: _strange_fields(member, value), reverse=True):
         if _is(member, value):
             try:
                 return _check_ranges(member, value)
@@ -354,6 +357,15 @@ def _check_union(annotation: Any, value: Any) -> None:
                 failure = wrong
     if failure is not None:
         raise failure
+
+
+def _strange_fields(schema: Any, value: Any) -> int:
+    """How many fields a value has that a record has not, or lacks; none for what is no record."""
+    if not (typing.is_typeddict(schema) and isinstance(value, Mapping)):
+        return 0
+    fields = fields_of_record(schema)
+    needed = {name for name, about in fields.items() if about.required}
+    return len(value.keys() - fields.keys()) + len(needed - value.keys())
 
 
 def _is(annotation: Any, value: Any) -> bool:

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition, ClassLabels, Condition
-from vdm_hub.data.kinds import IMAGES, DataKind
+from vdm_hub.data.kinds import IMAGES, DataKind, kind_of
 from vdm_hub.data.levels import levels_from_images
 from vdm_hub.data.preprocessing import HeldOut, Preprocessing
 from vdm_hub.diffusion.draws import Generator
@@ -109,6 +109,16 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     def latent_shape(self) -> tuple[int, ...]:
         """The shape of what a sample starts from, without the batch; the images', unless a rung says otherwise."""
         return self.image_shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of its data, (C, H, W)."""
+        return self.image_shape
+
+    def may_be_of(self, dataset: Mapping[str, Any]) -> bool:
+        """Whether the record of a dataset, as `vdm_hub.evaluation.provenance` makes it, is of data that it knows."""
+        own = (self.kind, self.num_levels, list(self.shape))
+        return (kind_of(dataset), dataset["levels"], dataset["shape"]) == own
 
     @property
     @abstractmethod

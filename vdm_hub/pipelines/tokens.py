@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from vdm_hub.data.kinds import TOKENS, DataKind
+from vdm_hub.data.kinds import TOKENS, DataKind, kind_of
 from vdm_hub.data.sequences import Cut, WindowsMapping, encode_each
 from vdm_hub.data.tokenization import Tokenization
 from vdm_hub.diffusion.draws import Generator
@@ -164,6 +164,11 @@ class TokenPipeline(LikelihoodPipeline):
                 f"the texts were read as tokens 0 to {max(given_levels - 1, int(levels.max()))}, and the model knows "
                 f"0 to {self.num_levels - 1}: read them with the model's own tokenizer."
             )
+
+    def may_be_of(self, dataset: Mapping[str, Any]) -> bool:
+        """Whether a record is of texts that it knows; a measurement may have cut them into other windows."""
+        most = positions_of(self.network) or dataset["shape"][0]
+        return kind_of(dataset) is TOKENS and dataset["levels"] == self.num_levels and dataset["shape"][0] <= most
 
     # ---- samples ----------------------------------------------------------------------------------------------------
 

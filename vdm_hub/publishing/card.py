@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import re
 import shlex
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
+from functools import partial
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
+from vdm_hub.data.kinds import IMAGES, TOKENS, DataKind, Figure
 from vdm_hub.pipelines.base import LikelihoodPipeline
-from vdm_hub.plots import rows_of_choices
+from vdm_hub.publishing import card_of_images, card_of_texts
 from vdm_hub.publishing.contents import Contents
-from vdm_hub.publishing.markdown import code, markdown, python, render, visible, words
+from vdm_hub.publishing.markdown import markdown, python, render, template_text, visible, words
 from vdm_hub.publishing.wording import plugin_packages, wording_of
 from vdm_hub.version import HOW_TO_INSTALL, __version__
 
-TASKS = {
-    None: "unconditional-image-generation",
-    "class": "class-conditional-image-generation",
-    "caption": "text-to-image",
-}
-"""The task of a model by the noun of its condition."""
-_NAMED = 100  # classes
-_LINE = 100  # characters of a caption
-_SHOWN = 4  # images, and so classes, of the examples
-_TAGS = ("likelihood", "bits-per-dimension")
+CONDITIONAL_TASKS = {"class": "class-conditional-image-generation", "caption": "text-to-image"}
+"""The task of a model that is told something, by the noun of its condition."""
 _DATASETS = {
     "digits": Markup(
         "the hand-written digits of scikit-learn ([`load_digits`]"
         "(https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html))"
     )
 }
-_AUGMENTATION = {"random_flip": "left-right flips", "random_crop": "random crops"}
 _METHODS = {
     "bound": "the variational bound, estimated by Monte Carlo,",
     "ode": "the likelihood of the probability-flow ODE",
@@ -47,14 +38,21 @@ _PROTOCOL = (
     "standard_error",
     "standard_error_over_images",
     "num_images",
+    "tokens",
+    "bytes",
     "replicates",
     "transitions",
     "method",
 )
+_OF_DATA = {"standard_error_over_images": "standard_error_over_{}", "num_images": "num_{}"}
 _LAUNCHERS = re.compile(
     r"(python|accelerate launch)( --num_(processes|machines) \d{1,6}| --mixed_precision [a-z0-9]{1,8})*"
 )
 _TRAINING = " -m vdm_hub.train recipe.yaml"
+_GAPS = re.compile(r"(?P<block>^(?P<fence>`{3,}).*?^(?P=fence)$)|\n{3,}", re.DOTALL | re.MULTILINE)
+"""A fenced block, which stays as it is, or more than one empty line."""
+_FACES: dict[str, Any] = {IMAGES.name: card_of_images, TOKENS.name: card_of_texts}
+"""The modules that know the rest of a card, by the kind of the data."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,11 @@ def render_card(source: Contents, pipeline: LikelihoodPipeline, edition: Edition
 
     Whatever comes from a file or a name is shown as it is: see `vdm_hub.publishing.markdown`.
     """
-    template = resources.files(__package__).joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    face = _FACES[pipeline.kind.name]
     metadata = Markup(_metadata(source, pipeline, edition).to_yaml())
-    card = render(template, metadata=metadata, **_facts(source, pipeline, edition))
-    return re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"
+    facts = _facts(source, pipeline, edition) | face.facts(source, pipeline)
+    card = render(template_text(face.TEMPLATE), metadata=metadata, **facts)
+    return _GAPS.sub(lambda found: found["block"] or "\n\n", card).rstrip() + "\n"
 
 
 # ---- metadata ---------------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ def render_card(source: Contents, pipeline: LikelihoodPipeline, edition: Edition
 
 def _metadata(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> ModelCardData:
     """The card's metadata; YAML quotes what it must, and no line break or hidden character is left in it."""
-    results = _results(source.evaluation, _task(pipeline))
+    results = _results(source.evaluation, _task(pipeline), pipeline.kind)
     return ModelCardData(
         license=_line(edition.license),
         library_name="diffusers",
@@ -106,7 +105,8 @@ def _metadata(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) 
         tags=[
             *wording_of(pipeline).tags,
             *([] if pipeline.condition is None else ["conditional"]),
-            *_TAGS,
+            "likelihood",
+            pipeline.kind.tag,
             *map(visible, plugin_packages(pipeline)),
         ],
         datasets=_hub_datasets(source.recipe),
@@ -116,7 +116,7 @@ def _metadata(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) 
 
 
 def _task(pipeline: LikelihoodPipeline) -> str:
-    return TASKS[None if pipeline.condition is None else pipeline.condition.noun]
+    return pipeline.kind.task if pipeline.condition is None else CONDITIONAL_TASKS[pipeline.condition.noun]
 
 
 def _line(value: Any) -> Any:
@@ -129,45 +129,58 @@ def _hub_datasets(recipe: Mapping[str, Any]) -> list[str] | None:
     return [name] if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) else None
 
 
-def _results(evaluation: Mapping[str, Any], task: str) -> list[EvalResult]:
-    """The bound and its terms, as model-index entries; of a conditional model they are of the image given that."""
+def _results(evaluation: Mapping[str, Any], task: str, kind: DataKind) -> list[EvalResult]:
+    """The figures and the terms of the first, as model-index entries; of a conditional model they are given that."""
     if "bits_per_dim" not in evaluation:
         return []
     dataset = evaluation.get("dataset") or {}
     name = visible(dataset.get("name") or "unknown")
-    protocol = {key: _line(evaluation[key]) for key in _PROTOCOL if evaluation.get(key) is not None}
-    values = {"bits_per_dim": evaluation["bits_per_dim"]}
-    values |= {f"bits_per_dim_{visible(term)}": value for term, value in evaluation.get("terms", {}).items()}
-
-    def result(metric: str, value: float) -> EvalResult:
-        return EvalResult(
-            task_type=task,
-            task_name="Conditional density estimation" if "condition" in evaluation else "Density estimation",
-            dataset_type=name,
-            dataset_name=name,
-            dataset_config=_line(dataset.get("config")),
-            dataset_split=_line(dataset.get("split")),
-            metric_type=metric,
-            metric_name=metric.replace("bits_per_dim", "bits/dim").replace("_", " "),
-            metric_value=round(float(value), 6),
-            metric_args=protocol if metric == "bits_per_dim" else None,
+    result = partial(
+        EvalResult,
+        task_type=task,
+        task_name="Conditional density estimation" if "condition" in evaluation else "Density estimation",
+        dataset_type=name,
+        dataset_name=name,
+        dataset_config=_line(dataset.get("config")),
+        dataset_split=_line(dataset.get("split")),
+    )
+    figures = kind.figures(evaluation)
+    leading, *others = (
+        result(
+            metric_type=figure.metric,
+            metric_name=figure.unit,
+            metric_value=round(float(figure.value), 6),
+            metric_args=_protocol(evaluation, figure, kind),
         )
+        for figure in figures
+    )
+    terms = [
+        result(
+            metric_type=f"{figures[0].metric}_{visible(term)}",
+            metric_name=f"{figures[0].unit} {visible(term).replace('_', ' ')}",
+            metric_value=round(float(value), 6),
+        )
+        for term, value in figures[0].terms.items()
+    ]
+    return [leading, *terms, *others]
 
-    return [result(metric, value) for metric, value in values.items()]
+
+def _protocol(evaluation: Mapping[str, Any], figure: Figure, kind: DataKind) -> dict[str, Any]:
+    """How a figure was measured, and its errors, in its own unit."""
+    own = dict(evaluation) | {
+        "standard_error": figure.standard_error,
+        "standard_error_over_images": figure.standard_error_over_data,
+    }
+    return {_OF_DATA.get(key, key).format(kind.data): _line(own[key]) for key in _PROTOCOL if own.get(key) is not None}
 
 
 # ---- text -------------------------------------------------------------------------------------------------------
 
 
 def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any]:
-    """The values of the template; text of anyone's is plain here, and escaped there."""
-    recipe, run = source.recipe, source.run
-    channels, height, width = pipeline.image_shape
-    kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
+    """The values of any card's template; text of anyone's is plain here, and escaped there."""
+    recipe, run, kind = source.recipe, source.run, pipeline.kind
     on_main = edition.revision == "main"
-    steps, wording = recipe.get("num_inference_steps", 250), wording_of(pipeline)
-    drawn = f"Drawn with {steps} network evaluations each, not selected." if wording.steps else "Not selected."
-    drawn = markdown("{}{}", drawn, _rows_of_samples(pipeline, recipe))
     revision_words = [] if on_main else ["--revision", edition.revision]
     return {
         "name": edition.repo_id.split("/")[-1],
@@ -175,17 +188,13 @@ def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
         "how_to_install": Markup(HOW_TO_INSTALL),
         "repo_id": edition.repo_id,
         "revision_argument": Markup("" if on_main else f", revision={python(edition.revision)}"),
-        "images": f"{height}x{width} {kind} images",
-        "shape_text": f"{height}x{width} pixels, {kind}",
-        "levels": pipeline.num_levels,
-        "wording": wording,
-        "condition": _condition(pipeline),
+        "kind": kind,
+        "unit": kind.unit,
+        "wording": wording_of(pipeline),
         "pipeline": type(pipeline).__name__,
-        "steps_argument": _steps_argument(pipeline, steps) if wording.steps else "",
-        "samples_text": drawn if recipe else "",
         "dataset": _dataset(recipe, run),
         "bound": _bound(source, pipeline, edition),
-        "validation": _validation(run),
+        "validation": _validation(run, kind),
         "pictures": {
             "samples": "samples.png" in source.pictures,
             "schedule": "schedule.png" in source.pictures,
@@ -195,105 +204,32 @@ def _facts(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
         "recipe": bool(recipe),
         "measuring": _command("vdm-hub", "evaluate", edition.repo_id, "--dataset_name", recipe.get("dataset_name"))
         or f"vdm-hub evaluate {edition.repo_id} --dataset_name ...",
-        "made_text": _made(run),
+        "made_text": _made(run, kind),
         "download": words(["hf", "download", edition.repo_id, "recipe.yaml", *revision_words, "--local-dir", "."]),
         "command": _training_command(run),
         "versions": ", ".join(f"{package} {version}" for package, version in (run.get("versions") or {}).items()),
         "license": edition.license,
-        "twin": edition.twin
-        and {
-            "revision": edition.twin,
-            "error": edition.twin_error,
-            "steps_argument": _steps_argument(pipeline, steps, stock=True),
-        },
+        "twin": edition.twin and {"revision": edition.twin, "error": edition.twin_error},
         "no_twin": edition.no_twin,
         "remote_code": edition.remote_code and {"revision": edition.remote_code, "branch": edition.remote_code_branch},
     }
 
 
-def _condition(pipeline: LikelihoodPipeline) -> dict[str, Any] | None:
-    """What the model is told of an image, and how its pipeline is called with that."""
-    condition = pipeline.condition
-    if condition is None:
-        return None
-    choices = condition.choices or ("a caption",)
-    count = min(_SHOWN, len(choices))
-    shown = [choices[place * len(choices) // count] for place in range(count)]
-    classes = pipeline.class_condition
-    names = [_short(condition.name_of(one)) for one in choices[:_NAMED]]
-    if classes is None or classes.names is not None:
-        shown = [_short(condition.name_of(one)) for one in shown]
-    asked = ", ".join(python(one) if isinstance(one, str) else str(one) for one in shown)
-    argument = Markup(f"{condition.argument}=[{asked}]")
-    recorded = any(pipeline.config.get(known) for known in ("classes", "captions"))
-    return {
-        "noun": condition.noun,
-        "argument": argument,
-        "asking": argument + Markup(", guidance_scale=2" if condition.dropout else ""),
-        "count": None if classes is None else classes.count,
-        "column": condition.column if recorded else None,
-        "template": condition.template,
-        "encoder": _encoder(pipeline),
-        "names": Markup(", ").join(map(code, names)) + (", ..." if len(choices) > _NAMED else ""),
-        "named": classes is None or classes.names is not None,
-        "hidden": f"{100 * condition.dropout:g} %" if condition.dropout else "",
-    }
-
-
-def _rows_of_samples(pipeline: LikelihoodPipeline, recipe: Mapping[str, Any]) -> Markup:
-    """What the rows of the picture of samples were told, from the top."""
-    condition = pipeline.condition
-    if condition is None:
-        return Markup("")
-    numbers, columns = rows_of_choices(len(condition.choices), recipe.get("num_sample_images", 64))
-    names = [_short(condition.name_of(condition.choices[number])) for number in numbers[::columns]]
-    rows = Markup(", ").join(map(code, names))
-    return markdown(" Unguided, a row each of {}.", rows) if names else Markup(" Unguided.")
-
-
-def _short(name: str) -> str:
-    """A caption of a line."""
-    return name if len(name) <= _LINE else textwrap.shorten(name, _LINE, placeholder=" ...")
-
-
-def _encoder(pipeline: Any) -> str | None:
-    """The class and the size of a text encoder, where there is one."""
-    encoder = getattr(pipeline, "text_encoder", None)
-    return None if encoder is None else f"{type(encoder).__name__}, {encoder.num_parameters():,} parameters"
-
-
-def _steps_argument(pipeline: Any, steps: int, stock: bool = False) -> Markup:
-    """The argument for the number of steps; a chain over a table of betas, as of stock samplers, has no more."""
-    scheduler = getattr(pipeline, "scheduler", None)
-    if scheduler is not None and (stock or scheduler.ends_at_data):
-        steps = min(steps, len(scheduler))
-    return Markup(f", num_inference_steps={steps}")
-
-
 def _dataset(recipe: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The training data's name, split and fingerprint, where there is a recipe."""
     if not recipe:
         return None
-    recorded = run.get("dataset") or {}
     name = recipe.get("dataset_name") or f"the author's own folder {recipe.get('train_data_dir')}"
-    config, resolution = recipe.get("dataset_config_name"), recipe.get("resolution")
-    crop = "the centre" if recipe.get("center_crop") else "a random place at each use"
-    done = run.get("augmentation") or {"random_flip": recipe.get("random_flip")}
-    augmentation = [words for key, words in _AUGMENTATION.items() if done.get(key)]
+    config = recipe.get("dataset_config_name")
     return {
         "text": markdown("{} ({})" if config else "{}", _DATASETS.get(name, name), config),
         "split": recipe.get("train_split"),
-        "images": recorded.get("images"),
-        "fingerprint": recorded.get("fingerprint"),
-        "augmentation": " and ".join(augmentation) or "none",
-        "resizing": "none"
-        if resolution is None
-        else f"shorter side to {resolution} pixels, cropped at {crop}; figures on resized images are not "
-        f"comparable with published figures",
+        "fingerprint": (run.get("dataset") or {}).get("fingerprint"),
     }
 
 
 def _bound(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> dict[str, Any] | None:
-    report = source.evaluation
+    report, kind = source.evaluation, pipeline.kind
     if "bits_per_dim" not in report:
         return None
     dataset = dict(report.get("dataset") or {})
@@ -304,17 +240,21 @@ def _bound(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
     time = "in continuous time (infinitely many transitions)" if steps is None else f"in {steps} transitions"
     if latents is not None:
         time = f"over {latents} latent{'' if latents == 1 else 's'}"
+    figures = kind.figures(report)
+    leading = figures[0]
+    by = leading.unit.removeprefix("bits/")
     return {
         "symbol": "at most" if is_bound else "an estimated",
         "is_bound": is_bound,
-        "what": f"-log2 p({' | '.join(['x', *filter(None, [report.get('condition')])])}) / dim",
-        "total": f"{report['bits_per_dim']:.4f}",
-        "error": _error(report.get("standard_error")),
-        "error_over_images": _error(report.get("standard_error_over_images")),
-        "terms": {term: f"{value:.4f}" for term, value in report.get("terms", {}).items()},
+        "what": f"-log2 p({' | '.join(['x', *filter(None, [report.get('condition')])])}) / {by}",
+        "unit": leading.unit,
+        "total": f"{leading.value:.4f}",
+        "error": _error(leading.standard_error),
+        "figures": [_shown(figure) for figure in figures],
+        "terms": {name: [f"{one.terms[name]:.4f}" if one.terms else "" for one in figures] for name in leading.terms},
         "protocol": f"Method: {_METHODS.get(report.get('method', 'bound'), report.get('method'))} {time}; "
         f"{report.get('replicates')} replicates, "
-        f"{measured} images of {dataset.get('name') or 'an unnamed dataset'}, "
+        f"{measured} {kind.data} of {dataset.get('name') or 'an unnamed dataset'}, "
         f"{report.get('network_evaluations') or 0:,} network evaluations in all.",
         "measured": measured,
         "resized": bool(dataset.get("resized", source.recipe.get("resolution") is not None)),
@@ -322,16 +262,27 @@ def _bound(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
     }
 
 
-def _validation(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The last figure of images held out in training, where there is one."""
+def _shown(figure: Figure) -> dict[str, str]:
+    """A figure as a column of the table has it."""
+    return {
+        "unit": figure.unit,
+        "value": f"{figure.value:.4f}",
+        "error": _error(figure.standard_error),
+        "error_over_data": _error(figure.standard_error_over_data),
+    }
+
+
+def _validation(run: Mapping[str, Any], kind: DataKind) -> dict[str, Any] | None:
+    """The last figure of data held out in training, where there is one."""
     measured = run.get("validation")
     if measured is None:
         return None
-    images = measured.get("images")
+    count, leading = measured.get("images"), kind.figures(measured)[0]
     return {
-        "total": f"{measured['bits_per_dim']:.4f}",
-        "error": _error(measured.get("standard_error")),
-        "images": "the" if images is None else f"{images:,}",
+        "total": f"{leading.value:.4f}",
+        "unit": leading.unit,
+        "error": _error(leading.standard_error),
+        "images": "the" if count is None else f"{count:,}",
         "step": f"{measured['step']:,}",
     }
 
@@ -353,7 +304,7 @@ def _evaluation_command(
         "--dataset_name": dataset.get("name"),
         "--dataset_config_name": dataset.get("config"),
         "--split": dataset.get("split"),
-        **_image_options(source, pipeline, dataset),
+        **_FACES[pipeline.kind.name].reading_options(source, pipeline, dataset),
         "--method": None if report.get("method", "bound") == "bound" else report["method"],
         **{f"--{name}": value for name, value in (report.get("options") or {}).items()},
         "--replicates": report.get("replicates"),
@@ -365,15 +316,6 @@ def _evaluation_command(
     return _command("vdm-hub", "evaluate", edition.repo_id, *given) if dataset.get("name") else None
 
 
-def _image_options(source: Contents, pipeline: LikelihoodPipeline, dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """The options by which the images were read, where the pipeline does not say so itself."""
-    asked = {"resolution": dataset.get("resolution") or source.recipe.get("resolution")}
-    asked |= {"color": dataset.get("color", "auto"), "image_column": dataset.get("image_column", "image")}
-    trained = {"resolution": None, "color": "auto", "image_column": "image"} | dict(pipeline.preprocessing or {})
-    options = {f"--{name}": value for name, value in asked.items() if value != trained[name]}
-    return options | {f"--{name}": dataset.get(name) for name in ("label_column", "max_images")}
-
-
 def _command(*parts: Any) -> Markup | None:
     """A command line; ``None`` where a part can't be written on one, or would be taken for an option."""
     values = [None if part is None else str(part) for part in parts]
@@ -382,14 +324,14 @@ def _command(*parts: Any) -> Markup | None:
     return None if hidden or options else words(values)
 
 
-def _made(run: Mapping[str, Any]) -> str:
+def _made(run: Mapping[str, Any], kind: DataKind) -> str:
     if not run:
         return "Trained with vdm_hub."
     processes = run.get("processes") or 1
     seconds = run.get("training_seconds")
     parts = [
         f"{run['steps']:,} steps" if isinstance(run.get("steps"), int) else "",
-        f"of {run['global_batch_size']} images" if run.get("global_batch_size") else "",
+        f"of {run['global_batch_size']} {kind.data}" if run.get("global_batch_size") else "",
         f"in {seconds:,.0f} s" if isinstance(seconds, int | float) else "",
         f"on {processes} process{'es' if processes != 1 else ''} ({run.get('device') or 'device unknown'})",
         f"in {run['mixed_precision']}" if run.get("mixed_precision") not in (None, "no") else "",

@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vdm_hub.data.kinds import IMAGES, TOKENS
 from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.evaluation.provenance import public_name
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import INDEX, RECIPE, pipeline_folder, run_folder
 from vdm_hub.hub.records import read_evaluation, read_history, read_run
-from vdm_hub.hub.text_files import TEXT_COMPONENTS, TEXT_FILE, TOKENIZER_CONFIG
+from vdm_hub.hub.text_files import TEXT_FILE, TOKENIZER_CONFIG
 from vdm_hub.recipes import plain_yaml
 from vdm_hub.recipes.arguments import read_recipe
 
 _COMPONENT_FILE = re.compile(r"(scheduler_)?config\.json|diffusion_pytorch_model[\w.-]*\.(json|safetensors)")
 RECORDS = ("evaluation.json", "history.json", "run.json")
-PICTURES = ("samples.png", "schedule.png", "training_curve.png")
+PICTURES = (IMAGES.samples, "schedule.png", "training_curve.png")
+_MOST_TEXT = 2**20  # bytes of samples
 
 # Of a recipe, what says where this run lay and what it sent, rather than what it did.
 _OWN_AFFAIRS = ("recipe", "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo")
@@ -37,6 +39,7 @@ class Contents:
         history: The course of training, or empty.
         run: Versions, data and cost of the run, or empty.
         pictures: Those that there are, by file name.
+        samples: Those of texts, as the run shows them, or empty.
     """
 
     pipeline: Path
@@ -45,6 +48,7 @@ class Contents:
     history: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, Path] = field(default_factory=dict)
+    samples: str = ""
 
 
 def read_contents(folder: Path, evaluation: Path | None = None) -> Contents:
@@ -74,7 +78,16 @@ def read_contents(folder: Path, evaluation: Path | None = None) -> Contents:
         history=history,
         run=read_run(run / "run.json", recipe, history),
         pictures={name: run / name for name in PICTURES if (run / name).is_file()},
+        samples=_text(run / TOKENS.samples),
     )
+
+
+def _text(path: Path) -> str:
+    """The text of a file, of its beginning where it is very long; empty where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return file.read(_MOST_TEXT).decode("utf-8", errors="replace")
 
 
 def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +97,7 @@ def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     {'train_data_dir': 'birds', 'seed': 1}
     """
     kept = {key: value for key, value in recipe.items() if key not in _OWN_AFFAIRS}
-    for key in ("train_data_dir", "dataset_name", "first_stage_from", "text_encoder"):
+    for key in ("train_data_dir", "dataset_name", "first_stage_from", "text_encoder", "tokenizer", "network_from"):
         if isinstance(kept.get(key), str):
             kept[key] = public_name(kept[key])
     return kept
@@ -93,12 +106,12 @@ def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 def copy_pipeline(pipeline: Path, destination: Path) -> None:
     """Copy the index, configs and weights of a pipeline; a warning names what else lies there."""
     index = read_json(pipeline / INDEX)
-    components = [name for name, value in index.items() if isinstance(value, list)]
+    components = {name: value[0] for name, value in index.items() if isinstance(value, list) and value}
     destination.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(pipeline / INDEX, destination / INDEX)
-    for component in components:
+    for component, library in components.items():
         for path in sorted((pipeline / component).glob("*")):
-            known = TEXT_FILE if component in TEXT_COMPONENTS else _COMPONENT_FILE
+            known = TEXT_FILE if library == "transformers" else _COMPONENT_FILE
             if path.is_file() and known.fullmatch(path.name):
                 (destination / component).mkdir(exist_ok=True)
                 shutil.copyfile(path, destination / component / path.name)
@@ -109,12 +122,14 @@ def copy_pipeline(pipeline: Path, destination: Path) -> None:
 
 
 def copy_records(source: Contents, destination: Path) -> None:
-    """Copy the recipe, the measurements and the pictures."""
+    """Copy the recipe, the measurements, and the samples as pictures or as texts."""
     if source.recipe:
         (destination / RECIPE).write_text(plain_yaml.dump(source.recipe))
     for name in RECORDS:
         if record := getattr(source, Path(name).stem):
             (destination / name).write_text(json.dumps(record, indent=1))
+    if source.samples:
+        (destination / TOKENS.samples).write_text(source.samples, "utf-8")
     if source.pictures:
         (destination / "images").mkdir()
     for name, path in source.pictures.items():
@@ -125,7 +140,7 @@ def is_managed(path: str, components: set[str]) -> bool:
     """Whether a file on the Hub is one that a publication may remove: what it writes, or what diffusers would run."""
     top, _, rest = path.partition("/")
     if not rest:
-        return top in (*RECORDS, RECIPE, INDEX, "pipeline.py")
+        return top in (*RECORDS, TOKENS.samples, RECIPE, INDEX, "pipeline.py")
     return top in components or (top == "images" and rest in PICTURES)
 
 

@@ -1,7 +1,7 @@
 """Markdown around text of anyone's, which is shown as it is: escaped by default, whatever the template forgets.
 
 A page is a Jinja template. Each ``{{ value }}`` in it is escaped as running text; what is to be Markdown is said to be
-by `markdown`, or by one of the filters ``code``, ``python`` and ``words``.
+by `markdown` or `block`, or by one of the filters ``code``, ``python`` and ``words``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import json
 import re
 import shlex
 from collections.abc import Iterable
+from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from vdm_hub.errors import in_words
+from vdm_hub.errors import in_words, shown_character
 
 
 def visible(value: Any) -> str:
@@ -42,6 +43,32 @@ def plain(value: Any) -> Markup:
     return Markup(re.sub(r":(?=//)|(?<=www)\.|@", _entities, escaped, flags=re.IGNORECASE))
 
 
+def block(text: str, most: int = 4000) -> Markup:
+    r"""A text of several lines as a fenced block, whatever fences it holds; characters that would hide are escaped.
+
+    Args:
+        text: The text.
+        most: The characters that are shown of it; a last line says that there are more.
+
+    >>> print(block("two\n```\nlines\x1b"))
+    ````text
+    two
+    ```
+    lines\x1b
+    ````
+    """
+    kept = text[:most].expandtabs(4).split("\n")
+    lines = ["".join(map(shown_character, line)) for line in kept]
+    lines += ["[...]"] if len(text) > most else []
+    fence = _fence(text, 3)
+    return Markup("\n".join([f"{fence}text", *lines, fence]))
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than any run of them in a text."""
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+
+
 def code(value: Any) -> Markup:
     """A value as a code span, whatever backticks it holds.
 
@@ -49,7 +76,7 @@ def code(value: Any) -> Markup:
     ``a`b`` `` ` ``
     """
     text = visible(value)
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    fence = _fence(text, 1)
     space = " " if not text or text[0] in "` " or text[-1] in "` " else ""
     return Markup(f"{fence}{space}{text}{space}{fence}")
 
@@ -82,11 +109,16 @@ def markdown(form: str, *values: Any) -> Markup:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that a template gives."""
+    """The page that a template gives, which may extend one of this folder's."""
     # Not autoescape: that knows HTML alone. What `finalize` returns goes onto the page as it is.
-    environment = Environment(finalize=_shown, undefined=StrictUndefined)
+    environment = Environment(finalize=_shown, undefined=StrictUndefined, loader=FunctionLoader(template_text))
     environment.filters.update(code=code, python=python, words=words)
     return environment.from_string(template).render(**values)
+
+
+def template_text(name: str) -> str:
+    """The text of a template of this folder."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _shown(value: Any) -> Markup:

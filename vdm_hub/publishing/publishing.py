@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vdm_hub.data.kinds import IMAGES, DataKind
+from vdm_hub.data.kinds import kind_of
 from vdm_hub.errors import CheckpointError, ConfigurationError, PublishError
 from vdm_hub.evaluation.provenance import weights_fingerprint
 from vdm_hub.hub.install_hint import add_install_hint
@@ -82,7 +82,7 @@ class Prepared:
     def write_card(self, edition: Edition) -> Path:
         """Write the card into the folder for main, and return that folder."""
         folder = self.folders[MAIN]
-        (folder / "README.md").write_text(render_card(self.source, self.pipeline, edition))
+        (folder / "README.md").write_text(render_card(self.source, self.pipeline, edition), "utf-8")
         refuse_secrets(folder)
         return folder
 
@@ -168,19 +168,7 @@ def _load(folder: Path) -> LikelihoodPipeline:
     name = read_json(folder / INDEX).get("_class_name")
     if name not in PIPELINES:
         raise CheckpointError(f"{folder} holds a {name}, not a pipeline of vdm_hub: {', '.join(PIPELINES)}.")
-    pipeline: LikelihoodPipeline = PIPELINES[name].from_pretrained(folder)
-    check_kind(pipeline.kind, "push_to_hub of the pipeline uploads it with diffusers' own card")
-    return pipeline
-
-
-def check_kind(kind: DataKind, remedy: str) -> None:
-    """Refuse a model that there is no card for.
-
-    Raises:
-        PublishError: It is one of texts.
-    """
-    if kind is not IMAGES:
-        raise PublishError(f"cards are written of models of images, and this is one of {kind.name}: {remedy}.")
+    return PIPELINES[name].from_pretrained(folder)
 
 
 def _check_evaluation(source: Contents, pipeline: LikelihoodPipeline) -> None:
@@ -195,16 +183,16 @@ def _check_evaluation(source: Contents, pipeline: LikelihoodPipeline) -> None:
     told, own = source.evaluation.get("condition"), None if pipeline.condition is None else pipeline.condition.noun
     if source.evaluation and told != own:
         raise CheckpointError(
-            f"the evaluation beside {source.pipeline} is of images given {told or 'nothing'}, and the model is told "
-            f"{own or 'nothing'}: it was changed. Measure again, or remove the file."
+            f"the evaluation beside {source.pipeline} is of {pipeline.kind.data} given {told or 'nothing'}, and the "
+            f"model is told {own or 'nothing'}: it was changed. Measure again, or remove the file."
         )
     datasets = {"evaluation.json": source.evaluation.get("dataset"), "run.json": source.run.get("dataset")}
-    for name, images in datasets.items():
-        if images and (images["levels"], images["shape"]) != (pipeline.num_levels, list(pipeline.image_shape)):
+    for name, dataset in datasets.items():
+        if dataset and not pipeline.may_be_of(dataset):
             raise CheckpointError(
-                f"{name} beside {source.pipeline} is of images of shape {images['shape']} and {images['levels']} "
-                f"levels, and the model's are of {list(pipeline.image_shape)} and {pipeline.num_levels}: it was "
-                f"changed. Measure again, or remove the file."
+                f"{name} beside {source.pipeline} is of {kind_of(dataset).data} of shape {dataset['shape']} and "
+                f"{dataset['levels']} levels, and the model's are {pipeline.kind.data} of {list(pipeline.shape)} and "
+                f"{pipeline.num_levels}: it was changed. Measure again, or remove the file."
             )
 
 

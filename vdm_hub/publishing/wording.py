@@ -14,6 +14,7 @@ from vdm_hub.models.registered_model import RegisteredModel, bare_network
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.pipelines.hvae import HVAEPipeline
 from vdm_hub.pipelines.latent_vdm import LatentVDMPipeline
+from vdm_hub.pipelines.tokens import TokenPipeline
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.publishing.markdown import code, markdown
 
@@ -29,6 +30,11 @@ _VAE_PAPER = Markup(
 _HIERARCHY = Markup(
     ", in the Markovian hierarchy of Luo, *Understanding Diffusion Models: A\nUnified Perspective* "
     "([arXiv 2208.11970](https://arxiv.org/abs/2208.11970), eq. 23 and 24)"
+)
+
+_TOKENS_PAPER = Markup(
+    "The model class is that of Austin, Johnson, Ho, Tarlow and van den Berg, *Structured Denoising Diffusion Models\n"
+    "in Discrete State-Spaces* ([arXiv 2107.03006](https://arxiv.org/abs/2107.03006))"
 )
 
 
@@ -120,12 +126,43 @@ def _(pipeline: HVAEPipeline) -> Wording:
     )
 
 
+@wording_of.register
+def _(pipeline: TokenPipeline) -> Wording:
+    packages = ", ".join(plugin_packages(pipeline))
+    whose = f"the package {packages}'s" if packages else "a plugin's"
+    return Wording(
+        kind="A diffusion model",
+        tags=("discrete-diffusion", "diffusion-language-model"),
+        structure=_tokens(pipeline),
+        source=markdown("{}.", _TOKENS_PAPER),
+        no_twin=f"it has no sampler of such a process of tokens. No code is carried for readers without vdm_hub "
+        f"either, as the process is {whose}, which one file of vdm_hub would lack.",
+    )
+
+
+def _tokens(pipeline: TokenPipeline) -> Markup:
+    """The network and the process of a model of texts."""
+    network, config = pipeline.network, pipeline.scheduler.config
+    name, fields, _ = registry.parse_serialised("forward_processes", config["forward_process"])
+    told = "told" if pipeline.time_embedding is not None else "not told"
+    chosen = ", ".join(f"{field} {value}" for field, value in fields.items())
+    return markdown(
+        "Network: {} of transformers, {} parameters, whose attention is not causal, {} the timestep. Process: {} "
+        "diffusion{} of {} values of a token.",
+        code(type(network).__name__),
+        f"{network.num_parameters():,}",
+        told,
+        name,
+        markdown(" ({})", code(chosen)) if chosen else "",
+        f"{pipeline.num_levels:,}",
+    )
+
+
 def plugin_packages(pipeline: LikelihoodPipeline) -> dict[str, str]:
     """The plugin packages that a pipeline's config names, with the versions that it was saved with."""
-    if not isinstance(pipeline, VDMPipeline):
-        return {}
-    named = registry.packages(pipeline.scheduler.config)
-    for component in (pipeline.noise_schedule, pipeline.forward_process, pipeline.unet):
+    scheduler = pipeline.components.get("scheduler")
+    named = {} if scheduler is None else registry.packages(scheduler.config)
+    for component in pipeline.components.values():
         if isinstance(component, RegisteredModel):
             named |= registry.packages(component.config)
     return {package: re.sub(r"[^\w.+!-]", "", version) for package, version in named.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from vdm_hub.errors import PublishError, in_one_line
-from vdm_hub.publishing.publishing import check_kind, check_ready, publish
+from vdm_hub.publishing.publishing import check_ready, publish
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.state.outputs import OutputFolder
 
@@ -17,7 +17,6 @@ def check_publishing(configuration: Configuration) -> None:
         VDMHubError: There is no token, or the repository has no valid name.
     """
     if configuration.training.push_to_hub:
-        check_kind(configuration.data.kind, "leave push_to_hub out, and use that of the pipeline")
         check_ready(configuration.training.hub_repository)
 
 
