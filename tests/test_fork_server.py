@@ -78,6 +78,7 @@ WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "changes"), WAYS.values(), ids=WAYS)
 def test_a_fork_finds_what_a_new_interpreter_finds(
     tmp_path: Path, program: list[str], changes: dict[str, str]

@@ -71,6 +71,7 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line_too(module: str, tmp_pa
     assert said.strip().startswith("interrupted") and len(said.strip().splitlines()) == 1, said
 
 
+@pytest.mark.slow
 def test_two_processes_say_it_once(tmp_path: Path) -> None:
     """The launcher has words of its own; its workers have one line."""
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")

@@ -112,7 +112,19 @@ def kept(journal: Path) -> set[tuple[int, int]]:
 
 def test_what_was_finished_before_a_kill_is_not_measured_again(folder: Path, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
-    words = ["evaluate", str(folder), *WORDS, "--replicates", "8", "--batch_size", "5", "--journal", str(journal)]
+    words = [
+        "evaluate",
+        str(folder),
+        *WORDS,
+        "--split",
+        "test[:90]",
+        "--replicates",
+        "8",
+        "--batch_size",
+        "5",
+        "--journal",
+        str(journal),
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", MODULE, *words], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
     )
@@ -123,17 +135,17 @@ def test_what_was_finished_before_a_kill_is_not_measured_again(folder: Path, tmp
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     finished = kept(journal)
-    assert 0 < len(finished) < 8 * 360
+    assert 0 < len(finished) < 8 * 90
 
-    images, pipeline = load_split("digits", "test", num_levels=17), tiny_pipeline()
+    images, pipeline = load_split("digits", "test[:90]", num_levels=17), tiny_pipeline()
     calls: list[int] = []
     hook = pipeline.unet.register_forward_pre_hook(lambda module, arguments: calls.append(len(arguments[0])))
     arguments: dict[str, Any] = {"replicates": 8, "batch_size": 5, "progress": False}
     resumed = evaluate(pipeline, images, **arguments, journal=journal)
     hook.remove()
     whole = evaluate(pipeline, images, **arguments)
-    pilot = whole.network_evaluations - 8 * 360
-    assert sum(calls) in (8 * 360 - len(finished), 8 * 360 - len(finished) + pilot)
+    pilot = whole.network_evaluations - 8 * 90
+    assert sum(calls) in (8 * 90 - len(finished), 8 * 90 - len(finished) + pilot)
     assert resumed.network_evaluations == whole.network_evaluations, "what was done before the kill counts"
     for name, term in whole.terms_per_image.items():
         assert torch.equal(term, resumed.terms_per_image[name])
@@ -141,7 +153,7 @@ def test_what_was_finished_before_a_kill_is_not_measured_again(folder: Path, tmp
     before, after = resumed.details["seconds_before"], resumed.details["seconds"]
     again = evaluate(pipeline, images, **arguments, journal=journal).details["seconds_before"]
     assert 0 < before < again <= before + after, "each image's time is kept with it"
-    assert len(kept(journal)) == 8 * 360
+    assert len(kept(journal)) == 8 * 90
     assert not list(journal.rglob(".*")), "and nothing half-written is left"
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from hub.publications import answer_of, write_run
 
+pytestmark = pytest.mark.slow  # half a minute for all of them together
 KINDS = ("dropped", "a gateway's answer", "then no rights", "never arrived")
 
 

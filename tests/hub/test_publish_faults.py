@@ -32,7 +32,12 @@ def check(answer: dict[str, Any], kinds: tuple[str, ...]) -> None:
         assert result["next"] == "published", result
 
 
-def test_after_a_fault_at_any_call_main_is_whole_and_the_next_publication_succeeds(tmp_path: Path) -> None:
+def test_after_an_answer_is_lost_at_any_call_main_is_whole_and_the_next_publishes(tmp_path: Path) -> None:
+    check(trials(tmp_path, ("dropped after",)), ("dropped after",))
+
+
+@pytest.mark.slow
+def test_what_passes_is_tried_again_and_what_is_refused_is_said(tmp_path: Path) -> None:
     answer = trials(tmp_path, ONE_ATTEMPT)
     check(answer, ONE_ATTEMPT)
     passing = [result for result in answer["results"] if result["kind"] not in ("403",)]

@@ -220,6 +220,7 @@ def read(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "kind", "ways"),
     [
@@ -236,6 +237,7 @@ def test_a_reader_without_the_package_gets_the_same_samples_and_the_same_bound(
     assert read[place][kind] == [original[kind]] * ways
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "loads"), [("folder", 2 * len(KINDS)), ("hub", 2 * len(KINDS)), ("commit", 2)])
 def test_nothing_runs_without_trust(read: dict[str, Any], place: str, loads: int) -> None:
     refusals = read[place]["refused"]
@@ -243,6 +245,7 @@ def test_nothing_runs_without_trust(read: dict[str, Any], place: str, loads: int
     assert all("contains custom code in pipeline.py" in text and "trust_remote_code=True" in text for text in refusals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_such_a_reader_saves_again_is_the_package_s(
     read: dict[str, Any], folders: dict[str, Path], original: dict[str, Any], kind: str

@@ -19,6 +19,7 @@ from hub.readers import Reader, reader
 from hub.server import LoopbackHub
 from vdm_hub.version import HOW_TO_INSTALL
 
+pytestmark = pytest.mark.slow  # a minute for all of them together; their parts have tests of their own
 REPO = "me/story"
 NETWORK = {
     "_class_name": "UNet2DModel",

@@ -222,6 +222,7 @@ def weighted_flows(level: int, count: int, draws: int, kind: str) -> Tensor:
     return measured(measurement, images(repeated(level, count)), 1).log_likelihood
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uniform", "truncated_normal"])
 def test_many_dequantised_flows_find_the_mass_of_a_level(kind: str) -> None:
     count, level = 160, 0

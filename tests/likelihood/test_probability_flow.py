@@ -479,6 +479,7 @@ def test_a_solver_at_the_edge_of_its_stability_does_not_amplify_rounding() -> No
     assert min(moved(seed, plain) for seed in range(3)) > 1e-6
 
 
+@pytest.mark.slow
 def test_batches_change_no_figure_of_a_rough_network_at_a_coarse_tolerance() -> None:
     """Fourier features of an untrained network make a field that amplifies whatever differs between batches."""
     torch.manual_seed(0)

@@ -44,7 +44,7 @@ def exact_log_likelihood(model: MarkovianHVAE, levels: Tensor, nodes: int = 400)
     return torch.stack([torch.logsumexp(log_p + one + log_step, 0) for one in picked])
 
 
-@pytest.mark.parametrize("depth", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("depth", [1, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (2, 3))])
 @torch.no_grad()
 def test_the_bound_lies_above_minus_log_p_and_importance_weights_close_the_gap(depth: int) -> None:
     model = hvae(depth)
