@@ -171,7 +171,9 @@ def samples_as_the_card_says(out: Path) -> None:
         assert len(loaded(batch_size=4, num_inference_steps=steps).images) == 4
 
 
-@pytest.mark.parametrize("timesteps", [2, 10, 49, 50, 51])
+@pytest.mark.parametrize(
+    "timesteps", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (10, 49, 50, 51))]
+)
 def test_a_model_of_any_number_of_timesteps_publishes(timesteps: int, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stock=True, num_train_timesteps=timesteps)
     write_publication(run, "me/tiny", tmp_path / "out")
@@ -181,7 +183,7 @@ def test_a_model_of_any_number_of_timesteps_publishes(timesteps: int, tmp_path: 
     samples_as_the_card_says(tmp_path / "out")
 
 
-@pytest.mark.parametrize("timesteps", [2, 20, 60])
+@pytest.mark.parametrize("timesteps", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (20, 60))])
 def test_an_imported_ddpm_of_any_number_of_timesteps_publishes(timesteps: int, tmp_path: Path) -> None:
     scheduler = DDPMScheduler(num_train_timesteps=timesteps, beta_schedule="squaredcos_cap_v2")
     DDPMPipeline(tiny_network(stock=True), scheduler).save_pretrained(tmp_path / "ddpm")  # type: ignore[arg-type]

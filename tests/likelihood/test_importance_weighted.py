@@ -242,6 +242,7 @@ def test_more_dequantised_flows_come_closer_and_never_beyond(level: int, kind: s
     assert not rises(torch.full((count,), log_mass(level)), twenty)
 
 
+@pytest.mark.slow
 def test_one_dequantised_flow_has_the_plain_likelihood_as_its_expectation() -> None:
     flow, count, level = ProbabilityFlow("truncated_normal", "exact", tolerance=1e-4), 400, 1
     batches = images(repeated(level, count))

@@ -213,7 +213,7 @@ def test_all_sign_vectors_together_are_the_exact_divergence_and_one_alone_is_not
     torch.testing.assert_close(together, exact, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("spread", [1.0, 1.3])
+@pytest.mark.parametrize("spread", [1.0, pytest.param(1.3, marks=pytest.mark.slow)])
 def test_gaussian_probes_are_unbiased_and_a_planted_bias_is_caught(spread: float) -> None:
     count = 600
     z = points(1, 2).expand(count, -1)
@@ -289,7 +289,7 @@ def log_masses(data: Mixture, gamma_0: float = -4.0) -> Tensor:
     return below.diff().log()
 
 
-@pytest.mark.parametrize("kind", ["uniform", "truncated_normal"])
+@pytest.mark.parametrize("kind", ["uniform", pytest.param("truncated_normal", marks=pytest.mark.slow)])
 def test_the_expectation_is_dequantisation_s_own_bound_on_the_mass_of_a_level(kind: str) -> None:
     """Against quadrature over the bin, from the exact density: the whole path from levels to nats."""
     flow = replace(EXACT, dequantization=kind, tolerance=1e-5)

@@ -99,7 +99,20 @@ def test_a_callback_is_a_function_of_what_there_is(arguments: dict[str, Any]) ->
     assert inputs.samples == []
 
 
-@pytest.mark.parametrize("name", sorted(SHOWN_SAMPLERS.keys() - {"VDMScheduler"}))
+SOME_SAMPLERS = {
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+}
+SAMPLERS = [
+    name if name in SOME_SAMPLERS else pytest.param(name, marks=pytest.mark.slow)
+    for name in sorted(SHOWN_SAMPLERS.keys() - {"VDMScheduler"})
+]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_stock_sampler_gives_numbers_or_says_before_the_first_evaluation_how_many_steps(name: str) -> None:
     pipe = tiny_pipeline()
     pipe.scheduler = pipe.scheduler.to_diffusers(getattr(diffusers, name))

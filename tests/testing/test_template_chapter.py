@@ -64,6 +64,7 @@ def run(command: str, folder: Path, environment: dict[str, str]) -> subprocess.C
     )
 
 
+@pytest.mark.slow
 def test_the_chapter_is_carried_out_to_the_letter(environment: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "plugins"
     shutil.copytree(PLUGINS / "vdm-hub-template", folder / "vdm-hub-template")

@@ -126,7 +126,9 @@ def test_the_ddpm_decoder_is_in_the_graph_too() -> None:
     assert explained.graph_count == 1
 
 
-@pytest.mark.parametrize("network", UNETS)
+@pytest.mark.parametrize(
+    "network", [pytest.param(name, marks=pytest.mark.slow) if name == "UNet2DModel" else name for name in UNETS]
+)
 def test_networks_are_one_graph_with_and_without_gradient_checkpointing(network: str, tmp_path: Path) -> None:
     run = start(tmp_path / "run", unet=UNETS[network])
     sample, timestep = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0])
@@ -168,6 +170,7 @@ def test_compiled_runs_and_plain_ones_go_on_from_each_others_checkpoints(
             torch.testing.assert_close(got.tensors["objective"][key], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_network_and_learned_schedule_into_one_graph_that_trains(tmp_path: Path) -> None:
     terms = {}
     for compile in ("none", "whole"):

@@ -131,7 +131,7 @@ def test_a_signal_after_the_last_step_ends_at_once_and_the_results_come_later(tm
     assert (tmp_path / "run" / "evaluation.json").exists()
 
 
-@pytest.mark.parametrize("to", ["one worker", "the launcher"])
+@pytest.mark.parametrize("to", [pytest.param("one worker", marks=pytest.mark.slow), "the launcher"])
 def test_two_processes_stop_at_the_same_step(to: str, tmp_path: Path) -> None:
     fields = LONG | {"train_batch_size": 8, "logging_steps": 3, "lr_scheduler": "constant"}
     process = begin(tmp_path / "run", "-m", *TORCHRUN, *DOOR, new=to == "one worker", **fields)
