@@ -129,7 +129,9 @@ def assert_alike(folder: Path, name: str, engine: str) -> None:
     histories = [json.loads((folder / f"{name}-{one}" / "history.json").read_text()) for one in ("ddp", engine)]
     for part, columns in histories[0].items():
         for column, values in columns.items():
-            assert histories[1][part][column] == pytest.approx(values, rel=1e-3 if name == "bf16" else 1e-5), column
+            # A standard error of two replicates is a difference of means near 2, so their last bits weigh more in it.
+            exact = 1e-4 if column == "standard_error" else 1e-5
+            assert histories[1][part][column] == pytest.approx(values, rel=1e-3 if name == "bf16" else exact), column
 
 
 def assert_whole(folder: Path, name: str, engine: str) -> None:
