@@ -112,13 +112,15 @@ def test_captions_are_chosen_from_those_of_the_images(told_captions: Path, capsy
     effort = ("--max_images", "12", "--budget", "100", "--pilot_evaluations", "0")
     assert main(words(told_captions, *effort, "--json")) == 0
     figures = json.loads(capsys.readouterr().out)
-    labels = load_split("digits", "test[:12]", num_levels=17, label_column="label").labels
-    assert labels is not None and figures["candidates"] == [f"a {number}" for number in labels.unique().tolist()]
+    assert figures["candidates"] == [f"a {number}" for number in range(10)], "whichever the images are"
     assert sum(map(sum, figures["confusion"])) == 12
     named = [f"a {number}" for number in range(10)]
     assert main(words(told_captions, *effort, "--json", "--candidates", *named)) == 0
     assert json.loads(capsys.readouterr().out)["candidates"] == named
-    assert main(words(told_captions, *effort, "--candidates", "a 0", "a 1")) == 2
+    assert main(words(told_captions, *effort, "--json", "--candidates", "a 0", "a 1")) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert "accuracy" not in figures and "none of the candidates" in figures["notes"][0]
+    assert main(words(told_captions, *effort, "--candidates", "a 0", "a 1", "--label_column", "label")) == 2
     assert "none of the candidates" in capsys.readouterr().err
 
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from image_folders import refused
+from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.labels import read_labels
-from vdm_hub.data.loading import load_split
+from vdm_hub.data.loading import load_data, load_split
 
 ClassLabel, Value = datasets.ClassLabel, datasets.Value
 
@@ -61,3 +62,21 @@ def test_more_than_the_classes_is_refused(tmp_path: Path, number: int) -> None:
 def test_integers_of_any_size_are_labels(dtype: str) -> None:
     dataset = datasets.Dataset.from_dict({"x": [3, 0, 100]}, features=datasets.Features({"x": Value(dtype)}))
     assert torch.equal(read_labels(dataset.select([2, 0]), "x"), torch.tensor([100, 3]))
+
+
+def test_numbers_that_count_no_classes_are_refused_before_a_network_is_made(tmp_path: Path) -> None:
+    """An id named by mistake would ask for a table of billions of classes."""
+    for number in range(3):
+        Image.new("L", (4, 4)).save(tmp_path / f"{number}.png")
+    names = [f"{number}.png" for number in range(3)]
+    pq.write_table(pa.table({"file_name": names, "id": [10**9, 10**9 + 1, 3]}), tmp_path / "metadata.parquet")
+    arguments = DataArguments(train_data_dir=str(tmp_path), label_column="id", test_split=None)
+    message = refused(load_data, arguments)
+    assert "'id'" in message and "1000000001" in message
+
+
+@pytest.mark.parametrize("count", [5, 12])
+def test_named_classes_are_as_many_as_their_names(count: int) -> None:
+    arguments = DataArguments(dataset_name="digits", num_levels=17, label_column="label", num_classes=count)
+    message = refused(load_data, arguments)
+    assert f"num_classes is {count}" in message and "10 classes" in message

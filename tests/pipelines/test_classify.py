@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny import tiny_pipeline, tiny_unet
+from tiny import Inputs, tiny_pipeline, tiny_unet
 from vdm_hub import ClassificationEffort, HVAEPipeline, MarkovianHVAE, VDMPipeline, VDMScheduler
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.likelihood.estimator import BoundEstimator
@@ -60,6 +60,14 @@ def test_labels_give_an_accuracy(pipe: Any) -> None:
     assert report.accuracy == float((report.predicted == torch.tensor([0, 1, 2, 3, 0])).double().mean())
 
 
+def test_labels_are_looked_at_before_anything_is_evaluated(pipe: Any) -> None:
+    inputs = Inputs(pipe.unet)
+    for labels in ([0, 1, 2, 3, 4], ["0", "1", "2", "3", "boot"], [0]):
+        with pytest.raises(DataError):
+            pipe.classify(IMAGES, labels=labels, effort=EQUAL)
+    assert inputs.samples == []
+
+
 def test_a_model_without_classes_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="class-conditional"):
         tiny_pipeline().classify(IMAGES)
@@ -81,7 +89,7 @@ def test_candidates_that_are_none_are_refused_with_their_value(pipe: Any, candid
 
 
 @pytest.mark.parametrize(
-    "prior", [[0.5, 0.5], [1.0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], ["a"] * 4, [0.5, 0.7, -0.1, -0.1]]
+    "prior", [[0.5, 0.5], [[0.25] * 4], [1.0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], ["a"] * 4, [0.5, 0.7, -0.1, -0.1]]
 )
 def test_a_prior_that_is_none_is_refused(pipe: Any, prior: Any) -> None:
     with pytest.raises(ConfigurationError, match="prior"):

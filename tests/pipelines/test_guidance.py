@@ -122,6 +122,17 @@ def test_a_likelihood_is_of_the_class_and_says_so() -> None:
         pipe.bits_per_dim(images, **LABELS, guidance_scale=2.0)
 
 
+@pytest.mark.parametrize("argument", [{"guidance_scale": 2.0}, {"guider": "ClassifierFreeGuidance"}])
+def test_a_likelihood_is_never_guided(argument: dict[str, Any]) -> None:
+    pipe = pipeline()
+    levels = torch.zeros(2, 1, 8, 8, dtype=torch.long)
+    with pytest.raises(ConfigurationError, match="without guidance"):
+        pipe.bits_per_dim(levels, **LABELS, **argument)
+    assert any(
+        "without guidance" in note for note in pipe.bits_per_dim(levels, replicates=1, **LABELS).details["notes"]
+    )
+
+
 def test_classes_that_are_not_the_networks_are_refused() -> None:
     unet, scheduler = tiny_unet(num_class_embeds=4), tiny_pipeline().scheduler
     with pytest.raises(ConfigurationError, match=naming("classes", 5)):

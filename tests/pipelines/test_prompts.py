@@ -86,7 +86,20 @@ def test_images_of_each_prompt_and_one_prompt_for_all() -> None:
         ),
         ({}, {"prompt": "a", "num_images_per_prompt": 0}, ("num_images_per_prompt", 0)),
         ({}, {"class_labels": [1]}, ("class_labels", "prompt")),
-        ({"dropout": 0.0}, {"prompt": "a", "guidance_scale": 2.0}, ("caption", "--condition_dropout")),
+        *(
+            (
+                {"dropout": 0.0},
+                {"prompt": ["a", "b"], "guidance_scale": 2.0} | more,
+                ("caption", "--condition_dropout"),
+            )
+            for more in ({}, {"negative_prompt": ""}, {"negative_prompt": ["c", ""]})
+        ),
+        (
+            {},
+            {"prompt": "a", "guidance_scale": 2.0, "negative_prompt_embeds": torch.zeros(1, 2, WIDTH + 1)},
+            ("negative_prompt_embeds", WIDTH + 1, WIDTH),
+        ),
+        ({}, {"prompt": "a", "encoder_hidden_states": torch.zeros(1, 2, WIDTH)}, ("encoder_hidden_states",)),
     ],
 )
 def test_what_can_not_be_asked_for_is_refused(captions: Any, arguments: Any, named: Any) -> None:

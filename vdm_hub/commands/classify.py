@@ -43,8 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         dataset=description,
+        must_be_candidates=arguments.label_column is not None or arguments.caption_column is not None,
     )
-    if notes:
+    if notes := [*notes, *report.details.get("notes", ())]:
         report.details["notes"] = notes
     text = json.dumps(report.to_dict())
     print(text if arguments.json else "\n".join([str(report), *(f"  note: {note}" for note in notes)]), flush=True)

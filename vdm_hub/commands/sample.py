@@ -19,6 +19,7 @@ from vdm_hub.errors import ConfigurationError, shortened
 from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.pipelines.guidance import GUIDER, build_guider
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.plots import rows_of_choices, save_grid
 
@@ -69,6 +70,12 @@ _DRAWN_BY: dict[str, tuple[str, Callable[[argparse.Namespace, Any, Path], str]]]
 def _chosen(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> dict[str, Any]:
     """What is chosen of a diffusion's sampling."""
     chosen = {} if arguments.sampler == ANCESTRAL else {"sampler": arguments.sampler}
+    build_guider(arguments.guider, arguments.guidance_scale)  # an unknown name is said
+    if arguments.guider != GUIDER and arguments.guidance_scale == 1:
+        raise ConfigurationError(
+            f"guider is {arguments.guider!r}, and acts only with guidance: give a --guidance_scale other than 1, or "
+            f"leave it out."
+        )
     if arguments.guidance_scale != 1:
         chosen |= {"guidance_scale": arguments.guidance_scale, "guider": arguments.guider}
     if arguments.negative_prompt is not None:
@@ -116,4 +123,4 @@ def _rows(told: list[int | str], columns: int | None, pipeline: LikelihoodPipeli
     if not told:
         return ""
     names = [pipeline.known_condition.name_of(one) for one in told[::columns]]
-    return f", a row each of {', '.join(names)}"
+    return f", a row each of {shortened(', '.join(names), 300)}"

@@ -80,8 +80,13 @@ class Candidates:
             return torch.full((count,), 1 / count, dtype=torch.float64)
         with explained("the prior is no list of numbers", "give one for each candidate", ConfigurationError):
             chances = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+        if chances.shape != (count,):
+            raise ConfigurationError(
+                f"the prior is {shortened(given)}, of shape {tuple(chances.shape)}, and there are {count} candidates: "
+                f"give one number for each, {count} numbers that sum to 1."
+            )
         total = float(chances.sum())
-        if chances.shape != (count,) or not bool((chances > 0).all()) or not math.isclose(total, 1, rel_tol=1e-6):
+        if not bool((chances > 0).all()) or not math.isclose(total, 1, rel_tol=1e-6):
             raise ConfigurationError(
                 f"the prior is {shortened(given)}, which sums to {total:g}: give {count} numbers above 0 that sum to "
                 f"1, one for each candidate."
@@ -263,6 +268,10 @@ class ClassCondition(Condition):
         """
         if isinstance(given, str):
             return torch.tensor(self._number(given))
+        if hasattr(given, "tolist") and not isinstance(given, Tensor):  # of numpy
+            given = given.tolist()
+        if isinstance(given, list | tuple) and not given:
+            raise ConfigurationError(f"class_labels are {shortened(given)}: give a class for each image.")
         if isinstance(given, list | tuple) and any(isinstance(one, str) for one in given):
             numbers = [self.numbers(one) for one in given]
             if any(one.ndim for one in numbers):

@@ -321,7 +321,8 @@ class ImageStream(_Images):
         if self.label_column is None:
             return batch if self.captions is None else batch | {CAPTIONS: self.captions.of_rows(rows)}
         values = [row[self.label_column] for row in rows]
-        labels = as_labels(values, self.label_column, self.num_classes, indices)
+        places = [None] * len(rows) if indices is None else indices  # a shuffled stream has no numbers
+        labels = as_labels(values, self.label_column, self.num_classes, places)
         return batch | (
             {CLASS_LABELS: labels} if self.captions is None else {CAPTIONS: self.captions.of_labels(labels)}
         )

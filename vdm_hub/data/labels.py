@@ -43,7 +43,7 @@ def read_labels(dataset: datasets.Dataset, column: str, note: str = "") -> Tenso
 
 
 def as_labels(
-    values: Sequence[Any], column: str, classes: int | None = None, rows: Sequence[int] | None = None
+    values: Sequence[Any], column: str, classes: int | None = None, rows: Sequence[int | None] | None = None
 ) -> Tensor:
     """The values of a column as labels, int64 of shape (N,).
 
@@ -51,7 +51,7 @@ def as_labels(
         values: As the dataset has them.
         column: Their column, for messages.
         classes: How many classes the column has, where it says so.
-        rows: Their numbers in the dataset, for messages; from 0 where not given.
+        rows: Their numbers in the dataset, for messages; from 0 where not given, and ``None`` where it has none.
 
     Raises:
         DataError: One is missing, negative, no class, or no whole number.
@@ -60,9 +60,10 @@ def as_labels(
     for place, label in enumerate(values):
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < limit:
             continue
+        number = place if rows is None else rows[place]
         known = "0 or more" if classes is None else f"0 to {classes - 1}, for the column has {classes} classes"
         raise DataError(
-            f"row {place if rows is None else rows[place]} of the column {column!r} holds {shortened(label)}, and "
+            f"{'a row' if number is None else f'row {number}'} of the column {column!r} holds {shortened(label)}, and "
             f"labels are {known}: leave out the images without a label, or name another column."
         )
     return torch.tensor(values, dtype=torch.int64)

@@ -14,7 +14,7 @@ from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.caption_columns import holds_captions, no_captions, read_captions
 from vdm_hub.data.captions import StreamCaptions
 from vdm_hub.data.colors import Color
-from vdm_hub.data.conditions import ClassCondition
+from vdm_hub.data.conditions import MOST_CLASSES, ClassCondition
 from vdm_hub.data.corrupt import without_corrupt
 from vdm_hub.data.examples import RunData as RunData
 from vdm_hub.data.files import lies_in, list_folder
@@ -456,7 +456,19 @@ def _classes_of(train: Images, arguments: DataArguments) -> ClassCondition | Non
     if isinstance(train, ImageLevels):
         assert train.labels is not None
         found = len(names) if names is not None else int(train.labels.max()) + 1
-        unseen = sorted(set(range(max(found, given or 0))) - set(train.labels.unique().tolist()))
+    else:
+        found = int(train.num_classes or 0)
+    if found > MOST_CLASSES:
+        raise DataError(
+            f"the column {column!r} holds {found - 1}, and labels are whole numbers from 0, of at most {MOST_CLASSES} "
+            f"classes: name another column, or number the classes."
+        )
+    if given is not None and (given < found or (names is not None and given != found)):
+        raise DataError(
+            f"num_classes is {given}, and the column {column!r} holds {found} classes: give {found}, or leave it out."
+        )
+    if isinstance(train, ImageLevels) and train.labels is not None:
+        unseen = sorted(set(range(given or found)) - set(train.labels.unique().tolist()))
         if unseen:
             known = [names[number] if names else number for number in unseen]
             warn(
@@ -464,12 +476,6 @@ def _classes_of(train: Images, arguments: DataArguments) -> ClassCondition | Non
                 f"model will know nothing of them.",
                 stacklevel=3,
             )
-    else:
-        found = int(train.num_classes or 0)
-    if given is not None and (given < found or (names is not None and given != found)):
-        raise DataError(
-            f"num_classes is {given}, and the column {column!r} holds {found} classes: give {found}, or leave it out."
-        )
     return ClassCondition(given or found, names, column=column)
 
 

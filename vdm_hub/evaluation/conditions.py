@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from vdm_hub.data.captions import CAPTIONS
+from vdm_hub.data.captions import CAPTIONS, EMPTY
 from vdm_hub.data.conditions import CLASS_LABELS, Candidates, Condition
 from vdm_hub.data.images import ImageLevels, ImageStream, labels_as
 from vdm_hub.errors import ConfigurationError, shortened
@@ -40,15 +41,15 @@ class Told:
         return self.condition.key(self.entries)
 
     def mixture(self) -> Candidates:
-        """The model's classes, or the different captions of the images.
+        """The model's classes, or the captions of the images' dataset.
 
         Raises:
             ConfigurationError: They are fewer than two, or the captions very many.
         """
         if not self.texts:
             return self.condition.choose()
-        numbers = self.entries.unique()
-        return Candidates(self.condition, numbers, different(self.texts, self.entries))
+        names = different(self.texts, self.entries)
+        return Candidates(self.condition, torch.tensor([self.texts.index(one) for one in names]), names)
 
 
 def told_of(pipeline: LikelihoodPipeline, images: Any, known: Mapping[str, Tensor]) -> Told | None:
@@ -86,12 +87,12 @@ def names_of(pipeline: LikelihoodPipeline, images: Images, known: Mapping[str, T
 
 
 def different(texts: Sequence[str], numbers: Tensor) -> tuple[str, ...]:
-    """The different captions of images, in the order of their numbers.
+    """The different captions of a dataset, in the order of their numbers; the empty one where an image has it.
 
     Raises:
         ConfigurationError: They are fewer than two, or very many.
     """
-    found = tuple(texts[number] for number in numbers.unique().tolist())
+    found = tuple(text for number, text in enumerate(texts) if text != EMPTY or bool((numbers == number).any()))
     if not 2 <= len(found) <= MOST_CAPTIONS:
         raise ConfigurationError(
             f"the images have {len(found)} different captions, the first is {shortened(found[0], 200)}, and the "

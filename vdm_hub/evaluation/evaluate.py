@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vdm_hub.data.batches import evaluation_batches
-from vdm_hub.data.conditions import Candidates
 from vdm_hub.data.examples import ABOUT_SITES, Examples
 from vdm_hub.data.kinds import Units
 from vdm_hub.errors import ConfigurationError, DataError, shortened
@@ -92,10 +91,12 @@ def evaluate(
     processes = processes or Processes()
     if journal is not None:
         check_evaluation_journal(journal)
+    _check_mixture(pipeline, marginal, prior)
     levels, numbers = read_images(images, batch_size, max_images)
     pipeline.check_data(levels, images.num_levels)
     told = told_of(pipeline, images, numbers)
-    method, mixture = method_of(method), _mixture(told, marginal, prior)
+    method, mixture = method_of(method), told.mixture() if marginal and told is not None else None
+    chances = None if mixture is None else mixture.prior(prior)
     stages = (
         replicates
         if isinstance(replicates, ReplicateStages)
@@ -114,8 +115,8 @@ def evaluate(
 
     def one(objective: Objective, stages: ReplicateStages, model: str) -> LikelihoodReport:
         measurement = build_measurement(objective, len(levels), method, seed)
-        if mixture is not None and model == "unclipped":
-            measurement = MarginalMeasurement(measurement, mixture, mixture.prior(prior))
+        if mixture is not None and chances is not None and model == "unclipped":
+            measurement = MarginalMeasurement(measurement, mixture, chances)
         return how.measure(measurement, stages, model)
 
     report = one(pipeline.objective(method.transitions), stages, "unclipped")
@@ -136,22 +137,21 @@ def evaluate(
     return report
 
 
-def _mixture(told: Told | None, marginal: bool, prior: Sequence[float] | None) -> Candidates | None:
-    """The classes, or the different captions of the images, where their mixture is asked for."""
+def _check_mixture(pipeline: LikelihoodPipeline, marginal: bool, prior: Sequence[float] | None) -> None:
+    """Refuse a mixture that there can't be, before images are read."""
     if not marginal:
         if prior is not None:
             raise ConfigurationError(
                 f"prior is {shortened(prior)}, and acts only with marginal: give both or neither."
             )
-        return None
-    if told is None:
+        return
+    if pipeline.condition is None:
         raise ConfigurationError(
             "marginal asks for the mixture of all classes or captions, and the model is neither class-conditional nor "
             "told captions: leave it out."
         )
-    mixture = told.mixture()
-    mixture.prior(prior)
-    return mixture
+    if pipeline.class_condition is not None:
+        pipeline.class_condition.choose().prior(prior)
 
 
 @dataclass(frozen=True)

@@ -90,28 +90,7 @@ class ClassificationReport:
         Raises:
             DataError: There are more or fewer than images, or one is of no candidate.
         """
-        with explained(
-            "the labels are no numbers", "give the number or the name of each image's candidate", DataError
-        ):
-            named = isinstance(labels, list | tuple) and any(isinstance(one, str) for one in labels)
-            known: dict[Any, int] = {name: number for number, name in enumerate(self.names)}
-            for image, one in enumerate(labels if named else ()):
-                if isinstance(one, str) and one not in known:
-                    raise DataError(
-                        f"image {image} is {shortened(one)}, and that is none of the candidates "
-                        f"{shortened(list(self.names), 300)}: add it, or leave such images out."
-                    )
-            given = torch.as_tensor([known.get(one, one) for one in labels] if named else labels).cpu()
-        if given.is_floating_point() or given.dtype == torch.bool:
-            raise DataError(f"the labels are {given.dtype}: give the number or the name of each image's candidate.")
-        if given.shape != self.predicted.shape:
-            raise DataError(f"{tuple(given.shape)} labels for {len(self.predicted)} images: give one each.")
-        if bool(((given < 0) | (given >= len(self.names))).any()):
-            raise DataError(
-                f"the labels run from {int(given.min())} to {int(given.max())}, and there are candidates 0 to "
-                f"{len(self.names) - 1}: name the column of the classes that the network knows."
-            )
-        return replace(self, labels=given.long())
+        return replace(self, labels=numbered(labels, self.names, len(self.predicted)))
 
     @property
     def _truth(self) -> Tensor:
@@ -201,3 +180,36 @@ class ClassificationReport:
 
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def numbered(labels: Tensor | Sequence[int | str], names: Sequence[str], count: int) -> Tensor:
+    """What some images are, as the numbers of their candidates, int64, (count,).
+
+    Args:
+        labels: By number, from 0, or by name.
+        names: Of the candidates.
+        count: How many images there are.
+
+    Raises:
+        DataError: There are more or fewer than images, or one is of no candidate.
+    """
+    with explained("the labels are no numbers", "give the number or the name of each image's candidate", DataError):
+        named = isinstance(labels, list | tuple) and any(isinstance(one, str) for one in labels)
+        known: dict[Any, int] = {name: number for number, name in enumerate(names)}
+        for image, one in enumerate(labels if named else ()):
+            if isinstance(one, str) and one not in known:
+                raise DataError(
+                    f"image {image} is {shortened(one)}, and that is none of the candidates "
+                    f"{shortened(list(names), 300)}: add it, or leave such images out."
+                )
+        given = torch.as_tensor([known.get(one, one) for one in labels] if named else labels).cpu()
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise DataError(f"the labels are {given.dtype}: give the number or the name of each image's candidate.")
+    if given.shape != (count,):
+        raise DataError(f"{tuple(given.shape)} labels for {count} images: give one each.")
+    if bool(((given < 0) | (given >= len(names))).any()):
+        raise DataError(
+            f"the labels run from {int(given.min())} to {int(given.max())}, and there are candidates 0 to "
+            f"{len(names) - 1}: name the column of the classes that the network knows."
+        )
+    return given.long()

@@ -200,7 +200,10 @@ class LikelihoodReport:
             f"  {self.num_images} {data}, {self.replicates} replicates, {self.network_evaluations} network "
             f"evaluations, {self._time}"
         )
-        lines += [f"  {line}" for line in (*_protocol_lines(self.details), *_target_lines(self.details))]
+        lines += [
+            f"  {line}"
+            for line in (*_protocol_lines(self.details, is_bound=self.is_bound), *_target_lines(self.details))
+        ]
         notes = [*_few_replicates(self.replicates), *self.details.get("notes", [])]
         return "\n".join(lines + [f"  note: {note}" for note in notes])
 
@@ -230,7 +233,7 @@ class LikelihoodReport:
 _READ = ("resolution", "color", "image_column", "window_context")  # how data were read, where not as they are
 
 
-def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
+def _protocol_lines(details: Mapping[str, Any], *, is_bound: bool) -> list[str]:
     """The lines on how it was measured, and of what."""
     lines = []
     if flow := details.get("probability_flow"):
@@ -257,7 +260,7 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
             f"bits/dim, standard error {_shown(_or_nan(clipped['standard_error']), 'replicates')}"
         )
     if marginal := details.get("marginal"):
-        lines += _marginal_lines(marginal)
+        lines += _marginal_lines(marginal, str(details.get("condition", "class")), is_bound=is_bound)
     if dataset := details.get("dataset"):
         named = ", ".join(str(dataset[key]) for key in ("name", "config", "split") if dataset.get(key))
         read = (f"{key.replace('_', ' ')} {dataset[key]}" for key in _READ if dataset.get(key))
@@ -267,16 +270,18 @@ def _protocol_lines(details: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _marginal_lines(marginal: Mapping[str, Any]) -> list[str]:
-    """The lines on what a label is worth, and on the mixture that it is compared with."""
+def _marginal_lines(marginal: Mapping[str, Any], noun: str, *, is_bound: bool) -> list[str]:
+    """The lines on what a label or a caption is worth, and on the mixture that it is compared with."""
+    one, plural = ("a label", "classes") if noun == "class" else (f"a {noun}", f"{noun}s")
+    at_most = "at most " if is_bound else ""
     count, prior = len(marginal["prior"]), "a uniform prior" if len(set(marginal["prior"])) == 1 else "the prior given"
     bias = _or_nan(marginal["monte_carlo_bias"])
     return [
-        f"a label is worth {marginal['gain_bits']:.4f} bits an image, of at most {marginal['most_bits']:.4f}; "
+        f"{one} is worth {marginal['gain_bits']:.4f} bits an image, of at most {marginal['most_bits']:.4f}; "
         f"standard error {_shown(_or_nan(marginal['standard_error']), 'replicates')} (Monte Carlo), "
         f"{_shown(_or_nan(marginal['standard_error_over_images']), 'images')} (images); bias of so few replicates "
         f"{_shown(bias, 'replicates')}",
-        f"the mixture of {count} classes, by {prior}: at most {marginal['mixture_bits']:.4f} bits an image",
+        f"the mixture of {count} {plural}, by {prior}: {at_most}{marginal['mixture_bits']:.4f} bits an image",
     ]
 
 

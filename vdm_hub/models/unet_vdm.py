@@ -275,10 +275,7 @@ class TimeEmbedding(nn.Module):
             _lecun(nn.Linear(channels + self.context_size, out)),
             _lecun(nn.Linear(out, out)),
         )
-        # From zero, and without a draw: the network starts as the one that is told nothing.
-        self.class_embedding = (
-            None if num_classes is None else nn.Embedding.from_pretrained(torch.zeros(num_classes, out), freeze=False)
-        )
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, out)
 
     def forward(self, timestep: Tensor, class_labels: Tensor | None, context: Tensor | None = None) -> Tensor:
         if (class_labels is None) != (self.class_embedding is None):

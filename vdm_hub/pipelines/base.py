@@ -27,7 +27,7 @@ from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.hub.schemas import check_arguments
 from vdm_hub.hub.weights import check_finite_weights
 from vdm_hub.likelihood.classification import BoundClassifier
-from vdm_hub.likelihood.classification_report import ClassificationReport
+from vdm_hub.likelihood.classification_report import ClassificationReport, numbered
 from vdm_hub.likelihood.measurement import collect
 from vdm_hub.likelihood.methods import METHODS, Method, build_measurement, method_of
 from vdm_hub.likelihood.protocol import ClassificationEffort
@@ -446,6 +446,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         told = self._told(
             levels.shape[0], network_arguments, class_labels, prompt, prompt_embeds, prompt_attention_mask
         )
+        self._check_apart(network_arguments, told)
         whole |= network_arguments | told
 
         def batches() -> Iterator[dict[str, Tensor]]:
@@ -512,8 +513,9 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         chosen, levels = self.known_condition.choose(candidates), self._levels(images)
         batch = {"levels": levels, "indices": torch.arange(len(levels))}
         objective, chances = self.objective(transitions), chosen.prior(prior)
+        known = None if labels is None else numbered(labels, chosen.names, len(levels))
         report = BoundClassifier(objective, chosen.told, chances, effort, seed, batch_size).report(batch, chosen.names)
-        return report if labels is None else report.scored(labels)
+        return report if known is None else report.scored(known)
 
     def _levels(self, images: Any) -> Tensor:
         """The levels of images, which must have the model's shape, on its device."""
@@ -551,6 +553,10 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         parameters = list(inspect.signature(function).parameters.values())[1:]
         known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
         for name in given:
+            if name in ("guidance_scale", "guider", "negative_prompt", "negative_prompt_embeds"):
+                raise ConfigurationError(
+                    f"{name} is of samples: a likelihood is always that of the model without guidance. Leave it out."
+                )
             if taken is not None and name not in taken:
                 raise unknown_name(f"argument of {type(self).__name__} or its network", name, {*known, *taken})
 
@@ -572,6 +578,12 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         return labels | {
             key: value.to(self.device_of_latents) for key, value in one_for_each(told, batch_size).items()
         }
+
+    @staticmethod
+    def _check_apart(given: Iterable[str], told: Iterable[str]) -> None:
+        """Refuse an argument of the network that the condition gives, too."""
+        if both := sorted({*given} & {*told}):
+            raise ConfigurationError(f"{both[0]} is given, and the condition says it too: leave one of the two out.")
 
     def _check_told(self, class_labels: Any, prompt: Any, prompt_embeds: Any = None) -> None:
         """Refuse a class for a model that knows captions, and the other way round."""

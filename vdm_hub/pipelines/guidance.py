@@ -7,6 +7,8 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping
+from functools import cache
+from numbers import Real
 from typing import Any
 
 import diffusers.guiders
@@ -16,24 +18,45 @@ from torch import Tensor, nn
 
 from vdm_hub.errors import ConfigurationError, explained, shortened, unknown_name
 
+GUIDER = "ClassifierFreeGuidance"
+"""The guider that is meant where none is named."""
 _ANOTHER = "choose another guider"
 _INPUTS = ["pred_cond", "pred_uncond"]
 _EXPERIMENTAL = logging.getLogger("diffusers.guiders.guider_utils")  # says at each use that the interface may change
 
 
 def guiders() -> list[str]:
-    """The names of diffusers' guiders that need no more than these two predictions.
+    """The names of diffusers' guiders that combine these two predictions of images, and need no more.
 
     >>> "ClassifierFreeGuidance" in guiders(), "PerturbedAttentionGuidance" in guiders()
     (True, False)
     """
     classes = inspect.getmembers(diffusers.guiders, inspect.isclass)
-    return [name for name, cls in classes if issubclass(cls, BaseGuidance) and _applies(cls)]
+    known = [cls for _, cls in classes if issubclass(cls, BaseGuidance) and _applies(cls)]
+    return [cls.__name__ for cls in known if _by_scale(cls.__name__)]
 
 
 def _applies(cls: type[BaseGuidance]) -> bool:
     # One that prepares the network changes its layers, which are of diffusers' own transformers.
     return cls._input_predictions == _INPUTS and cls.prepare_models is BaseGuidance.prepare_models
+
+
+@cache
+def _by_scale(name: str) -> bool:
+    """Whether its scale alone makes a guider of that name, which then combines two images."""
+    cls: Any = getattr(diffusers.guiders, name)
+    if "guidance_scale" not in inspect.signature(cls).parameters:
+        return False
+    was, _EXPERIMENTAL.disabled = _EXPERIMENTAL.disabled, True
+    try:
+        guider: Any = cls(guidance_scale=2.0)
+        guider.set_state(0, 1, torch.zeros(()))
+        guider.forward(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+    except Exception:  # whatever a library may raise at a shape that is not meant for it
+        return False
+    finally:
+        _EXPERIMENTAL.disabled = was
+    return True
 
 
 def build_guider(guider: str | BaseGuidance, guidance_scale: float = 1.0) -> BaseGuidance | None:
@@ -50,7 +73,7 @@ def build_guider(guider: str | BaseGuidance, guidance_scale: float = 1.0) -> Bas
     >>> build_guider("ClassifierFreeGuidance", 1.0) is None, build_guider("ClassifierFreeGuidance", 4.0).guidance_scale
     (True, 4.0)
     """
-    is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+    is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
     if not is_number or not 0 <= guidance_scale < math.inf:
         raise ConfigurationError(
             f"guidance_scale is {shortened(guidance_scale)}: give a number of at least 0; 1 guides nothing."

@@ -43,7 +43,7 @@ def encoded(
         both = f"both {name} and {name}_embeds are" if prompt is not None else f"neither {name} nor {name}_embeds is"
         raise ConfigurationError(f"{both} given, and the model is conditioned on captions: give one of the two.")
     if embeds is not None:
-        return _checked(embeds, mask, name)
+        return _checked(embeds, mask, name, condition.width)
     if mask is not None:
         raise ConfigurationError(f"{name}_attention_mask belongs to {name}_embeds, which are not given: leave it out.")
     texts = [prompt] if isinstance(prompt, str) else prompt
@@ -55,10 +55,14 @@ def encoded(
     return condition.encoded(different, "prompt").take(torch.tensor([different.index(one) for one in texts]))
 
 
-def _checked(embeds: Any, mask: Any, name: str) -> Told:
-    if not (isinstance(embeds, Tensor) and embeds.is_floating_point() and embeds.ndim == 3):
+def _checked(embeds: Any, mask: Any, name: str, width: int) -> Told:
+    is_floating = isinstance(embeds, Tensor) and embeds.is_floating_point()
+    if not (is_floating and embeds.ndim == 3 and embeds.shape[-1] == width):
         what = f"of shape {tuple(embeds.shape)}" if isinstance(embeds, Tensor) else shortened(embeds)
-        raise ConfigurationError(f"{name}_embeds are {what}: give floating-point numbers, (B, L, D).")
+        raise ConfigurationError(
+            f"{name}_embeds are {what}: give floating-point numbers, (B, L, D), with the D = {width} that the network "
+            f"attends to."
+        )
     if mask is None:
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     if not (isinstance(mask, Tensor) and mask.shape == embeds.shape[:2]):

@@ -38,7 +38,7 @@ from vdm_hub.models.text_encoders import TextEncoder
 from vdm_hub.models.unet_vdm import UNetVDMModel
 from vdm_hub.objectives.variational_bound import VDMObjective
 from vdm_hub.pipelines.base import LikelihoodPipeline
-from vdm_hub.pipelines.guidance import GuidedNetwork, build_guider
+from vdm_hub.pipelines.guidance import GUIDER, GuidedNetwork, build_guider
 from vdm_hub.pipelines.prompts import Prompt, encoded, negative_of, of_one_length, one_for_each
 from vdm_hub.registry import Serialised
 from vdm_hub.schedulers.configs import check_grid
@@ -277,7 +277,7 @@ class VDMPipeline(LikelihoodPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         sampler: str | Sampler = ANCESTRAL,
         guidance_scale: float = 1.0,
-        guider: str | BaseGuidance = "ClassifierFreeGuidance",
+        guider: str | BaseGuidance = GUIDER,
         prompt: Prompt | None = None,
         negative_prompt: Prompt | None = None,
         num_images_per_prompt: int = 1,
@@ -346,6 +346,7 @@ class VDMPipeline(LikelihoodPipeline):
         else:
             told = self._told(shape[0], network_arguments, class_labels, None, None)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
+        self._check_apart(network_arguments, told)
         network = self._network(network_arguments | told, guiding, untold)
         if latents is None:
             latents = bound.prior_sample(shape, generator, device)
@@ -444,7 +445,9 @@ class VDMPipeline(LikelihoodPipeline):
             if num_images_per_prompt != 1 or is_negative:
                 raise ConfigurationError("num_images_per_prompt and negative_prompt belong to a prompt: give one.")
             return {}, {}
-        if guided and not is_negative and (condition := self.text_condition) is not None:
+        instead = [negative_prompt] if isinstance(negative_prompt, str | None) else negative_prompt
+        condition, is_empty = self.text_condition, negative_prompt_embeds is None and not all(instead)
+        if guided and is_empty and condition is not None:
             condition.check_null()
         told = self.encode_prompt(
             prompt,
@@ -570,8 +573,11 @@ class VDMPipeline(LikelihoodPipeline):
         return {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
 
     def notes(self, transitions: int | None) -> list[str]:
-        """Notes on what the scheduler's config says and the bound's process does otherwise."""
-        return notes_on_bound(self.scheduler.config, transitions)
+        """Notes on what the scheduler's config says and the bound's process does otherwise, and on guidance."""
+        notes = notes_on_bound(self.scheduler.config, transitions)
+        if (condition := self.condition) is not None and condition.dropout > 0:
+            notes.append("this is the likelihood of the model without guidance; guided samples are of another one")
+        return notes
 
 
 class _Steps:
