@@ -408,4 +408,7 @@ def test_a_model_of_captions_says_what_it_is_told_and_asks_for_it(tmp_path: Path
     assert told.data.pipeline_tag == "text-to-image" and "conditional" in told.data.tags
     assert 'pipe(prompt=["a `b`", "c"], guidance_scale=2' in told.text
     assert "of the column `text`" in told.text and "`` a `b` ``, `c`" in told.text and "BertModel" in told.text
-    assert "A caption-conditional variational diffusion model" in told.text and "pipe.classify" not in told.text
+    assert (
+        "A caption-conditional variational diffusion model" in told.text
+        and "pipe.classify(images, [caption, ...])" in told.text
+    )

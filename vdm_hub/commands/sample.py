@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,4 +124,4 @@ def _rows(told: list[int | str], columns: int | None, pipeline: LikelihoodPipeli
     if not told:
         return ""
     names = [pipeline.known_condition.name_of(one) for one in told[::columns]]
-    return f", a row each of {shortened(', '.join(names), 300)}"
+    return f", a row each of {textwrap.shorten(', '.join(names), 1000, placeholder=' ...')}"
