@@ -61,7 +61,9 @@ def _described(configuration: Configuration, length: int, tokenization: Tokeniza
                 f"the recipe's network has {name}={described[name]}, and the tokenizer asks for {value}: leave it out."
             )
     _check_known(cls, described)
+    known = cls.config_class().to_dict()
     others = {"max_position_embeddings": length, **_special_tokens(tokenization)}
+    others = {name: value for name, value in others.items() if name in known}
     with explained(f"{cls.__name__} can't be built from the recipe's network", "mend it", ConfigurationError):
         config = cls.config_class(**{**others, **described, **of_data})
         with torch.device("meta") if is_sketched() else nullcontext():
@@ -72,7 +74,7 @@ def _described(configuration: Configuration, length: int, tokenization: Tokeniza
 def _special_tokens(tokenization: Tokenization) -> dict[str, int | None]:
     """The numbers of special tokens; a config's own defaults are those of another tokenizer."""
     tokenizer = tokenization.tokenizer
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL if name != "mask"}
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
 
 
 def _check_known(cls: Any, described: Mapping[str, Any]) -> None:
