@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from hub.server import LoopbackHub
 from runs import ROOT, environment, finished_run
 from vdm_hub.commands import _parser
 from vdm_hub.errors import MissingPluginError
+from vdm_hub.lm_eval.harness_model import HarnessModel
 from vdm_hub.recipes.arguments import parse_recipe
 
 README = ROOT / "README.md"
@@ -133,6 +135,9 @@ def test_a_command_that_takes_too_long_is_one_that_its_program_takes(line: str) 
         except MissingPluginError as error:  # the core's tests run without plugins, and a page says what it needs
             assert any(f"Needs {package}" in page.read_text() for package in PLUGINS for page in PAGES)
             assert any(package in str(error) for package in PLUGINS)
+    elif program == "vdm_hub.lm_eval":
+        given = {one.partition("=")[0] for one in words[words.index("--model_args") + 1].split(",")}
+        assert given <= inspect.signature(HarnessModel).parameters.keys()
     elif program in ("vdm-hub", "vdm_hub.commands"):
         _parser().parse_args(words)
     else:

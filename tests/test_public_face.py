@@ -23,7 +23,7 @@ from vdm_hub.pipelines.registration import CLASSES
 from vdm_hub.recipes import configuration
 
 PUBLIC = sorted(vdm_hub.__all__)
-RUNNABLE = {"vdm_hub.train"}  # what launchers of modules start
+RUNNABLE = {"vdm_hub.train", "vdm_hub.lm_eval"}  # what launchers of modules start
 NAMED = re.compile(r"(?<![\w/])vdm_hub\.((?!py\b)\w+(?:\.\w+)*)")
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "accelerate", "datasets", "huggingface_hub")
 

@@ -288,6 +288,44 @@ def test_the_bound_is_the_mean_over_all_orders(pipe: TokenPipeline) -> None:
     assert abs(report.bits_per_dim - exact) < 4 * report.standard_error < 0.5
 
 
+@torch.no_grad()
+def test_the_bound_after_a_context_is_the_mean_over_the_orders_of_the_rest(pipe: TokenPipeline) -> None:
+    context, text, words = "fac", "bad", pipe.tokenization
+    levels, called = torch.from_numpy(words.encode(context + text).levels).long(), pipe.token_network()
+    mask = (torch.arange(LENGTH) < len(levels)).long()[None]
+    total = 0.0
+    for order in itertools.permutations(range(3, 6)):
+        seen = torch.full((LENGTH,), int(levels[-1]))  # what fills a window
+        seen[:3], seen[3:6] = levels[:3], words.num_values
+        for place in order:
+            logits = called(seen[None], torch.zeros(1), attention_mask=mask)[0][0, place]
+            total -= float(torch.log_softmax(logits, -1)[levels[place]])
+            seen[place] = levels[place]
+    exact = total / math.factorial(3) / (3 * math.log(2))
+    method = VariationalBound(pilot_evaluations=0, times_per_datum=128)
+    report = pipe.log_likelihood(text, method, replicates=64, contexts=context)
+    assert (report.dimensions, report.bits_per_byte) == (3, pytest.approx(report.bits_per_dim))
+    assert abs(report.bits_per_dim - exact) < 4 * report.standard_error < 0.5
+
+
+def test_contexts_are_one_for_all_or_one_each_and_cut_where_there_is_no_room(pipe: TokenPipeline) -> None:
+    def nats(*contexts: Any) -> torch.Tensor:
+        report = pipe.log_likelihood(["bad", "cab"], replicates=2, contexts=contexts[0] if contexts else None)
+        assert report.bits_per_byte is not None
+        return torch.stack(list(report.terms_per_image.values()))
+
+    assert torch.equal(nats("fa"), nats(["fa", "fa"])) and torch.equal(nats(["", ""]), nats())
+    assert not torch.equal(nats("fa"), nats("ga"))
+    long = pipe.log_likelihood("bad", replicates=2, contexts="gabbed face")
+    assert torch.equal(long.per_image, pipe.log_likelihood("bad", replicates=2, contexts=" face").per_image)
+    assert "contexts" in str(long.details["notes"])
+    several = pipe.log_likelihood("a bad cab faced a bag", replicates=2, contexts="fed ")
+    assert several.details["windows_of_texts"] == [3] and several.to_dict()["bytes"] == 21
+    for wrong in (["a"], ["a", 3], 3):
+        with pytest.raises(DataError, match="contexts"):
+            pipe.log_likelihood(["bad", "cab"], contexts=wrong)  # type: ignore[arg-type]
+
+
 def test_a_report_counts_each_token_and_byte_once(pipe: TokenPipeline) -> None:
     report = pipe.log_likelihood(TEXTS, replicates=2)
     said, size = report.to_dict(), sum(map(len, TEXTS))

@@ -85,12 +85,14 @@ class TextFacts:
         characters: In all of them.
         unknown: How many characters the tokenizer does not know.
         altered: How many documents decode to another text.
+        shortened: How many contexts were longer than there was room for.
     """
 
     documents: int = 0
     characters: int = 0
     unknown: int = 0
     altered: int = 0
+    shortened: int = 0
 
     def __add__(self, other: TextFacts) -> TextFacts:
         """The facts of two sets of texts together."""
@@ -111,6 +113,11 @@ class TextFacts:
             found.append(
                 f"the tokenizer changes {self.altered:,} of {self.documents:,} documents, as decoding gives others, "
                 f"so that there is no figure in bits/byte"
+            )
+        if self.shortened:
+            found.append(
+                f"{self.shortened:,} of {self.documents:,} contexts are longer than a window has room for: their last "
+                f"tokens were given"
             )
         return tuple(found)
 
@@ -159,6 +166,7 @@ class TokenWindows(_Texts):
         facts: What was found of the texts.
         shifted: Whether each window begins at a random place at each use, up to a stride later: for training.
         most: Only the first so many windows.
+        known: How many tokens at the beginning are given, too.
 
     >>> from vdm_hub.data.tokenization import make_tokenizer
     >>> byte = Tokenization(make_tokenizer("byte"))
@@ -177,6 +185,7 @@ class TokenWindows(_Texts):
     facts: TextFacts = TextFacts()
     shifted: bool = False
     most: int | None = None
+    known: int = 0
     is_stream: ClassVar[bool] = False
 
     @cached_property
@@ -185,6 +194,7 @@ class TokenWindows(_Texts):
         starts, given = self.cut.windows(len(self.tokens))
         if self.shifted:  # what lies in two of them is trained on twice, at other places each time
             given = [0, *[self.cut.context] * (len(given) - 1)]
+        given[0] = self.known
         return torch.tensor(starts[: self.most]), torch.tensor(given[: self.most])
 
     def __len__(self) -> int:
@@ -292,10 +302,40 @@ def encode_texts(
     return TokenWindows(joined, counted, tokenization, cut, TextFacts(**found), shifted)
 
 
+def encode_after(text: str, context: str, tokenization: Tokenization, cut: Cut) -> TokenWindows:
+    """A text as windows, after a context that is given and in no term.
+
+    The tokens are those of both together, unless one would belong to both: then each is encoded by itself. As much of
+    the context's end is given as a window has room for beside the text; where the text alone takes several windows,
+    as much as each is given of the one before.
+
+    >>> from vdm_hub.data.tokenization import make_tokenizer
+    >>> after = encode_after("cd", "ab", Tokenization(make_tokenizer("byte")), Cut(8))
+    >>> after.take(torch.arange(1))["given"].tolist(), after.units(1).per_datum
+    ([[True, True, False, False, True, True, True, True]], 2.0)
+    """
+    alone = tokenization.encode(text)
+    first, whole = tokenization.encode(context), tokenization.encode(context + text)
+    count = len(first.levels)
+    if len(whole.levels) > count and np.array_equal(whole.levels[:count], first.levels):
+        levels, sizes = whole.levels[count:], whole.sizes[count:]
+    else:
+        levels, sizes = alone.levels, alone.sizes
+    if not len(levels):
+        raise DataError("the texts have no tokens: give some that are not empty.")
+    room = cut.length - len(levels) if len(levels) <= cut.length else cut.context
+    kept = min(count, room)
+    start = count - kept
+    facts = TextFacts(1, alone.characters, alone.unknown, int(alone.altered), int(kept < count))
+    tokens = torch.from_numpy(np.concatenate([first.levels[start:], levels]))
+    counted = torch.from_numpy(np.concatenate([first.sizes[start:], sizes]))
+    return TokenWindows(tokens, counted, tokenization, cut, facts, known=kept)
+
+
 def encode_each(
-    texts: Sequence[str], tokenization: Tokenization, cut: Cut
+    texts: Sequence[str], tokenization: Tokenization, cut: Cut, contexts: Sequence[str] | None = None
 ) -> tuple[dict[str, Tensor], Units, list[int]]:
-    """Texts, each cut by itself, as one batch.
+    """Texts, each cut by itself, as one batch; each after its context, where there are some.
 
     Returns:
         The batch with ``levels``, ``given`` and ``attention_mask``, (B, L); what its bits are counted by; and how many
@@ -304,8 +344,11 @@ def encode_each(
     parts: list[dict[str, Tensor]] = []
     found: list[tuple[Tensor, Tensor]] = []
     facts = TextFacts()
-    for text in texts:
-        windows = encode_texts([text], tokenization, cut)
+    for place, text in enumerate(texts):
+        context = "" if contexts is None else contexts[place]
+        windows = (
+            encode_after(text, context, tokenization, cut) if context else encode_texts([text], tokenization, cut)
+        )
         batch = windows.take(torch.arange(len(windows)))
         whole = torch.ones_like(batch["levels"])
         parts.append({"given": whole.new_zeros(whole.shape).bool(), "attention_mask": whole} | batch)

@@ -306,6 +306,7 @@ class TokenPipeline(LikelihoodPipeline):
         replicates: int = 8,
         seed: int = 0,
         *,
+        contexts: str | Sequence[str] | None = None,
         batch_size: int = 32,
     ) -> LikelihoodReport:
         """The log-likelihood of texts, in bits/token and bits/byte, with its errors.
@@ -317,13 +318,15 @@ class TokenPipeline(LikelihoodPipeline):
             method: What it is measured by: `VariationalBound`, or another that is registered; or a method's name.
             replicates: Independent estimates of each window, behind the standard error.
             seed: Of all draws.
+            contexts: What stands before each text, given and in no term, so that the figure is of ``p(text|context)``:
+                see `vdm_hub.data.sequences.encode_after`. One for all, or one each.
             batch_size: Windows at once, at most; it changes no figure.
 
         Returns:
             The report of all windows; under ``details["windows_of_texts"]`` how many each text has.
 
         Raises:
-            DataError: A text is empty, or is no text.
+            DataError: A text is empty, or is no text, or there is another number of contexts.
             ConfigurationError: The method is unknown, or the model has no such likelihood.
         """
         batch_size, replicates = whole_number("batch_size", batch_size), whole_number("replicates", replicates)
@@ -331,7 +334,12 @@ class TokenPipeline(LikelihoodPipeline):
         if not (isinstance(given, Sequence) and given and all(isinstance(one, str) and one for one in given)):
             raise DataError(f"texts are {shortened(texts)}: give a text that is not empty, or a list of such.")
         method, device = method_of(method), self._execution_device
-        whole, units, windows = encode_each(given, self.tokenization, self.cut)
+        before = [contexts] * len(given) if isinstance(contexts, str) else contexts
+        if before is not None and not (
+            isinstance(before, Sequence) and len(before) == len(given) and all(isinstance(one, str) for one in before)
+        ):
+            raise DataError(f"contexts are {shortened(contexts)}: give a text, or one for each of {len(given)} texts.")
+        whole, units, windows = encode_each(given, self.tokenization, self.cut, before)
         count = len(whole["levels"])
         whole["indices"] = torch.arange(count)
 
