@@ -177,10 +177,9 @@ def _add_texts(group: argparse._ArgumentGroup) -> None:
 def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method",
-        default="bound",
         help="bound, the variational bound; ode, the probability-flow ODE; importance_weighted, over chains where "
         "there are --transitions, else over dequantised draws of the ODE; or a plugin's, whose options are given as "
-        """'{"name": ..., "config": {...}}' (default: bound)""",
+        """'{"name": ..., "config": {...}}' (default: bound; of masked texts masked_counts)""",
     )
     for name, one in METHOD_OPTIONS.items():
         of = " and ".join(method.name for method in METHODS if name in method.options())
@@ -218,8 +217,10 @@ def _choose_method(arguments: argparse.Namespace) -> None:
         ConfigurationError: There is no such method, an option is another's, or its value is out of range.
     """
     given = {name: value for name in METHOD_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if arguments.method is None and not given:
+        return  # the pipeline knows which
     cls: Any
-    cls, config = registry.resolve(KIND, arguments.method)
+    cls, config = registry.resolve(KIND, arguments.method or "bound")
     if given and config:
         raise ConfigurationError(
             f"--method is {shortened(arguments.method)}, and --{next(iter(given))} is given too: give the options in "

@@ -105,6 +105,11 @@ class ForwardProcess(nn.Module, ABC):
     has_weights: bool = False
     """Whether it holds parameters, beside its noise schedule's, that no config can hold: a pipeline carries it."""
 
+    @property
+    def likelihood_method(self) -> Any:
+        """The likelihood method that measures it best, in its serialised form, where nobody names one."""
+        return "bound"
+
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the network's output for ``z_t`` of a shape, both without the batch.
 

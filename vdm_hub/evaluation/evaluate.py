@@ -36,7 +36,7 @@ _EXAMINED = 1024  # images, whose latents are looked at
 def evaluate(
     pipeline: LikelihoodPipeline,
     images: Examples,
-    method: Method = "bound",
+    method: Method | None = None,
     replicates: int | ReplicateStages = 8,
     *,
     batch_size: int = 256,
@@ -58,7 +58,7 @@ def evaluate(
         pipeline: The model.
         images: The images, or other data, in memory or as a stream; their labels are given to a class-conditional
             network.
-        method: What it is measured by, or its name: see `LikelihoodPipeline.log_likelihood`.
+        method: What it is measured by, or its name; by default the pipeline's `default_method`.
         replicates: Independent passes over the images, behind the standard error; or `ReplicateStages`, with an error
             at which it ends, and a budget.
         batch_size: Images at once, at most; it changes no figure.
@@ -95,7 +95,8 @@ def evaluate(
     levels, numbers = read_images(images, batch_size, max_images)
     pipeline.check_data(levels, images.num_levels)
     told = told_of(pipeline, images, numbers)
-    method, mixture = method_of(method), told.mixture() if marginal and told is not None else None
+    method = method_of(pipeline.default_method if method is None else method)
+    mixture = told.mixture() if marginal and told is not None else None
     chances = None if mixture is None else mixture.prior(prior)
     stages = (
         replicates

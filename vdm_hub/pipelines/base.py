@@ -156,6 +156,12 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         return None
 
     @property
+    def default_method(self) -> Method:
+        """The likelihood method where none is named: ``bound``, unless its process has a better one."""
+        method: Method = "bound" if self.process is None else self.process.likelihood_method
+        return method
+
+    @property
     def condition(self) -> Condition | None:
         """What it is conditioned on, classes or captions; ``None`` for an unconditional model."""
         return self.text_condition or self.class_condition
@@ -391,7 +397,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
     def log_likelihood(
         self,
         images: Any,
-        method: Method = "bound",
+        method: Method | None = None,
         replicates: int = 8,
         seed: int = 0,
         class_labels: ClassLabels | None = None,
@@ -409,7 +415,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
                 the K levels), or integer tensors of levels.
             method: What it is measured by: `VariationalBound`, `ProbabilityFlow` or `ImportanceWeighted`, with their
                 options, or another that is registered; or a method's name, ``bound``, ``ode`` or
-                ``importance_weighted``, for its defaults.
+                ``importance_weighted``, for its defaults. By default `default_method`.
             replicates: Independent estimates per image, behind the standard error.
             seed: Of all draws: an image's noise is a function of it, the replicate and the image's index; its time
                 also of how many images there are, over which times are stratified.
@@ -440,7 +446,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             10
         """
         batch_size, replicates = whole_number("batch_size", batch_size), whole_number("replicates", replicates)
-        method, levels = method_of(method), self._levels(images)
+        method, levels = method_of(self.default_method if method is None else method), self._levels(images)
         whole = {"levels": levels, "indices": torch.arange(levels.shape[0])}
         self._check_arguments(network_arguments, levels.shape[0])
         told = self._told(
@@ -527,7 +533,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             )
         return levels
 
-    def bits_per_dim(self, images: Any, method: Method = "bound", **kwargs: Any) -> LikelihoodReport:
+    def bits_per_dim(self, images: Any, method: Method | None = None, **kwargs: Any) -> LikelihoodReport:
         """`log_likelihood`, by the name under which the field reports it: ``print(pipe.bits_per_dim(images))``."""
         return self.log_likelihood(images, method, **kwargs)
 

@@ -302,7 +302,7 @@ class TokenPipeline(LikelihoodPipeline):
     def log_likelihood(  # type: ignore[override]
         self,
         texts: str | Sequence[str],
-        method: Method = "bound",
+        method: Method | None = None,
         replicates: int = 8,
         seed: int = 0,
         *,
@@ -315,7 +315,8 @@ class TokenPipeline(LikelihoodPipeline):
 
         Args:
             texts: One, or several.
-            method: What it is measured by: `VariationalBound`, or another that is registered; or a method's name.
+            method: What it is measured by: `VariationalBound`, or another that is registered; or a method's name. By
+                default the process's own: of masked diffusion ``masked_counts``.
             replicates: Independent estimates of each window, behind the standard error.
             seed: Of all draws.
             contexts: What stands before each text, given and in no term, so that the figure is of ``p(text|context)``:
@@ -333,7 +334,7 @@ class TokenPipeline(LikelihoodPipeline):
         given = [texts] if isinstance(texts, str) else texts
         if not (isinstance(given, Sequence) and given and all(isinstance(one, str) and one for one in given)):
             raise DataError(f"texts are {shortened(texts)}: give a text that is not empty, or a list of such.")
-        method, device = method_of(method), self._execution_device
+        method, device = method_of(self.default_method if method is None else method), self._execution_device
         before = [contexts] * len(given) if isinstance(contexts, str) else contexts
         if before is not None and not (
             isinstance(before, Sequence) and len(before) == len(given) and all(isinstance(one, str) for one in before)

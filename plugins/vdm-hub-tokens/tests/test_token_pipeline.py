@@ -87,3 +87,9 @@ def test_remasking_is_the_samplers() -> None:
     plain = pipeline("absorbing").log_likelihood(TEXTS, VariationalBound(12), replicates=32)
     ours = pipe.log_likelihood(TEXTS, VariationalBound(12), replicates=32)
     assert ours.bits_per_dim > plain.bits_per_dim + 4 * (ours.standard_error + plain.standard_error)
+
+
+def test_a_likelihood_is_by_counts_unless_another_is_named() -> None:
+    pipe = pipeline("absorbing")
+    assert pipe.log_likelihood("to be or not").method == "masked_counts"
+    assert pipe.log_likelihood("to be or not", "bound").method == "bound"

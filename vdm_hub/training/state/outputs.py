@@ -259,7 +259,7 @@ def publish_locally(
         report = evaluate(
             pipeline,
             data.test,
-            VariationalBound(configuration.diffusion.transitions),
+            None if (count := configuration.diffusion.transitions) is None else VariationalBound(count),
             replicates=training.evaluation_replicates,
             batch_size=training.eval_batch_size,
             seed=training.seed,

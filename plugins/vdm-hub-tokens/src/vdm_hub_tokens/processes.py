@@ -192,6 +192,11 @@ class AbsorbingProcess(TokenProcess):
         """The id of a masked site, K: the network has K + 1 embeddings, and K logits."""
         return self.num_levels
 
+    @property
+    def likelihood_method(self) -> Any:
+        """``masked_counts``, which has a small part of the bound's variance; with remasking its own chain's bound."""
+        return "bound" if self.remasking else {"name": "masked_counts", "package": "vdm-hub-tokens"}
+
     def with_remasking(self, remasking: float, cap: float = 1.0) -> AbsorbingProcess:
         """The same process whose sampler masks open sites again.
 
