@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -10,6 +11,13 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+IMPORT = re.compile(r"^from vdm_hub_\w+ import", re.MULTILINE)
+PAGES = sorted(
+    page
+    for page in (ROOT / "docs").rglob("*.md")
+    if "```python\n" in page.read_text() and IMPORT.search(page.read_text())
+)
 PACKAGES = sorted(path.parent.name for path in Path(__file__).parent.glob("*/pyproject.toml"))
 
 
@@ -26,3 +34,14 @@ def test_check_is_green() -> None:
     rows = json.loads(shown.stdout)
     assert {row["package"] for row in rows} >= {"vdm-hub", *PACKAGES}
     assert {row["status"] for row in rows} == {"passes"}
+
+
+def test_there_is_a_page_of_plugins() -> None:
+    assert "from_bits_to_text" in {page.stem for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_that_needs_them_runs(page: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "run_page.py"), str(page), "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
