@@ -65,7 +65,15 @@ def test_docs_plugins_scripts_and_cards_import_nothing_deeper() -> None:
 
 def test_texts_name_nothing_deeper() -> None:
     """Public names, what is run by ``-m``, and the groups of entry points."""
-    known = {*PUBLIC, "__all__", "train", "commands", *registry.BUILT_INS, "lock"}  # .vdm_hub.lock: a file of a run
+    known = {
+        *PUBLIC,
+        "__all__",
+        "train",
+        "commands",
+        "lm_eval",
+        *registry.BUILT_INS,
+        "lock",
+    }  # .vdm_hub.lock: a file of a run
     named = [(place, one) for place, text in sources() if not place.endswith(".py") for one in NAMED.findall(text)]
     assert len(named) > 20
     assert not [one for one in named if one[1] not in known]
