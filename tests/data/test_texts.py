@@ -19,7 +19,7 @@ from tiny_text import tiny_tokenizer
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.batches import training_batches
 from vdm_hub.data.loading import load_data
-from vdm_hub.data.sequences import Cut, TokenWindows, encode_texts
+from vdm_hub.data.sequences import Cut, TokenWindows, encode_after, encode_texts
 from vdm_hub.data.text_loading import load_windows
 from vdm_hub.data.tokenization import END, MASK, Tokenization, make_tokenizer, open_tokenizer, with_mask
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
@@ -269,3 +269,16 @@ def test_windows_of_other_lengths_with_the_same_bits_a_token_have_no_error_among
     units = windows.units(len(windows))
     report = LikelihoodReport(terms, None, units.per_datum, units=units)
     assert report.bits_per_dim == pytest.approx(3) and report.standard_error_over_images < 1e-12
+
+
+def test_a_token_that_would_belong_to_context_and_text_is_none_and_each_byte_counts_once() -> None:
+    """Of byte pairs that know "ab": "b" after "a" is a token by itself."""
+    pairs = Tokenization(make_tokenizer("bpe", lambda: ["ab ab ab ab"], 259))
+    assert len(pairs.encode("ab").levels) == 1
+    for context, text in (("a", "b"), ("ab", "ab"), ("ab a", "b ab"), ("☃a", "b☃")):
+        after = encode_after(text, context, pairs, Cut(16))
+        units, size = after.units(1), len(text.encode())
+        assert units.bytes_per_value is not None and units.per_datum * units.bytes_per_value == size
+        given = after.take(torch.arange(1))["given"][0]
+        scored = after.tokens[int(given.long().argmin()) :][: int((~given).sum())]
+        assert pairs.decode(scored) == text
