@@ -32,7 +32,11 @@ refused = partial(paragraph, (ConfigurationError, MissingPluginError), parse_rec
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(recipe: str, tmp_path: Path) -> None:
-    configuration = parse_recipe([recipe])
+    try:
+        configuration = parse_recipe([recipe])
+    except MissingPluginError as error:
+        assert "vdm-hub-tokens" in str(error) and recipe in ("python_source", "shakespeare")
+        pytest.skip(str(error))
     assert configuration.recipe == recipe
     assert configuration.training.output_dir == f"runs/{recipe}"
     assert parse_recipe([write(tmp_path, configuration.to_yaml())]) == configuration

@@ -113,7 +113,7 @@ def test_the_same_images_may_have_another_name_and_unknown_or_other_ones_may_not
 
     run = restored(start(tmp_path / "run", use_ema=False), plain.checkpoint, renamed(plain.checkpoint.state))
     others = changed(plain.checkpoint.state, ("provenance", "dataset", "fingerprint"), "sha256:" + "0" * 64)
-    with pytest.raises(CheckpointError, match=naming("dataset_name", "elsewhere", "training images")):
+    with pytest.raises(CheckpointError, match=naming("dataset_name", "elsewhere", "training data")):
         restored(run, plain.checkpoint, renamed(others))
     streamed = packed(tmp_path / "streamed", streaming=True, use_ema=False).checkpoint
     run = start(tmp_path / "again", streaming=True, use_ema=False)

@@ -50,7 +50,7 @@ def test_the_same_images_elsewhere_are_the_same_and_others_are_not(
     for place in (images(tmp_path / "others", seed=1), tmp_path / "one"):
         if place.name == "one":
             (place / "train" / "0.png").unlink()
-        with pytest.raises(CheckpointError, match=naming("training images")):
+        with pytest.raises(CheckpointError, match=naming("training data")):
             train_here(tmp_path / "run", **fields(place, max_train_steps=9), resume_from_checkpoint="latest")
     assert contents(tmp_path / "run") == before
 

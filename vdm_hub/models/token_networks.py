@@ -25,6 +25,7 @@ class TokenTimeEmbedding(CheckedModel, ModelMixin, ConfigMixin):
     Args:
         width: Of the tokens' embeddings.
 
+    >>> import torch
     >>> embedding = TokenTimeEmbedding(8)
     >>> embedding(torch.tensor([0.0, 500.0])).abs().max().item()
     0.0
