@@ -73,7 +73,7 @@ def classify(parser: argparse.ArgumentParser) -> None:
         "--candidates",
         nargs="+",
         help="what to choose from: classes by number or name (default: all), or captions, each in quotes (default: "
-        "the different ones of the images)",
+        "those of the dataset)",
     )
     group = parser.add_argument_group("effort")
     for one in fields(ClassificationEffort):
@@ -196,7 +196,7 @@ def _add_mixture(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--marginal",
         action="store_true",
-        help="measure under every class, or every different caption of the images, on the same draws, and say by how "
+        help="measure under every class, or every caption of the dataset, on the same draws, and say by how "
         "many bits a label lowers an image's bound below the mixture's; as many times the evaluations as there are "
         "classes",
     )

@@ -48,6 +48,7 @@ from vdm_hub.data.sources import (
     local_path,
     open_folder,
     open_source,
+    warn_of_no_test,
 )
 from vdm_hub.data.summaries import Use, summary_of
 from vdm_hub.data.templates import captions_of_classes
@@ -337,11 +338,7 @@ def _evaluation_split(source: Source, arguments: DataArguments, split: str | Non
     try:
         dataset = source.read(split, streaming=arguments.streaming)
     except UnknownSplitError as error:
-        if split != "test":  # asked for by name
-            raise
-        if not arguments.test_size:
-            remedy = "Name it with --test_split, or hold out a share with --test_size 0.1."
-            warn(f"there will be no evaluation at the end: {error} {remedy}", stacklevel=3)
+        warn_of_no_test(error, split, arguments.test_size, stacklevel=3)
         return None
     column = arguments.image_column
     if isinstance(dataset, datasets.IterableDataset):

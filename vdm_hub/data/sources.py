@@ -39,6 +39,19 @@ class UnknownColumnError(DataError):
     """The error for a column of images that the dataset does not have."""
 
 
+def warn_of_no_test(error: UnknownSplitError, split: str, test_size: float, *, stacklevel: int = 2) -> None:
+    """Say that there will be no evaluation at the end, where nothing is held out for it either.
+
+    Raises:
+        UnknownSplitError: The split was asked for by another name than the usual one.
+    """
+    if split != "test":
+        raise error
+    if not test_size:
+        remedy = "Name it with --test_split, or hold out a share with --test_size 0.1."
+        warn(f"there will be no evaluation at the end: {error} {remedy}", stacklevel=stacklevel + 1)
+
+
 class Source(ABC):
     """A dataset with its splits.
 

@@ -14,7 +14,7 @@ from vdm_hub.data.examples import RunData
 from vdm_hub.data.held_out import number_to_hold_out
 from vdm_hub.data.overlaps import overlaps
 from vdm_hub.data.sequences import Cut, TokenStream, TokenWindows, encode_texts, stream_windows
-from vdm_hub.data.sources import Source, UnknownSplitError
+from vdm_hub.data.sources import Source, UnknownSplitError, warn_of_no_test
 from vdm_hub.data.texts import open_texts, texts_of
 from vdm_hub.data.tokenization import Tokenization, open_tokenizer
 from vdm_hub.errors import DataError, warn
@@ -117,11 +117,7 @@ def _test_split(source: Source, arguments: DataArguments) -> str | None:
     try:
         source.read(split, streaming=arguments.streaming)
     except UnknownSplitError as error:
-        if split != "test":  # asked for by name
-            raise
-        if not arguments.test_size:
-            remedy = "Name it with --test_split, or hold out a share with --test_size 0.1."
-            warn(f"there will be no evaluation at the end: {error} {remedy}", stacklevel=4)
+        warn_of_no_test(error, split, arguments.test_size, stacklevel=4)
         return None
     if arguments.test_size:
         remedy = "to hold out a share all the same, set --test_split none"

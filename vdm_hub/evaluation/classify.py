@@ -37,7 +37,7 @@ def classify_images(
         pipeline: A model that is told classes or captions.
         images: The images, in memory or as a stream.
         effort: See `LikelihoodPipeline.classify`, as the next five.
-        candidates: All classes by default, or the different captions of the images.
+        candidates: All classes by default, or the captions of the images' dataset.
         prior: ``p(c)`` of the candidates; uniform by default.
         transitions: T; continuous time by default.
         seed: Of all draws.

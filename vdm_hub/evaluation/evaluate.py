@@ -69,7 +69,7 @@ def evaluate(
             the number and the fingerprint of those that were measured.
         journal: A folder that keeps what is finished; with the same folder, an evaluation that was killed goes on.
         processes: Those that share the images; this one is alone by default.
-        marginal: Measure a conditional model under every class, or every different caption of the images, on the same
+        marginal: Measure a conditional model under every class, or every caption of the images' dataset, on the same
             draws, and report the bound of the mixture, ``B_mix(x) = -log sum_c p(c) exp(-B_c(x))``, and the gain by a
             label, ``B_mix - B_c``, in bits an image, under ``marginal``. It takes as many times the evaluations as
             there are classes.

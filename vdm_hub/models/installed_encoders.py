@@ -74,12 +74,20 @@ def _class_of(files: ModelFiles, config: Mapping[str, Any]) -> Any:
     return AutoModel
 
 
-def _load(files: ModelFiles, cls: Any) -> PreTrainedModel:
+def loaded_in_silence(cls: Any, folder: Path) -> tuple[PreTrainedModel, list[str]]:
+    """A model of transformers from a folder's safetensors, in float32, and the weights that are not there.
+
+    Transformers' own words on those are left out: whoever loads it says what they mean.
+
+    Args:
+        cls: The class, or an ``AutoModel``.
+        folder: Of config and weights.
+    """
     said = logging.get_verbosity()
-    logging.set_verbosity_error()  # of weights that are not those of the encoder, which the check below looks at
+    logging.set_verbosity_error()
     try:
         loaded, about = cls.from_pretrained(
-            files.folder,
+            folder,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -88,8 +96,12 @@ def _load(files: ModelFiles, cls: Any) -> PreTrainedModel:
         )
     finally:
         logging.set_verbosity(said)
+    return loaded, sorted(about["missing_keys"])
+
+
+def _load(files: ModelFiles, cls: Any) -> PreTrainedModel:
+    loaded, missing = loaded_in_silence(cls, files.folder)
     # Many were saved without the layer that makes one vector of all; here it is not used, and not left to chance.
-    missing = sorted(about["missing_keys"])
     if others := [name for name in missing if "pooler" not in name]:
         raise CheckpointError(
             f"the weights of the text encoder {files.name} lack {', '.join(others[:3])}: config and weights do not "

@@ -17,6 +17,7 @@ from vdm_hub.hub.places import INDEX, pipeline_folder
 from vdm_hub.hub.repositories import ModelFiles, open_files
 from vdm_hub.hub.text_files import CONFIG, encoder_weights, refuse_code
 from vdm_hub.hub.weights import check_finite_weights
+from vdm_hub.models.installed_encoders import loaded_in_silence
 from vdm_hub.models.token_networks import TokenNetwork, TokenTimeEmbedding, check_token_model
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.parts.networks import is_sketched
@@ -139,20 +140,8 @@ def _load(files: ModelFiles, component: str, cls: Any) -> PreTrainedModel:
     weights = encoder_weights(files, component)
     for name in (CONFIG, *weights.files, *([weights.index] if weights.index else [])):
         files.fetch(f"{prefix}{name}")
-    said = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # of missing weights, which the check below looks at
-    try:
-        model, about = cls.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    finally:
-        transformers.utils.logging.set_verbosity(said)
-    if missing := sorted(about["missing_keys"]):
+    model, missing = loaded_in_silence(cls, folder)
+    if missing:
         warn(
             f"the weights of {files.name} lack {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''} of a "
             f"{cls.__name__}: they begin at random."
