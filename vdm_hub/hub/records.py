@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from vdm_hub import registry
 from vdm_hub.errors import CheckpointError
 from vdm_hub.hub.json_files import read_json
-from vdm_hub.hub.schemas import Like, Within, check_record
+from vdm_hub.hub.schemas import Like, Within, check_record, fields_of_record
 
 Whole = Annotated[int, Within(0, 2**48)]
 Natural = Annotated[int, Within(1, 2**48)]
@@ -97,6 +97,12 @@ class _Estimator(TypedDict):
     times_per_datum: Natural
     pilot_evaluations: Whole
     defensive: Fraction
+
+
+class _OfPlugin(TypedDict):
+    """What a plugin's likelihood method states of its protocol, by names of its own."""
+
+    stated: dict[str, dict[str, Figure | Text | bool | None]]
 
 
 class _Target(TypedDict):
@@ -224,7 +230,11 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is damaged, not what was written, or contradicts itself.
     """
-    record = _read(path, Evaluation)
+    record = read_json(path) if path.is_file() else {}
+    if record:
+        stated = _stated_by_plugin(record)
+        check_record(_OfPlugin, {"stated": stated}, str(path))
+        check_record(Evaluation, {name: value for name, value in record.items() if name not in stated}, str(path))
     for figures in [record, record.get("clipped")] if record else []:
         if figures is not None:
             refuse(path, _contradictions(figures, exact="probability_flow" not in record))
@@ -232,6 +242,14 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     refuse(path, _misscaled(record) if record else iter(()))
     refuse(path, _misread(record["dataset"]) if "dataset" in record else iter(()))
     return record
+
+
+def _stated_by_plugin(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that a likelihood method of a plugin has written in its own form; none of a method of the core."""
+    if record.get("method", "bound") in registry.BUILT_INS["likelihood_methods"]:
+        return {}
+    forms = fields_of_record(Evaluation).keys() - {"estimator", "importance_weights"}
+    return {name: value for name, value in record.items() if name not in forms}
 
 
 def read_run(
@@ -326,7 +344,7 @@ def _miscounted(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"transitions is {record['transitions']}, and its options are {record.get('options', {})}"
     if is_ours and (by_flow, record["is_bound"]) != (of_flow, not of_flow):
         yield f"is_bound is {record['is_bound']}, which no figure of the method {record['method']} is"
-    if record["standard_error"] == 0 and not by_flow:
+    if is_ours and record["standard_error"] == 0 and not by_flow:  # a plugin's may draw nothing
         yield "standard_error is 0, and the replicates are drawn independently"
     for figures in filter(None, [record, record.get("clipped")]):
         if "hierarchy" not in record and figures["network_evaluations"] < shown:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +96,24 @@ def test_a_likelihood_is_by_counts_unless_another_is_named() -> None:
     pipe = pipeline("absorbing")
     assert pipe.log_likelihood("to be or not").method == "masked_counts"
     assert pipe.log_likelihood("to be or not", "bound").method == "bound"
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["masked_counts", *(pytest.param(one, marks=pytest.mark.slow) for one in ("exact_order", "weighted_orders"))],
+)
+def test_a_figure_by_each_method_is_published(method: str, tmp_path: Path) -> None:
+    """Each writes its protocol in a form of its own, which the card's reader knows nothing of."""
+    pipeline("absorbing").save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "texts.txt").write_text("abc def gab fed cab bag face " * 20)
+    evaluation, folder = tmp_path / "evaluation.json", str(tmp_path / "pipeline")
+    vdm_hub = [sys.executable, "-m", "vdm_hub.commands"]
+    words = ["evaluate", folder, "--dataset_name", str(tmp_path / "texts.txt"), "--method", method]
+    done = subprocess.run(
+        [*vdm_hub, *words, "--replicates", "2", "--json"], capture_output=True, text=True, check=True
+    )
+    evaluation.write_text(done.stdout)
+    assert json.loads(done.stdout)["method"] == method
+    words = ["publish", folder, "me/texts", "--evaluation", str(evaluation), "--dry_run"]
+    published = subprocess.run([*vdm_hub, *words], capture_output=True, text=True, check=False)
+    assert published.returncode == 0, published.stderr
