@@ -21,6 +21,7 @@ from vdm_hub.errors import ConfigurationError, shortened
 from vdm_hub.evaluation.provenance import weights_fingerprint
 from vdm_hub.fields import whole_number
 from vdm_hub.files import expanded
+from vdm_hub.likelihood.methods import method_of
 from vdm_hub.pipelines.tokens import TokenPipeline
 
 _LOGGER = logging.getLogger("lm_eval.vdm_hub")  # the harness shows its own
@@ -57,7 +58,7 @@ class HarnessModel:
     Args:
         pretrained: A run, a pipeline's folder, or a Hub id.
         revision: Of a Hub id.
-        method: The likelihood by its name, such as ``bound``, or ``masked_counts`` of the package vdm-hub-tokens.
+        method: The likelihood by its name, such as ``bound``; by default the pipeline's `default_method`.
         replicates: Independent estimates of each request, behind its error.
         seed: Of all draws.
         num_inference_steps: Evaluations of the network for each part that is generated.
@@ -76,7 +77,7 @@ class HarnessModel:
         self,
         pretrained: str,
         revision: str | None = None,
-        method: str = "bound",
+        method: str | None = None,
         replicates: int = 8,
         seed: int = 0,
         num_inference_steps: int = 128,
@@ -97,7 +98,8 @@ class HarnessModel:
             _LOGGER.warning("device is %s, and there is none: computing on the CPU", device)
             device = None
         self.pipeline: Any = pipeline if device is None else pipeline.to(device)
-        self.name, self.method, self.greedy = str(pretrained), method, bool(greedy)
+        self.name, self.greedy = str(pretrained), bool(greedy)
+        self.method = method_of(pipeline.default_method if method is None else method)
         self.replicates, self.seed = whole_number("replicates", replicates), whole_number("seed", seed, 0)
         self.steps = whole_number("num_inference_steps", num_inference_steps)
         automatic = batch_size is None or str(batch_size).startswith("auto")
@@ -113,7 +115,7 @@ class HarnessModel:
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes of the model beside its results: how it was measured, and the errors."""
-        how = {"method": self.method, "replicates": self.replicates, "seed": self.seed}
+        how = {"method": self.method.name, "replicates": self.replicates, "seed": self.seed}
         return {"vdm_hub": how | {"weights": weights_fingerprint(self.pipeline)} | self._summaries}
 
     # ---- likelihoods ------------------------------------------------------------------------------------------------
