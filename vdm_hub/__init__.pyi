@@ -13,6 +13,7 @@ from .commands.loading import load_pipeline as load_pipeline
 from .commands.outputs import check_output as check_output
 from .data.images import ImageLevels as ImageLevels
 from .data.loading import RunData as RunData
+from .data.loading import load_data as load_data
 from .data.loading import load_split as load_split
 from .data.sequences import TokenWindows as TokenWindows
 from .data.text_loading import load_windows as load_windows

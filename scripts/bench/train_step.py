@@ -1,9 +1,9 @@
-"""What a training step costs over the bare network, images/s, peak memory, and where the rest of the time goes.
+"""What a training step costs over the bare network, examples/s, peak memory, and where the rest of the time goes.
 
 ``python scripts/bench/train_step.py`` prints a row and a breakdown per size. The bare step is the network alone on
-tensors that are there: forward, squared error, backward, AdamW. The training step is the library's own
-`TrainingRun.optimise`, with data, times, noise, schedule, bound, clipping, EMA and learning rate. Both alternate, and
-the ratio of each pair is taken, so that a machine whose speed drifts gives the same answer.
+tensors that are there: forward, squared error (of ``shakespeare``: cross entropy), backward, AdamW. The training step
+is the library's own `TrainingRun.optimise`, with data, times, noise, schedule, bound, clipping, EMA and learning rate.
+Both alternate, and the ratio of each pair is taken, so that a machine whose speed drifts gives the same answer.
 
 What follows ``--`` is passed on as fields of the recipe, for every size, such as
 ``-- --gradient_checkpointing true --compile regional --mixed_precision bf16 --channels_last true``.
@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import resource
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -28,9 +30,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from vdm_hub import ImageLevels, OutputFolder, RunData, TrainingRun, build_accelerator, parse_recipe
+from vdm_hub import (
+    ImageLevels,
+    OutputFolder,
+    RunData,
+    TokenNetwork,
+    TrainingRun,
+    build_accelerator,
+    load_data,
+    parse_recipe,
+)
 
 RGB = {"shape": (3, 32, 32), "num_levels": 256, "noise_schedule": "linear", "max_train_steps": 100000}
 SIZES: dict[str, dict[str, Any]] = {
@@ -58,6 +69,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "cifar10_paper": RGB | {"train_batch_size": 128, "unet": {}},
 }
+TEXTS = "shakespeare"  # the recipe as it is, on random characters; it needs the package vdm-hub-tokens
 ON_CPU = [name for name in SIZES if name != "cifar10_paper"]  # the paper's network takes minutes a step there
 
 
@@ -65,14 +77,16 @@ def main() -> None:
     """Print the table, each size measured in a process of its own, as peak memory never falls."""
     own, fields = _split(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=ON_CPU, help="(default: those that fit a CPU)")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=[*SIZES, TEXTS], default=ON_CPU, help="(default: those that fit a CPU)"
+    )
     parser.add_argument("--pairs", type=int, default=15, help="pairs of steps of each kind (default: 15)")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(own)
     if arguments.here:
         print(json.dumps(measure(arguments.sizes[0], arguments.pairs, fields)))
         return
-    print(f"{'size':<24}{'bare step':>12}{'step':>12}{'ratio':>8}{'images/s':>10}{'peak memory':>14}")
+    print(f"{'size':<24}{'bare step':>12}{'step':>12}{'ratio':>8}{'examples/s':>12}{'peak memory':>14}")
     for name in arguments.sizes:
         command = [sys.executable, __file__, "--here", "--sizes", name, "--pairs", str(arguments.pairs), "--", *fields]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -91,24 +105,36 @@ def measure(size: str, pairs: int, fields: list[str]) -> dict[str, Any]:
         "bare": bare,
         "step": whole,
         "ratio": ratio,
-        "images_per_second": run.training.train_batch_size / whole,
+        "examples_per_second": run.training.train_batch_size / whole,
         "peak_mib": peak / 2**20,
         "parts": breakdown(run, step, pairs),
     }
 
 
 def build_run(size: str, fields: list[str]) -> TrainingRun:
-    """A run of that size on random images, before its first step."""
-    chosen = dict(SIZES[size])
-    shape, levels = chosen.pop("shape", (1, 8, 8)), chosen.get("num_levels", 17)
-    words = ["digits", "--output_dir", tempfile.mkdtemp(), "--report_to", "none"]
-    for key, value in chosen.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    configuration = parse_recipe(words + fields)
-    images = torch.randint(0, levels, (1024, *shape), dtype=torch.uint8)
+    """A run of that size on random images or characters, before its first step."""
+    words = ["--output_dir", tempfile.mkdtemp(), "--report_to", "none"]
+    if size == TEXTS:
+        configuration = parse_recipe([TEXTS, *words, "--dataset_name", _random_text(), *fields])
+        data = load_data(configuration.data)
+    else:
+        chosen = dict(SIZES[size])
+        shape, levels = chosen.pop("shape", (1, 8, 8)), chosen.get("num_levels", 17)
+        for key, value in chosen.items():
+            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        configuration = parse_recipe(["digits", *words, *fields])
+        images = torch.randint(0, levels, (1024, *shape), dtype=torch.uint8)
+        data = RunData(ImageLevels(images, shape, levels), None, None)
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder.path, folder.logs)
-    return TrainingRun(configuration, accelerator, RunData(ImageLevels(images, shape, levels), None, None), folder)
+    return TrainingRun(configuration, accelerator, data, folder)
+
+
+def _random_text() -> str:
+    """The path of a file of random characters, as many different ones as tinyshakespeare has."""
+    path = Path(tempfile.mkdtemp()) / "text.txt"
+    path.write_text("".join(random.Random(0).choices(string.printable[:65], k=100_000)))
+    return str(path)
 
 
 def training_step(run: TrainingRun) -> Callable[[], object]:
@@ -126,17 +152,24 @@ def bare_network(run: TrainingRun) -> nn.Module:
 
 
 def bare_step(run: TrainingRun) -> Callable[[], object]:
-    """Forward, squared error, backward and AdamW, on tensors that are there."""
+    """Forward, squared error or cross entropy, backward and AdamW, on tensors that are there."""
     network, device = bare_network(run), run.accelerator.device
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
     shape = (run.training.train_batch_size, *run.data.shape)
     sample, target = torch.randn(shape, device=device), torch.randn(shape, device=device)
     timestep = torch.rand(shape[0], device=device) * 999
+    ids = torch.randint(0, run.data.num_levels, shape, device=device)
+
+    def loss() -> Tensor:
+        with run.accelerator.autocast():
+            if isinstance(network, TokenNetwork):
+                logits = network.model(input_ids=ids).logits
+                return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+            output = network(sample, timestep, return_dict=False)[0]
+        return F.mse_loss(output.float(), target)
 
     def step() -> None:
-        with run.accelerator.autocast():
-            output = network(sample, timestep, return_dict=False)[0]
-        F.mse_loss(output.float(), target).backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -167,7 +200,8 @@ def breakdown(run: TrainingRun, step: Callable[[], object], repeats: int) -> dic
     if run.training.compile != "whole":
         timed(run.model.network, "forward", "network forward")
         timed(run.model.process, "encode", "encoding")
-        timed(run.model.process.decoder, "negative_log_likelihood", "decoder")
+        if (decoder := getattr(run.model.process, "decoder", None)) is not None:
+            timed(decoder, "negative_log_likelihood", "decoder")
     timed(run.accelerator, "backward", "backward")
     timed(run, "_clip", "clipping")
     timed(run._stepping, "step", "optimiser")
@@ -226,7 +260,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _show(name: str, row: dict[str, Any]) -> None:
     times = f"{row['bare'] * 1e3:>9.1f} ms{row['step'] * 1e3:>9.1f} ms{row['ratio']:>8.3f}"
-    print(f"{name:<24}{times}{row['images_per_second']:>10.1f}{row['peak_mib']:>10.0f} MiB")
+    print(f"{name:<24}{times}{row['examples_per_second']:>12.1f}{row['peak_mib']:>10.0f} MiB")
     print("    " + ", ".join(f"{part} {value:.2f}" for part, value in row["parts"].items()) + " (ms)", flush=True)
 
 
