@@ -22,6 +22,9 @@ from vdm_hub.diffusion.draws import uniform_noise
 LENGTH = 8
 LETTERS = "abcdefg "
 PROCESS = {"name": "tiny_masking", "package": "vdm-hub-tiny-tokens"}
+TEXT = "a bad cab faced a bag; fed, a gab ebbed. " * 12
+SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+NETWORK = SIZES | {"hidden_dropout_prob": 0.1}
 
 
 class MaskingProcess(ForwardProcess):
@@ -134,9 +137,8 @@ def without_mask(words: Any) -> Any:
 
 def network(vocabulary: int, length: int = LENGTH, seed: int = 0, **others: Any) -> BertForMaskedLM:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     known = {"vocab_size": vocabulary, "max_position_embeddings": length, "pad_token_id": None}
-    return BertForMaskedLM(BertConfig(**{**sizes, **known, "initializer_range": 0.5, **others})).eval()
+    return BertForMaskedLM(BertConfig(**{**SIZES, **known, "initializer_range": 0.5, **others})).eval()
 
 
 def pipeline(length: int = LENGTH, context: int = 0, **others: Any) -> TokenPipeline:
@@ -146,3 +148,13 @@ def pipeline(length: int = LENGTH, context: int = 0, **others: Any) -> TokenPipe
     made = TokenPipeline(network(len(words), length), words, scheduler, windows=windows, **others)
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def run_fields(path: Path, **others: Any) -> dict[str, Any]:
+    """The fields of a recipe for a run on `TEXT`, which is written into the folder."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "a.txt").write_text(TEXT)
+    usual = {"num_levels": 256, "noise_schedule": "linear", "unet": {}, "model": "tokens", "forward_process": PROCESS}
+    texts = {"dataset_name": str(path / "a.txt"), "tokenizer": "character", "window_length": LENGTH}
+    network = {} if "network_from" in others else {"network": NETWORK}
+    return {**usual, **texts, **network} | others

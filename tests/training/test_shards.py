@@ -8,7 +8,7 @@ import random
 import re
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
+import tiny_tokens
 from runs import LEARNED, ROOT, TORCHRUN, configuration, python, recipe
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.pipelines.by_name import PIPELINES
@@ -49,17 +50,18 @@ MORE: dict[str, dict[str, Any]] = {
     "latent_vdm": {"model": "latent_vdm", "first_stage": STAGE},
     "trained_first_stage": {"model": "latent_vdm", "first_stage": STAGE, "freeze_first_stage": False},
 }
+TOKENS = "tokens"
 SHARDED = ("fsdp2",)
 ENGINES = ("ddp", *SHARDED)
 
 
-def fields_of(name: str) -> dict[str, Any]:
-    return COMMON | (RUNS | MORE)[name]
+def fields_of(name: str, folder: Path) -> dict[str, Any]:
+    return COMMON | (tiny_tokens.run_fields(folder) if name == TOKENS else (RUNS | MORE)[name])
 
 
-def carry_out(jobs: list[list[str]], file: Path) -> str:
+def carry_out(jobs: list[list[str]], file: Path, **changes: str) -> str:
     file.write_text(json.dumps(jobs))
-    done = python(*TORCHRUN, SCRIPT, str(file), ACCELERATE_USE_CPU="true")
+    done = python(*TORCHRUN, SCRIPT, str(file), ACCELERATE_USE_CPU="true", **changes)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -69,7 +71,7 @@ def trainings(folder: Path, names: Iterable[str]) -> list[list[str]]:
         [
             engine,
             free_port(),
-            recipe(folder / f"recipe-{name}-{engine}", folder / f"{name}-{engine}", **fields_of(name)),
+            recipe(folder / f"recipe-{name}-{engine}", folder / f"{name}-{engine}", **fields_of(name, folder)),
         ]
         for name in names
         for engine in ENGINES
@@ -88,7 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             shutil.copytree(folder / f"everything-{start}", output)
             for later in ("pipeline", "checkpoints/step-00000006"):
                 shutil.rmtree(output / later)
-            path = recipe(folder / f"recipe-{output.name}", output, **fields_of("everything"))
+            path = recipe(folder / f"recipe-{output.name}", output, **fields_of("everything", folder))
             jobs.append([engine, free_port(), path, "--resume_from_checkpoint", "latest"])
     for engine in ENGINES:
         wide = COMMON | BF16 | {"unet": DROPOUT | {"block_out_channels": [64]}}  # so that MiB can be compared
@@ -98,10 +100,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def more(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("more")
-    carry_out(trainings(folder, MORE), folder / "jobs.json")
-    return folder
+    installed = tiny_tokens.install(folder / "site-packages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(installed)
+        carry_out(trainings(folder, [*MORE, TOKENS]), folder / "jobs.json", PYTHONPATH=f"{ROOT}:{installed}")
+        yield folder
 
 
 def free_port() -> str:
@@ -145,7 +150,7 @@ def assert_whole(folder: Path, name: str, engine: str) -> None:
     shapes = {tuple(parameter.shape) for parameter in pipe.main_model.parameters()}
     assert shapes <= {tuple(tensor.shape) for tensor in published.values()}
     told = [json.loads((one / "run.json").read_text())["mixed_precision"] for one in (run, ddp)]
-    assert told[0] == told[1] == fields_of(name).get("mixed_precision", "no")
+    assert told[0] == told[1] == fields_of(name, folder).get("mixed_precision", "no")
 
 
 @pytest.mark.parametrize("engine", SHARDED)
@@ -157,8 +162,8 @@ def test_all_engines_train_the_same_and_leave_it_whole(runs: tuple[Path, str], n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
-@pytest.mark.parametrize("name", MORE)
-def test_so_they_do_in_bfloat16_and_on_every_rung(more: Path, name: str, engine: str) -> None:
+@pytest.mark.parametrize("name", [*MORE, TOKENS])
+def test_so_they_do_in_bfloat16_on_every_rung_and_on_texts(more: Path, name: str, engine: str) -> None:
     assert_alike(more, name, engine)
     assert_whole(more, name, engine)
 

@@ -17,7 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tiny_tokens
 from naming import naming
 from runs import TORCHRUN, python, recipe, start, train_here, weights
-from tiny_tokens import LENGTH, PROCESS
+from tiny_tokens import LENGTH, NETWORK, PROCESS, TEXT
+from tiny_tokens import run_fields as fields
 from vdm_hub import TokenPipeline
 from vdm_hub.data.loading import load_data
 from vdm_hub.data.sequences import Cut
@@ -29,11 +30,6 @@ from vdm_hub.recipes.arguments import Configuration, load_recipe, parse_recipe
 from vdm_hub.training.parts.networks import on_meta_device
 from vdm_hub.training.parts.setup import build_objective
 
-TEXT = "a bad cab faced a bag; fed, a gab ebbed. " * 12
-NETWORK = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-NETWORK |= {"hidden_dropout_prob": 0.1}
-USUAL = {"num_levels": 256, "noise_schedule": "linear", "unet": {}}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -41,13 +37,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tiny_tokens.install(tmp_path_factory.mktemp("plugin") / "site-packages")
         patch.syspath_prepend(folder)
         yield folder
-
-
-def fields(path: Path, **others: Any) -> dict[str, Any]:
-    (path / "a.txt").write_text(TEXT)
-    texts = {"dataset_name": str(path / "a.txt"), "tokenizer": "character", "window_length": LENGTH}
-    network = {} if "network_from" in others else {"network": NETWORK}
-    return {**USUAL, **texts, "model": "tokens", "forward_process": PROCESS, **network} | others
 
 
 def test_a_run_publishes_samples_and_measures_texts(tmp_path: Path, capsys: Any) -> None:

@@ -6,6 +6,7 @@ processes at once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -61,11 +62,23 @@ def plan_shards(accelerator: Accelerator, objective: Objective, blocks: list[str
         `average_gradients` is to average their gradients.
     """
     plugin, schedule = accelerator.state.fsdp_plugin, objective.parts.get("schedule")
-    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or blocks
+    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or _without_tied(objective, blocks)
     if schedule is None:
         return []
     plugin.ignored_modules = [schedule]
     return list(schedule.parameters())
+
+
+def _without_tied(model: nn.Module, blocks: list[str]) -> list[str]:
+    """Those of the classes that hold no tied parameter, such as an embedding that is the output layer, too.
+
+    A tied parameter is sharded with the whole model, where all that share it are.
+    """
+    times = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = {
+        type(module).__name__ for module in model.modules() if any(times[id(one)] > 1 for one in module.parameters())
+    }
+    return [name for name in blocks if name not in tied]
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
