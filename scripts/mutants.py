@@ -11,6 +11,9 @@ and over all that stands outside functions, where this project has many of its n
 
 A mutant that no test fails on is printed with its line. tests/mutants.toml says which tests are aimed at which module
 and lists those that change nothing, each with its reason; any other that survives makes the exit status 1.
+
+All modules take hours. tests/mutants.lock keeps a fingerprint of each that was found whole, of its code, its tests and
+its entry: it is passed over until one of these changes; --all tries it again.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import argparse
 import contextlib
 import difflib
 import gc
+import hashlib
 import importlib
+import json
 import os
 import resource
 import signal
@@ -42,6 +47,7 @@ from mutmut.mutation import mutators
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "mutants.toml"
+LOCK = ROOT / "tests" / "mutants.lock"
 SPEAKS = {"warn", "print", "write", "log", "info", "debug", "warning"}
 REDUCTIONS = {"mean": "sum", "sum": "mean", "min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"}
 REDUCTIONS |= {"amin": "amax", "amax": "amin", "floor": "ceil", "ceil": "floor", "all": "any", "any": "all"}
@@ -319,7 +325,30 @@ def test_module(module: str, entry: dict[str, Any], jobs: int, lines: range | No
     )
     for before, after in stale:
         print(f"  {TABLE.name} lists what does not survive:\n    - {before}\n    + {after or '(any change)'}")
+    if not (new or stale) and lines is None:
+        found_whole(module, entry)
     return int(bool(new or stale))
+
+
+def fingerprint(module: str, entry: dict[str, Any]) -> str:
+    """Of a module, the tests that are aimed at it, and its entry in the table."""
+    files = sorted({module, *(test.partition("::")[0] for test in entry["tests"])})
+    parts = [json.dumps(entry, sort_keys=True), *((ROOT / file).read_text() for file in files)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def known_whole() -> dict[str, str]:
+    """The fingerprint of each module as it was when no mutant of it survived."""
+    known: dict[str, str] = json.loads(LOCK.read_text()) if LOCK.exists() else {}
+    return known
+
+
+def found_whole(module: str, entry: dict[str, Any]) -> None:
+    """Note that no mutant of a module survived."""
+    known = known_whole() | {module: fingerprint(module, entry)}
+    beside = LOCK.with_suffix(".partial")
+    beside.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    beside.replace(LOCK)
 
 
 def main() -> int:
@@ -328,11 +357,18 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", help="paths of modules (default: all of tests/mutants.toml)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--lines", help="only mutants of these lines, as 10-25")
+    parser.add_argument("--all", action="store_true", help="those too that were found whole, and have not changed")
     arguments = parser.parse_args()
     table = tomllib.loads(TABLE.read_text())
     modules = arguments.modules or list(table)
     if unknown := set(modules) - set(table):
         parser.error(f"{', '.join(sorted(unknown))}: not in {TABLE}, which says what tests are aimed at a module")
+    if not arguments.modules and not arguments.all:
+        known = known_whole()
+        modules = [name for name in table if known.get(name) != fingerprint(name, table[name])]
+        print(f"{len(table) - len(modules)} of {len(table)} modules are as when they were found whole", flush=True)
+        if not modules:
+            return 0
     if len(modules) > 1:
         command = [sys.executable, __file__, "--jobs", str(arguments.jobs)]
         return max(subprocess.run([*command, module], check=False).returncode for module in modules)
