@@ -22,7 +22,6 @@ from vdm_hub.data.loading import load_data
 from vdm_hub.errors import CheckpointError, warn
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
-from vdm_hub.likelihood.methods import VariationalBound
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
@@ -40,7 +39,14 @@ from vdm_hub.training.publishing import check_publishing, publish_run
 from vdm_hub.training.signals import StopSignals, TrainingStopped
 from vdm_hub.training.state.checkpoint_state import pack_state, restore_state
 from vdm_hub.training.state.checkpoints import find_checkpoint, save_checkpoint
-from vdm_hub.training.state.outputs import OutputFolder, Validation, publish_locally, results, save_samples
+from vdm_hub.training.state.outputs import (
+    OutputFolder,
+    Validation,
+    method_of,
+    publish_locally,
+    results,
+    save_samples,
+)
 from vdm_hub.training.state.resuming import ResumePoint, find_resume_point, not_saved
 from vdm_hub.training.state.run_state import RunState
 from vdm_hub.training.tracking import Trackers
@@ -176,11 +182,11 @@ class TrainingRun(RunState):
             self.early_stopping.look(float(broadcast(measured)), self.step)
 
     def _measure(self, model: Objective, images: Examples) -> float:
-        """The held-out bits/dim, from two stratified times for each image."""
+        """The held-out bits/dim, from two evaluations of each image."""
         report = evaluate(
             self._pipeline(model),
             images,
-            VariationalBound(self.configuration.diffusion.transitions),
+            method_of(self.configuration),
             replicates=2,
             batch_size=self.training.eval_batch_size,
             max_images=self.training.validation_images,

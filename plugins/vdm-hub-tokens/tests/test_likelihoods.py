@@ -256,6 +256,19 @@ def test_a_rule_of_ones_own_is_followed_and_its_sampler_has_that_likelihood(at_o
         method.to_config()
 
 
+class Silent(nn.Module):
+    """A network whose output is no number."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        return (torch.full((*sample.shape, K), torch.nan),)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_order_ends_where_the_network_gives_no_numbers(rule: str) -> None:
+    measurement = fitted(ExactOrder(rule), objective_of(network=Silent()))
+    assert bool(measurement.measure(batch_of(), 0).terms["order"].isnan().all())
+
+
 def test_a_network_that_knows_costs_nothing() -> None:
     class Knows(nn.Module):
         def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:

@@ -259,7 +259,7 @@ def publish_locally(
         report = evaluate(
             pipeline,
             data.test,
-            None if (count := configuration.diffusion.transitions) is None else VariationalBound(count),
+            method_of(configuration),
             replicates=training.evaluation_replicates,
             batch_size=training.eval_batch_size,
             seed=training.seed,
@@ -282,3 +282,9 @@ def _describe_test(configuration: Configuration, data: RunData) -> dict[str, Any
         return None
     split = configuration.data.test_split if data.held_out_test is None else SPLIT
     return describe_split(data.test, configuration.data, split)
+
+
+def method_of(configuration: Configuration) -> VariationalBound | None:
+    """What a run measures itself by: the bound of its transitions, or its process's own method in continuous time."""
+    count = configuration.diffusion.transitions
+    return None if count is None else VariationalBound(count)

@@ -21,6 +21,7 @@ from torch import Tensor
 from vdm_hub import Batch, LikelihoodReport, Measured, Measurement, VDMObjective, image_generator
 from vdm_hub_tokens.texts import MaskedTexts, absorbing_of, ranks_of
 
+_LAST = 1e300  # below which no score of a masked site lies, so that those that are open come after it
 _ORDERS = 205  # a stream of draws of its own
 
 
@@ -130,8 +131,9 @@ class ExactOrderMeasurement(Measurement):
         """What the sites that open next cost, (B,), and which they are, (B, L)."""
         log_probs = texts.log_probs(masked, masked.sum(1) / texts.counts)
         z = torch.where(masked, texts.process.mask_id, texts.x)
-        scores = torch.where(masked, self.rule.scores(z, masked, log_probs).double(), -torch.inf)
-        opened = masked & (ranks_of(-scores) < self.opened_at_once)
+        # What is not a number opens first: the figure is then none either, and whoever asked for it says so.
+        scores = self.rule.scores(z, masked, log_probs).double().nan_to_num(torch.inf, torch.inf, -_LAST)
+        opened = masked & (ranks_of(torch.where(masked, -scores, torch.inf)) < self.opened_at_once)
         each = -log_probs.gather(-1, texts.x.unsqueeze(-1)).squeeze(-1)
         return torch.where(opened, each, 0.0).sum(1), opened
 
