@@ -170,6 +170,7 @@ class Evaluation(_Figures):
     condition: NotRequired[Text]
     notes: NotRequired[list[Text]]
     options: NotRequired[dict[str, Figure | Text | bool | None]]
+    steps: NotRequired[Text]
     estimator: NotRequired[_Estimator]
     target: NotRequired[_Target]
     probability_flow: NotRequired[_Flow]

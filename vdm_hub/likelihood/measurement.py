@@ -46,12 +46,15 @@ class Measurement(ABC):
         method: Its name.
         is_bound: Whether its sum bounds minus the log-likelihood from above, in expectation.
         pilot_evaluations: Network evaluations that `fit` took.
+        steps: In words, such as ``"steps of one site"``, what a method has that has neither transitions nor a
+            continuous time; ``None`` of any other.
         options: Of the method, those that were chosen, as plain JSON; the report repeats them.
     """
 
     method = "bound"
     is_bound = True
     pilot_evaluations = 0
+    steps: str | None = None
 
     def __init__(self, objective: Objective, seed: int = 0) -> None:
         self.objective, self.seed = objective, seed
@@ -170,6 +173,8 @@ class Results:
         report.details |= measurement.protocol() | measurement.details(diagnostics)
         if measurement.objective.condition is not None:
             report.details["condition"] = measurement.objective.condition.noun
+        if measurement.steps is not None:
+            report.details["steps"] = measurement.steps
         if measurement.options:
             report.details["options"] = measurement.options
         return report.with_notes(measurement.notes(report))

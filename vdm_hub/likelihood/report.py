@@ -227,6 +227,8 @@ class LikelihoodReport:
             return f"{hierarchy['depth']} latent{'s' if hierarchy['depth'] > 1 else ''}"
         if "probability_flow" in self.details:
             return "probability-flow ODE"
+        if (steps := self.details.get("steps")) is not None:
+            return str(steps)
         return "continuous time" if self.transitions is None else f"{self.transitions} transitions"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -12,7 +13,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
+from vdm_hub import registry
 from vdm_hub.data.kinds import IMAGES, TOKENS, DataKind, Figure
+from vdm_hub.errors import VDMHubError
+from vdm_hub.likelihood.methods import KIND, method_of
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.publishing import card_of_images, card_of_texts
 from vdm_hub.publishing.contents import Contents
@@ -238,6 +242,8 @@ def _bound(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) -> 
     steps = report.get("transitions")
     latents = (report.get("hierarchy") or {}).get("depth")
     time = "in continuous time (infinitely many transitions)" if steps is None else f"in {steps} transitions"
+    if "steps" in report:
+        time = f"in {report['steps']}"
     if latents is not None:
         time = f"over {latents} latent{'' if latents == 1 else 's'}"
     figures = kind.figures(report)
@@ -299,14 +305,15 @@ def _evaluation_command(
     report: Mapping[str, Any],
 ) -> Markup | None:
     """The command that repeats the measurement; ``None`` where a part of it is not known."""
+    if (method := _method_options(pipeline, report)) is None:
+        return None
     options = {
         "--revision": None if edition.revision == "main" else edition.revision,
         "--dataset_name": dataset.get("name"),
         "--dataset_config_name": dataset.get("config"),
         "--split": dataset.get("split"),
         **_FACES[pipeline.kind.name].reading_options(source, pipeline, dataset),
-        "--method": None if report.get("method", "bound") == "bound" else report["method"],
-        **{f"--{name}": value for name, value in (report.get("options") or {}).items()},
+        **method,
         "--replicates": report.get("replicates"),
         "--seed": report.get("seed", source.recipe.get("seed")),
     }
@@ -314,6 +321,23 @@ def _evaluation_command(
     if (marginal := report.get("marginal")) is not None:
         given += ["--marginal", "--prior", ",".join(map(repr, marginal["prior"]))]
     return _command("vdm-hub", "evaluate", edition.repo_id, *given) if dataset.get("name") else None
+
+
+def _method_options(pipeline: LikelihoodPipeline, report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options that choose the method of a report; ``None`` where no command line can."""
+    name, chosen = report.get("method", "bound"), report.get("options") or {}
+    if name in registry.BUILT_INS[KIND]:
+        is_usual = name == "bound" == method_of(pipeline.default_method).name
+        return {"--method": None if is_usual else name} | {f"--{option}": value for option, value in chosen.items()}
+    if not chosen:
+        return {"--method": name}
+    try:  # a plugin's options are its constructor's, of a class that only its package knows
+        method: Any = registry.resolve_class(KIND, name)[0]
+        config = registry.serialise(KIND, method.from_options(chosen))
+    except VDMHubError:
+        return None
+    form = {"name": name, "config": config["config"] if isinstance(config, dict) else {}}
+    return {"--method": json.dumps(form, separators=(",", ":"))}
 
 
 def _command(*parts: Any) -> Markup | None:

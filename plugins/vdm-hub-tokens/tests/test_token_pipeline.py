@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import torch
 from naming import naming
 from tiny_tokens import LENGTH, network, tokenizer
 from vdm_hub import ConfigurationError, LikelihoodMethod, TokenPipeline, VariationalBound, VDMScheduler
+from vdm_hub.commands import main
 from vdm_hub_tokens import AbsorbingProcess, ExactOrder, MaskedCounts, WeightedOrders
 
 TEXTS = ["abc def", "gab", "fed cab bag face"]
@@ -117,3 +121,42 @@ def test_a_figure_by_each_method_is_published(method: str, tmp_path: Path) -> No
     words = ["publish", folder, "me/texts", "--evaluation", str(evaluation), "--dry_run"]
     published = subprocess.run([*vdm_hub, *words], capture_output=True, text=True, check=False)
     assert published.returncode == 0, published.stderr
+
+
+MEASURED: dict[str, tuple[list[str], str]] = {
+    "the bound": (["--method", "bound"], "continuous time"),
+    "a bound of transitions": (["--transitions", "3"], "3 transitions"),
+    "the usual one": ([], "continuous time"),
+    "a method's options": (
+        ["--method", '{"name": "masked_counts", "config": {"counts_per_text": 2}}'],
+        "continuous time",
+    ),
+    "an order": (
+        ["--method", '{"name": "exact_order", "config": {"rule": "most_confident", "opened_at_once": 3}}'],
+        "steps of 3 sites",
+    ),
+    "whole orders": (["--method", '{"name": "weighted_orders", "config": {"draws": 2}}'], "steps of one site"),
+}
+
+
+@pytest.mark.parametrize("what", MEASURED)
+def test_the_cards_command_measures_the_same_figure_by_the_same_method(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline("absorbing").save_pretrained("pipeline")
+    Path("texts.txt").write_text("abc def gab fed cab bag face " * 10)
+    words, time = MEASURED[what]
+    assert main(["evaluate", "pipeline", "--dataset_name", "texts.txt", "--replicates", "2", *words, "--json"]) == 0
+    Path("evaluation.json").write_text(capsys.readouterr().out)
+    first = json.loads(Path("evaluation.json").read_text())
+    assert main(["publish", "pipeline", "me/texts", "--dry_run", "--evaluation", "evaluation.json"]) == 0
+    card = Path("publication/main/README.md").read_text()
+    (command,) = re.findall(r"```bash\nvdm-hub (evaluate.*?)\n```", card.replace("\\\n", ""), flags=re.DOTALL)
+    assert time in card and (time == "continuous time" or "continuous time" not in card)
+    capsys.readouterr()
+    assert main([*(one.replace("me/texts", "pipeline") for one in shlex.split(command)), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {name: again.get(name) for name in ("method", "options", "bits_per_dim", "transitions")} == {
+        name: first.get(name) for name in ("method", "options", "bits_per_dim", "transitions")
+    }

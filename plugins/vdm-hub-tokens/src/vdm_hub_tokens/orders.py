@@ -107,6 +107,7 @@ class ExactOrderMeasurement(Measurement):
         super().__init__(objective, seed)
         absorbing_of(objective)
         self.rule, self.opened_at_once = rule, opened_at_once
+        self.steps = _steps(opened_at_once)
 
     @property
     def transitions(self) -> None:
@@ -175,6 +176,7 @@ class WeightedOrdersMeasurement(Measurement):
         super().__init__(objective, seed)
         absorbing_of(objective)
         self.draws, self.opened_at_once = draws, opened_at_once
+        self.steps = _steps(opened_at_once)
 
     @property
     def transitions(self) -> None:
@@ -210,6 +212,10 @@ class WeightedOrdersMeasurement(Measurement):
         size = diagnostics["effective_sample_size"]
         sizes = {"effective_sample_size_mean": float(size.mean()), "effective_sample_size_min": float(size.min())}
         return {"importance_weights": self.protocol()["importance_weights"] | sizes}
+
+
+def _steps(opened_at_once: int) -> str:
+    return f"steps of {'one site' if opened_at_once == 1 else f'{opened_at_once} sites'}"
 
 
 def order_costs(texts: MaskedTexts, uniforms: Tensor, opened_at_once: int) -> Tensor:
