@@ -149,6 +149,13 @@ def test_parts_of_other_sizes_are_refused() -> None:
         TokenPipeline(network(len(words)), words, scheduler(len(words) - 1), windows=windows)
 
 
+@pytest.mark.parametrize("fields", [{}, {"forward_process": "gaussian"}, {"noise_schedule": "learned_linear"}])
+def test_processes_of_images_are_refused(fields: dict[str, Any]) -> None:
+    words = tokenizer()
+    with pytest.raises(ConfigurationError, match=naming("GaussianProcess", "absorbing", "vdm-hub-tokens")):
+        TokenPipeline(network(len(words)), words, VDMScheduler(num_levels=len(words) - 1, **fields))
+
+
 SIZES: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 12}
 LAYERS: dict[str, Any] = {"num_hidden_layers": 1, "max_position_embeddings": 16, "pad_token_id": None}
 

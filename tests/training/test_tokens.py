@@ -138,6 +138,7 @@ def test_what_can_not_be_trained_is_refused(tmp_path: Path) -> None:
         ({"network": NETWORK | {"vocab_size": 4}}, ("vocab_size", 4)),
         ({"network": {"_class_name": "BertForNothing"}}, ("BertForNothing",)),
         ({"model": "vdm"}, ("model", "tokens")),
+        ({"forward_process": "gaussian"}, ("GaussianProcess", "absorbing")),
         ({"tokenizer": None}, ("tokenizer",)),
     ):
         with pytest.raises(ConfigurationError, match=naming(*named)):

@@ -26,7 +26,7 @@ from vdm_hub.likelihood.methods import Method, build_measurement, method_of
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.calls import Call, evaluating
 from vdm_hub.models.token_networks import TokenNetwork, TokenTimeEmbedding, check_token_model, positions_of
-from vdm_hub.objectives.tokens import TokenObjective
+from vdm_hub.objectives.tokens import TokenObjective, check_token_process
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.schedulers.vdm import VDMScheduler, time_tensor
 
@@ -84,11 +84,12 @@ class TokenPipeline(LikelihoodPipeline):
         super().__init__()
         check_arguments(type(self), {"windows": windows})
         values = Tokenization(tokenizer).num_values
-        if not isinstance(scheduler, VDMScheduler) or scheduler.process.has_weights:
+        if not isinstance(scheduler, VDMScheduler):
             raise ConfigurationError(
-                f"the scheduler is a {type(scheduler).__name__}: give a VDMScheduler of a process of tokens without "
-                f"weights of its own, such as absorbing of the package vdm-hub-tokens."
+                f"the scheduler is a {type(scheduler).__name__}: give a VDMScheduler of a process of tokens, such as "
+                f"absorbing of the package vdm-hub-tokens."
             )
+        check_token_process(scheduler.process)
         if scheduler.process.num_levels != values:
             raise ConfigurationError(
                 f"the tokenizer has {values:,} tokens beside its mask, and the scheduler's num_levels is "
