@@ -73,6 +73,19 @@ def test_a_short_text_is_filled_up_and_what_fills_it_is_given() -> None:
     assert batch["given"].tolist() == [[False, False, True, True]]
 
 
+@given(texts=st.integers(1, 6).flatmap(lambda size: st.tuples(*[st.text("abc", min_size=size, max_size=size)] * 2)))
+def test_what_fills_a_window_tells_nothing_of_the_text(texts: tuple[str, str]) -> None:
+    """A network that reads what its mask hides is told the number of tokens, and no token."""
+    for name in ("byte", "character"):
+        words = Tokenization(make_tokenizer(name, lambda: ["abc"]))
+        first, second = (encode_texts([text], words, Cut(8)).take(torch.arange(1)) for text in texts)
+        filled = first["attention_mask"] == 0
+        assert torch.equal(first["levels"][filled], second["levels"][filled]) and int(filled.sum()) == 8 - len(
+            texts[0]
+        )
+        assert int(first["levels"].max()) < words.num_values
+
+
 def test_documents_are_joined_by_their_ends_which_stand_for_no_byte() -> None:
     windows = encode_texts(["abc", "de"], BYTE, Cut(4))
     assert BYTE.decode(windows.tokens) == f"abc{END}de{END}"

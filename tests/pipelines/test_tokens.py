@@ -284,7 +284,7 @@ def test_the_bound_is_the_mean_over_all_orders(pipe: TokenPipeline) -> None:
     for order in itertools.permutations(range(3)):
         seen = whole.clone()
         seen[:3] = words.num_values
-        seen[3:] = levels[-1]  # what fills a window
+        seen[3:] = words.filler
         for place in order:
             logits = called(seen[None], torch.zeros(1), attention_mask=mask)[0][0, place]
             total -= float(torch.log_softmax(logits, -1)[levels[place]])
@@ -302,7 +302,7 @@ def test_the_bound_after_a_context_is_the_mean_over_the_orders_of_the_rest(pipe:
     mask = (torch.arange(LENGTH) < len(levels)).long()[None]
     total = 0.0
     for order in itertools.permutations(range(3, 6)):
-        seen = torch.full((LENGTH,), int(levels[-1]))  # what fills a window
+        seen = torch.full((LENGTH,), words.filler)
         seen[:3], seen[3:6] = levels[:3], words.num_values
         for place in order:
             logits = called(seen[None], torch.zeros(1), attention_mask=mask)[0][0, place]

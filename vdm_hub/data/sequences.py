@@ -26,7 +26,8 @@ class Windows(TypedDict):
     Documents are encoded each by itself and joined, each followed by the token that ends a document, where there are
     several. The first window is the first ``length`` tokens; each further one begins with the last ``context`` tokens
     of the one before it, which are given. The last window is the last ``length`` tokens, of which those are given that
-    were scored before; a text shorter than a window is filled up, and what it is filled with is given, too.
+    were scored before; a text shorter than a window is filled up with one value, whatever the text, and what it is
+    filled with is given, too. So a likelihood is one of texts of so many tokens.
 
     Attributes:
         length: L, the tokens of a window.
@@ -235,9 +236,10 @@ class TokenWindows(_Texts):
             room = max(len(self.tokens) - length, 0)
             starts = (starts + (offsets[:, 0].double() * self.cut.stride).long()).clamp(max=room)
         sites = torch.arange(length)
-        where = (starts[:, None] + sites).clamp(max=len(self.tokens) - 1)
-        batch = {"levels": self.tokens[where].long()}
         filled = sites >= length - self._filled
+        where = (starts[:, None] + sites).clamp(max=len(self.tokens) - 1)
+        # A network may read what it is told to leave out, so that no token of the text may stand there.
+        batch = {"levels": torch.where(filled, self.tokenization.filler, self.tokens[where].long())}
         if self._filled or bool(given.any()):
             batch["given"] = (sites < already[:, None]) | filled
         if self._filled:

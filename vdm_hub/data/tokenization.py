@@ -93,6 +93,11 @@ class Tokenization:
         found = next((one for one in known if one is not None), None)
         return None if found is None else int(self.levels_of(np.array([found]))[0])
 
+    @property
+    def filler(self) -> int:
+        """The value behind a text that is shorter than a window, the same of every text: the `end`, or else 0."""
+        return self.end or 0
+
     def levels_of(self, ids: Integers) -> Integers:
         """Ids of the tokenizer as values; the mask as K."""
         levels = ids - (ids > self.mask_id)

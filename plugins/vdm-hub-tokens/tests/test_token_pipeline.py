@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -12,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from naming import naming
 from tiny_tokens import LENGTH, network, tokenizer
@@ -160,3 +164,37 @@ def test_the_cards_command_measures_the_same_figure_by_the_same_method(
     assert {name: again.get(name) for name in ("method", "options", "bits_per_dim", "transitions")} == {
         name: first.get(name) for name in ("method", "options", "bits_per_dim", "transitions")
     }
+
+
+# Networks of which all but the first read, one way or another, what their attention mask hides.
+SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+NETWORKS = {
+    "Bert": {},
+    "FNet": {},
+    "Nystromformer": {},
+    "ConvBert": {"embedding_size": 8},
+    "MobileBert": {"embedding_size": 8, "intra_bottleneck_size": 8, "true_hidden_size": 8},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_probabilities_of_all_texts_of_a_length_sum_to_one(name: str) -> None:
+    """A network that could read the text in what fills its window would give each text a probability near one."""
+    alphabet = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate("abcd")}, merges=[]))
+    alphabet.decoder = decoders.Fuse()
+    words = PreTrainedTokenizerFast(tokenizer_object=alphabet, mask_token="[MASK]")
+    config = getattr(transformers, f"{name}Config")
+    known = {one: value for one, value in SMALL.items() if hasattr(config(), one)} | NETWORKS[name]
+    torch.manual_seed(1)
+    positions = {"max_position_embeddings": 16, "pad_token_id": None}
+    model = getattr(transformers, f"{name}ForMaskedLM")(config(vocab_size=5, **positions, **known)).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.5)
+    process = {"name": "absorbing", "package": "vdm-hub-tokens"}
+    windows = {"length": LENGTH, "context": 0, "text_column": "text"}
+    pipe = TokenPipeline(model, words, VDMScheduler(num_levels=4, forward_process=process), windows=windows)
+    for size in (1, 2):
+        texts = ["".join(one) for one in itertools.product("abcd", repeat=size)]
+        report = pipe.log_likelihood(texts, "exact_order", replicates=1)
+        assert float(report.log_likelihood.exp().sum()) == pytest.approx(1, abs=1e-5)  # float32
