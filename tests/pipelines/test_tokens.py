@@ -20,10 +20,14 @@ from transformers import (
     BertModel,
     EuroBertConfig,
     EuroBertForMaskedLM,
+    FlaubertConfig,
+    FlaubertWithLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
 )
@@ -168,6 +172,30 @@ def test_causal_networks_and_those_without_logits_are_refused() -> None:
             check_token_model(model, 8)
     with pytest.raises(ConfigurationError, match="logits"):
         check_token_model(BertModel(BertConfig(**SIZES, **LAYERS)), 8)
+
+
+def test_a_causal_network_is_refused_at_any_length_and_one_that_sees_a_part_of_both_sides_is_not() -> None:
+    local = {"num_hidden_layers": 2, "max_position_embeddings": 64, "pad_token_id": None}
+    others = {"bos_token_id": None, "eos_token_id": None, "cls_token_id": None, "sep_token_id": None}
+    windows = {"local_attention": 4, "layer_types": ["sliding_attention"] * 2}
+    heads = {"num_key_value_heads": 2, "sliding_window": 4}
+    flaubert = {"vocab_size": 12, "emb_dim": 8, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    both_sides = [
+        MistralForCausalLM(MistralConfig(**SIZES, **local, **heads, is_causal=False)),
+        ModernBertForMaskedLM(ModernBertConfig(**SIZES, **local, **others, **windows)),
+        *(FlaubertWithLMHeadModel(FlaubertConfig(**flaubert, pad_index=pad, pad_token_id=pad)) for pad in range(12)),
+    ]
+    left_side = [
+        MistralForCausalLM(MistralConfig(**SIZES, **local, **heads)),
+        FlaubertWithLMHeadModel(FlaubertConfig(**flaubert, causal=True)),
+    ]
+    for length in (2, 3, 8, 64):
+        for model in both_sides:
+            check_token_model(model, length)
+        for model in left_side:
+            with pytest.raises(ConfigurationError, match="causal"):
+                check_token_model(model, length)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ def positions_of(model: Any) -> int | None:
 def check_token_model(model: Any, length: int) -> None:
     """Refuse a model that takes no windows of a length, gives no logits, or whose attention is causal.
 
-    A change of the last token must reach the first logits; that is tried on the model itself.
+    A change of a token in the middle must reach logits before it; that is tried on the model itself, with tokens that
+    are no special ones, as a model may read where a text ends from those.
 
     Raises:
         ConfigurationError: It is such a model.
@@ -146,9 +147,10 @@ def check_token_model(model: Any, length: int) -> None:
     device, size = next(model.parameters()).device, model.config.get_text_config().vocab_size
     if device.type == "meta":
         return
-    ids = torch.arange(length, device=device)[None] % size
-    changed = ids.clone()
-    changed[:, -1] = (changed[:, -1] + 1) % size
+    ordinary = _ordinary_ids(model, size).to(device)
+    turn, middle = torch.arange(length, device=device), length // 2
+    ids = ordinary[turn % len(ordinary)][None]
+    changed = torch.where(turn == middle, ordinary[(turn + 1) % len(ordinary)], ids)
     was_training = model.training
     try:
         with torch.no_grad():
@@ -166,12 +168,21 @@ def check_token_model(model: Any, length: int) -> None:
             f"the {name} gives an output of shape {tuple(first.shape)} for {length} tokens of {size}: give a model "
             f"with a head that gives logits of each token, such as {name.removesuffix('Model')}ForMaskedLM."
         )
-    if length > 1 and torch.equal(first[0, 0], second[0, 0]):
+    if middle and len(ordinary) > 1 and torch.equal(first[:, :middle], second[:, :middle]):
         raise ConfigurationError(
-            f"the attention of the {name} is causal: its first logits do not depend on its last token, and each token "
-            f"here is found from all others. Give a masked language model, or a bidirectional one (of Llama's kind by "
-            f"is_causal=False in its config)."
+            f"the attention of the {name} is causal: no logits depend on a token after them, and each token here is "
+            f"found from those on both sides. Give a masked language model, or a bidirectional one (of Llama's kind "
+            f"by is_causal=False in its config)."
         )
+
+
+def _ordinary_ids(model: Any, size: int) -> Tensor:
+    """The ids that a model's config gives no meaning; all, where fewer than two are left."""
+    told = model.config.get_text_config().to_dict()
+    named = [value for name, value in told.items() if name.endswith(("_token_id", "_index"))]
+    special = {one for value in named for one in (value if isinstance(value, list) else [value])}
+    found = [one for one in range(size) if one not in special]
+    return torch.tensor(found if len(found) > 1 else range(size))
 
 
 TokenTimeEmbedding.__module__ = "vdm_hub"
