@@ -12,16 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tiny_text import tiny_tokenizer
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.batches import training_batches
 from vdm_hub.data.loading import load_data
-from vdm_hub.data.sequences import Cut, TokenWindows, encode_after, encode_texts
+from vdm_hub.data.sequences import Cut, TokenWindows, encode_after, encode_each, encode_texts
 from vdm_hub.data.text_loading import load_windows
-from vdm_hub.data.tokenization import END, MASK, Tokenization, make_tokenizer, open_tokenizer, with_mask
+from vdm_hub.data.tokenization import END, MASK, UNKNOWN, Tokenization, make_tokenizer, open_tokenizer, with_mask
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
 from vdm_hub.likelihood.report import LikelihoodReport
 
@@ -143,6 +143,52 @@ def test_unknown_characters_are_counted_and_leave_no_figure_by_byte() -> None:
     units = windows.units(len(windows))
     assert (windows.facts.unknown, units.bytes_per_value, units.leading) == (2, None, "bits/token")
     assert "2 of 5 characters" in units.notes[0]
+
+
+def dropping(letters: str, unknown: str | None = None, **parts: Any) -> Tokenization:
+    """A tokenizer of some letters without an unknown token, or with one that its model alone knows of."""
+    vocabulary = {letter: number for number, letter in enumerate([*letters, *filter(None, [unknown])])}
+    model = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown))
+    model.decoder = decoders.Fuse()
+    for name, part in parts.items():
+        setattr(model, name, part)
+    return Tokenization(PreTrainedTokenizerFast(tokenizer_object=model, mask_token=MASK))
+
+
+@given(text=st.text("ab\n x☃", min_size=1, max_size=20))
+def test_characters_that_no_token_says_are_unknown_whether_or_not_there_is_a_token_for_them(text: str) -> None:
+    letters = Tokenization(make_tokenizer("character", lambda: ["ab"]))
+    strange = sum(character not in "ab" for character in text)
+    for known in (letters, dropping("ab"), dropping("ab", "?")):
+        encoded = known.encode(text)
+        assert encoded.unknown == strange and encoded.altered == bool(strange)
+
+
+def test_white_space_that_words_are_split_at_is_not_unknown() -> None:
+    words = dropping("ab", pre_tokenizer=pre_tokenizers.WhitespaceSplit())
+    assert words.encode("ab a").unknown == 0 and words.encode("ab ☃ a").unknown == 1
+    wordpieces = Tokenization(tiny_tokenizer())
+    assert wordpieces.encode("a b").unknown == 0 and wordpieces.encode("a ☃").unknown == 1
+    assert open_tokenizer("bpe", lambda: ["a b  c\n"] * 9, 300).encode("x  \n ☃").unknown == 0
+
+
+def test_a_prompt_of_unknown_characters_names_them_and_is_refused() -> None:
+    letters = Tokenization(make_tokenizer("character", lambda: ["ab "]))
+    for known in (letters, dropping("ab "), dropping("ab ", "?")):
+        for prompt in (f"aé{MASK}b", "é", f"{MASK}ab é"):
+            with pytest.raises(ConfigurationError, match=r"é.*hole"):
+                known.prompt(prompt)
+        assert known.prompt(f"a{MASK}b") == [*known.encode("a").levels, known.num_values, *known.encode("b").levels]
+    assert letters.tokenizer.convert_ids_to_tokens(letters.prompt(f"a{UNKNOWN}"))[1] == UNKNOWN  # asked for by name
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a\udfff", "\ude00\ud83d"])
+def test_half_of_a_pair_of_surrogates_is_refused_with_its_place(half: str) -> None:
+    place = str(max(half.find("\udfff"), 0))
+    with pytest.raises(DataError, match=rf"ud.*{place}.*take it out"):
+        BYTE.encode(half)
+    with pytest.raises(ConfigurationError, match=rf"ud.*{place}.*take it out"):
+        BYTE.prompt(half)
 
 
 def test_a_tokenizer_that_changes_texts_leaves_no_figure_by_byte() -> None:
@@ -295,3 +341,24 @@ def test_a_token_that_would_belong_to_context_and_text_is_none_and_each_byte_cou
         given = after.take(torch.arange(1))["given"][0]
         scored = after.tokens[int(given.long().argmin()) :][: int((~given).sum())]
         assert pairs.decode(scored) == text
+
+
+@settings(max_examples=60)
+@given(text=st.integers(1, 20), context=st.integers(1, 20), overlap=st.integers(0, 3))
+def test_what_is_given_of_a_context_is_what_the_notes_say(text: int, context: int, overlap: int) -> None:
+    after = encode_after("a" * text, "b" * context, BYTE, Cut(8, overlap))
+    batch = after.take(torch.arange(len(after)))
+    given_sites = batch.get("given", torch.zeros_like(batch["levels"], dtype=torch.bool))
+    kept = int((given_sites & (batch["levels"] == ord("b"))).sum(1).max())
+    before = after.facts.before
+    assert (before.contexts, before.left_out, before.shortened) == (1, kept == 0, 0 < kept < context)
+    assert len(after.facts.notes) == (kept < context) and scored(after) == [ord("a")] * text
+
+
+def test_what_the_tokenizer_loses_of_a_context_is_noted_and_takes_no_figure_of_the_text() -> None:
+    letters = Tokenization(make_tokenizer("character", lambda: ["abc"]))
+    units = encode_each(["ab", "c"], letters, Cut(8), ["aé☃", "ab"])[1]
+    assert units.bytes_per_value == 1 and "2 of 5 characters" in units.notes[0] and "contexts" in units.notes[0]
+    lower = dropping("ab", normalizer=normalizers.Lowercase())
+    units = encode_each(["ab"], lower, Cut(8), ["AB"])[1]
+    assert units.bytes_per_value == 1 and "1 of 1 contexts" in units.notes[0]

@@ -289,6 +289,8 @@ def test_samples_are_those_of_their_generators(pipe: TokenPipeline) -> None:
         ({"temperature": -1}, "temperature"),
         ({"prompt": [0, 99]}, "99"),
         ({"prompt": "abcdefgabc"}, "10"),
+        ({"prompt": ["ab", f"aö{MASK}"]}, "ö"),
+        ({"prompt": "a\ud800"}, "ud800"),
         ({"generator": [torch.Generator()] * 3}, "3"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
     ],
@@ -354,10 +356,12 @@ def test_contexts_are_one_for_all_or_one_each_and_cut_where_there_is_no_room(pip
     long = pipe.log_likelihood("bad", replicates=2, contexts="gabbed face")
     assert torch.equal(long.per_image, pipe.log_likelihood("bad", replicates=2, contexts=" face").per_image)
     assert "contexts" in str(long.details["notes"])
+    unknown = pipe.log_likelihood("bad", replicates=2, contexts="fö")
+    assert unknown.bits_per_byte is not None and "1 of 2 characters of the contexts" in str(unknown)
     several = pipe.log_likelihood("a bad cab faced a bag", replicates=2, contexts="fed ")
     assert several.details["windows_of_texts"] == [3] and several.to_dict()["bytes"] == 21
-    for wrong in (["a"], ["a", 3], 3):
-        with pytest.raises(DataError, match="contexts"):
+    for wrong in (["a"], ["a", 3], 3, "\ud800"):
+        with pytest.raises(DataError, match=r"contexts|ud800"):
             pipe.log_likelihood(["bad", "cab"], contexts=wrong)  # type: ignore[arg-type]
 
 
@@ -401,7 +405,7 @@ def test_a_longer_context_is_given_and_not_scored() -> None:
     assert report.to_dict()["tokens"] == 12 and report.num_images == 2
 
 
-@pytest.mark.parametrize("texts", ["", [], ["a", ""], 3])
+@pytest.mark.parametrize("texts", ["", [], ["a", ""], 3, "\ud800", ["a", "b\udfff"]])
 def test_what_is_no_text_is_refused(pipe: TokenPipeline, texts: Any) -> None:
     with pytest.raises(DataError):
         pipe.log_likelihood(texts)

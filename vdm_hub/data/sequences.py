@@ -78,6 +78,53 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class ContextFacts:
+    """What was found of the contexts of some texts.
+
+    Attributes:
+        contexts: How many there are.
+        characters: In all of them.
+        unknown: How many characters the tokenizer does not know.
+        altered: How many contexts decode to another text.
+        shortened: Of how many the end alone was given.
+        left_out: Of how many nothing was given.
+    """
+
+    contexts: int = 0
+    characters: int = 0
+    unknown: int = 0
+    altered: int = 0
+    shortened: int = 0
+    left_out: int = 0
+
+    def __add__(self, other: ContextFacts) -> ContextFacts:
+        """The facts of two sets of contexts together."""
+        return ContextFacts(**_sums(self, other))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was not given of them, one sentence each."""
+        found, of_all = [], f"of {self.contexts:,} contexts"
+        if self.unknown:
+            found.append(
+                f"the tokenizer does not know {self.unknown:,} of {self.characters:,} characters of the contexts "
+                f"({self.unknown / self.characters:.2%}): what was given says less than they do"
+            )
+        elif self.altered:
+            found.append(f"the tokenizer changes {self.altered:,} {of_all}: decoding what was given gives others")
+        if self.left_out:
+            found.append(
+                f"nothing was given of {self.left_out:,} {of_all}, as a window has no room for them beside the text: "
+                f"these figures are of the text alone"
+            )
+        if self.shortened:
+            found.append(
+                f"{self.shortened:,} {of_all} are longer than a window has room for: their last tokens were given"
+            )
+        return tuple(found)
+
+
+@dataclass(frozen=True)
 class TextFacts:
     """What was found of some texts when they were encoded.
 
@@ -86,19 +133,18 @@ class TextFacts:
         characters: In all of them.
         unknown: How many characters the tokenizer does not know.
         altered: How many documents decode to another text.
-        shortened: How many contexts were longer than there was room for.
+        before: What was found of the contexts that stand before them.
     """
 
     documents: int = 0
     characters: int = 0
     unknown: int = 0
     altered: int = 0
-    shortened: int = 0
+    before: ContextFacts = ContextFacts()
 
     def __add__(self, other: TextFacts) -> TextFacts:
         """The facts of two sets of texts together."""
-        both = {one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)}
-        return TextFacts(**both)
+        return TextFacts(**_sums(self, other))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -115,17 +161,17 @@ class TextFacts:
                 f"the tokenizer changes {self.altered:,} of {self.documents:,} documents, as decoding gives others, "
                 f"so that there is no figure in bits/byte"
             )
-        if self.shortened:
-            found.append(
-                f"{self.shortened:,} of {self.documents:,} contexts are longer than a window has room for: their last "
-                f"tokens were given"
-            )
-        return tuple(found)
+        return (*found, *self.before.notes)
 
     @property
     def whole(self) -> bool:
         """Whether the tokens say all of the texts: then a likelihood of tokens is one of texts."""
         return not (self.unknown or self.altered)
+
+
+def _sums(first: Any, second: Any) -> dict[str, Any]:
+    """The sum of each field of two dataclasses, by its name."""
+    return {one.name: getattr(first, one.name) + getattr(second, one.name) for one in fields(first)}
 
 
 class _Texts(Examples):
@@ -286,7 +332,7 @@ def encode_texts(
     """
     tokens: list[np.ndarray] = []
     sizes: list[np.ndarray] = []
-    found = {"documents": 0, "characters": 0, "unknown": 0, "altered": 0}
+    found: dict[str, Any] = {"documents": 0, "characters": 0, "unknown": 0, "altered": 0}
     end = tokenization.end
     for text in texts:
         encoded = tokenization.encode(text)
@@ -309,7 +355,7 @@ def encode_after(text: str, context: str, tokenization: Tokenization, cut: Cut) 
 
     The tokens are those of both together, unless one would belong to both: then each is encoded by itself. As much of
     the context's end is given as a window has room for beside the text; where the text alone takes several windows,
-    as much as each is given of the one before.
+    as much as each is given of the one before. What is not given of it is among the facts.
 
     >>> from vdm_hub.data.tokenization import make_tokenizer
     >>> after = encode_after("cd", "ab", Tokenization(make_tokenizer("byte")), Cut(8))
@@ -328,7 +374,15 @@ def encode_after(text: str, context: str, tokenization: Tokenization, cut: Cut) 
     room = cut.length - len(levels) if len(levels) <= cut.length else cut.context
     kept = min(count, room)
     start = count - kept
-    facts = TextFacts(1, alone.characters, alone.unknown, int(alone.altered), int(kept < count))
+    before = ContextFacts(
+        contexts=1,
+        characters=first.characters,
+        unknown=first.unknown,
+        altered=int(first.altered),
+        shortened=int(0 < kept < count),
+        left_out=int(kept == 0 < count),
+    )
+    facts = TextFacts(1, alone.characters, alone.unknown, int(alone.altered), before)
     tokens = torch.from_numpy(np.concatenate([first.levels[start:], levels]))
     counted = torch.from_numpy(np.concatenate([first.sizes[start:], sizes]))
     return TokenWindows(tokens, counted, tokenization, cut, facts, known=kept)

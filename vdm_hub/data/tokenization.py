@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from vdm_hub.errors import ConfigurationError, DataError, explained, shortened, warn
+from vdm_hub.errors import ConfigurationError, DataError, VDMHubError, explained, shortened, warn
 from vdm_hub.files import expanded
 from vdm_hub.hub.repositories import open_files
 from vdm_hub.hub.text_files import TOKENIZER_FILE, check_tokenizer_files
@@ -36,7 +36,7 @@ class Encoded:
         levels: Each 0..K-1, int32, (N,).
         sizes: The UTF-8 bytes that each stands for, int32, (N,): each byte of the text is counted once.
         characters: How many the text has.
-        unknown: How many of its characters the tokenizer does not know.
+        unknown: How many of its characters the tokenizer does not know, so that no token says them.
         altered: Whether decoding gives another text, for whichever reason.
     """
 
@@ -76,6 +76,7 @@ class Tokenization:
         self.mask_id = int(tokenizer.mask_token_id)
         self.num_ids = max(tokenizer.get_vocab().values()) + 1
         self.num_values = self.num_ids - 1
+        self._tried: dict[str, bool] = {}
 
     @cached_property
     def _plain(self) -> Tokenizer:
@@ -112,8 +113,9 @@ class Tokenization:
         """The values of a text, in which nothing is special.
 
         Raises:
-            DataError: The tokenizer makes a mask of a part of it.
+            DataError: The tokenizer makes a mask of a part of it, or it has half of a pair of surrogates.
         """
+        _check_characters(text, "text", DataError)
         found = self._plain.encode(text, add_special_tokens=False)
         ids = np.array(found.ids, dtype=np.int64)
         spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
@@ -123,31 +125,91 @@ class Tokenization:
                 f"the tokenizer takes {shortened(text[start:stop])} in the text for its mask token, which stands for "
                 f"nothing: take that out of the text, or give another tokenizer."
             )
-        unknown_id = self.tokenizer.unk_token_id
-        unknown = spans[ids == unknown_id] if unknown_id is not None else spans[:0]
         again = self._plain.decode(ids.tolist(), skip_special_tokens=False)
         return Encoded(
             self.levels_of(ids).astype(np.int32),
             _bytes_of_spans(text, spans),
             len(text),
-            int((unknown[:, 1] - unknown[:, 0]).sum()),
+            len(self._unknown_places(text, ids, spans)),
             again != text,
         )
+
+    def _unknown_places(self, text: str, ids: Integers, spans: Integers) -> list[int]:
+        """Where a text has characters that no token says: those of the unknown token, and those that are dropped."""
+        # Where characters are dropped, `tokenizers` says other spans than those of the tokens.
+        unknown = {place for start, stop in spans[np.isin(ids, self._unknown_ids)] for place in range(start, stop)}
+        if dropped := self._dropped(set(text)):
+            unknown |= {place for place, character in enumerate(text) if character in dropped}
+        return sorted(unknown)
+
+    def _dropped(self, characters: set[str]) -> set[str]:
+        """Those that the tokenizer drops; each character is tried once."""
+        for one in characters - self._tried.keys():
+            self._tried[one] = self._is_dropped(one)
+        return {one for one in characters if self._tried[one]}
+
+    @cached_property
+    def _unknown_ids(self) -> list[int]:
+        """The ids for what the tokenizer does not know, by its own word and by that of the model in it."""
+        names = {self.tokenizer.unk_token, getattr(self._plain.model, "unk_token", None)} - {None}
+        return [one for name in names if (one := self._plain.token_to_id(name)) is not None]
+
+    def _is_dropped(self, character: str) -> bool:
+        """Whether a model of pairs without an unknown token has no token for a character.
+
+        White space is no part of a word where words are split before.
+        """
+        model, splits = self._plain.model, self._plain.pre_tokenizer is not None
+        if not isinstance(model, models.BPE) or model.unk_token or (splits and character.isspace()):
+            return False
+        said: str = self._plain.decode(self._plain.encode(character, add_special_tokens=False).ids)
+        return not (said.strip() if splits else said)
 
     def prompt(self, text: str) -> list[int]:
         """The values of a text with holes: its mask tokens are K.
 
+        Raises:
+            ConfigurationError: It has a character that the tokenizer does not know.
+
         >>> Tokenization(make_tokenizer("byte")).prompt("a[MASK]c")
         [97, 257, 99]
         """
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [int(one) for one in self.levels_of(np.array(ids, dtype=np.int64))]
+        _check_characters(text, "prompt", ConfigurationError)
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, spans = np.array(found["input_ids"], dtype=np.int64), np.array(found["offset_mapping"], dtype=np.int64)
+        spans = spans.reshape(-1, 2)
+        named = {
+            place
+            for start, stop in spans[np.isin(ids, self.tokenizer.all_special_ids)]
+            for place in range(start, stop)
+            if text[start:stop].strip() in self.tokenizer.all_special_tokens
+        }
+        if unknown := [place for place in self._unknown_places(text, ids, spans) if place not in named]:
+            characters = "".join(dict.fromkeys(text[place] for place in unknown))
+            raise ConfigurationError(
+                f"the tokenizer does not know {len(unknown):,} of the {len(text):,} characters of the prompt "
+                f"{shortened(text)}: {shortened(characters)}. Take them out, or write a hole "
+                f"({self.tokenizer.mask_token}) in their place."
+            )
+        return [int(one) for one in self.levels_of(ids)]
 
     def decode(self, levels: Sequence[int] | Tensor) -> str:
         """The text of values; K as the mask token. A text ends with the token that ends documents."""
         ids = self.ids_of(torch.as_tensor(levels, dtype=torch.int64).cpu()).tolist()
         text: str = self._plain.decode(ids, skip_special_tokens=False)
         return text
+
+
+def _check_characters(text: str, what: str, error_class: type[VDMHubError]) -> None:
+    """Refuse half of a pair of surrogates in a text, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise error_class(
+            f"the {what} has {text[error.start]!a} at character {error.start:,}, half of a pair of surrogates, which "
+            f"has no bytes in UTF-8: take it out, or read the text anew where it came from, as UTF-8 with "
+            f"errors='replace'."
+        ) from error
 
 
 def _bytes_of_spans(text: str, spans: Integers) -> npt.NDArray[np.int32]:
