@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vdm_hub.data.batches import training_batches
 from vdm_hub.data.loading import load_data
 from vdm_hub.data.sequences import Cut, TokenWindows, encode_after, encode_each, encode_texts
 from vdm_hub.data.text_loading import load_windows
+from vdm_hub.data.texts import read_text
 from vdm_hub.data.tokenization import END, MASK, UNKNOWN, Tokenization, make_tokenizer, open_tokenizer, with_mask
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -286,6 +288,47 @@ def test_files_that_are_no_texts_are_named(tmp_path: Path, content: bytes, words
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=words):
         run_data(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("text", ["To be, or not\nto be\n", "naïve ☃ snow", "雪 が 降る。\n 😀"])
+def test_texts_in_another_encoding_are_refused_with_the_command_that_converts_them(
+    tmp_path: Path, encoding: str, text: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match="iconv") as refused:
+        read_text(tmp_path / "a.txt")
+    (named,) = re.findall(r"iconv -f (\S+) -t utf-8", str(refused.value))
+    assert (tmp_path / "a.txt").read_bytes().decode(named) == text
+
+
+def test_bytes_that_are_no_text_in_any_encoding_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\x7fELF\0\0\0\1")
+    with pytest.raises(DataError, match=r"a\.txt.*byte 4.*name another"):
+        read_text(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("split", ["train[:50%]", "test[:50%]", "test[1:]", "train[:0]+test[:0]"])
+def test_a_slice_without_a_document_is_refused_and_says_what_counts_windows(tmp_path: Path, split: str) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    with pytest.raises(DataError, match=r"documents.*--max_images"):
+        load_windows(str(tmp_path / "a.txt"), split, BYTE, Cut(8))
+    with pytest.raises(DataError, match=r"documents.*--max_train_samples"):
+        run_data(tmp_path / "a.txt", train_split=split, test_split=None)
+
+
+def test_what_is_about_a_folder_is_none_of_its_texts_and_is_named(tmp_path: Path) -> None:
+    about = ["README.md", "meta.json", "LICENSE.txt", "dataset_info.json"]
+    for name in (*about, "a.txt", "b.txt", "deep/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name};")
+    data = run_data(tmp_path, test_split=None, validation_split=None, train_split="train+test+validation")
+    assert BYTE.decode(data.train.tokens).replace(END, "") == "a.txt;deep/README.md;b.txt;"
+    assert "README.md" in data.summary and "about the folder" in data.summary
+    for name in ("a.txt", "b.txt", "deep/README.md"):
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=r"README\.md.*its own name"):
+        run_data(tmp_path)
 
 
 def test_a_folder_without_texts_and_a_column_without_texts_are_named(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def load_windows(
         DataError: As `load_texts`.
     """
     opened = open_texts(source, config_name)
-    windows = encode_texts(texts_of(opened.read(split), text_column, split), tokenization, cut).first(max_windows)
+    windows = encode_texts(_read(opened, split, text_column), tokenization, cut).first(max_windows)
     if say is not None:
         say(f"data from {source!r}: reads {windows.words} of {split!r}.{opened.note}")
     return windows
@@ -126,9 +126,25 @@ def _test_split(source: Source, arguments: DataArguments) -> str | None:
 
 
 def _texts(source: Source, split: str, arguments: DataArguments) -> Iterator[str]:
-    rows = source.read(split, streaming=arguments.streaming)
+    return _read(source, split, arguments.text_column, streaming=arguments.streaming)
+
+
+def _read(source: Source, split: str, column: str, *, streaming: bool = False) -> Iterator[str]:
+    """The texts of a split, or of a slice of one, which is of documents.
+
+    Raises:
+        DataError: There are none.
+    """
+    rows = source.read(split, streaming=streaming)
+    if not streaming and not len(rows):
+        sizes = ", ".join(f"{name!r} has {size:,}" for name, size in source.sizes.items())
+        raise DataError(
+            f"{split!r} of {source.name!r} has no document: slices are of documents, of which {sizes}. Name a split, "
+            f"or a slice with at least one; part of a document is read by --max_images of an evaluation and "
+            f"--max_train_samples of a training, which count windows."
+        )
     with source.explained():
-        yield from texts_of(rows, arguments.text_column, split)
+        yield from texts_of(rows, column, split)
 
 
 def _training_windows(source: Source, split: str, arguments: DataArguments, cut: Cut) -> TokenWindows | TokenStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,6 +20,9 @@ _SUFFIXES = "txt text md rst tex csv json jsonl html xml py pyi c h cc cpp hpp r
 TEXT_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """The suffixes of files that are read as texts."""
 
+_ABOUT = frozenset(("readme", "license", "licence", "meta", "metadata", "dataset_info", "dataset_infos"))
+_ABOUT_SUFFIXES = frozenset((".md", ".txt", ".rst", ".json", ".jsonl", ".csv"))
+
 COLUMN = "text"
 """The column of texts that are files."""
 
@@ -31,7 +35,8 @@ class TextFiles(Source):
 
     Folders ``train/``, ``validation/`` and ``test/`` are splits where they hold all of the files. Else the files are
     divided by place, in the order of their names: the last tenth of them is ``test``, and the one before it
-    ``validation``; of one file the last tenth of its characters, and the one before it. Nothing is shuffled.
+    ``validation``; of one file the last tenth of its characters, and the one before it. Nothing is shuffled. What is
+    about the folder at its top (README, LICENSE, metadata) is none of them.
     """
 
     has_names = True
@@ -119,7 +124,7 @@ def read_text(path: Path) -> str:
     """The text of a file, as it is: no line end is changed.
 
     Raises:
-        DataError: It can't be read, is empty, or is not UTF-8.
+        DataError: It can't be read, is empty, is not UTF-8, or has zeros, as one in UTF-16 has.
     """
     try:
         data = path.read_bytes()
@@ -128,12 +133,54 @@ def read_text(path: Path) -> str:
     if not data:
         raise DataError(f"the text {str(path)!r} is empty: give one with something in it.")
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"the text {str(path)!r} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}): convert it, such "
-            f"as by `iconv -f latin1 -t utf-8`, as bits are counted by UTF-8 bytes."
-        ) from error
+        wrong = f"is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x})"
+    else:
+        if "\0" not in text:
+            return text
+        wrong = f"has a zero as byte {data.index(0)}, which no text has"
+    encoding = _encoding_of(data)
+    remedy = (
+        "name another, or take it out"
+        if encoding is None
+        else f"convert it, such as by `iconv -f {encoding} -t utf-8`"
+    )
+    raise DataError(f"the text {str(path)!r} {wrong}: {remedy}, as bits are counted by UTF-8 bytes.")
+
+
+def _encoding_of(data: bytes) -> str | None:
+    r"""What bytes that are no UTF-8 may be the text of: latin1 without a zero, else UTF-16 or UTF-32, or nothing.
+
+    >>> [_encoding_of("to be".encode(name)) for name in ("utf-16", "utf-16-be", "utf-32-le")]
+    ['utf-16', 'utf-16be', 'utf-32le']
+    >>> _encoding_of(b"caf\xe9"), _encoding_of(b"\x7fELF\0\0\0\1")
+    ('latin1', None)
+    """
+    marks = {
+        "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+        "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    }
+    for name, starts in marks.items():
+        if data.startswith(starts) and _decoded(data, name) is not None:
+            return name
+    if 0 not in data:
+        return "latin1"
+    plain = {
+        name: sum(one < "\x80" for one in text) / len(text)
+        for name in ("utf-32le", "utf-32be", "utf-16le", "utf-16be")
+        if (text := _decoded(data, name))
+    }
+    return max(plain, key=lambda name: plain[name]) if plain else None
+
+
+def _decoded(data: bytes, encoding: str) -> str | None:
+    """Bytes as text without a zero, or nothing."""
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
 
 
 def open_texts(name: str, config_name: str | None = None) -> Source:
@@ -152,12 +199,27 @@ def open_texts(name: str, config_name: str | None = None) -> Source:
         texts = [file for file in listing.files if posixpath.splitext(file)[1].casefold() in TEXT_SUFFIXES]
         others = sorted(set(listing.files) - set(texts))
         if not any(file.casefold().endswith(".parquet") for file in others):
+            about = [file for file in texts if _is_about(file)]
+            texts = [file for file in texts if file not in about]
+            listing.leave_out("about the folder, which is no text of it", *about)
             listing.leave_out("files of other kinds", *others)
             if not texts:
                 there = describe_unused(listing.unused) or "nothing"
-                raise DataError(f"the folder {name!r} holds no texts: it has {there}. Name another.")
+                raise DataError(
+                    f"the folder {name!r} holds no texts: it has {there}. Name another, or a file by its own name."
+                )
             return TextFiles(name, path, texts, listing)
     return open_folder(name, config_name)
+
+
+def _is_about(file: str) -> bool:
+    """Whether a file at the top of a folder says what the folder is.
+
+    >>> _is_about("README.md"), _is_about("meta.json"), _is_about("readme.py"), _is_about("docs/README.md")
+    (True, True, False, False)
+    """
+    stem, suffix = posixpath.splitext(file.casefold())
+    return stem in _ABOUT and suffix in _ABOUT_SUFFIXES
 
 
 def texts_of(rows: Iterable[Mapping[str, Any]], column: str, split: str) -> Iterator[str]:
