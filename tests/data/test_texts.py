@@ -302,8 +302,9 @@ def test_texts_in_another_encoding_are_refused_with_the_command_that_converts_th
     assert (tmp_path / "a.txt").read_bytes().decode(named) == text
 
 
-def test_bytes_that_are_no_text_in_any_encoding_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\x7fELF\0\0\0\1")
+@pytest.mark.parametrize("content", [b"\x7fELF\0\0\0\1", b"abcd\0ef\n"])
+def test_bytes_that_are_no_text_in_any_encoding_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.txt.*byte 4.*name another"):
         read_text(tmp_path / "a.txt")
 

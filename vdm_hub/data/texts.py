@@ -171,7 +171,17 @@ def _encoding_of(data: bytes) -> str | None:
         for name in ("utf-32le", "utf-32be", "utf-16le", "utf-16be")
         if (text := _decoded(data, name))
     }
-    return max(plain, key=lambda name: plain[name]) if plain else None
+    found = max(plain, key=lambda name: plain[name], default=None)
+    # What is UTF-8 but for zeros is UTF-16 only if all of it is ASCII; else it would become other characters.
+    return found if found is not None and (plain[found] == 1 or not _is_utf8(data)) else None
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _decoded(data: bytes, encoding: str) -> str | None:
