@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -42,6 +43,7 @@ from vdm_hub.data.sequences import Cut, encode_texts
 from vdm_hub.data.tokenization import MASK, Tokenization
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, MissingPluginError
 from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.evaluation.tables import write_table
 from vdm_hub.models.token_networks import TokenNetwork, check_token_model
 
 TEXTS = ["abc def", "gab", "fed cab bag face"]
@@ -397,6 +399,22 @@ def test_evaluation_and_pipeline_agree_whatever_the_batches(pipe: TokenPipeline)
     torch.testing.assert_close(reports[0].per_image, reports[1].per_image)
     torch.testing.assert_close(own.per_image, reports[0].per_image)
     assert reports[0].standard_error == pytest.approx(own.standard_error)
+
+
+@pytest.mark.parametrize(("text", "whole"), [(TEXTS[2] * 3, True), (TEXTS[2] * 3 + "☃", False), ("é☃ö" * 9, False)])
+def test_a_table_of_windows_has_the_figures_of_the_report_and_no_others(
+    pipe: TokenPipeline, tmp_path: Path, text: str, whole: bool
+) -> None:
+    windows = encode_texts([text], pipe.tokenization, pipe.cut)
+    report = evaluate(pipe, windows, replicates=2, progress=False)
+    write_table(report, tmp_path / "rows.parquet", windows)
+    rows = pq.read_table(tmp_path / "rows.parquet").to_pydict()
+    assert sum(rows["bits"]) / sum(rows["tokens"]) == pytest.approx(report.bits_per_dim)
+    assert (report.bits_per_byte is not None) is whole
+    if whole:
+        assert sum(rows["bits"]) / sum(rows["bytes"]) == pytest.approx(report.bits_per_byte)
+    else:
+        assert rows["bytes"] == [None] * len(windows)
 
 
 def test_a_longer_context_is_given_and_not_scored() -> None:

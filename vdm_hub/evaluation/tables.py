@@ -30,6 +30,7 @@ def write_per_window(report: LikelihoodReport, path: Path, windows: TokenWindows
 
     Columns: ``window``, its number; ``token``, the number of its first token in the text; ``tokens`` and ``bytes``, of
     those that it scores; ``bits``, of these together; and ``bits_standard_error``, over the replicates (null for one).
+    Where the tokens don't say all of the texts, ``bytes`` is null in every row, as bits by byte would be too few.
     """
     count, starts = report.num_images, windows.places[0]
     error = report.standard_error_per_image if report.replicates > 1 else None
@@ -38,7 +39,7 @@ def write_per_window(report: LikelihoodReport, path: Path, windows: TokenWindows
         "window": pa.array(range(count), pa.int64()),
         "token": pa.array(starts[:count].numpy()),
         "tokens": pa.array(tokens[:count].numpy()),
-        "bytes": pa.array(sizes[:count].numpy()),
+        "bytes": pa.array(sizes[:count].numpy()) if windows.facts.whole else pa.nulls(count, pa.int64()),
         "bits": pa.array((report.per_image * report.dimensions).numpy()),
         "bits_standard_error": pa.nulls(count, pa.float64())
         if error is None
