@@ -98,6 +98,39 @@ def test_other_ways_to_train(tmp_path: Path, others: dict[str, Any]) -> None:
     assert pipe.cut == Cut(LENGTH, others.get("window_context", 0))
 
 
+SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+OF_XLM = {"emb_dim": 8, "n_layers": 1, "n_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"_class_name": "RobertaForMaskedLM"} | SMALL,
+        {"_class_name": "MPNetForMaskedLM"} | SMALL,
+        {"_class_name": "MegatronBertForMaskedLM"} | SMALL,
+        {"_class_name": "XLMWithLMHeadModel"} | OF_XLM,
+    ],
+    ids=lambda one: one["_class_name"],
+)
+@pytest.mark.parametrize("told", [False, True])
+def test_a_model_of_any_kind_trains_and_takes_no_token_for_padding(
+    tmp_path: Path, described: dict[str, Any], told: bool
+) -> None:
+    """A model whose rows for two tokens are the same can't tell one from the other, padding or not."""
+    given = fields(tmp_path, network=described, time_embedding=told, num_sample_images=0)
+    train_here(tmp_path / "run", **given, max_train_steps=2)
+    pipe = TokenPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    network, rows = pipe.token_network().eval(), pipe.network.get_input_embeddings().weight
+    padding, other = pipe.network.config.pad_token_id, 4
+    with torch.no_grad():
+        rows[padding] = rows[other]
+        first, second = (
+            network(torch.tensor([[0, one, 5, one, one, one, 3, one]]), torch.ones(1))[0] for one in (padding, other)
+        )
+    torch.testing.assert_close(first, second)
+    assert pipe.cut.length == LENGTH
+
+
 def test_a_masked_language_model_is_tuned(tmp_path: Path) -> None:
     words = tiny_tokens.make_tokenizer("character", lambda: [TEXT])
     model = tiny_tokens.network(len(words))
@@ -137,6 +170,7 @@ def test_what_can_not_be_trained_is_refused(tmp_path: Path) -> None:
         ({"network": NETWORK | {"hiden_size": 4}}, ("hiden_size", "hidden_size")),
         ({"network": NETWORK | {"vocab_size": 4}}, ("vocab_size", 4)),
         ({"network": {"_class_name": "BertForNothing"}}, ("BertForNothing",)),
+        ({"network": {"_class_name": "PerceiverForMaskedLM", "d_model": 8}}, ("PerceiverForMaskedLM", "embeddings")),
         ({"model": "vdm"}, ("model", "tokens")),
         ({"forward_process": "gaussian"}, ("GaussianProcess", "absorbing")),
         ({"tokenizer": None}, ("tokenizer",)),

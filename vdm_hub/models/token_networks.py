@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ class TokenNetwork(nn.Module):
         super().__init__()
         self.model, self.time_embedding = model, time_embedding
         self.mask_id, self.num_values = tokenization.mask_id, tokenization.num_values
+        self._pads = getattr(model.config.get_text_config(), "pad_token_id", None) is not None
+        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._first_position = _first_position(model) if takes_positions else 0
         self._repeated_blocks = sorted(getattr(model, "_no_split_modules", None) or ())
         self._supports_gradient_checkpointing = bool(getattr(model, "supports_gradient_checkpointing", False))
         config = model.config.get_text_config()
@@ -100,6 +104,12 @@ class TokenNetwork(nn.Module):
         if self.time_embedding is not None:
             embedded = self.model.get_input_embeddings()(ids)
             told = {"inputs_embeds": embedded + self.time_embedding(timestep)[:, None].to(embedded.dtype)}
+        # No token is padding here, whatever id a model takes for it: some would find lengths and positions by it.
+        if attention_mask is None and self._pads:
+            attention_mask = torch.ones_like(ids)
+        if self._first_position:
+            places = torch.arange(ids.shape[1], device=ids.device) + self._first_position
+            told["position_ids"] = places.expand_as(ids)
         logits = self.model(**told, attention_mask=attention_mask, return_dict=False)[0]
         logits = self._without_mask(logits)
         return (logits.to(torch.promote_types(logits.dtype, torch.float32)),)
@@ -122,9 +132,34 @@ def positions_of(model: Any) -> int | None:
     known = getattr(config, "max_position_embeddings", None)
     if known is None or known < 1:
         return None
-    # Models after RoBERTa number positions from behind that of the padding.
-    starts = "roberta" in config.model_type or config.model_type in ("camembert", "data2vec-text", "xmod")
-    return int(known) - ((config.pad_token_id or 0) + 1 if starts else 0)
+    return int(known) - _first_position(model)
+
+
+def _first_position(model: Any) -> int:
+    """The number of a text's first position: models after RoBERTa count from behind that of the padding."""
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None and "position" in name.rpartition(".")[2]:
+            return int(padding) + 1
+    return 0
+
+
+def token_embeddings(model: Any) -> nn.Module:
+    """The embeddings of a model's tokens, a row each.
+
+    Raises:
+        ConfigurationError: It has none.
+    """
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = None
+    if not isinstance(found, nn.Module) or getattr(found, "weight", None) is None:
+        raise ConfigurationError(
+            f"the {type(model).__name__} has no table of embeddings of its tokens: give a model that has one, such as "
+            f"BertForMaskedLM."
+        )
+    return found
 
 
 def check_token_model(model: Any, length: int) -> None:

@@ -82,8 +82,8 @@ def memory_needs(
         ConfigurationError: The networks can't be built, or do not take such images.
     """
     training = configuration.training
+    without = replace(configuration, training=replace(training, compile="none"))
     with on_meta_device():
-        without = replace(configuration, training=replace(training, compile="none"))
         objective = build_objective(without, shape, condition, tokenization)
     for part in (objective.body, getattr(getattr(objective, "process", None), "first_stage", None)):
         if part is not None:
@@ -94,7 +94,15 @@ def memory_needs(
     shares = accelerator.num_processes if is_sharded(accelerator) else 1
     average = every / shares if training.use_ema else 0
     gradients = trained * (1 + moments) / shares
-    kept = _kept(objective, shape) * training.train_batch_size // _IMAGES
+    try:
+        kept = _kept(objective, shape, torch.device("meta"))
+    except ConfigurationError:
+        if tokenization is None or every * _FLOAT > host_memory():
+            raise
+        # Some models of transformers look at values, of which the meta device has none.
+        objective = build_objective(without, shape, condition, tokenization)
+        kept = _kept(objective, shape, torch.device("cpu"))
+    kept = kept * training.train_batch_size // _IMAGES
     return MemoryNeeds(
         {name: count for name, count in counts.items() if count},
         every * _FLOAT // shares,
@@ -165,9 +173,9 @@ def _least(training: TrainingArguments, accelerator: Accelerator) -> float:
     return lowered * (1.0 if training.compile == "none" else 0.25)
 
 
-def _kept(objective: Objective, shape: tuple[int, ...]) -> int:
-    """The bytes that the forward passes of the networks keep of a few images."""
-    levels = torch.zeros(_IMAGES, *shape, dtype=torch.uint8, device="meta")
+def _kept(objective: Objective, shape: tuple[int, ...], device: torch.device) -> int:
+    """The bytes that the forward passes of the networks, which are on that device, keep of a few images."""
+    levels = torch.zeros(_IMAGES, *shape, dtype=torch.uint8, device=device)
     if not isinstance(objective, VDMObjective):
         return _count(objective, lambda: _bound(objective, levels))  # it is told nothing
     process: Any = objective.process
@@ -179,15 +187,15 @@ def _kept(objective: Objective, shape: tuple[int, ...]) -> int:
             stage = HVAEObjective(process.first_stage)
             total += _count(stage, lambda: _bound(stage, levels))
     network: Any = objective.body
-    sample, timestep = torch.zeros(_IMAGES, *latents, device="meta"), torch.zeros(_IMAGES, device="meta")
+    sample, timestep = torch.zeros(_IMAGES, *latents, device=device), torch.zeros(_IMAGES, device=device)
     size = process.context_size
-    context = {} if size is None else {"context": torch.zeros(_IMAGES, size, device="meta")}
-    told = {} if objective.condition is None else objective.condition.example(_IMAGES, torch.device("meta"))
+    context = {} if size is None else {"context": torch.zeros(_IMAGES, size, device=device)}
+    told = {} if objective.condition is None else objective.condition.example(_IMAGES, device)
     return total + _count(network, lambda: Call.of(network)(network, sample, timestep, **context, **told))
 
 
 def _bound(objective: Any, levels: Tensor) -> object:
-    with torch.device("meta"):
+    with levels.device:
         batch, times = {"levels": levels}, torch.zeros(_IMAGES)
         return objective(batch, times, objective.draw_noise(batch, None))
 

@@ -18,7 +18,13 @@ from vdm_hub.hub.repositories import ModelFiles, open_files
 from vdm_hub.hub.text_files import CONFIG, encoder_weights, refuse_code
 from vdm_hub.hub.weights import check_finite_weights
 from vdm_hub.models.installed_encoders import loaded_in_silence
-from vdm_hub.models.token_networks import TokenNetwork, TokenTimeEmbedding, check_token_model
+from vdm_hub.models.token_networks import (
+    TokenNetwork,
+    TokenTimeEmbedding,
+    check_token_model,
+    positions_of,
+    token_embeddings,
+)
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.parts.networks import is_sketched
 
@@ -39,7 +45,9 @@ def build_token_network(configuration: Configuration, length: int, tokenization:
     source = configuration.model.network_from
     model = _described(configuration, length, tokenization) if source is None else _trained(source, tokenization)
     check_token_model(model, length)
-    width = model.get_input_embeddings().weight.shape[1]
+    embeddings: Any = token_embeddings(model)
+    embeddings.padding_idx = None  # no token is padding, so that each learns
+    width = embeddings.weight.shape[1]
     with torch.device("meta") if is_sketched() else nullcontext():
         embedding = TokenTimeEmbedding(width) if configuration.model.time_embedding else None
     return TokenNetwork(model, tokenization, embedding)
@@ -63,19 +71,45 @@ def _described(configuration: Configuration, length: int, tokenization: Tokeniza
             )
     _check_known(cls, described)
     known = cls.config_class().to_dict()
-    others = {"max_position_embeddings": length, **_special_tokens(tokenization)}
+    others = {"max_position_embeddings": length, **_special_tokens(tokenization, known.get("pad_token_id"))}
     others = {name: value for name, value in others.items() if name in known}
     with explained(f"{cls.__name__} can't be built from the recipe's network", "mend it", ConfigurationError):
-        config = cls.config_class(**{**others, **described, **of_data})
-        with torch.device("meta") if is_sketched() else nullcontext():
-            model: PreTrainedModel = cls(config)
+        model = _built(cls, cls.config_class(**{**others, **described, **of_data}))
+        lacking = length - (positions_of(model) or length)
+        if lacking > 0 and "max_position_embeddings" not in described:
+            others["max_position_embeddings"] = length + lacking
+            model = _built(cls, cls.config_class(**{**others, **described, **of_data}))
     return model
 
 
-def _special_tokens(tokenization: Tokenization) -> dict[str, int | None]:
-    """The numbers of special tokens; a config's own defaults are those of another tokenizer."""
+def _built(cls: Any, config: Any) -> PreTrainedModel:
+    """A new model, on torch's meta device where networks are sketched."""
+    if is_sketched():
+        try:
+            with torch.device("meta"):
+                sketched: PreTrainedModel = cls(config)
+            return sketched
+        except (RuntimeError, NotImplementedError):  # some look at values while they are built
+            sketched = cls(config).to("meta")
+            sketched.tie_weights()
+            return sketched
+    model: PreTrainedModel = cls(config)
+    return model
+
+
+def _special_tokens(tokenization: Tokenization, padding: int | None) -> dict[str, int | None]:
+    """The numbers of special tokens; a config's own defaults are those of another tokenizer.
+
+    Args:
+        tokenization: The tokenizer.
+        padding: That which the config takes for padding by itself. It stays where the tokenizer has none, as some
+            models are not built without; no token is taken for padding all the same, see `TokenNetwork`.
+    """
     tokenizer = tokenization.tokenizer
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+    found = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+    if found["pad_token_id"] is None and padding is not None and 0 <= padding < tokenization.num_ids:
+        found["pad_token_id"] = padding
+    return found
 
 
 def _check_known(cls: Any, described: Mapping[str, Any]) -> None:
@@ -134,9 +168,7 @@ def _load(files: ModelFiles, component: str, cls: Any) -> PreTrainedModel:
     folder = files.folder / component
     if is_sketched():
         files.fetch(f"{prefix}{CONFIG}")
-        with torch.device("meta"):
-            sketched: PreTrainedModel = cls(AutoConfig.from_pretrained(folder, local_files_only=True))
-        return sketched
+        return _built(cls, AutoConfig.from_pretrained(folder, local_files_only=True))
     weights = encoder_weights(files, component)
     for name in (CONFIG, *weights.files, *([weights.index] if weights.index else [])):
         files.fetch(f"{prefix}{name}")
