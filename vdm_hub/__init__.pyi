@@ -71,9 +71,11 @@ from .errors import VDMHubError as VDMHubError
 # What training minimises, and what evaluation measures.
 from .evaluation.evaluate import evaluate as evaluate
 from .fields import check_fields as check_fields
+from .files import written_beside as written_beside
 from .fields import option as option
 from .evaluation.measuring import ReplicateStages as ReplicateStages
 from .evaluation.measuring import measure_images as measure_images
+from .evaluation.provenance import weights_fingerprint as weights_fingerprint
 from .data.levels import images_from_levels as images_from_levels
 from .data.levels import levels_from_images as levels_from_images
 from .likelihood.profiles import transition_profile as transition_profile

@@ -113,6 +113,13 @@ class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
         z_0, gamma, unused = self._as_first_latent(y)
         return -FactorisedDecoder().negative_log_likelihood(levels, z_0, gamma, unused, unused, self.scaling)
 
+    def decode_levels(self, y: Tensor) -> Tensor:
+        """``log p(x|y)`` of every level, (B, C, H, W, K), nats, normalised over K."""
+        z_0, gamma, _ = self._as_first_latent(y)
+        values = self.scaling.encode(torch.arange(self.num_levels, device=y.device), z_0.dtype)
+        away = (z_0 / alpha(gamma)).unsqueeze(-1) - values
+        return (-0.5 * torch.exp(-gamma).unsqueeze(-1) * away**2).log_softmax(-1)
+
     def draw_levels(self, y: Tensor, generator: Generator = None) -> Tensor:
         """Levels drawn from ``p(x|y)``."""
         z_0, gamma, unused = self._as_first_latent(y)

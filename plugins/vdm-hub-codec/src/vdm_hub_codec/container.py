@@ -1,0 +1,91 @@
+"""The file: who made it and how, the blocks, and a checksum of all.
+
+    VDMZ | version, 1 byte | length of the description, 4 bytes | the description, JSON, compressed |
+    the blocks' words, 4 bytes each | CRC-32 of everything before, 4 bytes
+
+All whole numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vdm_hub import DataError
+from vdm_hub_codec.blocks import Block
+from vdm_hub_codec.decisions import Note
+
+MAGIC, VERSION = b"VDMZ", 1
+_HEAD = struct.Struct("<4sBI")
+_MOST = 1 << 26
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a file holds.
+
+    Attributes:
+        model: The name of the model that made it.
+        fingerprint: Of the model's weights and config.
+        coder: How it is read: what the coder needs to know beside the model, as plain JSON.
+        blocks: The blocks.
+    """
+
+    model: str
+    fingerprint: str
+    coder: dict[str, Any]
+    blocks: Sequence[Block] = field(default_factory=list)
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        blocks = [[one.count, one.batches, len(one.words), one.check, *map(list, one.notes)] for one in self.blocks]
+        described = {"m": self.model, "f": self.fingerprint, "c": self.coder, "b": blocks}
+        packed = zlib.compress(json.dumps(described, separators=(",", ":")).encode(), 9)
+        words = b"".join(one.words.astype("<u4").tobytes() for one in self.blocks)
+        whole = _HEAD.pack(MAGIC, VERSION, len(packed)) + packed + words
+        return whole + struct.pack("<I", zlib.crc32(whole))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Container:
+        """The content of a file.
+
+        Raises:
+            DataError: It is none, of another version, cut off, or damaged.
+        """
+        if data[:4] != MAGIC:
+            raise DataError(
+                "the file is none that `vdm-hub compress` makes (it does not begin with VDMZ): name another."
+            )
+        if len(data) < _HEAD.size + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+            raise DataError(
+                "the file is damaged or cut off, as its checksum is not that of its content: get a whole copy. "
+                "Nothing is decoded."
+            )
+        _, version, length = _HEAD.unpack(data[: _HEAD.size])
+        if version != VERSION:
+            raise DataError(
+                f"the file is of version {version}, and this package reads version {VERSION}: update vdm-hub-codec."
+            )
+        try:
+            return cls._read(data[_HEAD.size : _HEAD.size + length], data[_HEAD.size + length : -4])
+        except (ValueError, KeyError, TypeError, zlib.error) as error:
+            raise DataError(f"the file can't be read ({error}): it was not made by `vdm-hub compress`.") from error
+
+    @classmethod
+    def _read(cls, packed: bytes, words: bytes) -> Container:
+        unpacking = zlib.decompressobj()
+        described = json.loads(unpacking.decompress(packed, _MOST))
+        content, blocks, place = np.frombuffer(words, "<u4"), [], 0
+        for count, batches, length, check, *notes in described["b"]:
+            part = content[place : place + length].astype(np.uint32)
+            blocks.append(Block(count, batches, part, check, [Note(*note) for note in notes]))
+            place += length
+        if place != len(content):
+            raise ValueError("its blocks are not as long as they are said to be")
+        return cls(described["m"], described["f"], described["c"], blocks)

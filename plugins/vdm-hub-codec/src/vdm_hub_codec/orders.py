@@ -1,0 +1,137 @@
+"""Masked models without bits back: sites are coded in a fixed order, each under what the model says of it.
+
+From left to right, so many sites an evaluation: the length is the likelihood of the sampler that opens them so,
+``vdm_hub_tokens.ExactOrder``. Windows whose given tokens are known are coded together; one that is given a part of the
+window before it waits for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import constriction  # type: ignore[import-untyped]
+import numpy as np
+import torch
+from torch import Tensor
+
+from vdm_hub import TokenPipeline, TokenWindows, VDMObjective
+from vdm_hub_codec.blocks import Block, OtherNumbersError, checksum
+from vdm_hub_codec.decisions import Decisions, Integers
+from vdm_hub_codec.stack import chosen_under, weights_of
+
+
+@dataclass
+class OrderCoder:
+    """Codes windows of tokens by a masked model.
+
+    Attributes:
+        objective: The model, in float64.
+        mask_id: What stands for a masked site.
+        sites_at_once: Sites that are coded by one evaluation.
+        batch_size: Windows at once in the network.
+    """
+
+    objective: VDMObjective
+    mask_id: int
+    sites_at_once: int
+    batch_size: int
+    evaluations: int = 0
+    ideal: float = 0.0
+
+    def encode(self, windows: TokenWindows) -> Block:
+        """All windows of a text."""
+        encoder, decisions = constriction.stream.queue.RangeEncoder(), Decisions()
+
+        def code(weights: Integers, values: Integers) -> Integers:
+            encoder.encode(values.astype(np.int32), *chosen_under(weights))
+            share = weights[np.arange(len(values)), values] / weights.sum(1)
+            self.ideal -= float(np.log2(share).sum())
+            return values
+
+        tokens = windows.tokens.long()
+        self._go_through(windows, tokens, code, decisions)
+        levels = tokens.numpy()
+        return Block(len(levels), [], encoder.get_compressed(), checksum(levels), decisions.notes)
+
+    def decode(self, block: Block, empty: TokenWindows) -> Tensor:
+        """The tokens of a text, (N,).
+
+        Args:
+            block: The text.
+            empty: As many tokens, of any value, cut into windows as the text was.
+
+        Raises:
+            DataError: They are not what was encoded.
+        """
+        decoder = constriction.stream.queue.RangeDecoder(block.words)
+        tokens = torch.zeros_like(empty.tokens, dtype=torch.int64)
+
+        def code(weights: Integers, values: Integers) -> Integers:
+            found: Integers = decoder.decode(*chosen_under(weights)).astype(np.int64)
+            return found
+
+        self._go_through(empty, tokens, code, Decisions.of(block.notes))
+        if checksum(tokens.numpy()) != block.check:
+            raise OtherNumbersError
+        return tokens
+
+    def _go_through(
+        self, windows: TokenWindows, tokens: Tensor, code: Callable[[Integers, Integers], Integers], by: Decisions
+    ) -> None:
+        """Code all windows, whose tokens are put in their places as they become known."""
+        starts, given = windows.places
+        place = 0
+        while place < len(starts):
+            wave = 1
+            while place + wave < len(starts) and int(given[place + wave]) == 0:
+                wave += 1
+            numbers = torch.arange(place, place + wave)
+            self._wave(windows, tokens, numbers, code, by)
+            place += wave
+
+    def _wave(
+        self,
+        windows: TokenWindows,
+        tokens: Tensor,
+        numbers: Tensor,
+        code: Callable[[Integers, Integers], Integers],
+        by: Decisions,
+    ) -> None:
+        """Code windows together, whose given tokens are known."""
+        length, starts = windows.cut.length, windows.places[0][numbers]
+        batch = windows.take(numbers)
+        known = batch.get("given", torch.zeros_like(batch["levels"], dtype=torch.bool)).clone()
+        sites = (starts[:, None] + torch.arange(length)).clamp(max=len(tokens) - 1)
+        to_open = (~known).sum(1)
+        while bool((~known).any()):
+            masked = ~known
+            next_ones = masked & (masked.cumsum(1) <= self.sites_at_once)
+            rows = next_ones.any(1).nonzero().flatten()
+            z = torch.where(masked, self.mask_id, tokens[sites])[rows]
+            told = {name: value[rows] for name, value in batch.items() if name not in ("levels", "given")}
+            probabilities = self._probabilities(z, masked[rows].sum(1) / to_open[rows], told, next_ones[rows])
+            row, column = next_ones.nonzero().unbind(1)
+            images = numbers[row].numpy()
+            weights = weights_of(probabilities[:, None], 0, images * length + column.numpy(), by)
+            where = sites[row, column]
+            tokens[where] = torch.from_numpy(code(weights, tokens[where].numpy()))
+            known |= next_ones
+
+    def _probabilities(self, z: Tensor, lost: Tensor, told: dict[str, Tensor], chosen: Tensor) -> np.ndarray:
+        """Of the values of the chosen sites, (n, K)."""
+        found = []
+        for part in torch.arange(len(z)).split(self.batch_size):
+            batch = {"levels": z[part], **{name: value[part] for name, value in told.items()}}
+            timestep = lost[part].double() * (self.objective.process.num_train_timesteps - 1)
+            with torch.no_grad():
+                logits = self.objective.network_on(batch)(z[part], timestep)
+            self.evaluations += len(part)
+            found.append(torch.softmax(logits[chosen[part]].double(), -1))
+        return torch.cat(found).cpu().numpy()
+
+
+def windows_like(pipeline: TokenPipeline, count: int, length: int, context: int) -> TokenWindows:
+    """So many unknown tokens, cut into windows."""
+    zeros = torch.zeros(count, dtype=torch.int32)
+    return TokenWindows(zeros, zeros, pipeline.tokenization, replace(pipeline.cut, length=length, context=context))
