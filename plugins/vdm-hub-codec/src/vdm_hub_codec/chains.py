@@ -85,8 +85,17 @@ class Chain:
             return _of_latents(pipeline, transitions)
         if isinstance(pipeline, VDMPipeline):
             objective = copy.deepcopy(pipeline.objective(transitions)).double().eval()
-            return _of_hierarchy(as_hierarchical_vae(objective, pipeline.image_shape))
+            return cls.of_objective(objective, pipeline.image_shape)
         raise ConfigurationError(f"{type(pipeline).__name__} has no chain of latents that files are made with.")
+
+    @classmethod
+    def of_objective(cls, objective: VDMObjective, image_shape: tuple[int, int, int]) -> Chain:
+        """That of a VDM's bound with a number of transitions, in float64.
+
+        Raises:
+            ConfigurationError: It has no such form: see `vdm_hub.as_hierarchical_vae`.
+        """
+        return _of_hierarchy(as_hierarchical_vae(objective, image_shape))
 
 
 def _of_hierarchy(model: MarkovianHVAE) -> Chain:

@@ -172,7 +172,7 @@ class Stack:
         distribution = _MODEL.Uniform(1 << 16)
         found = self._coder.decode(distribution, words)
         # The legacy generator, whose stream never changes.
-        mask = np.frombuffer(np.random.RandomState(seed).bytes(2 * words), "<u2").astype(np.int32)  # noqa: NPY002
+        mask = np.frombuffer(np.random.RandomState(seed).bytes(2 * words), "<u2").astype(np.int32)
         self._coder.encode_reverse(found ^ mask, distribution)
 
     def pop_normals(self, normals: Normals, *, anywhere: bool = False) -> Integers:
