@@ -202,8 +202,8 @@ def test_damage_behind_a_right_checksum_is_refused_too() -> None:
     """As a machine with other numbers would find it: nothing is decoded to something else silently."""
     pipe, data = made("linear"), levels(4)
     whole, _ = encode(pipe, data, transitions=T)
-    length = struct.unpack("<I", whole[5:9])[0]
-    for place in range(9 + length, len(whole) - 4, 97):
+    length = struct.unpack("<I", whole[17:21])[0]
+    for place in range(21 + length, len(whole) - 4, 97):
         other = bytearray(whole[:-4])
         other[place] ^= 0x10
         with pytest.raises(DataError):

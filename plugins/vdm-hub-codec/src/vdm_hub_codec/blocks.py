@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -44,17 +44,41 @@ class Block:
 
     Attributes:
         count: How many data.
-        batches: How many of them were coded together, one after the other; those before them as they are.
+        started: How many of them, the first, are there as they are.
+        most: How many of the others were coded together, at most: see `batches`.
         words: The stack's content, uint32.
         check: CRC-32 of the data.
         notes: Of values near an edge.
     """
 
     count: int
-    batches: list[int]
+    started: int
+    most: int
     words: np.ndarray
     check: int
     notes: list[Note]
+
+    @property
+    def batches(self) -> list[int]:
+        """How many data were coded together, one batch after the other, behind those that are there as they are.
+
+        A batch is half of what is there already: its latents take up bits of it.
+        """
+        return batches_of(self.count, self.started, self.most)
+
+
+def batches_of(count: int, started: int, most: int) -> list[int]:
+    """See `Block.batches`.
+
+    >>> batches_of(20, 2, 4)
+    [1, 1, 2, 3, 4, 4, 3]
+    """
+    sizes: list[int] = []
+    done = started
+    while done < count:
+        sizes.append(min(most, max(done // 2, 1), count - done))
+        done += sizes[-1]
+    return sizes
 
 
 @dataclass
@@ -73,6 +97,10 @@ class Lengths:
     pushed: float = 0.0
     started: int = 0
     evaluations: int = 0
+
+    def __add__(self, other: Lengths) -> Lengths:
+        """Those of two blocks together."""
+        return Lengths(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
 def widths_of(chain: Chain, levels: Integers) -> list[int]:
@@ -107,28 +135,22 @@ class Coder:
     lengths: Lengths = field(default_factory=Lengths)
 
     def encode(self, levels: Integers) -> Block:
-        """A block of data, (N, *shape)."""
-        stack, decisions, batches = Stack(), Decisions(), []
-        place, started = 0, 0
-        while place < len(levels):
-            kept, notes = stack.copy(), list(decisions.notes)
-            size = self._fitting(stack, levels, place)
-            while size:
-                try:
-                    self._push(stack, levels[place : place + size], np.arange(place, place + size), decisions)
-                    batches.append(size)
+        """A block of data, (N, *shape): as few as they are as leave bits enough for the others."""
+        for started in range(1, len(levels) + 1):
+            stack, decisions, lengths = Stack(), Decisions(), Lengths(started=started)
+            stack.push_levels(levels[:started], self.chain.num_levels)
+            lengths.as_they_are = stack.bits
+            place = started
+            try:
+                for size in batches_of(len(levels), started, self.batch_size):
+                    numbers = np.arange(place, place + size)
+                    self._push(stack, levels[place : place + size], numbers, decisions, lengths)
                     place += size
-                    break
-                except ExhaustedError:
-                    stack, decisions.notes, size = kept.copy(), list(notes), size // 2
-            else:
-                assert place == started
-                before = stack.bits
-                stack.push_levels(levels[place], self.chain.num_levels)
-                self.lengths.as_they_are += stack.bits - before
-                self.lengths.started += 1
-                place, started = place + 1, started + 1
-        return Block(len(levels), batches, stack.words(), checksum(levels), decisions.notes)
+            except ExhaustedError:
+                continue
+            self.lengths += lengths
+            return Block(len(levels), started, self.batch_size, stack.words(), checksum(levels), decisions.notes)
+        raise AssertionError("no batch is left where all data are there as they are")
 
     def decode(self, block: Block) -> Integers:
         """The data of a block.
@@ -141,25 +163,13 @@ class Coder:
         for batch in reversed(block.batches):
             found.append(self._pop(stack, np.arange(end - batch, end), decisions))
             end -= batch
-        for _ in range(end):
-            found.append(stack.pop_levels(size, self.chain.num_levels).reshape(1, *self.chain.shape))
+        found.append(stack.pop_levels(block.started * size, self.chain.num_levels).reshape(-1, *self.chain.shape))
         levels = np.concatenate(found[::-1])
         if stack.words().size or checksum(levels) != block.check:
             raise OtherNumbersError
         return levels
 
-    def _fitting(self, stack: Stack, levels: Integers, place: int) -> int:
-        """How many data may be coded together: those whose latents the stack has bits for."""
-        one = self._bits_to_start(levels[place : place + 1])
-        return min(self.batch_size, len(levels) - place, int(stack.bits / one))
-
-    def _bits_to_start(self, levels: Integers) -> float:
-        """About those of the first two latents of a datum."""
-        _, scale = in_parts(self.chain.up[0], torch.from_numpy(levels), 1)
-        first = np.log2(4.2 * scale / 2.0 ** self.exponents[0] + 1).sum()
-        return 1.3 * 2 * float(first) + 512
-
-    def _push(self, stack: Stack, levels: Integers, images: Integers, by: Decisions) -> None:
+    def _push(self, stack: Stack, levels: Integers, images: Integers, by: Decisions, lengths: Lengths) -> None:
         chain, below, bins = self.chain, torch.from_numpy(levels), levels
         before, ideal, under = stack.bits, 0.0, 0
         for t in range(1, chain.depth + 1):
@@ -179,9 +189,9 @@ class Coder:
             below, bins, under = z, above, t
         stack.push_normals(bins, self._prior(bins, under, images, by), anywhere=True)
         ideal -= _log2_density(below, np.zeros(bins.shape), np.ones(bins.shape))
-        self.lengths.chain += ideal
-        self.lengths.pushed += stack.bits - before
-        self.lengths.evaluations += chain.depth * len(levels)
+        lengths.chain += ideal
+        lengths.pushed += stack.bits - before
+        lengths.evaluations += chain.depth * len(levels)
 
     def _pop(self, stack: Stack, images: Integers, by: Decisions) -> Integers:
         chain, depth = self.chain, self.chain.depth

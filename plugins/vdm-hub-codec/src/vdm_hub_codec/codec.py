@@ -151,7 +151,8 @@ def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, p
     if container.coder["kind"] == "order":
         return _decode_text(pipeline, container, batch_size)
     chain = Chain.of(pipeline, container.coder["transitions"])
-    coder = Coder(chain, container.coder["widths"], batch_size)
+    widths = container.coder.get("widths") or _usual_widths(chain)
+    coder = Coder(chain, widths, batch_size)
     found = [coder.decode(one) for one in tqdm(container.blocks, desc="decoding", unit="block", disable=not progress)]
     return torch.from_numpy(np.concatenate(found))
 
@@ -199,9 +200,16 @@ def _encode_images(
     size = block or len(whole)
     pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
     blocks = [coder.encode(one) for one in tqdm(pieces, desc="encoding", unit="block", disable=not progress)]
-    how = {"kind": "latents", "transitions": transitions, "widths": list(coder.exponents)}
+    how: dict[str, Any] = {"kind": "latents", "transitions": transitions}
+    if coder.exponents != _usual_widths(chain):
+        how["widths"] = list(coder.exponents)
     parts = _Parts(coder.lengths, len(whole), whole.size, blocks, transitions)
     return Container(name, fingerprint_of(pipeline), how, blocks), parts
+
+
+def _usual_widths(chain: Chain) -> list[int]:
+    """The bins' widths where they do not depend on the data, as those of a VDM; a file says them where they do."""
+    return widths_of(chain, np.zeros((1, *chain.shape), dtype=np.int64))
 
 
 # ---- texts in an order ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The file: who made it and how, the blocks, and a checksum of all.
 
-    VDMZ | version, 1 byte | length of the description, 4 bytes | the description, JSON, compressed |
-    the blocks' words, 4 bytes each | CRC-32 of everything before, 4 bytes
+    VDMZ | version, 1 byte | the model's fingerprint, 12 bytes | length of the description, 4 bytes |
+    the description, JSON, deflated | the blocks' words, 4 bytes each | CRC-32 of everything before, 4 bytes
 
 All whole numbers are little-endian.
 """
@@ -22,7 +22,7 @@ from vdm_hub_codec.blocks import Block
 from vdm_hub_codec.decisions import Note
 
 MAGIC, VERSION = b"VDMZ", 1
-_HEAD = struct.Struct("<4sBI")
+_HEAD = struct.Struct("<4sB12sI")
 _MOST = 1 << 26
 
 
@@ -44,11 +44,14 @@ class Container:
 
     def to_bytes(self) -> bytes:
         """The file."""
-        blocks = [[one.count, one.batches, len(one.words), one.check, *map(list, one.notes)] for one in self.blocks]
-        described = {"m": self.model, "f": self.fingerprint, "c": self.coder, "b": blocks}
-        packed = zlib.compress(json.dumps(described, separators=(",", ":")).encode(), 9)
+        blocks = [
+            [one.count, one.started, one.most, len(one.words), one.check, *map(list, one.notes)] for one in self.blocks
+        ]
+        described = {"m": self.model, **self.coder, "b": blocks}
+        deflating = zlib.compressobj(9, wbits=-15)
+        packed = deflating.compress(json.dumps(described, separators=(",", ":")).encode()) + deflating.flush()
         words = b"".join(one.words.astype("<u4").tobytes() for one in self.blocks)
-        whole = _HEAD.pack(MAGIC, VERSION, len(packed)) + packed + words
+        whole = _HEAD.pack(MAGIC, VERSION, bytes.fromhex(self.fingerprint), len(packed)) + packed + words
         return whole + struct.pack("<I", zlib.crc32(whole))
 
     @classmethod
@@ -67,25 +70,26 @@ class Container:
                 "the file is damaged or cut off, as its checksum is not that of its content: get a whole copy. "
                 "Nothing is decoded."
             )
-        _, version, length = _HEAD.unpack(data[: _HEAD.size])
+        _, version, fingerprint, length = _HEAD.unpack(data[: _HEAD.size])
         if version != VERSION:
             raise DataError(
                 f"the file is of version {version}, and this package reads version {VERSION}: update vdm-hub-codec."
             )
         try:
-            return cls._read(data[_HEAD.size : _HEAD.size + length], data[_HEAD.size + length : -4])
+            place = _HEAD.size + length
+            return cls._read(fingerprint.hex(), data[_HEAD.size : place], data[place:-4])
         except (ValueError, KeyError, TypeError, zlib.error) as error:
             raise DataError(f"the file can't be read ({error}): it was not made by `vdm-hub compress`.") from error
 
     @classmethod
-    def _read(cls, packed: bytes, words: bytes) -> Container:
-        unpacking = zlib.decompressobj()
-        described = json.loads(unpacking.decompress(packed, _MOST))
+    def _read(cls, fingerprint: str, packed: bytes, words: bytes) -> Container:
+        coder = json.loads(zlib.decompressobj(wbits=-15).decompress(packed, _MOST))
+        model, described = coder.pop("m"), coder.pop("b")
         content, blocks, place = np.frombuffer(words, "<u4"), [], 0
-        for count, batches, length, check, *notes in described["b"]:
+        for count, started, most, length, check, *notes in described:
             part = content[place : place + length].astype(np.uint32)
-            blocks.append(Block(count, batches, part, check, [Note(*note) for note in notes]))
+            blocks.append(Block(count, started, most, part, check, [Note(*note) for note in notes]))
             place += length
         if place != len(content):
             raise ValueError("its blocks are not as long as they are said to be")
-        return cls(described["m"], described["f"], described["c"], blocks)
+        return cls(model, fingerprint, coder, blocks)

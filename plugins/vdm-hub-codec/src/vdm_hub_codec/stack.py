@@ -93,7 +93,7 @@ class Stack:
     >>> images = np.arange(1)
     >>> normals = Normals.decided(np.array([[0.3, -2.0]]), np.ones((1, 2)), 0.25, (1, True), images, Decisions())
     >>> coder = Stack()
-    >>> coder.push_levels(np.arange(64) % 17, 17)
+    >>> coder.push_levels(np.arange(256) % 17, 17)
     >>> before = coder.words().tolist()
     >>> bins = coder.draw_normals(normals, seed=0)
     >>> coder.undraw_normals(bins, normals, seed=0)
