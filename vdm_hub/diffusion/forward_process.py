@@ -88,6 +88,21 @@ class BoundProcess(ABC):
             f"the reverse step of {type(self).__name__} is not Gaussian, so it has no kernel: draw from it by step()."
         )
 
+    def transition_probabilities(self, z_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """``q(z_t|z_s)`` of each value, (B, *data, K), of a process whose latents are values of the data.
+
+        Raises:
+            ConfigurationError: Its latents are others.
+        """
+        raise ConfigurationError(f"the latents of {type(self).__name__} are no values with probabilities.")
+
+    def reverse_probabilities(self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """``p(z_s|z_t)`` of each value, (B, *data, K), of which `reverse_step` is a draw.
+
+        ``output`` is the prediction at ``z_t``. See `transition_probabilities`.
+        """
+        raise ConfigurationError(f"the latents of {type(self).__name__} are no values with probabilities.")
+
     @abstractmethod
     def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
         """Levels from ``p(x|z_0)``, int64."""
@@ -101,6 +116,10 @@ class ForwardProcess(nn.Module, ABC):
 
     example_shape: tuple[int, ...] = (1, 8, 8)
     """Of a datum, without the batch, that the conformance kit may put it under its laws with."""
+
+    has_discrete_latents: bool = False
+    """Whether z_0 is the data, and each latent values of theirs, any alike at t = 1: then a `BoundProcess` says
+    `BoundProcess.transition_probabilities` and `BoundProcess.reverse_probabilities`."""
 
     has_weights: bool = False
     """Whether it holds parameters, beside its noise schedule's, that no config can hold: a pipeline carries it."""

@@ -45,6 +45,7 @@ class BinomialProcess(ForwardProcess):
     """
 
     num_levels = 2
+    has_discrete_latents = True
     example_num_levels = 2
     """For `vdm-hub plugins --check`."""
 
@@ -165,6 +166,15 @@ class BoundBinomial(BoundProcess):
         z_s = torch.where(uniform < flip, -z_t, z_t)
         return z_s, kernels.mean_of_data(z_t, output, lost_t).to(z_t.dtype)
 
+    def transition_probabilities(self, z_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """``q(z_t|z_s)`` of 0 and of 1: a bit is replaced by a coin with probability ``1 - a_t/a_s``."""
+        kept = broadcast(self.process.signal(t) / self.process.signal(s), z_s)
+        return _by_value(z_s, 0.5 * (1 - kept))
+
+    def reverse_probabilities(self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """``p(z_s|z_t)`` of 0 and of 1: see `kernels.flip_probability`."""
+        return _by_value(z_t, kernels.flip_probability(z_t * output, self._lost(s, z_t), self._lost(t, z_t)))
+
     def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
         """The bits themselves: the last transition has drawn them."""
         return self.process.quantise(z_0)
@@ -172,3 +182,9 @@ class BoundBinomial(BoundProcess):
     def _lost(self, t: Tensor, like: Tensor) -> Tensor:
         """``1 - a(t)`` of times (B,) or (), ready to be combined with data."""
         return broadcast(self.process.lost(t), like)
+
+
+def _by_value(z: Tensor, flip: Tensor) -> Tensor:
+    """The probabilities of 0 and of 1, (*z, 2), where z, of -1 and 1, flips with a probability."""
+    one = torch.where(z > 0, 1 - flip, flip)
+    return torch.stack([1 - one, one], -1)

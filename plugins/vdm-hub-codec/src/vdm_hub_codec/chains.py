@@ -1,15 +1,18 @@
 """A model as a chain of latents, ``q(z_1|x) q(z_2|z_1) ...`` upwards and ``p(z_T) ... p(x|z_1)`` down.
 
 A VDM with T transitions is one of T + 1 latents (`vdm_hub.as_hierarchical_vae`), a hierarchical VAE is one as it is,
-and a latent VDM has its first stage's latent below those of its diffusion. All compute in float64.
+and a latent VDM has its first stage's latent below those of its diffusion. A process of discrete values has T latents,
+of K values each. All compute in float64.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,44 +29,94 @@ from vdm_hub import (
     alpha,
     as_hierarchical_vae,
 )
-from vdm_hub_codec.decisions import Floats
+from vdm_hub_codec.decisions import Floats, Integers
+from vdm_hub_codec.distributions import Choices, Distribution, Normal
 
 Gaussian = tuple[Tensor, Tensor]
 """A mean and a scale, the standard deviation, (B, *latent)."""
 
+_BINS_PER_DEVIATION = 2
+"""At least: of the narrower of a latent's two distributions."""
+
 
 @dataclass(frozen=True)
 class Chain:
-    """Latents ``z_1`` to ``z_T`` above data of K levels.
+    """Latents ``z_1`` to ``z_T`` above data ``z_0`` of K levels.
 
     Attributes:
         num_levels: K.
-        shape: Of a datum.
-        shapes: Of each latent, ``z_1`` first.
-        up: ``q(z_t|z_{t-1})`` at ``z_{t-1}``, ``q(z_1|x)`` at the levels.
-        down: ``p(z_t|z_{t+1})`` at ``z_{t+1}``, for t = 1..T-1; ``p(z_T)`` is N(0, 1).
-        levels: ``log p(x|z_1)``, (B, *shape, K).
+        shapes: Of the data, and of each latent, ``z_1`` first.
+        up: ``q(z_t|z_{t-1})`` at ``z_{t-1}``, for t = 1..T.
+        down: ``p(z_{t-1}|z_t)`` at ``z_t``, for t = 1..T.
+        exponents: Of two: each latent's width of a bin; ``None`` where latents are values.
     """
 
     num_levels: int
-    shape: tuple[int, ...]
     shapes: Sequence[tuple[int, ...]]
-    up: Sequence[Callable[[Tensor], Gaussian]]
-    down: Sequence[Callable[[Tensor], Gaussian]]
-    levels: Callable[[Tensor], Tensor]
+    up: Sequence[Callable[[Tensor], Any]]
+    down: Sequence[Callable[[Tensor], Any]]
+    exponents: tuple[int, ...] | None = None
 
     @property
     def depth(self) -> int:
         """T, the number of latents."""
         return len(self.up)
 
+    def q(self, t: int, below: Tensor, size: int) -> Distribution:
+        """``q(z_t|z_{t-1})``, so many data at a time."""
+        return self._distribution(self.up[t - 1], below, size, t)
+
+    def p(self, t: int, above: Tensor, size: int) -> Distribution:
+        """``p(z_t|z_{t+1})``, so many data at a time."""
+        return self._distribution(self.down[t], above, size, t)
+
+    def prior(self, count: int) -> Distribution:
+        """``p(z_T)``: N(0, 1), or all values alike."""
+        size = math.prod(self.shapes[-1])
+        if self.exponents is None:
+            return Choices(np.full((count, size, self.num_levels), 1 / self.num_levels))
+        return Normal(np.zeros((count, size)), np.ones((count, size)), 2.0 ** self.exponents[-1])
+
+    def value(self, numbers: Integers, t: int) -> Tensor:
+        """What networks are given for numbers, (B, n): the levels, or the centres of bins."""
+        width = 1 if t == 0 or self.exponents is None else 2.0 ** self.exponents[t - 1]
+        return torch.from_numpy(numbers * width).reshape(-1, *self.shapes[t])
+
+    def _distribution(self, call: Callable[[Tensor], Any], given: Tensor, size: int, t: int) -> Distribution:
+        with torch.no_grad():
+            parts = [call(part) for part in given.split(size)]
+        if t == 0 or self.exponents is None:
+            return Choices(np.concatenate([part.double().exp().flatten(1, -2).cpu().numpy() for part in parts]))
+        return Normal(*gaussian_of(parts), 2.0 ** self.exponents[t - 1])
+
+    def with_bins_for(self, levels: Integers) -> Self:
+        """The chain with bins that suit some of the data, and the narrower of the two distributions of each latent."""
+        if self.exponents is None:
+            return self
+        below = torch.from_numpy(levels[:8])
+        scales: list[float] = []
+        generator = np.random.default_rng(0)
+        for t in range(1, self.depth + 1):
+            with torch.no_grad():
+                mean, scale = gaussian_of([self.up[t - 1](below)])
+            drawn = mean + scale * generator.standard_normal(mean.shape)
+            z = torch.from_numpy(drawn).reshape(-1, *self.shapes[t])
+            if t > 1:
+                with torch.no_grad():
+                    own = gaussian_of([self.down[t - 1](z)])[1]
+                scales[-1] = min(scales[-1], float(np.quantile(own, 0.05)))
+            scales.append(float(np.quantile(scale, 0.05)))
+            below = z
+        exponents = tuple(math.floor(math.log2(scale / _BINS_PER_DEVIATION)) for scale in scales)
+        return replace(self, exponents=exponents)
+
     @classmethod
     def of(cls, pipeline: LikelihoodPipeline, transitions: int | None = None) -> Chain:
         """The chain of a pipeline, on copies of its modules in float64.
 
         Args:
-            pipeline: Of a VDM, of a latent one, or of a hierarchical VAE.
-            transitions: T of a VDM.
+            pipeline: Of a VDM, of a latent one, of a process of discrete values, or of a hierarchical VAE.
+            transitions: T of what has transitions.
 
         Raises:
             ConfigurationError: It has no such chain.
@@ -84,28 +137,36 @@ class Chain:
         if isinstance(pipeline, LatentVDMPipeline):
             return _of_latents(pipeline, transitions)
         if isinstance(pipeline, VDMPipeline):
-            objective = copy.deepcopy(pipeline.objective(transitions)).double().eval()
-            return cls.of_objective(objective, pipeline.image_shape)
+            return cls.of_objective(pipeline.objective(transitions), pipeline.image_shape)
         raise ConfigurationError(f"{type(pipeline).__name__} has no chain of latents that files are made with.")
 
     @classmethod
-    def of_objective(cls, objective: VDMObjective, image_shape: tuple[int, int, int]) -> Chain:
-        """That of a VDM's bound with a number of transitions, in float64.
+    def of_objective(cls, objective: VDMObjective, shape: tuple[int, ...]) -> Chain:
+        """That of a bound with a number of transitions.
 
         Raises:
-            ConfigurationError: It has no such form: see `vdm_hub.as_hierarchical_vae`.
+            ConfigurationError: The process is neither Gaussian, as `vdm_hub.as_hierarchical_vae` takes it, nor one of
+                discrete values that says its probabilities.
         """
-        return _of_hierarchy(as_hierarchical_vae(objective, image_shape))
+        objective = copy.deepcopy(objective).double().eval()
+        if objective.process.has_discrete_latents:
+            return _of_values(objective, shape)
+        return _of_hierarchy(as_hierarchical_vae(objective, shape))
+
+
+def gaussian_of(parts: Sequence[Gaussian]) -> tuple[Floats, Floats]:
+    """The mean and scale of all parts of a batch, (B, n)."""
+    means, scales = (torch.cat([part[i].expand_as(part[0]).double() for part in parts]).flatten(1) for i in (0, 1))
+    return means.cpu().numpy(), scales.cpu().numpy()
 
 
 def _of_hierarchy(model: MarkovianHVAE) -> Chain:
     return Chain(
         model.num_levels,
-        model.image_shape,
-        model.latent_shapes,
+        [model.image_shape, *model.latent_shapes],
         [lambda x: model.encode(1, model.scale(x, torch.float64)), *_each(model.encode, 2, model.depth + 1)],
-        _each(model.decode, 1, model.depth),
-        model.decode_levels,
+        [model.decode_levels, *_each(model.decode, 1, model.depth)],
+        (0,) * model.depth,
     )
 
 
@@ -125,35 +186,42 @@ def _of_latents(pipeline: LatentVDMPipeline, transitions: int) -> Chain:
         gamma_0 = process.gaussian.schedule(torch.zeros((), dtype=torch.float64)).double()
     return Chain(
         pipeline.num_levels,
-        pipeline.image_shape,
-        [latent, *above.latent_shapes],
+        [pipeline.image_shape, latent, *above.latent_shapes],
         [
             lambda levels: process.posterior(process.encode(levels).double()),
             *_each(above.encode, 1, above.depth + 1),
         ],
         [
+            lambda y: stage.decode_levels(process.unscaled(y)),
             lambda z: (z / alpha(gamma_0), torch.exp(0.5 * gamma_0).expand_as(z)),
             *_each(above.decode, 1, above.depth),
         ],
-        lambda y: stage.decode_levels(process.unscaled(y)),
+        (0,) * (1 + above.depth),
+    )
+
+
+def _of_values(objective: VDMObjective, shape: tuple[int, ...]) -> Chain:
+    """Latents of K values at the times 1/T, .., 1; the last is any of them, each alike."""
+    process, transitions = objective.process, objective.transitions or 1
+    times = torch.arange(transitions + 1, dtype=torch.float64) / transitions
+    network, bound = objective.network_on({"levels": torch.zeros(0)}), process.bind(None, {})[1]
+
+    def up(levels: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return bound.transition_probabilities(process.encode(levels).double(), s, t).log()
+
+    def down(levels: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        z_t = process.encode(levels).double()
+        output = bound.predict(network, z_t, t.expand(len(z_t)))
+        return bound.reverse_probabilities(output, z_t, s, t).log()
+
+    steps = list(itertools.pairwise(times))
+    return Chain(
+        process.num_levels,
+        [shape] * (transitions + 1),
+        [lambda z, s=s, t=t: up(z, s, t) for s, t in steps],  # type: ignore[misc]
+        [lambda z, s=s, t=t: down(z, s, t) for s, t in steps],  # type: ignore[misc]
     )
 
 
 def _each(call: Callable[[int, Tensor], Gaussian], first: int, beyond: int) -> list[Callable[[Tensor], Gaussian]]:
     return [lambda z, t=t: call(t, z) for t in range(first, beyond)]  # type: ignore[misc]
-
-
-def in_parts(call: Callable[[Tensor], Gaussian], batch: Tensor, size: int) -> tuple[Floats, Floats]:
-    """A Gaussian of a batch, so many data at a time, flat, (B, n)."""
-    with torch.no_grad():
-        parts = [call(part) for part in batch.split(size)]
-    means, scales = (torch.cat([part[i].expand_as(part[0]).double() for part in parts]).flatten(1) for i in (0, 1))
-    return means.cpu().numpy(), scales.cpu().numpy()
-
-
-def probabilities_in_parts(call: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> Floats:
-    """The probabilities of all levels, (B, n, K)."""
-    with torch.no_grad():
-        parts = [call(part).double().exp().flatten(1, -2) for part in batch.split(size)]
-    found: Floats = np.concatenate([part.cpu().numpy() for part in parts])
-    return found

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from vdm_hub import (
     TokenWindows,
     weights_fingerprint,
 )
-from vdm_hub_codec.blocks import Block, Coder, Lengths, widths_of
+from vdm_hub_codec.blocks import Block, Coder, Lengths
 from vdm_hub_codec.chains import Chain
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.orders import OrderCoder, windows_like
@@ -150,9 +150,10 @@ def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, p
     check_model(pipeline, container)
     if container.coder["kind"] == "order":
         return _decode_text(pipeline, container, batch_size)
-    chain = Chain.of(pipeline, container.coder["transitions"])
-    widths = container.coder.get("widths") or _usual_widths(chain)
-    coder = Coder(chain, widths, batch_size)
+    chain = _usual(Chain.of(pipeline, container.coder["transitions"]))
+    if "widths" in container.coder:
+        chain = replace(chain, exponents=tuple(container.coder["widths"]))
+    coder = Coder(chain, batch_size)
     found = [coder.decode(one) for one in tqdm(container.blocks, desc="decoding", unit="block", disable=not progress)]
     return torch.from_numpy(np.concatenate(found))
 
@@ -196,20 +197,20 @@ def _encode_images(
     has_process = pipeline.process is not None
     transitions = (transitions or TRANSITIONS) if has_process else transitions
     chain, whole = Chain.of(pipeline, transitions), levels.cpu().numpy().astype(np.int64)
-    coder = Coder(chain, widths_of(chain, whole), batch_size)
+    coder = Coder(chain.with_bins_for(whole), batch_size)
     size = block or len(whole)
     pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
     blocks = [coder.encode(one) for one in tqdm(pieces, desc="encoding", unit="block", disable=not progress)]
     how: dict[str, Any] = {"kind": "latents", "transitions": transitions}
-    if coder.exponents != _usual_widths(chain):
-        how["widths"] = list(coder.exponents)
+    if coder.chain.exponents is not None and coder.chain.exponents != _usual(chain).exponents:
+        how["widths"] = list(coder.chain.exponents)
     parts = _Parts(coder.lengths, len(whole), whole.size, blocks, transitions)
     return Container(name, fingerprint_of(pipeline), how, blocks), parts
 
 
-def _usual_widths(chain: Chain) -> list[int]:
-    """The bins' widths where they do not depend on the data, as those of a VDM; a file says them where they do."""
-    return widths_of(chain, np.zeros((1, *chain.shape), dtype=np.int64))
+def _usual(chain: Chain) -> Chain:
+    """The chain with the bins that a VDM has, whatever the data; a file says those of others."""
+    return chain.with_bins_for(np.zeros((1, *chain.shapes[0]), dtype=np.int64))
 
 
 # ---- texts in an order ----------------------------------------------------------------------------------------------

@@ -24,17 +24,19 @@ Floats = npt.NDArray[np.float64]
 
 
 class Place(NamedTuple):
-    """Where a value belongs: a latent (0 for the data), and which of its numbers it is."""
+    """Where a value belongs: a latent (0 for the data), whether to its q, and which of its numbers it is."""
 
     latent: int
-    role: int
+    of_q: bool
+    which: int
 
 
 class Note(NamedTuple):
     """The whole number that a value near an edge was rounded to."""
 
     latent: int
-    role: int
+    of_q: bool
+    which: int
     image: int
     element: int
     value: int
@@ -45,10 +47,10 @@ class Decisions:
     """Rounds values, and notes those near an edge; with notes, those of the encoder hold.
 
     >>> encoder = Decisions()
-    >>> encoder.rounded(np.array([[0.5 - 1e-12, 1.2]]), Place(1, 0), np.array([7]))
+    >>> encoder.rounded(np.array([[0.5 - 1e-12, 1.2]]), Place(1, True, 0), np.array([7]))
     array([[0, 1]])
     >>> decoder = Decisions.of(encoder.notes)
-    >>> decoder.rounded(np.array([[0.5 + 1e-12, 1.2]]), Place(1, 0), np.array([7]))
+    >>> decoder.rounded(np.array([[0.5 + 1e-12, 1.2]]), Place(1, True, 0), np.array([7]))
     array([[0, 1]])
     """
 
@@ -60,7 +62,7 @@ class Decisions:
         """Those of an encoder."""
         known: dict[Place, list[Note]] = defaultdict(list)
         for note in notes:
-            known[Place(note.latent, note.role)].append(note)
+            known[Place(*note[:3])].append(note)
         return cls(known=dict(known))
 
     def rounded(self, values: Floats, place: Place, images: Integers) -> Integers:

@@ -18,7 +18,10 @@ from torch import Tensor
 from vdm_hub import TokenPipeline, TokenWindows, VDMObjective
 from vdm_hub_codec.blocks import Block, OtherNumbersError, checksum
 from vdm_hub_codec.decisions import Decisions, Integers
-from vdm_hub_codec.stack import chosen_under, weights_of
+from vdm_hub_codec.distributions import Choices, ChoiceSymbols
+
+Code = Callable[[Choices, ChoiceSymbols, Integers], Integers]
+"""What is done with the values of some sites, (n,): encoded, or found."""
 
 
 @dataclass
@@ -43,10 +46,9 @@ class OrderCoder:
         """All windows of a text."""
         encoder, decisions = constriction.stream.queue.RangeEncoder(), Decisions()
 
-        def code(weights: Integers, values: Integers) -> Integers:
-            encoder.encode(values.astype(np.int32), *chosen_under(weights))
-            share = weights[np.arange(len(values)), values] / weights.sum(1)
-            self.ideal -= float(np.log2(share).sum())
+        def code(choices: Choices, symbols: ChoiceSymbols, values: Integers) -> Integers:
+            encoder.encode(values.astype(np.int32), *symbols.model)
+            self.ideal -= choices.log2(values[:, None])
             return values
 
         tokens = windows.tokens.long()
@@ -67,8 +69,8 @@ class OrderCoder:
         decoder = constriction.stream.queue.RangeDecoder(block.words)
         tokens = torch.zeros_like(empty.tokens, dtype=torch.int64)
 
-        def code(weights: Integers, values: Integers) -> Integers:
-            found: Integers = decoder.decode(*chosen_under(weights)).astype(np.int64)
+        def code(choices: Choices, symbols: ChoiceSymbols, values: Integers) -> Integers:
+            found: Integers = decoder.decode(*symbols.model).astype(np.int64)
             return found
 
         self._go_through(empty, tokens, code, Decisions.of(block.notes))
@@ -76,9 +78,7 @@ class OrderCoder:
             raise OtherNumbersError
         return tokens
 
-    def _go_through(
-        self, windows: TokenWindows, tokens: Tensor, code: Callable[[Integers, Integers], Integers], by: Decisions
-    ) -> None:
+    def _go_through(self, windows: TokenWindows, tokens: Tensor, code: Code, by: Decisions) -> None:
         """Code all windows, whose tokens are put in their places as they become known."""
         starts, given = windows.places
         place = 0
@@ -95,7 +95,7 @@ class OrderCoder:
         windows: TokenWindows,
         tokens: Tensor,
         numbers: Tensor,
-        code: Callable[[Integers, Integers], Integers],
+        code: Code,
         by: Decisions,
     ) -> None:
         """Code windows together, whose given tokens are known."""
@@ -113,9 +113,10 @@ class OrderCoder:
             probabilities = self._probabilities(z, masked[rows].sum(1) / to_open[rows], told, next_ones[rows])
             row, column = next_ones.nonzero().unbind(1)
             images = numbers[row].numpy()
-            weights = weights_of(probabilities[:, None], 0, images * length + column.numpy(), by)
+            choices = Choices(probabilities[:, None])
+            symbols = choices.decided(0, False, images * length + column.numpy(), by)
             where = sites[row, column]
-            tokens[where] = torch.from_numpy(code(weights, tokens[where].numpy()))
+            tokens[where] = torch.from_numpy(code(choices, symbols, tokens[where].numpy()))
             known |= next_ones
 
     def _probabilities(self, z: Tensor, lost: Tensor, told: dict[str, Tensor], chosen: Tensor) -> np.ndarray:

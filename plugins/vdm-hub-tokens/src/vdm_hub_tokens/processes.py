@@ -301,6 +301,8 @@ class UniformProcess(TokenProcess):
     tensor([[3., 1.]])
     """
 
+    has_discrete_latents = True
+
     def draw_noise(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> dict[str, Tensor]:
         """Two uniforms a site: whether it changes, and to which of the other values."""
         return {name: uniform_noise(shape, generator, device) for name in ("marginal", "value")}
@@ -346,14 +348,24 @@ class BoundUniform(BoundTokens):
         self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """``z_s`` from the mixture ``p(z_s|z_t)``, and the likeliest data given z_t."""
+        uniforms = uniform_noise(z_t.shape, generator, z_t.device, torch.float64)
+        z_s = kernels.draw_values(self.reverse_probabilities(output, z_t, s, t), uniforms).to(z_t.dtype)
+        logits = output.double()
+        estimate = kernels.log_posterior(z_t, logits, self._level(t, logits)).argmax(-1).to(z_t.dtype)
+        return self._held(z_s), self._held(estimate)
+
+    def transition_probabilities(self, z_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """``q(z_t|z_s)``: a value is replaced by any, each alike, with probability ``1 - alpha_t/alpha_s``."""
+        k = self.process.num_levels
+        kept = broadcast(self.schedule.alpha(t) / self.schedule.alpha(s), z_s).double().unsqueeze(-1)
+        return kept * F.one_hot(z_s.long(), k) + (1 - kept) / k
+
+    def reverse_probabilities(self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """``p(z_s|z_t)``: see `kernels.reverse_probabilities`; float64."""
         logits = output.double()
         at_s, at_t = self._level(s, logits), self._level(t, logits)
         opened = broadcast(self.schedule.opened(s, t).double(), logits)
-        probabilities = kernels.reverse_probabilities(z_t, logits, at_s, at_t, opened)
-        uniforms = uniform_noise(z_t.shape, generator, z_t.device, torch.float64)
-        z_s = kernels.draw_values(probabilities, uniforms).to(z_t.dtype)
-        estimate = kernels.log_posterior(z_t, logits, at_t).argmax(-1).to(z_t.dtype)
-        return self._held(z_s), self._held(estimate)
+        return kernels.reverse_probabilities(z_t, logits, at_s, at_t, opened)
 
     def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
         """The ids themselves: the last transition has drawn them."""
