@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import constriction  # type: ignore[import-untyped]
+import constriction
 import numpy as np
 
 from vdm_hub_codec.decisions import Decisions, Floats, Integers, Place

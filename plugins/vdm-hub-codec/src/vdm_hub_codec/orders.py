@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import constriction  # type: ignore[import-untyped]
+import constriction
 import numpy as np
 import torch
 from torch import Tensor

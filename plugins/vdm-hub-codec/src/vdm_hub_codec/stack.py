@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import constriction  # type: ignore[import-untyped]
+import constriction
 import numpy as np
 
 from vdm_hub_codec.decisions import Integers
