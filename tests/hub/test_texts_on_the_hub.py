@@ -158,6 +158,13 @@ def test_a_reader_without_the_plugin_learns_its_name_before_any_weight_is_asked_
     assert published.asked == []
 
 
+def test_its_id_stands_for_its_tokenizer(published: Published) -> None:
+    words = TokenPipeline.from_pretrained(published.run / "pipeline").tokenization
+    read = "from vdm_hub.data.tokenization import open_tokenizer as read; print(read('me/texts').num_values)"
+    done = published.user.run(str(published.user.python), "-c", read)
+    assert done.stdout.split() == [str(words.num_values)], done.stderr[-4000:]
+
+
 def test_a_published_card_survives_push_to_hub(published: Published) -> None:
     assert published.pushed.decode() == str(published.card)
     assert next(published.repository.history("main")).title == "Upload TokenPipeline"

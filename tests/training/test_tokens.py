@@ -23,7 +23,7 @@ from vdm_hub import TokenPipeline
 from vdm_hub.data.loading import load_data
 from vdm_hub.data.sequences import Cut
 from vdm_hub.data.text_loading import load_windows
-from vdm_hub.data.tokenization import Tokenization
+from vdm_hub.data.tokenization import Tokenization, open_tokenizer
 from vdm_hub.errors import CheckpointError, ConfigurationError, MissingPluginError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.recipes.arguments import Configuration, load_recipe, parse_recipe
@@ -143,6 +143,31 @@ def test_a_masked_language_model_is_tuned(tmp_path: Path) -> None:
     train_here(tmp_path / "run", **given, max_train_steps=2)
     again = start(tmp_path / "again", **given | {"network_from": str(tmp_path / "run")})
     assert not torch.equal(weights(again), weights(run))
+
+
+@pytest.mark.filterwarnings("error:.*time_embedding")
+def test_a_run_stands_for_its_tokenizer_too(tmp_path: Path) -> None:
+    train_here(tmp_path / "run", **fields(tmp_path), max_train_steps=1)
+    vocabulary = TokenPipeline.from_pretrained(tmp_path / "run" / "pipeline").tokenizer.get_vocab()
+    for place in (tmp_path / "run", tmp_path / "run" / "pipeline", tmp_path / "run" / "pipeline" / "tokenizer"):
+        assert open_tokenizer(str(place)).tokenizer.get_vocab() == vocabulary
+    run = str(tmp_path / "run")
+    tuned = start(tmp_path / "tuned", **fields(tmp_path, network_from=run, tokenizer=run))
+    assert torch.equal(weights(tuned), weights(start(tmp_path / "run", **fields(tmp_path, network_from=run))))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_trained_time_embedding_is_taken_over_or_said_to_be_left_out(tmp_path: Path) -> None:
+    train_here(tmp_path / "first", **fields(tmp_path, time_embedding=True, learning_rate=0.1))
+    kept = TokenPipeline.from_pretrained(tmp_path / "first" / "pipeline").time_embedding.state_dict()
+    assert any(bool(value.any()) for name, value in kept.items() if "linear_2" in name)
+    for place in (tmp_path / "first", tmp_path / "first" / "pipeline"):
+        given = fields(tmp_path, network_from=str(place))
+        told = start(tmp_path / "told", **given, time_embedding=True).model.network.time_embedding
+        assert all(torch.equal(value, kept[name]) for name, value in told.state_dict().items())
+        with pytest.warns(UserWarning, match="time_embedding"):
+            left = start(tmp_path / "left", **given)
+        assert left.model.network.time_embedding is None
 
 
 def test_a_tokenizer_without_a_mask_gets_one_and_its_network_a_row(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vdm_hub.errors import ConfigurationError, DataError, VDMHubError, explained, shortened, warn
 from vdm_hub.files import expanded
+from vdm_hub.hub.places import INDEX, pipeline_folder
 from vdm_hub.hub.repositories import open_files
 from vdm_hub.hub.text_files import TOKENIZER_FILE, check_tokenizer_files
 
@@ -24,6 +25,9 @@ MASK, END, UNKNOWN = "[MASK]", "[END]", "[UNK]"
 _MADE_FROM_TEXTS = ("character", "bpe")
 MADE = ("byte", *_MADE_FROM_TEXTS)
 """The tokenizers that are made on the spot."""
+
+TOKENIZER = "tokenizer"
+"""The folder of a pipeline that holds its tokenizer."""
 
 Integers = npt.NDArray[np.int64]
 
@@ -284,10 +288,10 @@ def _of_bytes(texts: Callable[[], Iterable[str]], vocabulary_size: int | None) -
 def open_tokenizer(
     name: str, texts: Callable[[], Iterable[str]] | None = None, vocabulary_size: int | None = None
 ) -> Tokenization:
-    """The tokenizer of a recipe: one of `MADE`, or that of a folder or a Hub id; a mask that is missing is added.
+    """The tokenizer of a recipe: one of `MADE`, or that of a place; a mask that is missing is added.
 
     Args:
-        name: The kind to make, or the place.
+        name: The kind to make; or a folder or a Hub id, of a tokenizer or of a pipeline that has one.
         texts: Gives the training texts, where a tokenizer may be made from them.
         vocabulary_size: Of ``bpe``.
 
@@ -306,14 +310,18 @@ def open_tokenizer(
         return Tokenization(make_tokenizer(name, texts or tuple, vocabulary_size))
     from transformers import AutoTokenizer  # here, as other data need it not
 
-    files = open_files(str(expanded(name)) if expanded(name).is_dir() else name)
-    check_tokenizer_files(files, "")
-    for path in files.names_in(""):
+    place = pipeline_folder(expanded(name))
+    files = open_files(str(place) if place.is_dir() else name)
+    component = TOKENIZER if INDEX in files else ""
+    check_tokenizer_files(files, component)
+    for path in files.names_in(component):
         if TOKENIZER_FILE.fullmatch(path) or path == "config.json":
-            files.fetch(path)
+            files.fetch(f"{component}/{path}" if component else path)
     remedy = f"name {', '.join(MADE)}, or the folder or Hub id of a fast tokenizer of transformers"
     with explained(f"the tokenizer {name} can't be loaded", remedy, ConfigurationError):
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            files.folder / component, trust_remote_code=False, local_files_only=True
+        )
     tokenizer.name_or_path = name
     return Tokenization(with_mask(tokenizer))
 

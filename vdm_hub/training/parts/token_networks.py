@@ -48,9 +48,28 @@ def build_token_network(configuration: Configuration, length: int, tokenization:
     embeddings: Any = token_embeddings(model)
     embeddings.padding_idx = None  # no token is padding, so that each learns
     width = embeddings.weight.shape[1]
+    return TokenNetwork(model, tokenization, _time_embedding(configuration, width))
+
+
+def _time_embedding(configuration: Configuration, width: int) -> TokenTimeEmbedding | None:
+    """What tells the network the timestep, where the recipe has it: that of `network_from`, where this has one."""
+    source, wanted = configuration.model.network_from, configuration.model.time_embedding
+    if source is not None:
+        files = _files_of(source)
+        listed = files.read_json(INDEX).get("time_embedding") if INDEX in files else None
+        was_told = isinstance(listed, list) and any(listed)
+        if was_told and not wanted:
+            warn(
+                f"the network of {source} was trained with a time_embedding, and the recipe has none, so that it is "
+                f"left out: set time_embedding to true to go on with it."
+            )
+        if was_told and wanted and not is_sketched():
+            loaded: TokenTimeEmbedding = TokenTimeEmbedding.from_pretrained(
+                _place_of(source), subfolder="time_embedding"
+            )
+            return loaded
     with torch.device("meta") if is_sketched() else nullcontext():
-        embedding = TokenTimeEmbedding(width) if configuration.model.time_embedding else None
-    return TokenNetwork(model, tokenization, embedding)
+        return TokenTimeEmbedding(width) if wanted else None
 
 
 def _described(configuration: Configuration, length: int, tokenization: Tokenization) -> PreTrainedModel:
@@ -122,8 +141,7 @@ def _check_known(cls: Any, described: Mapping[str, Any]) -> None:
 
 def _trained(source: str, tokenization: Tokenization) -> PreTrainedModel:
     """The model of a folder or a Hub id: of transformers' own, or the network of a pipeline of tokens."""
-    place = pipeline_folder(expanded(source))
-    files = open_files(str(place) if place.is_dir() else source)
+    files = _files_of(source)
     component = "network" if INDEX in files else ""
     prefix = f"{component}/" if component else ""
     if f"{prefix}{CONFIG}" not in files:
@@ -146,6 +164,16 @@ def _trained(source: str, tokenization: Tokenization) -> PreTrainedModel:
             f"which are never used: look whether the tokenizer is its own."
         )
     return model
+
+
+def _files_of(source: str) -> ModelFiles:
+    return open_files(_place_of(source))
+
+
+def _place_of(source: str) -> str:
+    """The folder that a name stands for, a run's its pipeline's; else the name, a Hub id."""
+    place = pipeline_folder(expanded(source))
+    return str(place) if place.is_dir() else source
 
 
 def _class_of(source: str, config: Mapping[str, Any]) -> Any:
