@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ import tiny_tokens
 from runs import ROOT, environment
 from vdm_hub import TokenPipeline
 from vdm_hub.data.tokenization import END, UNKNOWN
+from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.lm_eval.__main__ import register
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -74,7 +77,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def harness(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    places = os.pathsep.join([str(ROOT), str(home / "site-packages")])
+    found = importlib.util.find_spec("lm_eval")
+    beside = [] if found is None or found.origin is None else [str(Path(found.origin).parents[1])]
+    places = os.pathsep.join([str(ROOT), str(home / "site-packages"), *beside])
     variables = environment(PYTHONPATH=places, HF_HOME=str(home / "cache"), HF_DATASETS_OFFLINE="1")
     command = [sys.executable, "-m", "vdm_hub.lm_eval", *words]
     return subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=500, check=False)
@@ -136,6 +141,152 @@ def test_texts_are_written_up_to_the_first_word_to_stop_at(results: dict[str, An
     written = [row["resps"][0][0] for row in results["samples"]["written"]]
     assert len(written) == len(TEXTS) and not any("b" in text for text in written)
     assert all(len(text.replace(UNKNOWN, "?")) <= 10 and END not in text for text in written)
+
+
+# ---- the model itself, asked without the harness's command line -----------------------------------------------------
+
+
+def model(home: Path, **arguments: Any) -> Any:
+    from lm_eval.api.registry import get_model
+
+    register()
+    return get_model("vdm_hub")(pretrained=str(home / "pipeline"), **{"replicates": 2} | arguments)
+
+
+def asked(kind: str, *arguments: tuple[Any, ...], task: str = "t") -> list[Any]:
+    """Requests as the harness makes them, each of a document of its own."""
+    from lm_eval.api.instance import Instance
+
+    return [
+        Instance(request_type=kind, doc={}, arguments=words, idx=0, metadata=(task, number, 1))
+        for number, words in enumerate(arguments)
+    ]
+
+
+@needs_harness
+@pytest.mark.parametrize("lost", ["é", "héllo ☃"])
+def test_texts_that_tokens_do_not_say_have_no_figure_that_the_harness_could_take_for_theirs(
+    home: Path, lost: str
+) -> None:
+    """Of a document the harness makes bits by byte and word itself: it is refused, before anything is measured."""
+    asks = model(home)
+    with pytest.raises(DataError, match=r"1 of 2 texts.*document 1 of the task t.*Take these texts out"):
+        asks.loglikelihood_rolling(asked("loglikelihood_rolling", ("a bad cab",), (lost,)))
+    assert not asks.answers and "loglikelihood_rolling" not in asks.get_model_info()["vdm_hub"]
+
+
+@needs_harness
+def test_a_continuation_that_tokens_do_not_say_is_marked_and_takes_the_bits_by_byte(
+    home: Path, tmp_path: Path
+) -> None:
+    asks = model(home, errors=str(tmp_path / "errors.jsonl"))
+    asks.loglikelihood(asked("loglikelihood", ("a bad ", "cab"), ("a b", "é"), ("ü", "bag")))
+    lines = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
+    assert [line["whole"] for line in lines] == [True, False, True]
+    said = asks.get_model_info()["vdm_hub"]["loglikelihood"]
+    assert (said["texts_not_whole"], said["bits_per_byte"], said["bits_per_byte_standard_error"]) == (1, None, None)
+    notes = " ".join(said["notes"])
+    assert "1 of 7 characters" in notes and "characters of the contexts" in notes
+    asks.loglikelihood(asked("loglikelihood", ("a bad ", "cab")))
+    assert asks.get_model_info()["vdm_hub"]["loglikelihood"]["bits_per_byte"] > 0
+
+
+@needs_harness
+def test_a_context_without_room_is_said_not_to_be_given(home: Path) -> None:
+    asks, text = model(home), "abcdefgabc"
+    (answer,) = asks.loglikelihood(asked("loglikelihood", ("fed a gab", text)))
+    assert answer[0] == asks.loglikelihood_rolling(asked("loglikelihood_rolling", (text,)))[0]
+    (note,) = asks.get_model_info()["vdm_hub"]["loglikelihood"]["notes"]
+    assert "nothing was given" in note
+
+
+@needs_harness
+def test_samples_are_draws_of_their_own_that_come_again_and_likeliest_texts_are_the_same(home: Path) -> None:
+    options = {"until": [], "max_gen_toks": 24, "do_sample": True, "temperature": 1.0}
+    asks = model(home, num_inference_steps=4)
+    (one,) = asked("generate_until", ("fed", options))
+    drawn = asks.generate_until([one, one, *asked("generate_until", ("fed", options), task="u")])
+    assert len(set(drawn)) == 3 and drawn == asks.generate_until(
+        [one, one, *asked("generate_until", ("fed", options), task="u")]
+    )
+    likeliest = asks.generate_until(asked("generate_until", *[("fed", {"until": [], "max_gen_toks": 8})] * 2))
+    assert len(set(likeliest)) == 1
+
+
+@needs_harness
+@torch.no_grad()
+def test_the_parts_of_a_text_are_draws_of_their_own(home: Path) -> None:
+    """Half a window at a time, of a network to which all letters are alike: the same draws would be the same text."""
+    asks = model(home, num_inference_steps=4)
+    for weight in asks.pipeline.network.parameters():
+        torch.nn.init.zeros_(weight)
+    asks.pipeline.network.cls.predictions.bias[len(tiny_tokens.LETTERS) :] = -100
+    options = {"until": [], "max_gen_toks": 40, "do_sample": True, "temperature": 1.0}
+    (text,) = asks.generate_until(asked("generate_until", ("fed", options)))
+    half = tiny_tokens.LENGTH // 2
+    parts = [text[start : start + half] for start in range(0, 40, half)]
+    assert len(text) == 40 and len(set(parts)) > len(parts) // 2
+
+
+@needs_harness
+@torch.no_grad()
+def test_the_likeliest_continuation_is_opened_from_left_to_right(home: Path, pipe: TokenPipeline) -> None:
+    """An exact oracle: the network itself, a token at a time, the others masked."""
+    words, called = pipe.tokenization, pipe.token_network()
+    context, found = "fed", list[int]()
+    for left in range(4, 0, -1):
+        seen = torch.tensor([[*words.encode(context).levels.tolist(), *found, *[words.num_values] * left]])
+        found.append(int(called(seen, torch.zeros(1))[0][0, len(context) + len(found)].argmax()))
+    likeliest = words.decode(found)
+    others = {likeliest[:place] + letter + likeliest[place + 1 :] for place in range(4) for letter in "ab"} - {
+        likeliest
+    }
+    for size in (1, 3, 32):
+        asks = model(home, greedy=True, batch_size=size, replicates=1)
+        said = asks.loglikelihood(
+            asked("loglikelihood", (context, likeliest), *[(context, other) for other in others])
+        )
+        assert [greedy for _, greedy in said] == [True] + [False] * len(others)
+    unsure = asks.loglikelihood(asked("loglikelihood", (context, "é"), (context, "abcdefgab"), (context, "")))
+    assert [greedy for _, greedy in unsure] == [False, False, True]
+
+
+@needs_harness
+def test_generated_texts_say_what_of_their_contexts_was_not_given(home: Path) -> None:
+    asks, options = model(home, num_inference_steps=2), {"until": [], "max_gen_toks": 2}
+    asks.generate_until(asked("generate_until", ("fé", options), ("a bad cab faced", options), ("a", options)))
+    first, second = asks.get_model_info()["vdm_hub"]["generate_until"]["notes"]
+    assert "1 of 18 characters" in first and "1 of 3 contexts" in second
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"errors": "/nonexistent/x.jsonl"}, "x.jsonl"),
+        ({"batch_size": "x"}, "batch_size is 'x'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"device": "nope"}, "nope"),
+        ({"greedy": "perhaps"}, "greedy is 'perhaps'"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_is_measured(
+    home: Path, arguments: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(named)):
+        model(home, **arguments)
+
+
+@needs_harness
+def test_half_of_a_pair_of_surrogates_is_refused_in_every_request(home: Path) -> None:
+    asks, options = model(home), {"until": [], "max_gen_toks": 2}
+    for kind, words in {
+        "loglikelihood_rolling": ("\ud800",),
+        "loglikelihood": ("\ud800", "a"),
+        "generate_until": ("\ud800", options),
+    }.items():
+        with pytest.raises(DataError, match="ud800"):
+            getattr(asks, kind)(asked(kind, words))
 
 
 @needs_harness

@@ -15,7 +15,7 @@ from torch import Tensor
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.examples import Examples
 from vdm_hub.data.kinds import TOKENS, Units
-from vdm_hub.data.tokenization import Tokenization
+from vdm_hub.data.tokenization import Encoded, Tokenization
 from vdm_hub.errors import ConfigurationError, DataError, warn
 from vdm_hub.hub.schemas import Record, Within
 
@@ -343,11 +343,25 @@ def encode_texts(
         tokens += [encoded.levels, _end_of(end, end)]
         sizes += [encoded.sizes, _end_of(end, 0)]
     if not tokens or not sum(len(part) for part in tokens[::2]):
-        raise DataError("the texts have no tokens: give some that are not empty.")
+        raise _no_tokens(found["characters"])
     if not (found["documents"] > 1 if ends is None else ends):
         tokens, sizes = tokens[::2], sizes[::2]
     joined, counted = (torch.from_numpy(np.concatenate(parts)) for parts in (tokens, sizes))
     return TokenWindows(joined, counted, tokenization, cut, TextFacts(**found), shifted)
+
+
+def encode_pair(context: str, text: str, tokenization: Tokenization) -> tuple[Encoded, Encoded]:
+    """A context, and a text after it as it is encoded there: by itself, where a token would belong to both."""
+    first, alone, whole = (tokenization.encode(one) for one in (context, text, context + text))
+    count = len(first.levels)
+    if len(whole.levels) > count and np.array_equal(whole.levels[:count], first.levels):
+        alone = replace(alone, levels=whole.levels[count:], sizes=whole.sizes[count:])
+    return first, alone
+
+
+def _no_tokens(characters: int) -> DataError:
+    why = f"the tokenizer has none for their {characters:,} characters" if characters else "they are empty"
+    return DataError(f"the texts have no tokens, as {why}: give others, or a tokenizer that knows these.")
 
 
 def encode_after(text: str, context: str, tokenization: Tokenization, cut: Cut) -> TokenWindows:
@@ -362,15 +376,10 @@ def encode_after(text: str, context: str, tokenization: Tokenization, cut: Cut) 
     >>> after.take(torch.arange(1))["given"].tolist(), after.units(1).per_datum
     ([[True, True, False, False, True, True, True, True]], 2.0)
     """
-    alone = tokenization.encode(text)
-    first, whole = tokenization.encode(context), tokenization.encode(context + text)
-    count = len(first.levels)
-    if len(whole.levels) > count and np.array_equal(whole.levels[:count], first.levels):
-        levels, sizes = whole.levels[count:], whole.sizes[count:]
-    else:
-        levels, sizes = alone.levels, alone.sizes
+    first, alone = encode_pair(context, text, tokenization)
+    levels, count = alone.levels, len(first.levels)
     if not len(levels):
-        raise DataError("the texts have no tokens: give some that are not empty.")
+        raise _no_tokens(alone.characters)
     room = cut.length - len(levels) if len(levels) <= cut.length else cut.context
     kept = min(count, room)
     start = count - kept
@@ -384,7 +393,7 @@ def encode_after(text: str, context: str, tokenization: Tokenization, cut: Cut) 
     )
     facts = TextFacts(1, alone.characters, alone.unknown, int(alone.altered), before)
     tokens = torch.from_numpy(np.concatenate([first.levels[start:], levels]))
-    counted = torch.from_numpy(np.concatenate([first.sizes[start:], sizes]))
+    counted = torch.from_numpy(np.concatenate([first.sizes[start:], alone.sizes]))
     return TokenWindows(tokens, counted, tokenization, cut, facts, known=kept)
 
 

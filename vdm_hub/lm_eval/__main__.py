@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 from vdm_hub.errors import ConfigurationError, VDMHubError, in_one_line
 
 
+@cache  # the harness takes a name once
 def register() -> None:
     """Tell the harness of the model ``vdm_hub``.
 
