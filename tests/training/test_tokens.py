@@ -75,6 +75,20 @@ def test_a_run_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
         train_here(tmp_path / "part", **given | {"max_train_steps": 9}, resume_from_checkpoint="latest")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_ids(tmp_path: Path, streaming: bool) -> None:
+    """The letter f becomes h: in the order of letters, and so by its id, it is what it was."""
+    place, others = str(tmp_path / "words"), [TEXT, TEXT.replace("f", "h").replace("g", "i")]
+    made = [tiny_tokens.make_tokenizer("character", lambda text=text: [text]) for text in others]
+    made[0].save_pretrained(place)
+    given = fields(tmp_path, checkpointing_steps=3, streaming=streaming, tokenizer=place)
+    train_here(tmp_path / "run", **given)
+    made[1].save_pretrained(place)
+    (tmp_path / "a.txt").write_text(others[1])
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        train_here(tmp_path / "run", **given | {"max_train_steps": 9}, resume_from_checkpoint="latest")
+
+
 def test_two_processes_train_as_one(tmp_path: Path, installed: Path) -> None:
     same = {"network": NETWORK | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
     path = recipe(tmp_path / "recipe", tmp_path / "two", **fields(tmp_path, **same, train_batch_size=8))

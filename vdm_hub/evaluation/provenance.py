@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vdm_hub.data.images import ImageLevels, ImageStream
 from vdm_hub.data.sequences import TokenStream, TokenWindows
+from vdm_hub.data.tokenization import Tokenization
 from vdm_hub.errors.secret_values import masked_values
 from vdm_hub.files import found
 from vdm_hub.version import __version__
@@ -108,8 +110,8 @@ def describe_windows(
     Returns:
         ``name``, ``config``, ``split``, ``windows`` (how many), ``shape`` (L,), ``levels`` (K), ``window_context``,
         ``documents``, ``characters``, ``unknown_characters``, ``tokens`` and ``bytes`` of the whole text, its
-        ``fingerprint`` as windows, and ``text_column`` where it is not ``"text"``. What only reading all of it would
-        tell is null for a stream.
+        ``fingerprint`` as windows, that of the ``tokenizer`` (`vocabulary_fingerprint`), and ``text_column`` where it
+        is not ``"text"``. What only reading all of it would tell is null for a stream.
     """
     facts = None if isinstance(windows, TokenStream) else windows.facts
     known = None if isinstance(windows, TokenStream) else windows
@@ -127,6 +129,7 @@ def describe_windows(
         "tokens": None if known is None else len(known.tokens),
         "bytes": None if known is None else int(known.sizes.long().sum()),
         "fingerprint": None if known is None else fingerprint(known.levels),
+        "tokenizer": vocabulary_fingerprint(windows.tokenization),
         **({} if text_column == "text" else {"text_column": text_column}),
     }
     return masked_values(described)
@@ -148,6 +151,21 @@ def fingerprint(levels: Tensor | tuple[Tensor, ...]) -> str:
         digest.update(str(tuple(part.shape)).encode())
         digest.update(part.contiguous().numpy().data)
     return f"sha256:{digest.hexdigest()}"
+
+
+def vocabulary_fingerprint(tokenization: Tokenization) -> str:
+    """The SHA-256 of a tokenizer's tokens and their ids: without it windows of ids do not say which text they are.
+
+    >>> from vdm_hub.data.tokenization import make_tokenizer
+    >>> one, other = (Tokenization(make_tokenizer("character", lambda: [text])) for text in ("to be", "uo be"))
+    >>> one.encode("to be").levels.tolist() == other.encode("uo be").levels.tolist()
+    True
+    >>> vocabulary_fingerprint(one) == vocabulary_fingerprint(other)
+    False
+    """
+    rows = sorted((number, token) for token, number in tokenization.tokenizer.get_vocab().items())
+    told = json.dumps([tokenization.mask_id, rows], separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(told.encode()).hexdigest()}"
 
 
 def weights_fingerprint(pipeline: DiffusionPipeline) -> str:

@@ -65,6 +65,7 @@ class TextsRecord(TypedDict):
     tokens: Whole | None
     bytes: Whole | None
     fingerprint: Fingerprint | None
+    tokenizer: NotRequired[Fingerprint]
     text_column: NotRequired[Text]
     max_windows: NotRequired[Natural]
 
