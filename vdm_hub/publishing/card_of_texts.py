@@ -16,7 +16,7 @@ from vdm_hub.publishing.markdown import block, code, markdown, visible
 
 TEMPLATE = "model_card_of_texts.md.jinja"
 _STEPS = 128
-_PROMPT = 4  # characters, which any tokenizer of a window's length takes
+_PROMPT = 4  # tokens: a part of a drawn text may be half of the word for a token that ends a document
 _MADE = {
     "byte": "the 256 bytes",
     "character": "the characters of the training texts",
@@ -36,7 +36,7 @@ def facts(source: Contents, pipeline: LikelihoodPipeline) -> dict[str, Any]:
         measured = _cut(Cut(dataset["shape"][0], dataset["window_context"]))
     return {
         "steps_argument": Markup(f", num_inference_steps={steps}"),
-        "prompt": Markup(f"texts[0][:{_PROMPT}]"),
+        "prompt": Markup(f"drawn.ids[0, :{_PROMPT}].tolist()"),
         "mask": Markup(visible(pipeline.tokenizer.mask_token)),
         "length": pipeline.cut.length,
         "values": f"{pipeline.num_levels:,}",
