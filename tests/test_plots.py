@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tiny import tiny_pipeline
+from tiny_tokens import MaskingProcess
 from vdm_hub import VariationalBound
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.likelihood.profiles import transition_profile
@@ -29,6 +30,7 @@ from vdm_hub.plots import (
     plot_schedule,
     plot_training_curve,
     save_grid,
+    shows_schedule,
 )
 
 
@@ -221,3 +223,12 @@ def test_a_confusion_matrix_shows_every_number_and_the_shares_of_its_rows(
     assert {(*one.get_position(), one.get_text()) for one in axis.texts} == {(0, 0, "3"), (1, 0, "1"), (1, 1, "5")}
     np.testing.assert_allclose(axis.images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
     assert "8 of 9" in axis.get_title() and [one.get_text() for one in axis.get_yticklabels()] == ["cat", "dog", "eel"]
+
+
+def test_there_is_no_picture_of_a_schedule_where_nothing_is_to_be_seen() -> None:
+    times = torch.rand(2, 3)
+    measured, untimed = report(times, times), report(times, times)
+    untimed.times = None
+    gaussian, masking = tiny_pipeline().process, MaskingProcess()
+    assert all(shows_schedule(gaussian, one) for one in (None, measured, untimed))
+    assert [shows_schedule(masking, one) for one in (None, measured, untimed)] == [False, True, False]

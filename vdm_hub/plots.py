@@ -67,6 +67,11 @@ def rows_of_choices(choices: int | None, count: int) -> tuple[list[int], int | N
     return [row * choices // rows for row in range(rows) for _ in range(columns)], columns
 
 
+def shows_schedule(process: ForwardProcess, report: LikelihoodReport | None) -> bool:
+    """Whether `plot_schedule` has anything to draw: a scalar gamma, or bits at times that were measured."""
+    return process.diffused.scalar_gamma is not None or (report is not None and report.times is not None)
+
+
 def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path: Path) -> None:
     """Plot gamma and SNR over t, where there is a scalar gamma, and the bits over t, where they were measured."""
     schedule = process.diffused.scalar_gamma

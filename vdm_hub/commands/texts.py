@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,43 @@ import torch
 
 from vdm_hub.data.sequences import Cut, TokenWindows
 from vdm_hub.data.text_loading import load_windows
+from vdm_hub.diffusion.samplers import ANCESTRAL
 from vdm_hub.errors import ConfigurationError, shortened
 from vdm_hub.evaluation.provenance import describe_windows
 from vdm_hub.files import written_beside
+from vdm_hub.pipelines.guidance import GUIDER
 from vdm_hub.pipelines.tokens import TokenPipeline, joined_texts
 
 _OF_IMAGES = ("image_column", "label_column", "caption_column", "color", "resolution", "num_levels", "marginal")
-_OF_IMAGE_SAMPLES = ("class_labels", "negative_prompt")
+_OF_IMAGE_SAMPLES = {
+    **dict.fromkeys(("class_labels", "negative_prompt")),
+    "sampler": ANCESTRAL,
+    "guidance_scale": 1.0,
+    "guider": GUIDER,
+}
+"""The options of a sampling that texts know nothing of, with what they are where nobody gives them."""
 OF_TEXTS = ("text_column", "window_length", "window_context")
 """The options of an evaluation that only models of texts take."""
 OF_TEXT_SAMPLES = ("length", "temperature")
 """The options of a sampling that only models of texts take."""
 
 
-def refuse_options(arguments: argparse.Namespace, names: tuple[str, ...], what: str) -> None:
+def refuse_options(
+    arguments: argparse.Namespace, names: tuple[str, ...], what: str, usual: Mapping[str, object] | None = None
+) -> None:
     """Refuse options that say nothing of a model.
+
+    Args:
+        arguments: The command line's.
+        names: The options.
+        what: The model is one of.
+        usual: What those are that are not given, where that is neither ``None`` nor false.
 
     Raises:
         ConfigurationError: One is given.
     """
     for name in names:
-        if (value := getattr(arguments, name)) not in (None, False):
+        if (value := getattr(arguments, name)) not in (None, False, (usual or {}).get(name)):
             raise ConfigurationError(f"--{name} is {shortened(value)}, and the model is one of {what}: leave it out.")
 
 
@@ -85,7 +101,7 @@ def draw_texts(arguments: argparse.Namespace, pipeline: TokenPipeline, output: P
     Raises:
         ConfigurationError: An option is one of images, or a prompt is longer than a text is to be.
     """
-    refuse_options(arguments, _OF_IMAGE_SAMPLES, "texts")
+    refuse_options(arguments, tuple(_OF_IMAGE_SAMPLES), "texts", _OF_IMAGE_SAMPLES)
     prompts = arguments.prompt or [None]
     told = [one for one in prompts for _ in range(max(1, arguments.num_images // len(prompts)))]
     texts: list[str] = []

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from naming import naming
-from tiny_tokens import LENGTH, network, tokenizer
+from runs import train_here
+from tiny_tokens import LENGTH, network, run_fields, tokenizer
 from vdm_hub import ConfigurationError, LikelihoodMethod, TokenPipeline, VariationalBound, VDMScheduler
 from vdm_hub.commands import main
 from vdm_hub_tokens import AbsorbingProcess, ExactOrder, MaskedCounts, WeightedOrders
@@ -198,3 +199,13 @@ def test_probabilities_of_all_texts_of_a_length_sum_to_one(name: str) -> None:
         texts = ["".join(one) for one in itertools.product("abcd", repeat=size)]
         report = pipe.log_likelihood(texts, "exact_order", replicates=1)
         assert float(report.log_likelihood.exp().sum()) == pytest.approx(1, abs=1e-5)  # float32
+
+
+def test_a_run_shows_no_schedule_where_its_method_has_no_times(tmp_path: Path) -> None:
+    process = {"name": "absorbing", "package": "vdm-hub-tokens"}
+    given = run_fields(tmp_path, forward_process=process, evaluation_replicates=2, max_train_steps=1)
+    report = train_here(tmp_path / "run", **given)
+    assert report is not None and report.method == "masked_counts"
+    assert not (tmp_path / "run" / "schedule.png").exists()
+    written = main(["publish", str(tmp_path / "run"), "me/texts", "--dry_run", "--output_dir", str(tmp_path / "out")])
+    assert written == 0 and "schedule" not in (tmp_path / "out" / "main" / "README.md").read_text()

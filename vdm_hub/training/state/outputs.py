@@ -24,7 +24,7 @@ from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.pipelines.tokens import TokenPipeline, joined_texts
-from vdm_hub.plots import plot_schedule, plot_training_curve, rows_of_choices, save_grid
+from vdm_hub.plots import plot_schedule, plot_training_curve, rows_of_choices, save_grid, shows_schedule
 from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.recipes.configuration import differences
 from vdm_hub.training.parts.setup import build_pipeline
@@ -267,7 +267,9 @@ def publish_locally(
         ).with_notes(data.notes)
         with written_beside(folder.evaluation) as beside:
             beside.write_text(json.dumps(report.to_dict(), indent=1))
-    if pipeline.process is not None:
+    if pipeline.process is None or not shows_schedule(pipeline.process, report):
+        folder.schedule.unlink(missing_ok=True)  # of an earlier end of this run
+    else:
         with written_beside(folder.schedule) as beside:
             plot_schedule(pipeline.process, report, beside)
     if training.num_sample_images > 0:
