@@ -164,6 +164,14 @@ def asked(kind: str, *arguments: tuple[Any, ...], task: str = "t") -> list[Any]:
 
 
 @needs_harness
+@pytest.mark.filterwarnings("error")
+def test_no_text_has_no_likelihood_to_pay_for(home: Path) -> None:
+    asks = model(home)
+    assert asks.loglikelihood_rolling([]) == [] and asks.loglikelihood_rolling(asked("r", ("",))) == [0]
+    assert asks.get_model_info()["vdm_hub"]["loglikelihood_rolling"]["bits_per_byte"] is None
+
+
+@needs_harness
 @pytest.mark.parametrize("lost", ["é", "héllo ☃"])
 def test_texts_that_tokens_do_not_say_have_no_figure_that_the_harness_could_take_for_theirs(
     home: Path, lost: str
@@ -268,6 +276,7 @@ def test_generated_texts_say_what_of_their_contexts_was_not_given(home: Path) ->
         ({"batch_size": 0}, "batch_size is 0"),
         ({"device": "nope"}, "nope"),
         ({"greedy": "perhaps"}, "greedy is 'perhaps'"),
+        ({"replicate": 4}, "replicates"),
     ],
 )
 def test_a_wrong_argument_is_refused_before_anything_is_measured(

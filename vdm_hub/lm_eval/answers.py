@@ -52,7 +52,7 @@ def answers_of(
         whole: See `Answer`.
         nats: ``-log p`` of each, (replicates, requests).
     """
-    errors = [None] * len(texts) if len(nats) < 2 else (nats.std(0) / math.sqrt(len(nats))).tolist()
+    errors = [None] * len(texts) if len(nats) < 2 or not texts else (nats.std(0) / math.sqrt(len(nats))).tolist()
     rows = zip(requests, nats.mean(0).tolist(), errors, texts, whole, strict=True)
     return [
         Answer(kind, request.task_name, request.doc_id, request.idx, -value, error, len(text.encode()), is_whole)

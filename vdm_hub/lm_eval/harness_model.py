@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.data.sequences import ContextFacts, TextFacts, encode_pair
 from vdm_hub.data.tokenization import Tokenization
-from vdm_hub.errors import ConfigurationError, DataError, explained, shortened
+from vdm_hub.errors import ConfigurationError, DataError, explained, shortened, unknown_name
 from vdm_hub.evaluation.provenance import weights_fingerprint
 from vdm_hub.fields import whole_number
 from vdm_hub.files import expanded
@@ -29,6 +29,10 @@ from vdm_hub.pipelines.tokens import TokenPipeline
 _LOGGER = logging.getLogger("lm_eval.vdm_hub")  # the harness shows its own
 _BATCH = 32
 _MOST_NEW = 256
+_ARGUMENTS = (
+    *("pretrained", "revision", "method", "replicates", "seed", "num_inference_steps"),
+    *("greedy", "errors", "batch_size", "device"),
+)
 
 
 class HarnessModel:
@@ -48,9 +52,11 @@ class HarnessModel:
         batch_size: Windows at once; it changes no figure.
         max_batch_size: Nothing: sizes are not searched.
         device: Where to compute; on the CPU where it is a GPU and there is none, which is said.
+        others: None is known.
 
     Raises:
-        ConfigurationError: It is no model of texts, a number is out of range, or there is no such device or place.
+        ConfigurationError: There are others, it is no model of texts, a number is out of range, or there is no such
+            device or place.
     """
 
     def __init__(
@@ -66,8 +72,11 @@ class HarnessModel:
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **others: Any,
     ) -> None:
         super().__init__()
+        for other in others:
+            raise unknown_name("argument of the model vdm_hub", other, _ARGUMENTS)
         pipeline = load_pipeline(str(pretrained), revision=revision)
         if not isinstance(pipeline, TokenPipeline):
             raise ConfigurationError(
