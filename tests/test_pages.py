@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -31,6 +32,13 @@ from vdm_hub.recipes.arguments import parse_recipe
 
 README = ROOT / "README.md"
 PLUGINS = sorted(folder.name for folder in (ROOT / "plugins").iterdir() if (folder / "pyproject.toml").exists())
+OF_PLUGINS = {  # commands, and whose they are
+    command: ROOT / "plugins" / name
+    for name in PLUGINS
+    for command in tomllib.loads((ROOT / "plugins" / name / "pyproject.toml").read_text())["project"]
+    .get("entry-points", {})
+    .get("vdm_hub.commands", {})
+}
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS_PLUGINS = re.compile(r"^from vdm_hub_\w+ import", re.MULTILINE)  # `plugins/test_installed.py` runs those
 PYTHON = [page for page in PAGES if "```python\n" in page.read_text() and not NEEDS_PLUGINS.search(page.read_text())]
@@ -139,6 +147,9 @@ def test_a_command_that_takes_too_long_is_one_that_its_program_takes(line: str) 
     elif program == "vdm_hub.lm_eval":
         given = {one.partition("=")[0] for one in words[words.index("--model_args") + 1].split(",")}
         assert given <= inspect.signature(HarnessModel).parameters.keys()
+    elif program in ("vdm-hub", "vdm_hub.commands") and words[0] in OF_PLUGINS:
+        source = "".join(path.read_text() for path in (OF_PLUGINS[words[0]] / "src").rglob("*.py"))
+        assert all(f'"{word}"' in source for word in words if word.startswith("-"))
     elif program in ("vdm-hub", "vdm_hub.commands"):
         _parser().parse_args(words)
     else:

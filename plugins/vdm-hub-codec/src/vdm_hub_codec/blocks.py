@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,41 +38,17 @@ class Block:
 
     Attributes:
         count: How many data.
-        started: How many of them, the first, are there as they are.
-        most: How many of the others were coded together, at most: see `batches`.
+        batches: How many of them were coded together, one batch after the other; those before are there as they are.
         words: The stack's content, uint32.
         check: CRC-32 of the data.
         notes: Of values near an edge.
     """
 
     count: int
-    started: int
-    most: int
+    batches: list[int]
     words: np.ndarray
     check: int
     notes: list[Note]
-
-    @property
-    def batches(self) -> list[int]:
-        """How many data were coded together, one batch after the other, behind those that are there as they are.
-
-        A batch is half of what is there already: its latents take up bits of it.
-        """
-        return batches_of(self.count, self.started, self.most)
-
-
-def batches_of(count: int, started: int, most: int) -> list[int]:
-    """See `Block.batches`.
-
-    >>> batches_of(20, 2, 4)
-    [1, 1, 2, 3, 4, 4, 3]
-    """
-    sizes: list[int] = []
-    done = started
-    while done < count:
-        sizes.append(min(most, max(done // 2, 1), count - done))
-        done += sizes[-1]
-    return sizes
 
 
 @dataclass
@@ -92,10 +68,6 @@ class Lengths:
     started: int = 0
     evaluations: int = 0
 
-    def __add__(self, other: Lengths) -> Lengths:
-        """Those of two blocks together."""
-        return Lengths(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
-
 
 @dataclass
 class Coder:
@@ -112,22 +84,34 @@ class Coder:
 
     def encode(self, levels: Integers) -> Block:
         """A block of data, (N, *shape): as few as they are as leave bits enough for the others."""
-        rows = levels.reshape(len(levels), -1)
-        for started in range(1, len(rows) + 1):
-            stack, decisions, lengths = Stack(), Decisions(), Lengths(started=started)
-            stack.push_levels(rows[:started], self.chain.num_levels)
-            lengths.as_they_are = stack.bits
-            place = started
-            try:
-                for size in batches_of(len(rows), started, self.batch_size):
-                    numbers = np.arange(place, place + size)
-                    self._push(stack, rows[numbers], numbers, decisions, lengths)
-                    place += size
-            except ExhaustedError:
+        rows, place = levels.reshape(len(levels), -1), 0
+        stack, decisions, batches = Stack(), Decisions(), []
+        while place < len(rows):
+            size = self._fitting(stack, rows[place:])
+            kept, notes = stack.copy(), len(decisions.notes)
+            while size:
+                try:
+                    self._push(stack, rows[place : place + size], np.arange(place, place + size), decisions)
+                    break
+                except ExhaustedError:
+                    stack, size = kept.copy(), size // 2
+                    del decisions.notes[notes:]
+            if size:
+                batches.append(size)
+                place += size
                 continue
-            self.lengths += lengths
-            return Block(len(rows), started, self.batch_size, stack.words(), checksum(levels), decisions.notes)
-        raise AssertionError("no batch is left where all data are there as they are")
+            assert not batches, "what was enough for a batch is enough for one more datum"
+            stack.push_levels(rows[place], self.chain.num_levels)
+            place += 1
+        self.lengths.started += len(rows) - sum(batches)
+        self.lengths.as_they_are += (len(rows) - sum(batches)) * rows.shape[1] * math.log2(self.chain.num_levels)
+        return Block(len(rows), batches, stack.words(), checksum(levels), decisions.notes)
+
+    def _fitting(self, stack: Stack, rows: Integers) -> int:
+        """About how many data may be coded together: those whose first two latents the stack has bits for."""
+        q = self.chain.q(1, self.chain.value(rows[:1], 0), 1)
+        needed = 2.5 * q.decided(1, True, np.arange(1), Decisions()).bits + 256
+        return min(self.batch_size, len(rows), int(stack.bits / needed))
 
     def decode(self, block: Block) -> Integers:
         """The data of a block.
@@ -140,13 +124,14 @@ class Coder:
         for batch in reversed(block.batches):
             found.append(self._pop(stack, np.arange(end - batch, end), decisions))
             end -= batch
-        found.append(stack.pop_levels(block.started * size, self.chain.num_levels).reshape(-1, size))
+        for _ in range(end):
+            found.append(stack.pop_levels(size, self.chain.num_levels).reshape(1, size))
         levels = np.concatenate(found[::-1]).reshape(-1, *self.chain.shapes[0])
         if stack.words().size or checksum(levels) != block.check:
             raise OtherNumbersError
         return levels
 
-    def _push(self, stack: Stack, below: Integers, images: Integers, by: Decisions, lengths: Lengths) -> None:
+    def _push(self, stack: Stack, below: Integers, images: Integers, by: Decisions) -> None:
         """Push a batch, (B, n): see the module."""
         chain, before, ideal = self.chain, stack.bits, 0.0
 
@@ -161,9 +146,9 @@ class Coder:
             ideal -= push(chain.p(t - 1, chain.value(above, t), self.batch_size), below, t - 1)
             below = above
         ideal -= push(chain.prior(len(images)), below, chain.depth)
-        lengths.chain += ideal
-        lengths.pushed += stack.bits - before
-        lengths.evaluations += chain.depth * len(images)
+        self.lengths.chain += ideal
+        self.lengths.pushed += stack.bits - before
+        self.lengths.evaluations += chain.depth * len(images)
 
     def _pop(self, stack: Stack, images: Integers, by: Decisions) -> Integers:
         """Pop a batch, (B, n): what `_push` did, backwards."""

@@ -44,9 +44,7 @@ class Container:
 
     def to_bytes(self) -> bytes:
         """The file."""
-        blocks = [
-            [one.count, one.started, one.most, len(one.words), one.check, *map(list, one.notes)] for one in self.blocks
-        ]
+        blocks = [[one.count, one.batches, len(one.words), one.check, *map(list, one.notes)] for one in self.blocks]
         described = {"m": self.model, **self.coder, "b": blocks}
         deflating = zlib.compressobj(9, wbits=-15)
         packed = deflating.compress(json.dumps(described, separators=(",", ":")).encode()) + deflating.flush()
@@ -86,9 +84,9 @@ class Container:
         coder = json.loads(zlib.decompressobj(wbits=-15).decompress(packed, _MOST))
         model, described = coder.pop("m"), coder.pop("b")
         content, blocks, place = np.frombuffer(words, "<u4"), [], 0
-        for count, started, most, length, check, *notes in described:
+        for count, batches, length, check, *notes in described:
             part = content[place : place + length].astype(np.uint32)
-            blocks.append(Block(count, started, most, part, check, [Note(*note) for note in notes]))
+            blocks.append(Block(count, batches, part, check, [Note(*note) for note in notes]))
             place += length
         if place != len(content):
             raise ValueError("its blocks are not as long as they are said to be")

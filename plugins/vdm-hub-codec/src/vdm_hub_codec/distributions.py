@@ -23,7 +23,7 @@ SCALES_PER_BIN = 1024
 _NARROWEST = SCALES_PER_BIN // 8
 _DEVIATIONS = 10
 """A normal reaches so many standard deviations; what lies beyond has a wider reach, which is pushed after it."""
-_WIDER = np.concatenate([[0.98], 0.02 / 20 * np.ones(20)])
+_WIDER = np.concatenate([[1 - 2.0**-10], 2.0**-10 / 20 * np.ones(20)])
 _WEIGHTS = 2**22
 _MODEL = constriction.stream.model
 

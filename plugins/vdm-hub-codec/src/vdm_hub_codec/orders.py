@@ -54,7 +54,7 @@ class OrderCoder:
         tokens = windows.tokens.long()
         self._go_through(windows, tokens, code, decisions)
         levels = tokens.numpy()
-        return Block(len(levels), 0, 0, encoder.get_compressed(), checksum(levels), decisions.notes)
+        return Block(len(levels), [], encoder.get_compressed(), checksum(levels), decisions.notes)
 
     def decode(self, block: Block, empty: TokenWindows) -> Tensor:
         """The tokens of a text, (N,).

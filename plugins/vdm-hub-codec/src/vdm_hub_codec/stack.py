@@ -45,6 +45,12 @@ class Stack:
         found: np.ndarray = self._coder.get_compressed()
         return found
 
+    def copy(self) -> Stack:
+        """Another with the same content."""
+        other = Stack()
+        other._coder = self._coder.clone()
+        return other
+
     def push(self, symbols: np.ndarray, model: Any, *parameters: Any) -> None:
         """Push symbols, int32, (n,), under a model of constriction."""
         self._coder.encode_reverse(symbols, model, *parameters)
