@@ -128,7 +128,7 @@ def test_a_target_that_the_budget_cannot_reach_is_said_and_the_report_is_there(
     arguments = words(folder, "--max_images", 4, "--target_standard_error", 1e-6, *budget)
     assert main([*arguments, "--per_image", str(tmp_path / "images.parquet")]) == NOT_REACHED
     shown = capsys.readouterr().out
-    assert f"target standard error 1e-06: NOT REACHED within the budget: raise {budget[0]}" in shown
+    assert f"target standard error 1e-06 bits/dim: NOT REACHED within the budget: raise {budget[0]}" in shown
     assert "bits/dim" in shown
     assert (tmp_path / "images.parquet").is_file()
     assert main([*arguments, "--json"]) == NOT_REACHED

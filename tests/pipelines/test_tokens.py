@@ -43,6 +43,7 @@ from vdm_hub.data.sequences import Cut, encode_texts
 from vdm_hub.data.tokenization import MASK, Tokenization
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, MissingPluginError
 from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.evaluation.measuring import ReplicateStages
 from vdm_hub.evaluation.tables import write_table
 from vdm_hub.models.token_networks import TokenNetwork, check_token_model
 
@@ -260,6 +261,25 @@ def test_holes_are_filled_and_what_is_given_stays(pipe: TokenPipeline) -> None:
     assert [text[:1] for text in continued.texts] == ["a", "a", "g", "g"] and continued.ids.shape == (4, LENGTH)
 
 
+def test_ids_are_given_as_a_list_a_tensor_or_a_drawn_text(pipe: TokenPipeline) -> None:
+    drawn = pipe(3, num_inference_steps=4, generator=seeded()).ids[:, :4]
+    for prompt in (drawn, list(drawn), drawn.tolist(), drawn.numpy()):
+        assert torch.equal(pipe(prompt=prompt, length=LENGTH, num_inference_steps=4).ids[:, :4], drawn)
+    assert torch.equal(pipe(prompt=drawn[0], length=6, num_inference_steps=4).ids[:, :4], drawn[:1])
+
+
+def test_what_a_callback_gives_takes_the_place_of_the_latents(pipe: TokenPipeline) -> None:
+    found = pipe(2, num_inference_steps=4, callback_on_step_end=lambda *_: {"latents": torch.zeros(2, LENGTH).long()})
+    assert not bool(found.ids.any())
+
+
+@pytest.mark.parametrize("network", [None, torch.nn.Linear(3, 3), "bert"])
+def test_what_is_no_network_is_refused(network: Any) -> None:
+    words = tokenizer()
+    with pytest.raises(ConfigurationError, match=naming("network", type(network).__name__, "BertForMaskedLM")):
+        TokenPipeline(network, words, scheduler(len(words) - 1))
+
+
 def test_a_callback_sees_a_text_that_opens(pipe: TokenPipeline) -> None:
     masked: list[int] = []
 
@@ -295,6 +315,16 @@ def test_samples_are_those_of_their_generators(pipe: TokenPipeline) -> None:
         ({"prompt": "a\ud800"}, "ud800"),
         ({"generator": [torch.Generator()] * 3}, "3"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
+        *(({"prompt": one}, "prompt is") for one in (5, 1.5, b"a", [], {}, ["a", 5], [["a"]], [[], "a"])),
+        ({"prompt": [f"a{MASK}", None]}, "None"),
+        ({"callback_on_step_end": 5}, "5"),
+        ({"callback_on_step_end": lambda *_: 5}, "5"),
+        ({"callback_on_step_end": lambda *_: {"latents": 5}}, "5"),
+        *(
+            ({"callback_on_step_end": lambda *_, one=one: {"latents": one}}, "latents")
+            for one in (torch.full((1, LENGTH), -1.0), torch.full((1, LENGTH), 99), torch.full((1, LENGTH), 0.5))
+        ),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2, LENGTH)}}, r"\(2, 8\)"),
     ],
 )
 def test_arguments_out_of_range_are_refused(pipe: TokenPipeline, given: dict[str, Any], named: str) -> None:
@@ -417,6 +447,17 @@ def test_a_table_of_windows_has_the_figures_of_the_report_and_no_others(
         assert rows["bytes"] == [None] * len(windows)
 
 
+@pytest.mark.parametrize(("text", "unit"), [("abcabc bag" * 3, "bits/byte"), ("xabcabc bag" * 3, "bits/token")])
+def test_the_unit_of_a_target_is_that_of_the_figure_and_is_said(pipe: TokenPipeline, text: str, unit: str) -> None:
+    windows, target = encode_texts([text], pipe.tokenization, pipe.cut), 0.05
+    stages = ReplicateStages(8, target)
+    report = evaluate(pipe, windows, replicates=stages, progress=False)
+    assert report.to_dict()["target"]["unit"] == report.units.leading == unit
+    assert (report.bits_per_byte is None) == (unit == "bits/token")
+    assert report.reached == (report.leading_error <= target) and f"{target:g} {unit}" in str(report)
+    assert any("target" in note and unit in note for note in report.details.get("notes", ())) == (unit == "bits/token")
+
+
 def test_a_longer_context_is_given_and_not_scored() -> None:
     words = pipeline(context=4)
     report = words.log_likelihood("abcdefgabcde", replicates=2)
@@ -438,5 +479,5 @@ def test_windows_of_another_tokenizer_are_refused(pipe: TokenPipeline) -> None:
 def test_other_networks_than_those_of_transformers_are_refused() -> None:
     words = tokenizer()
     unet: Any = UNetVDMModel(8, block_out_channels=(8,), norm_num_groups=4)
-    with pytest.raises((ConfigurationError, AttributeError)):
+    with pytest.raises(ConfigurationError, match=naming("UNetVDMModel", "BertForMaskedLM")):
         TokenPipeline(unet, words, scheduler(len(words) - 1))

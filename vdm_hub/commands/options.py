@@ -234,7 +234,8 @@ def _add_effort(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--target_standard_error",
         type=float,
-        help="add replicates until the Monte Carlo error is at most this, in bits/dim, or of texts in bits/byte",
+        help="add replicates until the Monte Carlo error is at most this, in bits/dim, or of texts in bits/byte (in "
+        "bits/token where there is no figure in bits/byte, which is said)",
     )
     group.add_argument("--max_replicates", type=int, help="with a target: the most replicates (default: 256)")
     group.add_argument("--max_evaluations", type=int, help="with a target: the most network evaluations")

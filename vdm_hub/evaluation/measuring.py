@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vdm_hub.data.kinds import Units
+from vdm_hub.data.kinds import TOKENS, Units
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.evaluation.journal import Journal
 from vdm_hub.evaluation.processes import Processes
@@ -32,8 +32,8 @@ class ReplicateStages:
 
     Attributes:
         replicates: Those of the first stage.
-        target: Monte Carlo standard error of the mean over the images, in bits/dim, or bits/byte of texts; ``None``
-            stops after the first stage.
+        target: Monte Carlo standard error of the mean over the images, in bits/dim; of texts in bits/byte, or in
+            bits/token where there is no figure in those. ``None`` stops after the first stage.
         max_replicates: The most in all.
         max_evaluations: The most network evaluations in all, the pilot's included.
 
@@ -102,10 +102,11 @@ class ReplicateStages:
         return min(self.max_replicates, int((self.max_evaluations - pilot) / max(of_one, 1e-9)))
 
     def describe(self, report: LikelihoodReport, pilot: int = 0) -> dict[str, object]:
-        """The report's record of the target: whether it was reached, and if not, what ended the measurement."""
+        """The report's record of the target: in which unit, whether it was reached, and if not, what ended it."""
         if self.target is None:
             return {}
-        target: dict[str, object] = {"standard_error": self.target, "reached": report.leading_error <= self.target}
+        target: dict[str, object] = {"standard_error": self.target, "unit": report.units.leading}
+        target |= {"reached": report.leading_error <= self.target}
         target |= {"max_replicates": self.max_replicates, "max_evaluations": self.max_evaluations}
         if not target["reached"]:
             by_evaluations = self._most(report, pilot) < self.max_replicates
@@ -173,6 +174,10 @@ def measure_images(
                 break
             done, goal = goal, following
     report.details |= stages.describe(report, measurement.pilot_evaluations)
+    if stages.target is not None and units.kind is TOKENS and units.bytes_per_value is None:
+        report.with_notes(
+            [f"the target standard error is judged in {units.leading}, as there is no figure in bits/byte"]
+        )
     if journal is not None:
         report.details["seconds_before"] = round(journal.seconds_before, 3)
     return report

@@ -108,6 +108,7 @@ class _OfPlugin(TypedDict):
 
 class _Target(TypedDict):
     standard_error: Positive
+    unit: NotRequired[Text]
     reached: bool
     max_replicates: Natural
     max_evaluations: Whole | None

@@ -100,7 +100,7 @@ class LikelihoodReport:
 
     @property
     def leading_error(self) -> float:
-        """The `standard_error` in the unit in which one is asked for: bits/dim, or of texts bits/byte."""
+        """The `standard_error` in the unit in which one is asked for: that of `Units.leading`."""
         return self.units.by_leading(self.standard_error)
 
     @property
@@ -292,7 +292,8 @@ def _target_lines(details: Mapping[str, Any]) -> list[str]:
         return []
     limit = target.get("ended_by", "max_replicates")
     reached = "reached" if target["reached"] else f"NOT REACHED within the budget: raise --{limit}"
-    return [f"target standard error {target['standard_error']:g}: {reached}"]
+    unit = f" {target['unit']}" if "unit" in target else ""
+    return [f"target standard error {target['standard_error']:g}{unit}: {reached}"]
 
 
 def _few_replicates(replicates: int) -> list[str]:

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vdm_hub.data.kinds import TOKENS, DataKind, kind_of
 from vdm_hub.data.sequences import Cut, WindowsMapping, encode_each
@@ -94,6 +95,11 @@ class TokenPipeline(LikelihoodPipeline):
             raise ConfigurationError(
                 f"the tokenizer has {values:,} tokens beside its mask, and the scheduler's num_levels is "
                 f"{scheduler.process.num_levels:,}: give VDMScheduler(num_levels={values}, ...)."
+            )
+        if not isinstance(network, PreTrainedModel):
+            raise ConfigurationError(
+                f"the network is {shortened(network)}, a {type(network).__name__}: give a model of transformers that "
+                f"gives logits of each token, such as BertForMaskedLM."
             )
         check_token_model(network, min(windows["length"], _TRIED) if windows else 2)
         self.register_modules(network=network, tokenizer=tokenizer, scheduler=scheduler, time_embedding=time_embedding)
@@ -198,13 +204,18 @@ class TokenPipeline(LikelihoodPipeline):
                 the likeliest alone.
             generator: One, or a list with one for each text.
             callback_on_step_end: Called as ``callback(pipe, step, timestep, kwargs)`` after each step, where
-                ``kwargs`` has ``latents``, (B, L), and ``texts``, as far as they are opened; ``latents`` that it
-                gives back take their place.
+                ``kwargs`` has ``latents``, (B, L), and ``texts``, as far as they are opened. It gives ``None``, or a
+                dict whose ``latents`` take the place of those: values of tokens, K for what is masked.
             return_dict: Whether to give a `TokenPipelineOutput`; else ``(texts, ids)``.
 
         Raises:
-            ConfigurationError: An argument is out of range, or a prompt has a token that the model does not know.
+            ConfigurationError: An argument is out of range, a prompt is none or has a token that the model does not
+                know, or what a callback gives back is of another kind.
         """
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ConfigurationError(
+                f"callback_on_step_end is {shortened(callback_on_step_end)}: give a function, or leave it out."
+            )
         levels, given = self._start(num_samples, length, prompt)
         steps = whole_number("num_inference_steps", num_inference_steps)
         if not (isinstance(temperature, int | float) and 0 <= temperature < float("inf")):
@@ -241,16 +252,14 @@ class TokenPipeline(LikelihoodPipeline):
             latents = scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
             if callback is not None:
                 texts = [tokenization.decode(row.long()) for row in latents.cpu()]
-                latents = (callback(self, i, timestep, {"latents": latents, "texts": texts}) or {}).get(
-                    "latents", latents
-                )
+                given = callback(self, i, timestep, {"latents": latents, "texts": texts})
+                latents = _latents_of(given, latents, tokenization.num_values)
         return latents
 
     def _start(self, num_samples: int, length: int | None, prompt: Any) -> tuple[Tensor, Tensor]:
         """The values that are given, (B, L), any where none is, and where they are."""
         count = whole_number("num_samples", num_samples)
-        several = isinstance(prompt, Sequence) and not isinstance(prompt, str) and not _is_ids(prompt)
-        prompts = [self._holes(one) for one in (prompt if several else [prompt]) if one is not None]
+        prompts = [self._holes(one) for one in _prompts_of(prompt)]
         if length is None:
             holes = bool(prompts) and all(None in one for one in prompts)
             length = max(map(len, prompts)) if holes else self.cut.length
@@ -386,9 +395,59 @@ def joined_texts(texts: Sequence[str]) -> str:
     return "".join(f"---- {number} ----\n{text}\n" for number, text in enumerate(texts, 1))
 
 
-def _is_ids(prompt: Sequence[Any]) -> bool:
-    """Whether a sequence is one prompt of ids, rather than several prompts."""
-    return bool(prompt) and all(one is None or hasattr(one, "__index__") for one in prompt)
+def _prompts_of(prompt: Any) -> list[TextPrompt]:
+    """The prompts of an argument that may be one, several, or none.
+
+    Raises:
+        ConfigurationError: It is neither; the message says which.
+    """
+    if prompt is None:
+        return []
+    if hasattr(prompt, "tolist"):  # a tensor, or an array
+        prompt = prompt.tolist()
+    if isinstance(prompt, str):
+        return [prompt]
+    several = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else []
+    found = [one.tolist() if hasattr(one, "tolist") else one for one in several]
+    if _is_ids(found):
+        return [found]
+    wrong = [one for one in found if not (isinstance(one, str) or _is_ids(one))]
+    if wrong or not found:
+        which = f", of which {shortened(wrong[0])} is none" if wrong else ""
+        raise ConfigurationError(
+            f"prompt is {shortened(prompt)}{which}: give a text, or ids of the tokenizer with None for a hole, or a "
+            f"list of such that is not empty; leave prompt out for texts of which nothing is given."
+        )
+    return found
+
+
+def _is_ids(prompt: Any) -> bool:
+    """Whether something is one prompt of ids, rather than several prompts."""
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) and len(prompt) > 0
+    return is_list and all(one is None or hasattr(one, "__index__") for one in prompt)
+
+
+def _latents_of(given: Any, latents: Tensor, num_values: int) -> Tensor:
+    """The latents that a callback gave back, or those that it was given.
+
+    Raises:
+        ConfigurationError: They are none of so many texts, or no values of tokens.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigurationError(
+            f"callback_on_step_end gave {shortened(given)}: let it give None, or a dict with latents."
+        )
+    found = (given or {}).get("latents", latents)
+    if found is latents:
+        return latents
+    is_alike = isinstance(found, Tensor) and found.shape == latents.shape
+    if not is_alike or not bool(((found >= 0) & (found <= num_values) & (found == found.round())).all()):
+        what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else shortened(found)
+        raise ConfigurationError(
+            f"the latents that callback_on_step_end gave are {what}: give whole numbers from 0 to {num_values}, "
+            f"{num_values} for what is masked, of shape {tuple(latents.shape)}."
+        )
+    return found.to(latents)
 
 
 def _check_generators(generator: Any, count: int) -> None:

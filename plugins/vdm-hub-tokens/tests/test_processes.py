@@ -457,16 +457,26 @@ def test_kls_in_float32_are_finite_never_negative_and_those_of_float64(lost: flo
     torch.testing.assert_close(single, double, rtol=1e-4, atol=1e-6)
 
 
+NUMBERS = ("num_levels", "num_train_timesteps")
+
+
 def test_what_is_wrong_is_refused() -> None:
     for arguments, words in (
         ({"schedule": "lineer"}, ("schedule", "'lineer'", "linear")),
         ({"exponent": 2.0}, ("exponent", 2.0, "'linear'")),
         ({"schedule": "polynomial", "exponent": 0.5}, ("exponent", 0.5)),
         ({"remasking": 1.5}, ("remasking", 1.5)),
-        ({"num_levels": 0}, ("num_levels", 0)),
+        ({"remasking": "1"}, ("remasking", "'1'")),
+        ({"remasking_cap": True}, ("remasking_cap", "True")),
+        ({"schedule": None}, ("schedule", "None", "linear")),
+        ({"schedule": ["linear"]}, ("schedule", "linear")),
+        ({"schedule": "polynomial", "exponent": "2"}, ("exponent", "'2'")),
+        *(({name: one}, (name, repr(one))) for name in NUMBERS for one in (0, -1, 1.5, "3", None, True, 10**9)),
+        ({"num_train_timesteps": 1}, ("num_train_timesteps", 1)),
     ):
         with pytest.raises(ConfigurationError, match=naming(*words)):
             AbsorbingProcess(**arguments)  # type: ignore[arg-type]
+    assert AbsorbingProcess(np.int64(3), num_train_timesteps=2).num_levels == 3
 
 
 @pytest.mark.parametrize("name", ["absorbing", "uniform"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,14 @@ from vdm_hub_tokens.schedules import build_schedule
 
 _MOST_LEVELS = 2**24
 """Ids are carried as float32, which holds whole numbers up to here."""
+_MOST_TIMESTEPS = 10**7
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not is_whole or not least <= operator.index(value) <= most:
+        raise ConfigurationError(f"{name} is {value!r:.100}: give a whole number from {least} to {most:,}.")
+    return operator.index(value)
 
 
 class TokenProcess(ForwardProcess):
@@ -56,11 +65,10 @@ class TokenProcess(ForwardProcess):
         num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
-        if not 1 <= num_levels <= _MOST_LEVELS:
-            raise ConfigurationError(f"num_levels is {num_levels}: give the number of values, 1 to {_MOST_LEVELS:,}.")
+        self.num_levels = _whole("num_levels", num_levels, 1, _MOST_LEVELS)
+        self.num_train_timesteps = _whole("num_train_timesteps", num_train_timesteps, 2, _MOST_TIMESTEPS)
         self.schedule = build_schedule(schedule, exponent)
         self.exponent = exponent
-        self.num_levels, self.num_train_timesteps = num_levels, num_train_timesteps
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], schedule: nn.Module | None = None) -> TokenProcess:
@@ -179,8 +187,8 @@ class AbsorbingProcess(TokenProcess):
     ) -> None:
         super().__init__(num_levels, schedule, exponent, num_train_timesteps)
         for name, value in {"remasking": remasking, "remasking_cap": remasking_cap}.items():
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ConfigurationError(f"{name} is {value!r}: give a number from 0 to 1.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigurationError(f"{name} is {value!r:.100}: give a number from 0 to 1.")
         self.remasking, self.remasking_cap = float(remasking), float(remasking_cap)
 
     def to_config(self) -> dict[str, Any]:

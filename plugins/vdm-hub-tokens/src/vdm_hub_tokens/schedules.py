@@ -181,7 +181,7 @@ def build_schedule(name: str, exponent: float | None = None) -> SignalSchedule:
     >>> build_schedule("polynomial", 3.0).lost(torch.tensor(0.5))
     tensor(0.1250)
     """
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ConfigurationError(f"schedule is {name!r:.100}: give one of {', '.join(SCHEDULES)}.")
     if exponent is None:
         return SCHEDULES[name]()
