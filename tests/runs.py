@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 
 import fork_server
+from vdm_hub.commands import main
 from vdm_hub.data import loading
 from vdm_hub.data.images import ImageLevels, ImageReader, decode_all
 from vdm_hub.data.loading import load_data
@@ -117,6 +118,11 @@ def as_process(index: int, number: int) -> None:
     """What accelerate would say in one process of several."""
     for state in (AcceleratorState, PartialState):
         state._shared_state.update(process_index=index, num_processes=number)
+
+
+def vdm_hub_here(*words: object) -> int:
+    """``vdm-hub`` with a command line, in this process; its exit status."""
+    return main([str(word) for word in words])
 
 
 def train_here(output: Path, **fields: Any) -> LikelihoodReport | None:

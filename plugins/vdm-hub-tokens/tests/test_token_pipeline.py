@@ -18,10 +18,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from naming import naming
-from runs import train_here
+from runs import train_here, vdm_hub_here
 from tiny_tokens import LENGTH, network, run_fields, tokenizer
 from vdm_hub import ConfigurationError, LikelihoodMethod, TokenPipeline, VariationalBound, VDMScheduler
-from vdm_hub.commands import main
 from vdm_hub_tokens import AbsorbingProcess, ExactOrder, MaskedCounts, WeightedOrders
 
 TEXTS = ["abc def", "gab", "fed cab bag face"]
@@ -152,15 +151,17 @@ def test_the_cards_command_measures_the_same_figure_by_the_same_method(
     pipeline("absorbing").save_pretrained("pipeline")
     Path("texts.txt").write_text("abc def gab fed cab bag face " * 10)
     words, time = MEASURED[what]
-    assert main(["evaluate", "pipeline", "--dataset_name", "texts.txt", "--replicates", "2", *words, "--json"]) == 0
+    assert (
+        vdm_hub_here("evaluate", "pipeline", "--dataset_name", "texts.txt", "--replicates", "2", *words, "--json") == 0
+    )
     Path("evaluation.json").write_text(capsys.readouterr().out)
     first = json.loads(Path("evaluation.json").read_text())
-    assert main(["publish", "pipeline", "me/texts", "--dry_run", "--evaluation", "evaluation.json"]) == 0
+    assert vdm_hub_here("publish", "pipeline", "me/texts", "--dry_run", "--evaluation", "evaluation.json") == 0
     card = Path("publication/main/README.md").read_text()
     (command,) = re.findall(r"```bash\nvdm-hub (evaluate.*?)\n```", card.replace("\\\n", ""), flags=re.DOTALL)
     assert time in card and (time == "continuous time" or "continuous time" not in card)
     capsys.readouterr()
-    assert main([*(one.replace("me/texts", "pipeline") for one in shlex.split(command)), "--json"]) == 0
+    assert vdm_hub_here(*(one.replace("me/texts", "pipeline") for one in shlex.split(command)), "--json") == 0
     again = json.loads(capsys.readouterr().out)
     assert {name: again.get(name) for name in ("method", "options", "bits_per_dim", "transitions")} == {
         name: first.get(name) for name in ("method", "options", "bits_per_dim", "transitions")
@@ -207,5 +208,5 @@ def test_a_run_shows_no_schedule_where_its_method_has_no_times(tmp_path: Path) -
     report = train_here(tmp_path / "run", **given)
     assert report is not None and report.method == "masked_counts"
     assert not (tmp_path / "run" / "schedule.png").exists()
-    written = main(["publish", str(tmp_path / "run"), "me/texts", "--dry_run", "--output_dir", str(tmp_path / "out")])
+    written = vdm_hub_here("publish", tmp_path / "run", "me/texts", "--dry_run", "--output_dir", tmp_path / "out")
     assert written == 0 and "schedule" not in (tmp_path / "out" / "main" / "README.md").read_text()
