@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     EuroBertConfig,
     EuroBertForMaskedLM,
@@ -40,12 +43,15 @@ from tiny_text import tiny_tokenizer
 from tiny_tokens import LENGTH, PROCESS, network, pipeline, tokenizer
 from vdm_hub import TokenPipeline, TokenTimeEmbedding, UNetVDMModel, VariationalBound, VDMScheduler
 from vdm_hub.data.sequences import Cut, encode_texts
+from vdm_hub.data.texts import open_texts
 from vdm_hub.data.tokenization import MASK, Tokenization
-from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, MissingPluginError
+from vdm_hub.errors import CheckpointError, ConfigurationError, DataError, MissingPluginError, NonFiniteLossError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.evaluation.measuring import ReplicateStages
 from vdm_hub.evaluation.tables import write_table
 from vdm_hub.models.token_networks import TokenNetwork, check_token_model
+from vdm_hub.recipes.arguments import Configuration
+from vdm_hub.training.opening import without_effect
 
 TEXTS = ["abc def", "gab", "fed cab bag face"]
 
@@ -481,3 +487,33 @@ def test_other_networks_than_those_of_transformers_are_refused() -> None:
     unet: Any = UNetVDMModel(8, block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises(ConfigurationError, match=naming("UNetVDMModel", "BertForMaskedLM")):
         TokenPipeline(unet, words, scheduler(len(words) - 1))
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def refused(error: type[Exception], *named: object) -> Iterator[None]:
+    """A refusal that speaks of texts, and of nothing that only images have."""
+    with pytest.raises(error, match=naming(*named)) as caught:
+        yield
+    assert not re.search(r"image|pixel|picture", str(caught.value))
+
+
+def test_what_is_said_of_texts_is_of_texts(pipe: TokenPipeline, tmp_path: Path) -> None:
+    levels = torch.full((2, LENGTH), pipe.num_levels)
+    with refused(DataError, pipe.num_levels - 1, "tokenizer"):
+        pipe.objective()({"levels": levels}, torch.rand(2), {"marginal": torch.rand(2, LENGTH)})
+    with refused(DataError, "nosuch.txt", "a text file"):
+        open_texts(str(tmp_path / "nosuch.txt"))
+    broken = pipeline()
+    torch.nn.init.constant_(broken.network.get_input_embeddings().weight, torch.nan)
+    windows = encode_texts(TEXTS, broken.tokenization, broken.cut)
+    for measure in (lambda: broken.log_likelihood(TEXTS), lambda: evaluate(broken, windows, progress=False)):
+        with refused(NonFiniteLossError, "window"):
+            measure()
+    with refused(ConfigurationError, "BertForMaskedLM"):
+        check_token_model(BertForSequenceClassification(BertConfig(**SIZES, **LAYERS)), 8)
+    held = {"validation_split": "validation", "max_train_steps": 3}
+    (said,) = without_effect(Configuration.from_dict(tiny_tokens.run_fields(tmp_path) | held), 3000)
+    assert "windows are held out" in said and "image" not in said

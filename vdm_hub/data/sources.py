@@ -339,8 +339,12 @@ def is_local(name: str) -> bool:
     return looks or os.path.exists(name)  # noqa: PTH110 - of any string, too long ones too
 
 
-def local_path(name: str) -> Path:
+def local_path(name: str, wanted: str = "a folder of images or of Parquet files") -> Path:
     """The path of a name: as it is where that is there, else with ``~`` for the home folder.
+
+    Args:
+        name: The name.
+        wanted: What to give where there is nothing.
 
     Raises:
         DataError: There is nothing.
@@ -348,7 +352,7 @@ def local_path(name: str) -> Path:
     for path in (name, os.path.expanduser(name)):  # noqa: PTH111 - that of pathlib raises for unknown users
         if name and os.path.exists(path):  # noqa: PTH110
             return Path(path).absolute()
-    raise DataError(f"there is nothing at {name!r}: give a folder of images or of Parquet files.")
+    raise DataError(f"there is nothing at {name!r}: give {wanted}.")
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:

@@ -201,7 +201,7 @@ def open_texts(name: str, config_name: str | None = None) -> Source:
     """
     if name == "digits" or not (is_local(name) or Path(name).suffix.casefold() in TEXT_SUFFIXES):
         return open_source(name, config_name)
-    path = local_path(name)
+    path = local_path(name, "a text file, or a folder of text files or of Parquet files")
     if path.is_file() and path.suffix.casefold() != ".parquet":
         return TextFiles(name, path.parent, [path.name])
     if path.is_dir():

@@ -231,6 +231,6 @@ def read_images(images: Examples, batch_size: int, max_images: int | None) -> tu
     needed = None if max_images is None else math.ceil(max_images / batch_size)
     parts = list(islice(evaluation_batches(images, batch_size), needed))
     if not parts:
-        raise DataError("there are no images to evaluate.")
+        raise DataError(f"there are no {images.kind.data} to evaluate: name another split.")
     joined = {name: torch.cat([part[name] for part in parts])[:max_images] for name in parts[0]}
     return joined.pop("levels"), joined

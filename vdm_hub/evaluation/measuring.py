@@ -74,7 +74,7 @@ class ReplicateStages:
         if self.target is not None and self.max_evaluations is not None and fewest > self.max_evaluations:
             raise ConfigurationError(
                 f"max_evaluations is {self.max_evaluations}, and the first stage of {self.replicates} replicates "
-                f"takes {fewest}, the pilot's included: give at least so many, or measure fewer images."
+                f"takes {fewest}, the pilot's included: give at least so many, or measure fewer data."
             )
 
     def next(self, report: LikelihoodReport, pilot: int = 0) -> int | None:
@@ -145,9 +145,10 @@ def measure_images(
     """
     processes = processes or Processes()
     if num_images < processes.count:
+        data = measurement.objective.kind.data
         raise DataError(
-            f"{num_images} images for {processes.count} processes: start at most {max(num_images, 1)}, or evaluate "
-            f"more images."
+            f"{num_images} {data} for {processes.count} processes: start at most {max(num_images, 1)}, or evaluate "
+            f"more {data}."
         )
     stages.check_budget(measurement.fewest_evaluations(stages.replicates))
     batches = list(batches_of(num_images, batch_size, processes.count))
@@ -158,7 +159,7 @@ def measure_images(
         torch.no_grad(),
         _Bar(torch.cat(own), units, progress and processes.is_main) as bar,
     ):
-        worker = _Worker(measurement, take, own, Results(num_images), journal, bar)
+        worker = _Worker(measurement, take, own, Results(num_images, units.kind), journal, bar)
         fitted = processes.together(lambda: worker.fit(batches) if processes.is_main else None)
         fitted = processes.broadcast(fitted)
         processes.together(lambda: worker.begin(fitted))
@@ -225,7 +226,7 @@ class _Worker:
 
     def run(self, replicates: range) -> Results:
         """Measure this process's images in some replicates; those that are finished already are left out."""
-        fresh = Results(self.results.num_images)
+        fresh = Results(self.results.num_images, self.results.kind)
         self.bar.expect(len(replicates))
         for replicate in replicates:
             missing = self.results.missing(replicate)

@@ -91,7 +91,7 @@ class BoundEstimator(Measurement):
     ) -> None:
         super().__init__(objective, seed)
         if num_images < 1:
-            raise DataError(f"{num_images} images were given: give at least one.")
+            raise DataError(f"{num_images} {objective.kind.data} were given: give at least one.")
         whole_number("times_per_datum", times_per_datum)
         if pilot_evaluations is not None:
             whole_number("pilot_evaluations", pilot_evaluations, 0)
@@ -164,7 +164,7 @@ class BoundEstimator(Measurement):
                 generators = [image_generator(self.seed, 0, i, d, _PILOT_NOISE) for i, d in keys]
                 noise = self.objective.draw_noise(part, generators)
                 value = self._terms(part, times[index, draw], noise)[self.objective.integrand]
-                check_finite(self.objective.integrand, value, index)
+                check_finite(self.objective.integrand, value, index, self.objective.kind)
                 row = torch.zeros(len(index), 0)
                 if trial is not None:
                     features = trial.features(self.objective.process.encode(part["levels"]))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdm_hub.data.kinds import Units
+from vdm_hub.data.kinds import IMAGES, DataKind, Units
 from vdm_hub.errors import DataError, NonFiniteLossError
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.calls import evaluating
@@ -105,8 +105,8 @@ class Results:
     [0]
     """
 
-    def __init__(self, num_images: int) -> None:
-        self.num_images = num_images
+    def __init__(self, num_images: int, kind: DataKind = IMAGES) -> None:
+        self.num_images, self.kind = num_images, kind
         self._done: dict[int, Tensor] = {}
         self._values: dict[tuple[str, str], dict[int, Tensor]] = {}
 
@@ -118,7 +118,7 @@ class Results:
         """
         indices = indices.cpu()
         for name, term in measured.terms.items():
-            check_finite(name, term, indices)
+            check_finite(name, term, indices, self.kind)
         kinds = {"term": measured.terms, "diagnostic": measured.diagnostics}
         for kind, values in kinds.items():
             for name, value in values.items():
@@ -203,8 +203,9 @@ def collect(
         NonFiniteLossError: A term of an image is not finite; the message names both.
     """
     if num_images < 1 or replicates < 1:
-        raise DataError(f"{num_images} images and {replicates} replicates were given: give at least one of each.")
-    results = Results(num_images)
+        data = measurement.objective.kind.data
+        raise DataError(f"{num_images} {data} and {replicates} replicates were given: give at least one of each.")
+    results = Results(num_images, measurement.objective.kind)
     with evaluating(measurement.objective), torch.no_grad():
         measurement.fit(batches)
         for replicate in range(replicates):
@@ -214,8 +215,8 @@ def collect(
     return results.report(measurement, replicates, units)
 
 
-def check_finite(name: str, term: Tensor, index: Tensor) -> None:
-    """Refuse a term, (B,), that is not finite, by the name of the first such image.
+def check_finite(name: str, term: Tensor, index: Tensor, kind: DataKind = IMAGES) -> None:
+    """Refuse a term, (B,), that is not finite, by the name of the first such image, or window.
 
     Raises:
         NonFiniteLossError: It is not.
@@ -223,6 +224,6 @@ def check_finite(name: str, term: Tensor, index: Tensor) -> None:
     if not bool(torch.isfinite(term).all()):
         image = int(index[(~torch.isfinite(term.cpu())).nonzero()[0, 0]])
         raise NonFiniteLossError(
-            f"the {name} term of image {image} is not finite. The model's weights or its schedule's endpoints are at "
-            f"fault: evaluate an earlier checkpoint, or look at that image."
+            f"the {name} term of {kind.datum} {image} is not finite. The model's weights or its schedule's endpoints "
+            f"are at fault: evaluate an earlier checkpoint, or look at that {kind.datum}."
         )

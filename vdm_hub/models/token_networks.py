@@ -201,7 +201,7 @@ def check_token_model(model: Any, length: int) -> None:
     if first.ndim != 3 or first.shape[:2] != ids.shape or first.shape[2] < size:
         raise ConfigurationError(
             f"the {name} gives an output of shape {tuple(first.shape)} for {length} tokens of {size}: give a model "
-            f"with a head that gives logits of each token, such as {name.removesuffix('Model')}ForMaskedLM."
+            f"with a head that gives logits of each token, such as {masked_model_of(model.config.model_type)}."
         )
     if middle and len(ordinary) > 1 and torch.equal(first[:, :middle], second[:, :middle]):
         raise ConfigurationError(
@@ -209,6 +209,18 @@ def check_token_model(model: Any, length: int) -> None:
             f"found from those on both sides. Give a masked language model, or a bidirectional one (of Llama's kind "
             f"by is_causal=False in its config)."
         )
+
+
+def masked_model_of(kind: str | None) -> str:
+    """The masked language model of a kind of models of transformers; BERT's where that has none.
+
+    >>> masked_model_of("roberta"), masked_model_of("gpt2")
+    ('RobertaForMaskedLM', 'BertForMaskedLM')
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as NAMES
+
+    found = NAMES.get(kind)
+    return found if isinstance(found, str) and "ForConditional" not in found else "BertForMaskedLM"
 
 
 def _ordinary_ids(model: Any, size: int) -> Tensor:

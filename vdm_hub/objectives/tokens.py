@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vdm_hub.data.conditions import Condition
+from vdm_hub.data.kinds import TOKENS
 from vdm_hub.diffusion.forward_process import ForwardProcess, Noise
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.models.token_networks import TokenNetwork
@@ -27,6 +28,7 @@ class TokenObjective(VDMObjective):
     """
 
     network: TokenNetwork
+    kind = TOKENS
 
     def __init__(
         self,

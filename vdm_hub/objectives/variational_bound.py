@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vdm_hub.data.conditions import Condition
+from vdm_hub.data.kinds import IMAGES, TOKENS, DataKind
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess, Network, Noise
 from vdm_hub.diffusion.times import discretise
@@ -65,10 +66,12 @@ class Objective(nn.Module, ABC):
     """Network, process and encoders in one module, so that accelerate prepares one; every draw comes in explicitly.
 
     Attributes:
+        kind: Of the data, by which words of them are chosen.
         transitions: T, or ``None`` for continuous time, and where there is no time.
         condition: What the network is told of each datum; ``None`` for nothing.
     """
 
+    kind: DataKind = IMAGES
     transitions: int | None = None
     condition: Condition | None = None
 
@@ -161,7 +164,7 @@ class VDMObjective(Objective):
     def forward(self, batch: Batch, times: Tensor, noise: Noise) -> Bound:
         """The terms ``reconstruction``, ``prior`` and ``diffusion``, and those that the process adds."""
         levels, network = batch["levels"], self.network_on(batch)
-        _check_draws(levels, times, self.process.num_levels)
+        _check_draws(levels, times, self.process.num_levels, self.kind)
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
             extras, bound = bind_batch(self.process, batch, x, noise)
@@ -182,7 +185,7 @@ class VDMObjective(Objective):
             reconstruction: Whether the reconstruction is one of them, as with a decoder that asks the network.
         """
         levels, network = batch["levels"], self.network_on(batch)
-        _check_draws(levels, times, self.process.num_levels)
+        _check_draws(levels, times, self.process.num_levels, self.kind)
         with torch.autocast(levels.device.type, enabled=False):
             x = self.process.encode(levels)
             _, bound = bind_batch(self.process, batch, x, noise)
@@ -210,15 +213,23 @@ class VDMObjective(Objective):
         return self.process.draw_noise(tuple(levels.shape), generator, levels.device)
 
 
-def _check_draws(levels: Tensor, times: Tensor, num_levels: int) -> None:
+_MAPPED = {
+    IMAGES.name: ("levels", "map the pixels to levels with vdm_hub.levels_from_images"),
+    TOKENS.name: ("values of tokens", "encode the texts with the model's own tokenizer"),
+}
+"""What data consist of, and how they become that, by their kind."""
+
+
+def _check_draws(levels: Tensor, times: Tensor, num_levels: int, kind: DataKind) -> None:
     """Refuse draws without a bound; on a CPU only, where looking costs no synchronisation, and not compiled."""
     if levels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     low, high = int(levels.min()), int(levels.max())
     if low < 0 or high >= num_levels:
+        what, remedy = _MAPPED[kind.name]
         raise DataError(
-            f"the batch holds levels {low} to {high}, and the process knows 0 to {num_levels - 1}: give its "
-            f"num_levels to VDMScheduler, or map the pixels to levels with vdm_hub.levels_from_images."
+            f"the batch holds {what} {low} to {high}, and the process knows 0 to {num_levels - 1}: give its "
+            f"num_levels to VDMScheduler, or {remedy}."
         )
     if not bool(((times >= 0) & (times <= 1)).all()):
         raise DataError(f"times run from {float(times.min()):g} to {float(times.max()):g}: give values in [0, 1].")

@@ -48,7 +48,7 @@ def without_effect(configuration: Configuration, total_steps: int) -> list[str]:
         f"sample_steps is {training.sample_steps:,} and nothing is drawn, as num_sample_images is 0": (
             training.sample_steps > 0 and training.num_sample_images == 0
         ),
-        "images are held out for validation and never measured, as validation_steps is 0": (
+        f"{data.kind.data} are held out for validation and never measured, as validation_steps is 0": (
             held_out and training.validation_steps == 0
         ),
         f"test_size is {data.test_size} and nothing is measured at the end, as evaluation_replicates is 0": (

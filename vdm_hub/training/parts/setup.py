@@ -198,7 +198,7 @@ def count_steps(arguments: TrainingArguments, steps_per_epoch: int | None) -> in
     """The optimiser steps of a run, from the batches of an epoch; ``None`` for a stream, whose length is not known.
 
     Raises:
-        ConfigurationError: Epochs of a stream; or one optimiser step would see an image twice.
+        ConfigurationError: Epochs of a stream; or one optimiser step would see a datum twice.
 
     >>> count_steps(TrainingArguments(num_train_epochs=3, gradient_accumulation_steps=2), steps_per_epoch=5)
     7
@@ -207,7 +207,7 @@ def count_steps(arguments: TrainingArguments, steps_per_epoch: int | None) -> in
     if steps_per_epoch is not None and accumulation > steps_per_epoch:
         raise ConfigurationError(
             f"gradient_accumulation_steps is {accumulation}, and an epoch has {steps_per_epoch} batches: one "
-            f"optimiser step would see images twice. Set it to at most {steps_per_epoch}, or train_batch_size "
+            f"optimiser step would see data twice. Set it to at most {steps_per_epoch}, or train_batch_size "
             f"to fewer."
         )
     if arguments.max_train_steps is not None:
