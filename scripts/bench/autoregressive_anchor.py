@@ -54,7 +54,7 @@ def main() -> None:
     given = parser.parse_args()
     recipe = yaml.safe_load((given.run / "recipe.yaml").read_text())
     run = json.loads((given.run / "run.json").read_text())
-    pipeline = load_pipeline(given.run)
+    pipeline = load_pipeline(str(given.run))
     length, steps = pipeline.cut.length, given.max_steps or run["steps"]
 
     def windows(split: str, context: int) -> TokenWindows:
@@ -92,6 +92,7 @@ def train(windows: TokenWindows, recipe: dict[str, Any], steps: int) -> tuple[Ll
             save_strategy="no",
             logging_steps=100,
             disable_tqdm=True,
+            dataloader_pin_memory=False,
         )
         started = time.perf_counter()
         Trainer(model, arguments, train_dataset=Places(windows, steps * recipe["train_batch_size"])).train()
