@@ -158,9 +158,9 @@ def test_the_package_is_imported_without_what_it_stands_on() -> None:
 @pytest.mark.parametrize("first", ["import vdm_hub, diffusers", "import diffusers, vdm_hub"])
 def test_diffusers_finds_the_classes_whichever_is_imported_first(first: str) -> None:
     names = ["VDMPipeline", "UNetVDMModel", "VDMScheduler"]
-    answered(f"{first}\nassert all(getattr(diffusers, name) is getattr(vdm_hub, name) for name in {names})")
     answered(
-        f"{first}\nfrom diffusers import DiffusionPipeline, pipelines\nassert pipelines.vdm_hub is vdm_hub\n"
+        f"{first}\nassert all(getattr(diffusers, name) is getattr(vdm_hub, name) for name in {names})\n"
+        "from diffusers import DiffusionPipeline, pipelines\nassert pipelines.vdm_hub is vdm_hub\n"
         "assert DiffusionPipeline.from_pretrained.__func__.hands_over\ntry: diffusers.VDMNothing\n"
         "except AttributeError: pass\nelse: raise AssertionError('a name that nobody has is found')"
     )

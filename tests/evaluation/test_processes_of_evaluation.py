@@ -131,7 +131,7 @@ def test_what_was_finished_before_a_kill_is_not_measured_again(folder: Path, tmp
     deadline = time.monotonic() + 280
     while len(list(journal.rglob("replicate-*"))) < 7:
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.005)
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     finished = kept(journal)
