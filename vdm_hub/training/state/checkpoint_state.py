@@ -155,7 +155,8 @@ def _other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[st
     words = [one.get("tokenizer") for one in images]
     if None not in words and words[0] != words[1]:
         changed.append(
-            f"the tokenizer is another, of other tokens (fingerprints {' and '.join(str(one)[:20] for one in words)})"
+            f"the tokenizer, or the texts that it is made from, are others (fingerprints of its tokens "
+            f"{' and '.join(str(one)[:20] for one in words)})"
         )
     texts = [str(one.get("text_encodings"))[:16] for one in (before, now)]
     if len(set(texts)) > 1:
