@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,11 +43,22 @@ OF_PLUGINS = {  # commands, and whose they are
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS_PLUGINS = re.compile(r"^from vdm_hub_\w+ import", re.MULTILINE)  # `plugins/test_installed.py` runs those
 PYTHON = [page for page in PAGES if "```python\n" in page.read_text() and not NEEDS_PLUGINS.search(page.read_text())]
+LONG = ("2_hierarchical_vae", "3_vdm", "4_latent_vdm")  # the ladder's first page and its last stand for these
 # What a test adds to a training command, so that it takes seconds: fewer and smaller, nothing else.
 SHORT = "--max_train_steps 2 --train_batch_size 4 --num_inference_steps 2 --num_sample_images 1 --report_to none"
 SMALL_UNET = '--unet \'{"block_out_channels": [32], "layers_per_block": 1}\''
 QUICK = re.compile(r"vdm-hub (evaluate|sample|plugins) ")
 TRAINING = re.compile(r"vdm_hub\.train |vdm-hub train ")
+
+
+def stem(page: Path) -> str:
+    """The name of a page in the list of tests."""
+    return page.stem
+
+
+def marked(page: Path) -> Any:
+    """A page as a parameter, marked where it takes long."""
+    return pytest.param(page, marks=pytest.mark.slow if page.stem in LONG else ())
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
@@ -103,7 +115,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", map(marked, PYTHON), ids=stem)
 def test_the_python_of_a_page_runs_and_draws_what_it_shows(page: Path, home: Path, tmp_path: Path) -> None:
     for one in home.iterdir():
         (tmp_path / one.name).symlink_to(one)
