@@ -32,6 +32,7 @@ def check(answer: dict[str, Any], kinds: tuple[str, ...]) -> None:
         assert result["next"] == "published", result
 
 
+@pytest.mark.slow  # tests/hub/test_lost_answers.py has the answers that matter, one by one
 def test_after_an_answer_is_lost_at_any_call_main_is_whole_and_the_next_publishes(tmp_path: Path) -> None:
     check(trials(tmp_path, ("dropped after",)), ("dropped after",))
 

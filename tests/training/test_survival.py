@@ -87,6 +87,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, plan: str) -> No
     check(tmp_path, plan, 1, FIELDS)
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_killed_change_nothing(tmp_path: Path) -> None:
     check(tmp_path, "step:2,checkpoint:2,results:1", 2, FIELDS | {"max_train_steps": 40, "sample_steps": 0})
 
