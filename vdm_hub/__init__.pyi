@@ -71,8 +71,9 @@ from .errors import VDMHubError as VDMHubError
 # What training minimises, and what evaluation measures.
 from .evaluation.evaluate import evaluate as evaluate
 from .fields import check_fields as check_fields
-from .files import written_beside as written_beside
 from .fields import option as option
+from .fields import whole_number as whole_number
+from .files import written_beside as written_beside
 from .evaluation.measuring import ReplicateStages as ReplicateStages
 from .evaluation.measuring import measure_images as measure_images
 from .evaluation.provenance import weights_fingerprint as weights_fingerprint

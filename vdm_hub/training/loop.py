@@ -42,7 +42,7 @@ from vdm_hub.training.state.checkpoints import find_checkpoint, save_checkpoint
 from vdm_hub.training.state.outputs import (
     OutputFolder,
     Validation,
-    method_of,
+    own_method,
     publish_locally,
     results,
     save_samples,
@@ -186,7 +186,7 @@ class TrainingRun(RunState):
         report = evaluate(
             self._pipeline(model),
             images,
-            method_of(self.configuration),
+            own_method(self.configuration),
             replicates=2,
             batch_size=self.training.eval_batch_size,
             max_images=self.training.validation_images,

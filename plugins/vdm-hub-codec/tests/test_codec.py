@@ -247,6 +247,9 @@ def test_another_model_other_data_and_models_without_a_chain_are_refused() -> No
         encode(pipe, torch.zeros(2, 1, 9, 8, dtype=torch.long), transitions=T)
     with pytest.raises(DataError, match="17"):
         encode(pipe, torch.full((2, 1, 8, 8), 17), transitions=T)
+    for number in ({"transitions": 0}, {"block": 0}, {"batch_size": 0}):
+        with pytest.raises(ConfigurationError, match=f"{next(iter(number))} is 0"):
+            encode(pipe, data, **{"transitions": T} | number)
     with pytest.raises(ConfigurationError, match="transitions is 3"):
         encode(made("vae"), data, transitions=3)
 

@@ -62,6 +62,11 @@ def test_texts_that_tokens_do_not_say_and_other_processes_are_refused(tmp_path: 
     pipe = pipeline()
     with pytest.raises(DataError, match="tokenizer does not know"):
         encode(pipe, windows(pipe, tmp_path, "a bad ☃ face faced"))
+    (tmp_path / "two").mkdir()
+    for name in "abcdef":  # a place each for validation and test
+        (tmp_path / "two" / f"{name}.txt").write_text(TEXT)
+    with pytest.raises(DataError, match="documents"):
+        encode(pipe, load_windows(str(tmp_path / "two"), "train", pipe.tokenization, pipe.cut))
     other = pipeline(process="uniform")
     with pytest.raises(ConfigurationError, match="absorbing"):
         encode(other, windows(other, tmp_path))

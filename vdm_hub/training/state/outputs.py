@@ -259,7 +259,7 @@ def publish_locally(
         report = evaluate(
             pipeline,
             data.test,
-            method_of(configuration),
+            own_method(configuration),
             replicates=training.evaluation_replicates,
             batch_size=training.eval_batch_size,
             seed=training.seed,
@@ -286,7 +286,7 @@ def _describe_test(configuration: Configuration, data: RunData) -> dict[str, Any
     return describe_split(data.test, configuration.data, split)
 
 
-def method_of(configuration: Configuration) -> VariationalBound | None:
+def own_method(configuration: Configuration) -> VariationalBound | None:
     """What a run measures itself by: the bound of its transitions, or its process's own method in continuous time."""
     count = configuration.diffusion.transitions
     return None if count is None else VariationalBound(count)

@@ -53,13 +53,14 @@ class Block:
 
 @dataclass
 class Lengths:
-    """Where the bits of a file come from: bits by name, and network evaluations of a datum by name.
+    """Where the bits of a file come from.
 
     Attributes:
         as_they_are: Bits of the data that were pushed to start with.
         chain: ``log q - log p`` of the latents that were drawn: the bound on the same draws.
         pushed: What the stack grew by, for the same data.
         started: How many data were pushed as they are.
+        evaluations: Of the network, of all data that were coded.
     """
 
     as_they_are: float = 0.0

@@ -23,6 +23,7 @@ from vdm_hub import (
     TokenPipeline,
     TokenWindows,
     weights_fingerprint,
+    whole_number,
 )
 from vdm_hub_codec.blocks import Block, Coder, Lengths
 from vdm_hub_codec.chains import Chain
@@ -111,10 +112,14 @@ def encode(
         The file's bytes, and the report on its length.
 
     Raises:
-        ConfigurationError: The model has no finite chain.
-        DataError: The data are not the model's, or the tokenizer does not give the text back.
+        ConfigurationError: The model has no finite chain, or a number is out of range.
+        DataError: The data are not the model's, the tokenizer does not give the text back, or there are several.
     """
     started = time.perf_counter()
+    for what, value in (("transitions", transitions), ("block", block)):
+        if value is not None:
+            whole_number(what, value)
+    whole_number("sites_at_once", sites_at_once), whole_number("batch_size", batch_size)
     if isinstance(data, TokenWindows):
         if not isinstance(pipeline, TokenPipeline):
             raise ConfigurationError(
@@ -146,6 +151,7 @@ def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, p
     Raises:
         DataError: The file is none, damaged, or of another model, or the network gives other numbers here.
     """
+    whole_number("batch_size", batch_size)
     container = Container.from_bytes(data)
     check_model(pipeline, container)
     if container.coder["kind"] == "order":
@@ -224,11 +230,15 @@ def _encode_text(
             f"the tokens do not say all of the text ({'; '.join(windows.facts.notes)}), so it could not come back: "
             f"give a text that the tokenizer knows, or a model of bytes."
         )
+    if windows.facts.documents > 1:
+        raise DataError(
+            f"the text is of {windows.facts.documents:,} documents, and a file keeps one: name one text file, or a "
+            f"slice of one document."
+        )
     coder = _order_coder(pipeline, sites_at_once, batch_size)
     block = coder.encode(windows)
     cut = windows.cut
     how = {"kind": "order", "sites": sites_at_once, "length": cut.length, "context": cut.context}
-    how |= {"documents": windows.facts.documents}
     lengths = Lengths(chain=coder.ideal, pushed=coder.ideal, evaluations=coder.evaluations)
     parts = _Parts(lengths, len(windows), len(windows.tokens), [block], None)
     return Container(name, fingerprint_of(pipeline), how, [block]), parts

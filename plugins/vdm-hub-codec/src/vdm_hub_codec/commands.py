@@ -149,7 +149,8 @@ def _data(pipeline: LikelihoodPipeline, arguments: argparse.Namespace) -> Tensor
     images, _, notes = load_images(pipeline, arguments.dataset_name, arguments.split, config_name=config, say=say)
     for note in notes:
         say(f"note: {note}.")
-    assert isinstance(images.levels, Tensor)
+    if not isinstance(images.levels, Tensor):
+        raise DataError("the images are of different sizes, and a file keeps those of one: name others.")
     return images.levels
 
 
