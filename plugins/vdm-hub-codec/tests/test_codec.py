@@ -195,11 +195,12 @@ def collect_bound(objective: VDMObjective, data: Tensor) -> float:
 
 
 def test_bits_are_as_good_as_random_before_they_are_drawn() -> None:
-    """What is drawn from a stack of one pattern is a normal all the same, and comes back."""
+    """What is drawn behind latents that all lie at their means is a normal all the same, and comes back."""
     ones = np.ones((50, 100))
     normals = Normal(0 * ones, ones, 0.25).decided(1, True, np.arange(50), Decisions())
     stack = Stack()
     stack.push_levels(np.arange(20_000) % K, K)
+    normals.push(stack, np.zeros((50, 100), dtype=np.int64))
     before = stack.words()
     bins = normals.draw(stack, seed=3)
     assert abs(0.25 * bins.mean()) < 4 / 5000**0.5 and (0.25 * bins).std() == pytest.approx(1, abs=0.05)
