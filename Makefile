@@ -33,8 +33,7 @@ quickstart: install  ## Train a VDM on digits, measure it, sample it, save it, a
 	$(RUN)/python scripts/quickstart.py $(OUTPUT)
 
 install-plugins: install  ## Install the packages in plugins/, from where they are.
-	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) constriction pillow-jxl-plugin
-	$(RUN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(addprefix -e ,$(PLUGINS))
+	$(RUN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt $(PIP_ARGS) $(PLUGINS:%=-e '%[test]')
 
 # The core's tests run without any plugin, also where some are installed; afterwards all are.
 test: install  ## Run the tests: the core's without plugins, then the plugins'.
