@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--images", type=int, help="only the first so many")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--confidences", type=float, nargs="*", default=[0.6, 0.75, 0.9, 0.95])
+    parser.add_argument("--confidences", type=float, nargs="*", default=[0.55, 0.65, 0.9, 0.95])
     parser.add_argument("--draws", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32], help="of equal effort, shared")
     parser.add_argument("--replicates", type=int, default=64, help="the most of independent draws")
     parser.add_argument("--batch_size", type=int, default=256)

@@ -146,6 +146,6 @@ def test_a_likelihood_leaves_the_networks_mode_alone() -> None:
 def test_a_term_that_is_not_finite_names_its_image() -> None:
     pipe = tiny_pipeline(tiny_unet(num_class_embeds=2))
     with torch.no_grad():
-        pipe.unet.time_embedding.class_embedding.weight[1] = torch.nan
+        pipe.unet.time_embedding.class_embedding[0].weight[1] = torch.nan
     with pytest.raises(NonFiniteLossError, match=naming("diffusion", "image 2")):
         pipe.bits_per_dim(torch.zeros(4, 1, 8, 8), class_labels=[0, 0, 1, 0])

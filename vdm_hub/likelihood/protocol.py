@@ -61,14 +61,14 @@ class ClassificationEffort:
         ConfigurationError: A number is out of range.
 
     >>> ClassificationEffort(budget=100).confidence
-    0.75
+    0.65
     """
 
     budget: int | None = option(
         None, "the most evaluations of each image, over all candidates; 20 a candidate", at_least=2, at_most=10**9
     )
     confidence: float | None = option(
-        0.75, "an image is done where its best candidate is the best with this probability", above=0.5, below=1
+        0.65, "an image is done where its best candidate is the best with this probability", above=0.5, below=1
     )
     first_draws: int = option(2, "draws before a candidate may be dropped", at_least=1, at_most=10**6)
     pilot_evaluations: int = option(

@@ -263,7 +263,11 @@ class FourierFeatures(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the timestep beside the context, then two linear layers with SiLU; a class adds to the second."""
+    """Sinusoids of the timestep beside the context, then two linear layers with SiLU; a class adds to the second.
+
+    What a class adds is a linear layer of its row in a table. The layer starts from zero, so that nothing is said of
+    the classes before they help.
+    """
 
     def __init__(
         self, channels: int, out: int, num_train_timesteps: int, num_classes: int | None, context_size: int | None
@@ -275,7 +279,11 @@ class TimeEmbedding(nn.Module):
             _lecun(nn.Linear(channels + self.context_size, out)),
             _lecun(nn.Linear(out, out)),
         )
-        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, out)
+        self.class_embedding = None
+        if num_classes is not None:
+            self.class_embedding = nn.Sequential(
+                nn.Embedding(num_classes, out), _zero(nn.Linear(out, out, bias=False))
+            )
 
     def forward(self, timestep: Tensor, class_labels: Tensor | None, context: Tensor | None = None) -> Tensor:
         if (class_labels is None) != (self.class_embedding is None):
