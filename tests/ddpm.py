@@ -38,7 +38,7 @@ def trained_ddpm() -> DDPMPipeline:
     levels = load_split("digits", "train", num_levels=K).levels
     unet, scheduler, generator = new_network(), DDPMScheduler(**BETAS), seeded(1)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
-    for _ in range(300):
+    for _ in range(150):
         images = 2 * levels[torch.randint(len(levels), (32,), generator=generator)].float() / (K - 1) - 1
         noise = torch.randn(images.shape, generator=generator)
         timesteps = torch.randint(T, (len(images),), generator=generator)

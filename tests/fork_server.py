@@ -45,11 +45,13 @@ from urllib.parse import urlsplit
 LAYERS = (
     "numpy scipy.stats torch torch._dynamo torch.distributed.run pandas pyarrow.csv pyarrow.dataset pyarrow.parquet "
     "PIL.Image matplotlib.pyplot sklearn.datasets safetensors.torch yaml jinja2 fsspec requests regex lazy_loader "
-    "packaging.tags packaging.utils xml.etree.ElementTree",
+    "packaging.tags packaging.utils xml.etree.ElementTree sklearn.metrics sklearn.model_selection "
+    "torch.utils.tensorboard matplotlib.backends.backend_agg PIL.JpegImagePlugin PIL.PdfImagePlugin "
+    "PIL.TiffImagePlugin PIL.WebPImagePlugin",
     "huggingface_hub.hf_api datasets accelerate.commands.launch transformers.modeling_utils tenacity "
     "diffusers.pipelines.pipeline_utils diffusers.models.unets.unet_2d diffusers.models.unets.unet_2d_condition "
     "diffusers.models.autoencoders.autoencoder_kl diffusers.schedulers.scheduling_ddpm diffusers.training_utils "
-    "diffusers.optimization diffusers.pipelines.ddpm.pipeline_ddpm",
+    "diffusers.optimization diffusers.pipelines.ddpm.pipeline_ddpm diffusers.guiders.classifier_free_guidance",
 )
 # What is read below Python, or by going through the whole environment; PYTHONPATH alone is carried over.
 READ_UNSEEN = ("ARROW_", "FSSPEC_", "GOMP_", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "OMP_", "OPENBLAS_")

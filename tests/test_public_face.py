@@ -155,7 +155,9 @@ def test_the_package_is_imported_without_what_it_stands_on() -> None:
     answered(f"import sys, vdm_hub; assert not set({HEAVY!r}) & set(sys.modules)")
 
 
-@pytest.mark.parametrize("first", ["import vdm_hub, diffusers", "import diffusers, vdm_hub"])
+@pytest.mark.parametrize(
+    "first", [pytest.param("import vdm_hub, diffusers", marks=pytest.mark.slow), "import diffusers, vdm_hub"]
+)
 def test_diffusers_finds_the_classes_whichever_is_imported_first(first: str) -> None:
     names = ["VDMPipeline", "UNetVDMModel", "VDMScheduler"]
     answered(

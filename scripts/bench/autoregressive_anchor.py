@@ -1,10 +1,11 @@
 """A run of texts beside an autoregressive model of the same size, data, steps and windows.
 
 ``python scripts/bench/autoregressive_anchor.py runs/shakespeare`` trains transformers' `LlamaForCausalLM`, as wide and
-deep as the run's network, on the windows that the run trained on, at random places, by its learning rate, schedule and
-batch size. It prints both in bits/character of the text that is tested on, cut into windows without a context and with
-one of half a window. The run's figure is a bound, with its Monte Carlo error; that of the autoregressive model is
-exact. A step of both costs about the same; seconds can be compared where both trained on one idle machine.
+deep as the run's network, on the windows that the run trained on, at random places, by its optimiser, learning rate,
+schedule and batch size. It prints both in bits/character of the text that is tested on, cut into windows without a
+context and with one of half a window. The run's figure is a bound, with its Monte Carlo error; that of the
+autoregressive model is exact. A step of both costs about the same; seconds can be compared where both trained on one
+idle machine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from vdm_hub import TokenWindows, evaluate, load_pipeline, load_windows
+from vdm_hub import MuonAndAdamW, TokenWindows, evaluate, hidden_matrices, load_pipeline, load_windows
 
 
 class Places(Dataset[dict[str, Tensor]]):
@@ -74,7 +75,8 @@ def main() -> None:
 
 def train(windows: TokenWindows, recipe: dict[str, Any], steps: int) -> tuple[LlamaForCausalLM, float]:
     """The model, and the seconds that its steps took."""
-    chosen = {name: value for name, value in recipe["network"].items() if not name.startswith("_")}
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    chosen = {name: recipe["network"][name] for name in sizes}
     values = windows.num_levels + 1  # and what a window begins with
     torch.manual_seed(recipe["seed"])
     model = LlamaForCausalLM(LlamaConfig(**chosen, vocab_size=values, bos_token_id=values - 1, eos_token_id=None))
@@ -94,8 +96,14 @@ def train(windows: TokenWindows, recipe: dict[str, Any], steps: int) -> tuple[Ll
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
+        optimizer = None
+        if recipe.get("optimizer") == "muon":
+            rate, decay = recipe["learning_rate"], recipe["adam_weight_decay"]
+            groups = [{"params": model.parameters()}]
+            optimizer = MuonAndAdamW(groups, hidden_matrices(model), lr=rate, weight_decay=decay)
+        data = Places(windows, steps * recipe["train_batch_size"])
         started = time.perf_counter()
-        Trainer(model, arguments, train_dataset=Places(windows, steps * recipe["train_batch_size"])).train()
+        Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None)).train()
         return model.eval(), time.perf_counter() - started
 
 

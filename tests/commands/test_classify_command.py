@@ -92,6 +92,14 @@ def test_what_is_refused_names_its_value(
     assert all(word in said for word in named) and "Traceback" not in said
 
 
+@pytest.mark.parametrize(("more", "named"), [(("--prior", "0.5,0.5"), "10 numbers"), (("--budget", "12"), "20")])
+def test_candidates_are_looked_at_before_images_are_read(
+    more: tuple[str, ...], named: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["classify", str(folder), "--dataset_name", str(tmp_path / "nowhere"), *more]) == 2
+    assert named in capsys.readouterr().err
+
+
 def test_an_unconditional_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     assert main(words(tmp_path / "pipeline", "--label_column", "label")) == 2

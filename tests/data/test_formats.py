@@ -415,7 +415,7 @@ def test_a_path_in_a_row_is_never_opened(
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(st.sampled_from([*READ, "jpeg", "gif"]), st.data())
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_any_bytes_are_an_image_or_one_paragraph(name: str, data: st.DataObject) -> None:
     options = {"jpeg": lambda: encoded(RGB, "JPEG"), "gif": lambda: encoded(RGB, "GIF")} | READ
     content = bytearray(options[name]())

@@ -210,7 +210,7 @@ def test_a_chain_of_the_consistency_form_begins_at_the_latents() -> None:
 def test_both_decompositions_of_the_prior_have_one_mean() -> None:
     objective = VDMObjective(Exact(), process(OnePixel()), transitions=40).double()
     assert list(decompositions(objective)) == ["denoising_matching", "consistency"]
-    forms = compare_decompositions(objective, {"levels": levels()}, draws=1500)
+    forms = compare_decompositions(objective, {"levels": levels()}, draws=600)
     means, errors = forms.bits_per_dim, forms.standard_error
     difference = abs(means["denoising_matching"] - means["consistency"])
     assert difference < 4 * math.hypot(*errors.values())

@@ -152,7 +152,7 @@ QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.
 
 @pytest.mark.parametrize("kind", sorted(PIPELINES))
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=QUIET, derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=QUIET, derandomize=True)
 def test_a_damaged_pipeline_is_refused_in_one_paragraph(
     kind: str, folders: dict[str, Path], counts: Counter[str], data: st.DataObject
 ) -> None:

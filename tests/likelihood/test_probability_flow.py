@@ -289,6 +289,7 @@ def log_masses(data: Mixture, gamma_0: float = -4.0) -> Tensor:
     return below.diff().log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uniform", pytest.param("truncated_normal", marks=pytest.mark.slow)])
 def test_the_expectation_is_dequantisation_s_own_bound_on_the_mass_of_a_level(kind: str) -> None:
     """Against quadrature over the bin, from the exact density: the whole path from levels to nats."""
@@ -515,7 +516,7 @@ def test_batches_and_threads_change_no_figure() -> None:
             torch.testing.assert_close(found, whole, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
+@pytest.mark.parametrize("tolerance", [1e-3, pytest.param(1e-5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_stated_numerical_error_is_above_the_true_one_and_not_far(solver: str, tolerance: float) -> None:
     """The true one of the very draws, by a far smaller tolerance."""

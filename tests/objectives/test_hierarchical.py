@@ -51,8 +51,8 @@ def test_the_bound_lies_above_minus_log_p_and_importance_weights_close_the_gap(d
     exact = -exact_log_likelihood(model, LEVELS)
     objective = HVAEObjective(model)
     batches = Batches(LEVELS)
-    bound = measured(HierarchicalMeasurement(objective), batches, 400)
-    weighted = measured(HierarchicalChains(objective, draws=256), batches, 16)
+    bound = measured(HierarchicalMeasurement(objective), batches, 200)
+    weighted = measured(HierarchicalChains(objective, draws=256), batches, 8)
     bits = 4 * math.log(2)
     mean = float(exact.mean()) / bits
     assert bound.bits_per_dim > mean - 4 * bound.standard_error

@@ -100,9 +100,7 @@ def test_a_callback_is_a_function_of_what_there_is(arguments: dict[str, Any]) ->
 
 
 SOME_SAMPLERS = {
-    "DDIMScheduler",
     "DDPMScheduler",
-    "EulerDiscreteScheduler",
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 }

@@ -172,7 +172,11 @@ def test_where_the_sampler_clips_both_models_are_named_and_reported(trained: DDP
     assert half > clipped_bits(trained, levels, 1.0), "digits are black and white: half of their range can't hold them"
 
 
-@pytest.mark.parametrize("method", [VariationalBound(), ProbabilityFlow(tolerance=1e-3)], ids=["bound", "ode"])
+@pytest.mark.parametrize(
+    "method",
+    [VariationalBound(), pytest.param(ProbabilityFlow(tolerance=1e-3), marks=pytest.mark.slow)],
+    ids=["bound", "ode"],
+)
 def test_the_clipped_model_is_measured_in_continuous_time_too(
     trained: DDPMPipeline, levels: Tensor, method: LikelihoodMethod
 ) -> None:

@@ -251,7 +251,7 @@ def test_diffusers_dit_drops_no_label_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel", "DiT"])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_a_run_on_labels_ends_with_a_pipeline_that_is_asked_for_classes(
     name: str, dropout: float, tmp_path: Path
 ) -> None:

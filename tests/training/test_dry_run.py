@@ -32,6 +32,8 @@ def test_a_finished_run_stays_as_it_was(tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_say_it_once(tmp_path: Path) -> None:
     done = python(*TORCHRUN, SHIM, recipe(tmp_path, tmp_path / "run", dry_run=True), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr

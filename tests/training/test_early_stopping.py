@@ -105,6 +105,7 @@ def test_resuming_a_run_that_stopped_changes_nothing(stopped: Path) -> None:
     assert contents(stopped / "pipeline") == before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stops_where_the_undisturbed_one_does(stopped: Path, tmp_path: Path) -> None:
     train_here(tmp_path / "run", **PATIENT | {"max_train_steps": 4})
     train_here(tmp_path / "run", **PATIENT, resume_from_checkpoint="latest")
@@ -112,6 +113,8 @@ def test_a_resumed_run_stops_where_the_undisturbed_one_does(stopped: Path, tmp_p
     assert validations(tmp_path / "run") == validations(stopped)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
     path = recipe(tmp_path, tmp_path / "run", **PATIENT | {"train_batch_size": 8})
     done = python(*TORCHRUN, SHIM, path, ACCELERATE_USE_CPU="true")

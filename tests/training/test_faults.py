@@ -213,7 +213,7 @@ def from_shards(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("_own_cache")
-@pytest.mark.parametrize("what", ["vanishes", "is cut short"])
+@pytest.mark.parametrize("what", ["vanishes", pytest.param("is cut short", marks=pytest.mark.slow)])
 def test_a_shard_that_is_lost_is_named_and_the_run_goes_on_later(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +242,7 @@ def test_a_shard_that_is_lost_is_named_and_the_run_goes_on_later(
 
 
 @pytest.mark.usefixtures("_own_cache")
-@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_corrupt_image_is_named_and_left_out_only_where_asked(streaming: bool, tmp_path: Path) -> None:
     folder = shards(tmp_path / "data", corrupt=(13, 47))
     fields = from_shards(folder, streaming=streaming, max_train_steps=16)

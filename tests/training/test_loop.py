@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runs import LEARNED, contents, start, train_here, weights
+from runs import LEARNED, UNET, contents, start, train_here, weights
 from vdm_hub import VDMPipeline
 from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossError, VDMHubError
 from vdm_hub.training.parts.setup import build_pipeline
@@ -24,7 +24,7 @@ VARIANTS = {
     "plain": {},
     "no average": {"use_ema": False},
     "accumulated, learned": ACCUMULATED,
-    "drawing": {"unet": {"block_out_channels": [8], "norm_num_groups": 4, "dropout": 0.2}, "random_flip": True},
+    "drawing": {"unet": UNET | {"dropout": 0.2}, "random_flip": True},
     "streamed": {"streaming": True, "shuffle_buffer_size": 50},
 }
 

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vdm_hub.training.parts.optimizers import load_state, pack_optimizer, unpack_optimizer
+from vdm_hub.training.parts.optimizers import MuonAndAdamW, load_state, pack_optimizer, unpack_optimizer
 
 MADE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
     "amsgrad": lambda groups: torch.optim.AdamW(groups, lr=0.1, amsgrad=True),
+    "muon": lambda groups: MuonAndAdamW(
+        groups, {id(p) for group in groups for p in group["params"] if p.ndim == 2}, lr=0.1
+    ),
     "prodigy": lambda groups: prodigyopt.Prodigy(groups, lr=1.0),
     "momentum": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     "adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.1),
@@ -26,7 +29,7 @@ MADE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3), nn.Linear(3, 4)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -24,14 +24,16 @@ PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
 def test_every_optimizer_is_covered() -> None:
-    assert {"adamw", *PACKAGES} == set(get_args(FIELDS["optimizer"]))
+    assert {"adamw", "muon", *PACKAGES} == set(get_args(FIELDS["optimizer"]))
 
 
 # Where it is installed, diffusers imports it in every process and lets it speak; so the test extra does without.
 with_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "prodigy", pytest.param("adamw_8bit", marks=with_bitsandbytes)])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "muon", "prodigy", pytest.param("adamw_8bit", marks=with_bitsandbytes)]
+)
 def test_a_resumed_run_equals_the_undisturbed_one(optimizer: str, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"optimizer": optimizer, "noise_schedule": LEARNED, "lr_scheduler": "constant"}
     fields |= {"learning_rate": 1.0} if optimizer == "prodigy" else {}

@@ -42,6 +42,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
     },
 }
+SOME_UNETS = [pytest.param(name, marks=pytest.mark.slow) if name == "UNet2DModel" else name for name in UNETS]
 SCHEDULES: dict[str, Any] = {
     "linear": "linear",
     "cosine": "cosine",
@@ -106,7 +107,7 @@ def gradients(objective: VDMObjective, call: Callable[..., Any] | None = None) -
 # ---- compilation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transitions", [None, 10])
+@pytest.mark.parametrize("transitions", [None, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_network_and_bound_are_one_graph_with_the_same_gradients(schedule: str, transitions: int | None) -> None:
     conditioning = "table" if schedule == "discrete_betas" else "affine"
@@ -126,9 +127,7 @@ def test_the_ddpm_decoder_is_in_the_graph_too() -> None:
     assert explained.graph_count == 1
 
 
-@pytest.mark.parametrize(
-    "network", [pytest.param(name, marks=pytest.mark.slow) if name == "UNet2DModel" else name for name in UNETS]
-)
+@pytest.mark.parametrize("network", SOME_UNETS)
 def test_networks_are_one_graph_with_and_without_gradient_checkpointing(network: str, tmp_path: Path) -> None:
     run = start(tmp_path / "run", unet=UNETS[network])
     sample, timestep = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0])
@@ -147,10 +146,8 @@ def test_regions_are_the_repeated_blocks(network: str, tmp_path: Path) -> None:
     assert run.model._compiled_call_impl is None
 
 
-@pytest.mark.parametrize(
-    "network", [pytest.param(name, marks=pytest.mark.slow) if name == "UNet2DModel" else name for name in UNETS]
-)
-@pytest.mark.parametrize("compile", ["whole", "regional"])
+@pytest.mark.parametrize("network", SOME_UNETS)
+@pytest.mark.parametrize("compile", [pytest.param("whole", marks=pytest.mark.slow), "regional"])
 def test_compiled_runs_and_plain_ones_go_on_from_each_others_checkpoints(
     compile: str, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +239,7 @@ def test_gradient_checkpointing_keeps_fewer_activations(network: str, tmp_path: 
     assert kept[1] < 0.7 * kept[0]
 
 
-@pytest.mark.parametrize("network", UNETS)
+@pytest.mark.parametrize("network", SOME_UNETS)
 def test_channels_last_is_near_and_resumes_bit_for_bit(network: str, tmp_path: Path) -> None:
     fields = {"unet": UNETS[network], "max_train_steps": 6}
     train_here(tmp_path / "plain", **fields)

@@ -52,6 +52,8 @@ def test_a_run_is_published_and_says_where(tmp_path: Path) -> None:
     assert not [path for path, blob in files.items() if TOKEN.encode() in blob.content]
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_the_name_is_that_of_the_folder_and_a_finished_run_is_published_by_going_on(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         done = train(hub, tmp_path, push_to_hub=False, hub_model_id=None)
@@ -68,6 +70,8 @@ def test_the_name_is_that_of_the_folder_and_a_finished_run_is_published_by_going
     assert contents(tmp_path / "run" / "pipeline") == weights
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_publish_once(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         done = launch((*TORCHRUN, "-m", "vdm_hub.train"), hub, tmp_path, train_batch_size=8)

@@ -68,7 +68,9 @@ def test_the_terms_of_the_history_add_up(tmp_path: Path) -> None:
     assert len(set(train["bits_per_dim"])) == 6
 
 
-@pytest.mark.parametrize("killed_after", [1, 3, 6])
+@pytest.mark.parametrize(
+    "killed_after", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_has_the_history_of_the_undisturbed_one(killed_after: int, tmp_path: Path) -> None:
     """Whatever was logged between the last checkpoint and the end is logged again, and once."""
     fields = WATCHED | {"checkpointing_steps": killed_after, "max_train_steps": 7}

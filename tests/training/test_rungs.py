@@ -52,7 +52,7 @@ def test_a_hierarchy_trains_and_what_it_leaves_is_measured_and_sampled(
     assert (tmp_path / "grid.png").exists()
 
 
-@rungs
+@pytest.mark.parametrize("rung", [HVAE, pytest.param(LATENT, marks=pytest.mark.slow)], ids=["hvae", "latent_vdm"])
 def test_training_lowers_the_bound(rung: dict[str, Any], tmp_path: Path) -> None:
     fields = rung | {"evaluation_replicates": 4, "learning_rate": 5e-3, "lr_warmup_steps": 0}
     first = train_here(tmp_path / "first", **fields, max_train_steps=1)

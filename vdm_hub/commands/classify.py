@@ -29,7 +29,9 @@ def run(arguments: argparse.Namespace) -> None:
     words = arguments.candidates
     candidates = None if words is None else pipeline.known_condition.choices_of(words)
     if candidates is not None or pipeline.text_condition is None:
-        pipeline.known_condition.choose(candidates)  # before images are read
+        chosen = pipeline.known_condition.choose(candidates)  # before images are read
+        chosen.prior(arguments.prior)
+        arguments.effort.budget_for(len(chosen.names))
     images, description, notes = images_of(
         arguments, pipeline, lambda said: print(said, file=sys.stderr), must_be_told=False
     )

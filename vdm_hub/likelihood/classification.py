@@ -90,12 +90,7 @@ class BoundClassifier:
         self.batch_size, self.candidates = whole_number("batch_size", batch_size), len(prior)
         if self.candidates < 2:
             raise ConfigurationError(f"{self.candidates} candidates were given: give at least 2 to choose from.")
-        self.budget = self.effort.budget or 20 * self.candidates
-        if self.budget < (least := self.candidates * self.effort.first_draws):
-            raise ConfigurationError(
-                f"budget is {self.budget}, and {self.effort.first_draws} first draws of each of {self.candidates} "
-                f"candidates take {least}: give at least so many, or fewer candidates or first draws."
-            )
+        self.budget = self.effort.budget_for(self.candidates)
         self.grid = TimeGrid.of(objective.process, objective.transitions)
         self.proposal, self.scatter = Proposal.even(self.grid), Scatter()
         self.pilot_evaluations = self.network_evaluations = 0

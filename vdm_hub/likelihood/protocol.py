@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import check_fields, option
 
 FORMS = ("denoising_matching", "consistency", "joint")
@@ -80,3 +81,17 @@ class ClassificationEffort:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def budget_for(self, candidates: int) -> int:
+        """The most evaluations of each image for so many candidates.
+
+        Raises:
+            ConfigurationError: They are fewer than the first draws.
+        """
+        budget = self.budget or 20 * candidates
+        if budget < (least := candidates * self.first_draws):
+            raise ConfigurationError(
+                f"budget is {budget}, and {self.first_draws} first draws of each of {candidates} candidates take "
+                f"{least}: give at least so many, or fewer candidates or first draws."
+            )
+        return budget

@@ -377,8 +377,10 @@ class TrainingArguments:
         100, "Optimiser steps over which the learning rate rises from 0.", at_least=0, at_most=MAX_STEPS
     )
     scale_lr: bool = option(False, "Multiply the learning rate by processes x accumulation x batch size.")
-    optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = option(
-        "adamw", "AdamW; or AdamW with moments of 8 bits, of the package bitsandbytes; or Prodigy, of prodigyopt."
+    optimizer: Literal["adamw", "adamw_8bit", "muon", "prodigy"] = option(
+        "adamw",
+        "AdamW; or AdamW with moments of 8 bits, of the package bitsandbytes; or Muon for the matrices of linear "
+        "layers and AdamW for the rest; or Prodigy, of prodigyopt.",
     )
     adam_beta1: float = option(0.9, "beta_1 of AdamW.", at_least=0, below=1)
     adam_beta2: float = option(0.99, "beta_2 of AdamW.", at_least=0, below=1)

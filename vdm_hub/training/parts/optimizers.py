@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,20 @@ def build_optimizer(objective: Objective, arguments: TrainingArguments, learning
         {"params": [p for p in named.values() if id(p) not in kept]},
         {"params": [p for p in named.values() if id(p) in kept], "weight_decay": 0.0},
     ]
+    if arguments.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigurationError(
+                f"optimizer is 'muon', which torch {torch.__version__} does not have: `pip install 'torch>=2.9'`, or "
+                f"choose adamw."
+            )
+        return MuonAndAdamW(
+            [group for group in groups if group["params"]],
+            hidden_matrices(objective),
+            lr=learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            weight_decay=arguments.adam_weight_decay,
+            eps=arguments.adam_epsilon,
+        )
     fused = {"fused": True} if arguments.optimizer == "adamw" else {}
     optimizer: torch.optim.Optimizer = _optimizer_class(arguments.optimizer)(
         [group for group in groups if group["params"]],
@@ -47,6 +61,82 @@ def build_optimizer(objective: Objective, arguments: TrainingArguments, learning
         **fused,
     )
     return optimizer
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for some matrices, and AdamW for all other parameters, in one optimiser.
+
+    Muon's step is its momentum with all singular values near one, times ``0.2 sqrt(max(rows, columns))``: as long as
+    a step of AdamW, whose learning rate and weight decay it therefore shares (Liu et al., arXiv 2502.16982, eq. 4).
+
+    Args:
+        groups: Of parameters, as any optimiser takes them.
+        matrices: The ``id`` of each parameter that is Muon's; of two dimensions.
+        lr: The learning rate.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: Of groups that do not say their own.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> optimizer = MuonAndAdamW([{"params": layer.parameters()}], {id(layer.weight)}, lr=0.1)
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> sorted(optimizer.state[layer.weight]), sorted(optimizer.state[layer.bias])
+    (['momentum_buffer'], ['exp_avg', 'exp_avg_sq', 'step'])
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Mapping[str, Any]],
+        matrices: Container[int],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        given = [{**group, "params": list(group["params"])} for group in groups]
+
+        def those(of_muon: bool) -> list[dict[str, Any]]:
+            chosen = [[p for p in group["params"] if (id(p) in matrices) is of_muon] for group in given]
+            return [{**group, "params": some} for group, some in zip(given, chosen, strict=True) if some]
+
+        shared: Any = {"lr": lr, "weight_decay": weight_decay}
+        self.parts: list[torch.optim.Optimizer] = []
+        if muon := those(True):
+            self.parts.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **shared))
+        if adamw := those(False):
+            self.parts.append(torch.optim.AdamW(adamw, betas=betas, eps=eps, fused=True, **shared))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        place = 0
+        for part in self.parts:  # state and groups are other objects after `load_state_dict`
+            count = len(part.param_groups)
+            part.state, part.param_groups = self.state, self.param_groups[place : place + count]
+            place += count
+            part.step()
+        return loss
+
+
+def hidden_matrices(module: nn.Module) -> set[int]:
+    """The ``id`` of each weight of a linear layer that is neither a table of tokens nor gives their logits.
+
+    >>> module = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 3))
+    >>> hidden_matrices(module) == {id(module[1].weight)}
+    True
+    """
+    outer = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    for network in module.modules():  # those of transformers say which layer gives the logits
+        last = getattr(network, "get_output_embeddings", lambda: None)()
+        outer |= set() if last is None else {id(last.weight)}
+    return {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)} - outer
 
 
 def _optimizer_class(name: str) -> Any:
