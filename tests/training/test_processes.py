@@ -283,3 +283,27 @@ class Poisoned(loop.TrainingRun):
 loop.TrainingRun = Poisoned
 sys.exit(train.main())
 """
+
+
+UNWRAPPED = """
+import gc, sys
+import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
+from vdm_hub.train import main
+destroy = torch.distributed.destroy_process_group
+def checked(*group):
+    print("wrapped:", [type(one) for one in gc.get_objects() if type(one) is DistributedDataParallel])
+    destroy(*group)
+torch.distributed.destroy_process_group = checked
+sys.exit(main())
+"""
+
+
+def test_nothing_wraps_the_model_when_the_group_ends(tmp_path: Path) -> None:
+    """A reducer that is the last to hold the group takes it down with Python's lock held, and may wait for ever."""
+    script = tmp_path / "unwrapped.py"
+    script.write_text(UNWRAPPED)
+    path = recipe(tmp_path / "recipe", tmp_path / "run", max_train_steps=2)
+    done = python(*TORCHRUN, str(script), path, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrapped: []") == done.stdout.count("wrapped:") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import time
@@ -107,7 +108,7 @@ def _train(configuration: Configuration, accelerator: Accelerator, folder: Outpu
         if show:
             print(f"trained {run.step - first_step} steps in {time.perf_counter() - started:.1f} s")
         report = run.finish()
-        run.trackers.close()
+        run.close()
         if show:
             publish_run(configuration, folder)
     return report
@@ -241,7 +242,7 @@ class TrainingRun(RunState):
             path = find_checkpoint(self.folder.checkpoints, "latest")
             words = f"{received.name}: stopped after step {self.step} of {self.total_steps}; {path} is written. Go on"
             tqdm.write(f"{words} by the same command with --resume_from_checkpoint latest.", file=sys.stderr)
-        self.trackers.close()
+        self.close()
         raise TrainingStopped(received)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -288,6 +289,17 @@ class TrainingRun(RunState):
             )
 
     # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the trackers and the group of processes.
+
+        What wraps the model goes first: where its reducer is the last to hold the group, the group is taken down with
+        Python's lock held, and a thread of the group may wait for that lock for ever.
+        """
+        self.objective = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+        self.trackers.close()
 
     def finish(self) -> LikelihoodReport | None:
         """Save the pipeline of the averaged or the best weights, its pictures and its bound on the test split."""
@@ -355,4 +367,4 @@ class TrainingRun(RunState):
         report = describe_run(self)
         if self.accelerator.is_main_process:
             print(f"{report}\ndry run: nothing was written to {self.folder.path}.")
-        self.trackers.close()
+        self.close()
