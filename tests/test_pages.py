@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ OF_PLUGINS = {  # commands, and whose they are
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS_PLUGINS = re.compile(r"^from vdm_hub_\w+ import", re.MULTILINE)  # `plugins/test_installed.py` runs those
 PYTHON = [page for page in PAGES if "```python\n" in page.read_text() and not NEEDS_PLUGINS.search(page.read_text())]
-LONG = ("1_vae", "2_hierarchical_vae", "3_vdm", "4_latent_vdm")  # the ladder's last page stands for these
+QUICK_PAGES = ("README", "5_continuous_time")  # the first, and the ladder's last; the others are long together
 # What a test adds to a training command, so that it takes seconds: fewer and smaller, nothing else.
 SHORT = "--max_train_steps 2 --train_batch_size 4 --num_inference_steps 2 --num_sample_images 1 --report_to none"
 SHORT += " --evaluation_replicates 1"
@@ -59,7 +59,7 @@ def stem(page: Path) -> str:
 
 def marked(page: Path) -> Any:
     """A page as a parameter, marked where it takes long."""
-    return pytest.param(page, marks=pytest.mark.slow if page.stem in LONG else ())
+    return pytest.param(page, marks=() if page.stem in QUICK_PAGES else pytest.mark.slow)
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
@@ -70,9 +70,9 @@ def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
             yield language, title, token.content
 
 
-def lines(titled: bool) -> list[str]:
-    """The commands of all pages, each once."""
-    texts = [text for page in PAGES for kind, title, text in blocks(page) if kind == "bash" and bool(title) is titled]
+def lines(titled: bool, pages: Sequence[Path] = PAGES) -> list[str]:
+    """The commands of pages, each once."""
+    texts = [text for page in pages for kind, title, text in blocks(page) if kind == "bash" and bool(title) is titled]
     found = (line.partition("  #")[0].strip() for text in texts for line in text.replace("\\\n", " ").splitlines())
     return sorted({line for line in found if line})
 
@@ -94,16 +94,13 @@ def shortened(line: str) -> str:
     return f"{words} {SHORT} {'' if has_unet else SMALL_UNET} --output_dir runs/{abs(hash(line))}"
 
 
-OF_THE_HOME = [
-    "accelerate launch -m vdm_hub.train digits_vae",
-    "vdm-hub train digits_classes",
-    "vdm-hub train template --train_data_dir my_images --resolution 32",
-]
+OF_README = "vdm-hub train template --train_data_dir my_images --resolution 32"
+OF_OTHERS = ["accelerate launch -m vdm_hub.train digits_vae", "vdm-hub train digits_classes"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs, folders of images and checkpoint that the pages speak of, and the pages' own files."""
+    """The runs, folders of images and checkpoint that README speaks of, and the pages' own files."""
     home = tmp_path_factory.mktemp("pages")
     source = np.random.default_rng(0)
     for i in range(40):
@@ -115,15 +112,25 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / text.removeprefix("# ").partition("\n")[0]).write_text(text)
     (home / "scripts").symlink_to(ROOT / "scripts")
     shutil.copytree(finished_run()[0], home / "runs" / "digits")
-    for line in OF_THE_HOME:
-        run(home, f"{line} {SHORT} {'' if 'digits_vae' in line else SMALL_UNET}")
+    run(home, f"{OF_README} {SHORT} {SMALL_UNET}")
     stock = DDPMPipeline(tiny_network(stock=True), DDPMScheduler())  # type: ignore[arg-type]
     stock.save_pretrained(home / "my-ddpm")
     return home
 
 
+@pytest.fixture(scope="module")
+def whole_home(home: Path) -> Path:
+    """The runs that the other pages speak of, too."""
+    for line in OF_OTHERS:
+        run(home, f"{line} {SHORT} {'' if 'digits_vae' in line else SMALL_UNET}")
+    return home
+
+
 @pytest.mark.parametrize("page", map(marked, PYTHON), ids=stem)
-def test_the_python_of_a_page_runs_and_draws_what_it_shows(page: Path, home: Path, tmp_path: Path) -> None:
+def test_the_python_of_a_page_runs_and_draws_what_it_shows(
+    page: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    home: Path = request.getfixturevalue("home" if page.stem in QUICK_PAGES else "whole_home")
     for one in home.iterdir():
         (tmp_path / one.name).symlink_to(one)
     run(tmp_path, [sys.executable, str(ROOT / "scripts" / "run_page.py"), str(page), "--folder", str(tmp_path)])
@@ -132,23 +139,33 @@ def test_the_python_of_a_page_runs_and_draws_what_it_shows(page: Path, home: Pat
     assert drawn == shown if page.parent.name == "ladder" else drawn <= shown
 
 
-@pytest.mark.parametrize("line", [line for line in lines(titled=False) if not QUICK.match(line)])
-def test_a_command_runs(home: Path, line: str) -> None:
+def commands() -> list[Any]:
+    """What is not quick: of README, and what the other pages have beside it, as long ones."""
+    own = lines(titled=False, pages=[README])
+    every = [line for line in lines(titled=False) if not QUICK.match(line)]
+    return [pytest.param(line, marks=() if line in own else pytest.mark.slow) for line in every]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_runs(request: pytest.FixtureRequest, line: str) -> None:
     """As it stands; training is cut short, and ``make`` is asked for its plan (CI runs the targets)."""
+    home: Path = request.getfixturevalue("home" if line in lines(False, [README]) else "whole_home")
     if line.startswith("vdm-hub publish"):
         with LoopbackHub() as hub:
             run(home, line, hub.environment(home / "cache"))
             assert ("me/vdm-digits" in hub.repositories) == ("--dry_run" not in line)
     elif line.startswith("make"):
         assert run(ROOT, f"{line} --dry-run PYTHON={sys.executable}")
-    elif line not in OF_THE_HOME:  # which has run these
+    elif line not in [OF_README, *OF_OTHERS]:  # the home has run these
         run(home, shortened(line) if TRAINING.search(line) else line)
 
 
-def test_the_quick_commands_run(home: Path) -> None:
+@pytest.mark.parametrize(("pages", "count"), [([README], 5), pytest.param(PAGES, 12, marks=pytest.mark.slow)])
+def test_the_quick_commands_run(request: pytest.FixtureRequest, pages: list[Path], count: int) -> None:
     """All in one process, as importing the libraries takes longer than what they do."""
-    commands = [shlex.split(line)[1:] for line in lines(titled=False) if QUICK.match(line)]
-    assert len(commands) >= 12
+    commands = [shlex.split(line)[1:] for line in lines(False, pages) if QUICK.match(line)]
+    assert len(commands) >= count
+    home: Path = request.getfixturevalue("home" if pages == [README] else "whole_home")
     script = f"from vdm_hub.commands import main\nfor words in {commands!r}: assert main(words) == 0, words"
     run(home, [sys.executable, "-c", script])
 

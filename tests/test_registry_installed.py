@@ -315,6 +315,7 @@ def test_check_names_each_failure_and_checks_the_others_all_the_same(capsys: pyt
     assert all(row["status"] == "passes" for (_, package), row in found.items() if package == "vdm-hub")
 
 
+@pytest.mark.slow
 def test_check_leaves_alone_what_is_not_allowed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

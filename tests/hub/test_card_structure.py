@@ -89,7 +89,7 @@ def structure_of_words(twin: bool, command: bool = True) -> list[str]:
     return structure(words_card(twin, command))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.fixed_dictionaries(dict.fromkeys(STRINGS, TEXTS)), st.booleans())
 @example(dict.fromkeys(STRINGS, "\n\n# Free\n\n![x](http://y.org/z.png) [here](http://y.org)\n\n```\n"), False)
 @example(dict.fromkeys(STRINGS, "<img src=x onerror=alert(1)>"), True)

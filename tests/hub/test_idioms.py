@@ -23,6 +23,7 @@ from vdm_hub import RegisteredModel, VDMPipeline, VDMScheduler
 from vdm_hub.hub.install_hint import FORMER_HINTS, INSTALL_HINT, add_install_hint
 from vdm_hub.version import HOW_TO_INSTALL
 
+pytestmark = pytest.mark.slow  # tests/hub/test_loading.py loads from a folder, a Hub and its cache, too
 ROOT = Path(__file__).resolve().parents[2]
 REPO, STOCK = "me/vdm-digits", "me/stock-network"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -69,7 +69,10 @@ def told(condition: dict[str, int], images: int) -> dict[str, Tensor]:
     return given
 
 
-@pytest.fixture(params=CASES)
+SOME_CASES = ("ours, both", "UNet2DModel, labels", "UNet2DConditionModel, both", "DiT, labels")
+
+
+@pytest.fixture(params=[name if name in SOME_CASES else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, int]]:
     return CASES[request.param]
 

@@ -102,6 +102,7 @@ def test_the_same_images_give_the_same_figure_afterwards(capsys: pytest.CaptureF
     assert sorted(Path(file).parent.name for file in files) == list(CLASSES), "one of each class"
 
 
+@pytest.mark.slow
 def test_another_seed_is_tested_on_the_same_images() -> None:
     run_template(train_data_dir="my_images", resolution=8, output_dir="runs/other", seed=7, validation_size=0.25)
     ours, theirs = (read(Path(f"runs/{name}/evaluation.json")) for name in ("mine", "other"))
@@ -171,6 +172,7 @@ def test_a_model_keeps_what_it_does_to_images() -> None:
 # ---- where nothing is held out for the test -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_test_images_the_last_held_out_figure_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"train_data_dir": "my_images", "resolution": 8, "test_size": 0, "test_split": "none"}
     run_template(**fields, output_dir="runs/untested", max_train_steps=5)

@@ -98,6 +98,7 @@ def test_what_would_stop_the_publication_is_said_before_training(
     assert not (tmp_path / "run").exists(), "nothing was trained"
 
 
+@pytest.mark.slow
 def test_a_publication_that_fails_costs_nothing_of_the_run(tmp_path: Path) -> None:
     """The Hub is gone at the end: status 2, a complete run, and the command that goes on, which then succeeds."""
     with LoopbackHub() as gone:

@@ -63,7 +63,7 @@ def test_the_network_of_the_paper_has_its_size() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["mnist", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fashion_mnist", "cifar10_fast", "template"))],
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("mnist", "fashion_mnist", "cifar10_fast", "template")],
 )
 def test_each_small_one_takes_a_step_that_learns(name: str, tmp_path: Path) -> None:
     """With the recipe's own network and precision; only the images are few, and nothing is compiled."""

@@ -55,6 +55,7 @@ def test_the_same_images_elsewhere_are_the_same_and_others_are_not(
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_mappings_in_another_order_and_long_forms_are_the_same(tmp_path: Path) -> None:
     train_here(tmp_path / "run", max_train_steps=1, noise_schedule="linear")
     turned = dict(reversed({"_class_name": "UNetVDMModel", **UNET}.items()))

@@ -53,7 +53,7 @@ def finish_and_compare(tmp_path: Path, stopped_at: int, fields: dict[str, Any]) 
     assert (tmp_path / "run" / "history.json").read_text() == (tmp_path / "calm" / "history.json").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_its_own_exit_status(
     number: signal.Signals, tmp_path: Path
 ) -> None:
