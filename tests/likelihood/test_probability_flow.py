@@ -648,9 +648,10 @@ def test_too_few_steps_are_said_to_be_too_few() -> None:
         measured(FlowMeasurement(objective_of(), replace(EXACT, max_steps=3)), images(torch.zeros(1, 1).long()))
 
 
-def test_a_missing_solver_library_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.integrate", None)  # an import of it now fails as if it were not there
-    with pytest.raises(ConfigurationError, match=naming("pip install scipy")):
+@pytest.mark.parametrize("missing", ["scipy.integrate", "greenlet"])
+def test_a_missing_library_is_named_with_its_install_line(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # an import of it now fails as if it were not there
+    with pytest.raises(ConfigurationError, match=naming(f"pip install {missing.partition('.')[0]}")):
         FlowMeasurement(objective_of())
 
 

@@ -304,6 +304,14 @@ def test_without_temperature_the_likeliest_tokens_are_drawn(pipe: TokenPipeline)
     assert torch.equal(drawn.ids, pipe.tokenization.ids_of(likeliest).expand(3, -1))
 
 
+def test_a_network_that_gives_nan_is_said_to() -> None:
+    pipe = pipeline()
+    with torch.no_grad():
+        next(iter(pipe.network.parameters())).fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError, match=naming(2, "weights")):
+        pipe(num_samples=2, num_inference_steps=2)
+
+
 def test_samples_are_those_of_their_generators(pipe: TokenPipeline) -> None:
     both = pipe(2, num_inference_steps=4, generator=[seeded(1), seeded(2)]).ids
     assert torch.equal(both[1:], pipe(1, num_inference_steps=4, generator=[seeded(2)]).ids)

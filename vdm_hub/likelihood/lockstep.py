@@ -1,8 +1,8 @@
 """Adaptive integration of many initial values by scipy, each with steps of its own, their fields evaluated together.
 
-scipy steps one state at a time, and a network is worth calling only for many. So each datum has a thread in which
-scipy's solver runs until it asks for its field; when all have asked, the calling thread answers them, one after the
-other.
+scipy steps one state at a time, and a network is worth calling only for many. So each datum has a coroutine (a
+greenlet, as scipy's solvers know of no other kind) in which the solver runs until it asks for its field; when all have
+asked, all are answered.
 What a datum's solver sees is a function of its own state alone, so its result does not depend on the others.
 """
 
@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vdm_hub.likelihood.needed_modules import needed_module
 from vdm_hub.likelihood.protocol import SOLVERS
-from vdm_hub.likelihood.scipy_modules import scipy_module
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 VectorField = Callable[[Array, Array], Array]
@@ -45,17 +43,17 @@ class _NotFinite(Exception):
     """The error for a field that is NaN or infinite."""
 
 
-class _Stopped(Exception):
-    """The signal that the calling thread answers no more."""
+_NEEDED_FOR = "the probability-flow likelihood, by an ODE solver,"
 
 
 def solver_library() -> Any:
     """The module of scipy's solvers.
 
     Raises:
-        ConfigurationError: scipy is missing.
+        ConfigurationError: It is missing, or greenlet is.
     """
-    return scipy_module("integrate", "the probability-flow likelihood, by an ODE solver,")
+    needed_module("greenlet", _NEEDED_FOR)
+    return needed_module("scipy.integrate", _NEEDED_FOR)
 
 
 @cache
@@ -84,7 +82,7 @@ def integrate_ode(
     rough field makes whole numbers of them; rounded, they are the same but for a rare value between two multiples.
 
     Args:
-        field: Called in this thread, for all data at once; those that are done are evaluated where they ended.
+        field: Called for all data at once; those that are done are evaluated where they ended.
         start: (N, S).
         interval: First and last time, of all.
         tolerance: Of a step's error, absolute and relative to the state: root mean square over S.
@@ -97,51 +95,26 @@ def integrate_ode(
     """
     method = _in_even_steps(getattr(solver_library(), SOLVERS[solver]))
     unit = 2.0 ** math.floor(math.log2(tolerance / 100))
-    asked: SimpleQueue[tuple[int, float, Array | None]] = SimpleQueue()
-    answers: list[SimpleQueue[Array | None]] = [SimpleQueue() for _ in start]
+    greenlets = needed_module("greenlet", _NEEDED_FOR)
+    caller = greenlets.getcurrent()
 
-    def run(i: int) -> Trajectory:
-        def ask(time: float, state: Array) -> Array:
-            asked.put((i, time, state))
-            if (slope := answers[i].get()) is None:
-                raise _Stopped
-            if not np.isfinite(slope).all():
-                raise _NotFinite
-            return np.round(slope / unit) * unit
+    def ask(time: float, state: Array) -> Array:
+        slope = caller.switch((time, state))
+        if not np.isfinite(slope).all():
+            raise _NotFinite
+        return np.round(slope / unit) * unit
 
-        try:
-            return _integrate_one(method, ask, start[i], interval, tolerance, max_steps)
-        finally:
-            asked.put((i, 0.0, None))
-
+    solvers = [greenlets.greenlet(_integrate_one) for _ in start]
+    # A solver's word is a time and a state, a question; the last is its trajectory.
+    heard = [solvers[i].switch(method, ask, start[i], interval, tolerance, max_steps) for i in range(len(start))]
     times, states = np.full(len(start), interval[0]), start.copy()
-    active: set[int] = set()
-
-    def hear() -> None:
-        """Take the next question, or the news that a solver has none any more."""
-        i, time, state = asked.get()
-        if state is None:
-            active.discard(i)
-        else:
-            times[i], states[i] = time, state
-            active.add(i)
-
-    with ThreadPoolExecutor(len(start)) as pool:
-        running: list[Future[Trajectory]] = []
-        try:
-            for i in range(len(start)):
-                running.append(pool.submit(run, i))
-                hear()  # one thread runs at a time: many that want to would only wait for each other
-            while active:
-                slopes = field(times, states)
-                for i in sorted(active):
-                    answers[i].put(slopes[i])
-                    hear()
-        except BaseException:
-            for answer in answers:
-                answer.put(None)
-            raise
-        return [one.result() for one in running]
+    while active := [i for i, solver in enumerate(solvers) if not solver.dead]:
+        for i in active:
+            times[i], states[i] = heard[i]
+        slopes = field(times, states)
+        for i in active:
+            heard[i] = solvers[i].switch(slopes[i])
+    return heard
 
 
 def _integrate_one(

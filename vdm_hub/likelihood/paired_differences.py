@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vdm_hub.likelihood.scipy_modules import scipy_module
+from vdm_hub.likelihood.needed_modules import needed_module
 
 _LEAST, _MOST = 4.0, 20.0  # draws that the pilot's word on a variance is worth
 
@@ -108,6 +108,6 @@ def compare(history: Tensor, alive: Tensor, log_prior: Tensor, scatter: Scatter)
     variance = (scatter.strength * scatter.variance(differences.abs().nansum(1) / counts) + squares) / freedom
     errors = (scatter.share(counts) * variance / counts).sqrt().scatter(1, best[:, None], 0.0)
     advantage = mean - log_prior + log_prior[best][:, None]
-    stdtr = scipy_module("special", "classification, by Student's t,").stdtr
+    stdtr = needed_module("scipy.special", "classification, by Student's t,").stdtr
     doubt = torch.from_numpy(stdtr(freedom.double().numpy(), -(advantage / errors).nan_to_num(0.0).numpy()))
     return Comparison(best, mean, errors, doubt)

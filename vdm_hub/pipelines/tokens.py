@@ -19,7 +19,7 @@ from vdm_hub.data.sequences import Cut, WindowsMapping, encode_each
 from vdm_hub.data.tokenization import Tokenization
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
-from vdm_hub.errors import ConfigurationError, DataError, shortened
+from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError, shortened
 from vdm_hub.fields import whole_number
 from vdm_hub.hub.schemas import check_arguments
 from vdm_hub.likelihood.measurement import collect
@@ -211,6 +211,7 @@ class TokenPipeline(LikelihoodPipeline):
         Raises:
             ConfigurationError: An argument is out of range, a prompt is none or has a token that the model does not
                 know, or what a callback gives back is of another kind.
+            NonFiniteLossError: The network gave NaN.
         """
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ConfigurationError(
@@ -246,14 +247,20 @@ class TokenPipeline(LikelihoodPipeline):
         scheduler: Any = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(steps, device=self._execution_device)
         latents = bound.prior_sample(shape, generator, self._execution_device)
-        tokenization = self.tokenization
+        tokenization, broken = self.tokenization, torch.zeros(shape[0], dtype=torch.bool, device=latents.device)
         for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             output = bound.predict(network, latents, time_tensor(scheduler.times[i], latents))
+            broken |= output.isnan().flatten(1).any(1)
             latents = scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
             if callback is not None:
                 texts = [tokenization.decode(row.long()) for row in latents.cpu()]
                 given = callback(self, i, timestep, {"latents": latents, "texts": texts})
                 latents = _latents_of(given, latents, tokenization.num_values)
+        if bool(broken.any()):  # looked at once: a draw from NaN is a token like any
+            raise NonFiniteLossError(
+                f"the network gave NaN for {int(broken.sum())} of {len(broken)} texts (the first: "
+                f"{int(broken.int().argmax())}): look at the model's weights."
+            )
         return latents
 
     def _start(self, num_samples: int, length: int | None, prompt: Any) -> tuple[Tensor, Tensor]:
