@@ -27,6 +27,7 @@ def test_it_is_installed_and_brings_something(package: str) -> None:
     assert any(group.startswith("vdm_hub.") for group in groups), f"run `make install-plugins`; {package} has {groups}"
 
 
+@pytest.mark.slow  # the kit's laws hold each plugin in tests of its own, too
 def test_check_is_green() -> None:
     command = [sys.executable, "-m", "vdm_hub.commands", "plugins", "--check", "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -40,6 +41,7 @@ def test_there_is_a_page_of_plugins() -> None:
     assert "from_bits_to_text" in {page.stem for page in PAGES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_that_needs_them_runs(page: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "run_page.py"), str(page), "--folder", str(tmp_path)]

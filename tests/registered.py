@@ -26,22 +26,25 @@ def build(kind: str, name: str, **arguments: Any) -> Any:
     return registration.load()(**example_config(registration) | arguments)
 
 
+SMALLER = {"learned_monotone": {"hidden_features": 64}}  # than the default, of 1,024 units, which takes long
+
+
 def schedule(name: str, **arguments: Any) -> NoiseSchedule:
-    built = build("noise_schedules", name, **arguments)
+    built = build("noise_schedules", name, **SMALLER.get(name, {}) | arguments)
     assert isinstance(built, NoiseSchedule)
     return built
 
 
-def scalar_schedule(name: str) -> NoiseSchedule:
-    built = schedule(name)
+def scalar_schedule(name: str, **arguments: Any) -> NoiseSchedule:
+    built = schedule(name, **arguments)
     if not built.scalar:
         pytest.skip(f"{name} has a gamma per dimension")
     return built
 
 
-def learned(name: str) -> NoiseSchedule:
+def learned(name: str, **arguments: Any) -> NoiseSchedule:
     """A schedule after training moved its parameters (if it has any), still monotone."""
-    built = scalar_schedule(name)
+    built = scalar_schedule(name, **arguments)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in built.parameters():

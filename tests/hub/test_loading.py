@@ -82,7 +82,7 @@ def build_pipeline(kind: str) -> VDMPipeline:
         for parameter in unet.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     unet.eval()
-    schedule = registered.learned("learned_monotone")
+    schedule = registered.learned("learned_monotone", hidden_features=1024)
     assert isinstance(schedule, LearnedMonotoneSchedule)
     if kind == "plain":
         return VDMPipeline(unet, VDMScheduler(num_levels=17, prediction_type="v_prediction"))
@@ -209,5 +209,7 @@ def test_a_learned_schedule_is_published_as_a_table(folders: dict[str, Path]) ->
     assert config["noise_schedule"]["name"] == "tabulated"
     knots = torch.tensor(config["noise_schedule"]["config"]["gammas"], dtype=torch.float64)
     with torch.no_grad():
-        gamma = registered.learned("learned_monotone")(torch.linspace(0, 1, len(knots), dtype=torch.float64))
+        gamma = registered.learned("learned_monotone", hidden_features=1024)(
+            torch.linspace(0, 1, len(knots), dtype=torch.float64)
+        )
     torch.testing.assert_close(knots, gamma.double(), rtol=1e-12, atol=1e-12)

@@ -231,6 +231,7 @@ sys.exit(main("evaluate me/ddpm --dataset_name digits --num_levels 17 --max_imag
 """
 
 
+@pytest.mark.slow  # tests/hub/test_loading.py loads one of diffusers from all places, too
 def test_from_a_hub_id_and_from_its_cache(trained: DDPMPipeline, folder: Path, tmp_path: Path) -> None:
     half = copy.deepcopy(trained).to(torch.float16)
     half.save_pretrained(tmp_path / "half", variant="fp16")
