@@ -187,6 +187,7 @@ class Tests:
         if collected != TESTS_PASS:
             sys.exit(f"pytest can't collect {' '.join(files)}")
         self.old = code_by_name(compile(self.source, self.path, "exec"))
+        gc.unfreeze()  # what tests/conftest.py freezes is not among all objects
         self.functions = [
             function
             for function in gc.get_objects()
@@ -223,6 +224,8 @@ class Tests:
 
     def _swap(self, new: dict[str, list[CodeType]]) -> bool:
         """Give the functions that are in use the mutant's code, if they have what it closes over."""
+        if not self.functions:
+            return False
         place = {id_of(code): (name, i) for name, codes in self.old.items() for i, code in enumerate(codes)}
         pairs = []
         for function in self.functions:

@@ -65,6 +65,29 @@ def test_too_few_steps_and_what_is_not_finite_are_told_of_the_datum_alone() -> N
     assert [path.failure for path in found] == ["", "not finite", ""] and found[1].evaluations == 0
 
 
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-6])
+def test_a_datum_is_stepped_as_scipy_steps_it_alone(tolerance: float) -> None:
+    """States that are small beside an absolute tolerance, and large; the slopes are rounded in the same way."""
+    unit = 2.0 ** math.floor(math.log2(tolerance / 100))
+    for scale in (1e-3, 1.0, 1e3):
+        start = np.array([[scale, -scale]])
+        (path,) = integrate_ode(lambda t, y: np.cos(9 * t)[:, None] * y, start, (FIRST, LAST), tolerance, 999, "rk45")
+        alone = _in_even_steps(solver_library().RK45)(
+            lambda t, y: np.round(np.cos(9 * t) * y / unit) * unit,
+            FIRST,
+            start[0],
+            LAST,
+            rtol=tolerance,
+            atol=tolerance,
+        )
+        steps = 0
+        while alone.status == "running":
+            alone.step()
+            steps += 1
+        assert (path.steps, path.evaluations, path.failure) == (steps, alone.nfev, "")
+        assert np.array_equal(path.state, alone.y)
+
+
 def test_slopes_are_whole_numbers_of_a_power_of_two_a_hundredth_of_the_tolerance_or_finer() -> None:
     for tolerance, unit in ((100 * UNIT, UNIT), (199 * UNIT, UNIT), (99 * UNIT, UNIT / 2)):
         found = ended(lambda times, states, unit=unit: np.full_like(states, 7.4 * unit), tolerance=tolerance)
