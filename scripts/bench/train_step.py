@@ -1,8 +1,9 @@
 """What a training step costs over the bare network, examples/s, peak memory, and where the rest of the time goes.
 
 ``python scripts/bench/train_step.py`` prints a row and a breakdown per size. The bare step is the network alone on
-tensors that are there: forward, squared error (of ``shakespeare``: cross entropy), backward, AdamW. The training step
-is the library's own `TrainingRun.optimise`, with data, times, noise, schedule, bound, clipping, EMA and learning rate.
+tensors that are there: forward, squared error (of ``shakespeare``: cross entropy), backward, the same optimiser. The
+training step is the library's own `TrainingRun.optimise`, with data, times, noise, schedule, bound, clipping, EMA and
+learning rate.
 Both alternate, and the ratio of each pair is taken, so that a machine whose speed drifts gives the same answer.
 
 What follows ``--`` is passed on as fields of the recipe, for every size, such as
@@ -34,11 +35,13 @@ from torch import Tensor, nn
 
 from vdm_hub import (
     ImageLevels,
+    MuonAndAdamW,
     OutputFolder,
     RunData,
     TokenNetwork,
     TrainingRun,
     build_accelerator,
+    hidden_matrices,
     load_data,
     parse_recipe,
 )
@@ -152,9 +155,11 @@ def bare_network(run: TrainingRun) -> nn.Module:
 
 
 def bare_step(run: TrainingRun) -> Callable[[], object]:
-    """Forward, squared error or cross entropy, backward and AdamW, on tensors that are there."""
+    """Forward, squared error or cross entropy, backward and the run's optimiser, on tensors that are there."""
     network, device = bare_network(run), run.accelerator.device
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    if run.training.optimizer == "muon":
+        optimizer = MuonAndAdamW([{"params": network.parameters()}], hidden_matrices(network), lr=1e-6)
     shape = (run.training.train_batch_size, *run.data.shape)
     sample, target = torch.randn(shape, device=device), torch.randn(shape, device=device)
     timestep = torch.rand(shape[0], device=device) * 999
