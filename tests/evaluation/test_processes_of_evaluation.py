@@ -111,7 +111,6 @@ def kept(journal: Path) -> set[tuple[int, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_what_was_finished_before_a_kill_is_not_measured_again(folder: Path, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     words = [

@@ -178,7 +178,6 @@ answer(publish(Path(folder), name, create_pr=how == "pr", remote_code=how == "co
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_another_model_takes_the_place_of_all_of_the_former_one(run: Path, tmp_path: Path) -> None:
     """Directly or as a pull request, the tree is the same; and the side branches no longer hold the former model."""
     former = write_run(tmp_path / "former", stock=True, noise_schedule="cosine")
@@ -211,7 +210,6 @@ def test_another_branch_has_sides_of_its_own(tmp_path: Path) -> None:
     assert set(hub.repositories["me/tiny"].branches) == {"main", "v2", "v2-diffusers"}
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_weights_travel_by_xet_and_its_failures_are_explained(run: Path, tmp_path: Path) -> None:
     quick = "import time; time.sleep = lambda seconds: None\n"

@@ -92,7 +92,6 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_names_planted_before_the_import_are_left_alone_with_a_warning() -> None:
     """In both places that diffusers looks into: the pipelines' libraries, and the classes."""
     seen = json.loads(in_a_fresh_process(PLANTED).splitlines()[-1])

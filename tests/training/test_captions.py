@@ -208,7 +208,6 @@ def test_images_without_captions_are_not_measured_by_a_model_of_captions(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_two_processes_train_what_one_trains_and_encode_once(tmp_path: Path, own_cache: Path) -> None:
     both = {"max_train_steps": 3, "train_batch_size": 8, "condition_dropout": 0.4, "adam_epsilon": 1e-3}
     given = fields(tmp_path, **both)

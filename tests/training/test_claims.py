@@ -74,7 +74,6 @@ def check_one_ran(results: list[dict[str, Any]], folder: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_of_three_seeds_at_once_one_runs_and_two_say_why_not(tmp_path: Path) -> None:
     """With the folder that they have where none is named; then of three that go on with it, one does."""
     made = Path(recipe(tmp_path / "recipe", tmp_path / "unused", max_train_steps=60, checkpointing_steps=20))

@@ -33,7 +33,6 @@ def test_a_finished_run_stays_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_two_processes_say_it_once(tmp_path: Path) -> None:
     done = python(*TORCHRUN, SHIM, recipe(tmp_path, tmp_path / "run", dry_run=True), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr

@@ -114,7 +114,6 @@ def test_a_resumed_run_stops_where_the_undisturbed_one_does(stopped: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_two_processes_stop_at_the_same_step(tmp_path: Path) -> None:
     path = recipe(tmp_path, tmp_path / "run", **PATIENT | {"train_batch_size": 8})
     done = python(*TORCHRUN, SHIM, path, ACCELERATE_USE_CPU="true")

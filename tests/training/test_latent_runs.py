@@ -98,7 +98,6 @@ def test_an_autoencoder_kl_is_trained_from_its_description(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_two_processes_agree_on_the_scaling_and_the_weights(tmp_path: Path) -> None:
     made = recipe(tmp_path / "recipe", tmp_path / "run", **LATENT, max_train_steps=3)
     done = python(*TORCHRUN, "-m", "vdm_hub.train", made, ACCELERATE_USE_CPU="true")

@@ -53,7 +53,6 @@ def test_a_run_is_published_and_says_where(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_name_is_that_of_the_folder_and_a_finished_run_is_published_by_going_on(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         done = train(hub, tmp_path, push_to_hub=False, hub_model_id=None)
@@ -70,7 +69,6 @@ def test_the_name_is_that_of_the_folder_and_a_finished_run_is_published_by_going
     assert contents(tmp_path / "run" / "pipeline") == weights
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_two_processes_publish_once(tmp_path: Path) -> None:
     with LoopbackHub() as hub:

@@ -177,7 +177,6 @@ BATCH = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_signals_of_batch_systems_leave_a_checkpoint_and_their_own_exit_status(tmp_path: Path) -> None:
     """Four runs of one process, which has imported what they need; then one under nohup, which hears no SIGHUP."""
     made = [recipe(tmp_path / f"{number}", tmp_path / f"run{number}", **LONG) for number in range(len(BATCH) + 1)]
