@@ -92,7 +92,7 @@ def test_what_is_refused_names_its_value(
     assert all(word in said for word in named) and "Traceback" not in said
 
 
-@pytest.mark.parametrize(("more", "named"), [(("--prior", "0.5,0.5"), "10 numbers"), (("--budget", "12"), "20")])
+@pytest.mark.parametrize(("more", "named"), [(("--prior", "0.5,0.5"), "10 numbers"), (("--budget", "12"), "take 20")])
 def test_candidates_are_looked_at_before_images_are_read(
     more: tuple[str, ...], named: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vdm_hub.training.parts.optimizers import MuonAndAdamW, load_state, pack_optimizer, unpack_optimizer
+from tiny_tokens import network as token_network
+from vdm_hub.training.parts.optimizers import (
+    MuonAndAdamW,
+    hidden_matrices,
+    load_state,
+    pack_optimizer,
+    unpack_optimizer,
+)
 
 MADE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
@@ -107,3 +114,13 @@ def test_names_of_what_is_nested_are_paths() -> None:
     state = other.state_dict()["state"][0]
     assert state["count"] == 7 and state["quantised"]["blocks"] == 4
     assert torch.equal(state["quantised"]["code"], torch.arange(3.0))
+
+
+def test_what_begins_and_ends_a_network_of_tokens_is_no_hidden_matrix() -> None:
+    model = token_network(7)
+    found = hidden_matrices(model)
+    outer = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    linear = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    assert found == linear - outer and found
+    model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    assert id(model.get_output_embeddings().weight) not in hidden_matrices(model), "nor where it is untied"
