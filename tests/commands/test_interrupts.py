@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from pytest import CaptureFixture as Said
 
 from runs import ROOT, TORCHRUN, contents, environment, recipe
 from tiny import tiny_pipeline
+from vdm_hub.commands import report_errors
+from vdm_hub.errors import PublishError
 
 SCRIPT = str(Path(__file__).with_name("interrupted.py"))
 
@@ -69,6 +72,29 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line_too(module: str, tmp_pa
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert said.strip().startswith("interrupted") and len(said.strip().splitlines()) == 1, said
+
+
+MADE_OF_IT = [OSError("a file can't be read"), RuntimeError("a tensor can't be made"), PublishError("look at the Hub")]
+
+
+@pytest.mark.parametrize("error", MADE_OF_IT, ids=lambda error: type(error).__name__)
+def test_ctrl_c_of_which_a_library_makes_an_error_is_none_of_the_users(error: Exception, capsys: Said) -> None:
+    """Such as safetensors, whose native code calls Python and says of whatever that raises that the file is wrong."""
+
+    def load() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise error from None
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert report_errors(load) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("interrupted: ") and len(said.splitlines()) == 1
+    assert (str(error) in said) == isinstance(error, PublishError)
 
 
 @pytest.mark.slow

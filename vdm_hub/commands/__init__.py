@@ -14,7 +14,7 @@ from typing import Any
 from vdm_hub import registry
 from vdm_hub.commands import interrupts, options
 from vdm_hub.commands.interrupts import interruptible_import
-from vdm_hub.errors import Interrupted, VDMHubError, in_one_line, in_words
+from vdm_hub.errors import Interrupted, PublishError, VDMHubError, in_one_line, in_words
 from vdm_hub.errors.secret_values import mask
 from vdm_hub.recipes.command_line import CommandLineParser
 from vdm_hub.version import __version__
@@ -89,16 +89,25 @@ def report_errors(run: Callable[[], object]) -> int:
     interrupts.restore_interrupts()
     try:
         status = run()
-    except (VDMHubError, OSError) as error:
+    except KeyboardInterrupt as stop:
+        return _interrupted(stop)
+    except Exception as error:
+        if interrupts.interrupt_came():  # native code may have made an error of its own of it
+            return _interrupted(error)
+        if not isinstance(error, (VDMHubError, OSError)):
+            raise
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        message = str(stop) if isinstance(stop, Interrupted) else "nothing half-written is left."
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one waits for nothing
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\ninterrupted: {message}", file=sys.stderr)
-        return 128 + signal.SIGINT
     return status if isinstance(status, int) else 0
+
+
+def _interrupted(stop: BaseException) -> int:
+    """Say what Ctrl-C leaves, once for all processes; returns the status."""
+    is_told = isinstance(stop, (Interrupted, PublishError))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one waits for nothing
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\ninterrupted: {in_one_line(stop) if is_told else 'nothing half-written is left.'}", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def _line_of_warning(message: Warning | str, *where: object, **line: object) -> str:
