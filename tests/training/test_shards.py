@@ -79,11 +79,17 @@ def trainings(folder: Path, names: Iterable[str]) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Every run by each engine; each sharded one once more from its own middle, and from DDP's; and dry runs."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run by each engine."""
     folder = tmp_path_factory.mktemp("engines")
     carry_out(trainings(folder, RUNS), folder / "first.json")
-    jobs = []
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(runs: Path) -> tuple[Path, str]:
+    """Each sharded run once more from its own middle, and from DDP's; and dry runs."""
+    folder, jobs = runs, []
     for engine in SHARDED:
         for start in (engine, "ddp"):
             output = folder / f"{engine}-from-{start}"
@@ -155,9 +161,9 @@ def assert_whole(folder: Path, name: str, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", SHARDED)
 @pytest.mark.parametrize("name", RUNS)
-def test_all_engines_train_the_same_and_leave_it_whole(runs: tuple[Path, str], name: str, engine: str) -> None:
-    assert_alike(runs[0], name, engine)
-    assert_whole(runs[0], name, engine)
+def test_all_engines_train_the_same_and_leave_it_whole(runs: Path, name: str, engine: str) -> None:
+    assert_alike(runs, name, engine)
+    assert_whole(runs, name, engine)
 
 
 @pytest.mark.slow
@@ -168,21 +174,25 @@ def test_so_they_do_in_bfloat16_on_every_rung_and_on_texts(more: Path, name: str
     assert_whole(more, name, engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
-def test_a_run_goes_on_from_its_own_checkpoint_bit_for_bit_and_from_ddps(runs: tuple[Path, str], engine: str) -> None:
-    folder = runs[0]
-    own, resumed = (last(folder / name) for name in (f"everything-{engine}", f"{engine}-from-{engine}"))
+def test_a_run_goes_on_from_its_own_checkpoint_bit_for_bit_and_from_ddps(
+    resumed: tuple[Path, str], engine: str
+) -> None:
+    folder = resumed[0]
+    own, later = (last(folder / name) for name in (f"everything-{engine}", f"{engine}-from-{engine}"))
     for file in own.glob("*.safetensors"):
-        assert file.read_bytes() == (resumed / file.name).read_bytes(), file.name
+        assert file.read_bytes() == (later / file.name).read_bytes(), file.name
     whole, other = (load_checkpoint(last(folder / name)).tensors for name in ("everything-ddp", f"{engine}-from-ddp"))
     for group, tensors in whole.items():
         for name, tensor in tensors.items():
             torch.testing.assert_close(other[group][name], tensor, rtol=2e-6, atol=2e-6)
 
 
-def test_each_process_holds_a_part(runs: tuple[Path, str]) -> None:
+@pytest.mark.slow
+def test_each_process_holds_a_part(resumed: tuple[Path, str]) -> None:
     """Of five sizes of the weights on two processes FSDP2 keeps a half."""
-    whole, fsdp2 = (float(found) for found in re.findall(r"state +([\d.]+) MiB", runs[1]))
+    whole, fsdp2 = (float(found) for found in re.findall(r"state +([\d.]+) MiB", resumed[1]))
     assert fsdp2 / whole == pytest.approx(0.5, abs=0.02)
 
 
