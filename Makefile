@@ -13,6 +13,9 @@ OUTPUT ?= runs/digits
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 RECIPE_ARGS ?=
 
+# The tests start hundreds of interpreters, each of which would compile everything anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install install-plugins quickstart quickstart-short test test-plugins test-slow test-diffusers test-latest quality style docs mutants bench clean
 

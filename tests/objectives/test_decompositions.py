@@ -62,7 +62,7 @@ def pipeline(rung: str) -> Any:
 def test_each_rung_has_its_forms_and_they_have_one_mean(rung: str) -> None:
     objective = pipeline(rung).objective(TRANSITIONS[rung])
     assert list(decompositions(objective)) == EXPECTED[rung]
-    forms = compare_decompositions(objective, {"levels": LEVELS}, draws=300)
+    forms = compare_decompositions(objective, {"levels": LEVELS}, draws=100)
     means, errors = list(forms.bits_per_dim.values()), list(forms.standard_error.values())
     assert abs(means[0] - means[1]) < 4 * math.hypot(*errors)
     assert all(variance > 0 for variance in forms.variance.values())
