@@ -25,8 +25,8 @@ def interruptible_import(module: str) -> Any:
 
 def restore_interrupts() -> None:
     """Let Ctrl-C raise KeyboardInterrupt, unless whoever started the process had it ignored."""
+    _CAME.clear()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN and _is_main():
-        _CAME.clear()
         signal.signal(signal.SIGINT, _interrupt)
 
 
