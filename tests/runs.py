@@ -145,9 +145,9 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | quiet | changes
 
 
-def python(module: str, *arguments: str, new: bool = False, **changes: str) -> subprocess.CompletedProcess[str]:
-    """``python -m module arguments``, to its end; forked, and so are its workers, unless all is to be new."""
-    command = [*(fork_server.NEW if new else [sys.executable]), "-m", module, *arguments]
+def python(module: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """``python -m module arguments``, to its end; forked, and so are its workers."""
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=environment(**changes), cwd=ROOT, check=False
     )
@@ -170,7 +170,7 @@ def finished_run() -> tuple[Path, subprocess.CompletedProcess[str]]:
         if name != "dataset_name"
         for word in (f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value))
     ]
-    return output, python(*LAUNCH, SHIM, "digits", *words, new=True)
+    return output, python(*LAUNCH, SHIM, "digits", *words)
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -103,7 +103,7 @@ def test_a_restriction_that_is_broken_is_seen() -> None:
     assert float(difference.abs().min()) > 1e-6
 
 
-@pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("target", [pytest.param("epsilon", marks=pytest.mark.slow), "v_prediction"])
 def test_the_denoising_form_is_the_expectation_of_the_hierarchy_s_log_weight(target: str) -> None:
     """A z-test over independent draws: 4.5 standard errors, exceeded by chance once in 150,000."""
     objective = vdm(4, parameterization=target)

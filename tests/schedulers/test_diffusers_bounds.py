@@ -117,15 +117,15 @@ def test_a_last_snr_of_zero_has_the_bound_of_the_data_form(target: str, trained:
 def test_what_is_reported_estimates_the_bound_of_ho_et_al(
     taken_over: VDMPipeline, trained: DDPMPipeline, levels: Tensor
 ) -> None:
-    report = taken_over.bits_per_dim(levels, VariationalBound(T - 1), replicates=40)
+    report = taken_over.bits_per_dim(levels, VariationalBound(T - 1), replicates=20)
     generator, draws = seeded(6), []
-    for _ in range(10):
+    for _ in range(5):
         eps, eps_1 = (torch.randn(levels.shape, generator=generator) for _ in range(2))
         terms = ho_et_al(trained.unet, trained.scheduler.betas, levels, eps, eps_1)
         draws.append(sum(term.mean() for term in terms.values()) / (64 * math.log(2)))
     exact = torch.stack(draws)  # type: ignore[arg-type]
     error = math.hypot(report.standard_error, float(exact.std()) / math.sqrt(len(exact)))
-    assert error < 0.1 * report.bits_per_dim
+    assert error < 0.15 * report.bits_per_dim
     assert abs(report.bits_per_dim - float(exact.mean())) < 4 * error
 
 

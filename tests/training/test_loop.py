@@ -356,6 +356,7 @@ def test_a_learned_schedule_is_trained_undecayed_and_published_baked(
     assert torch.equal(pipeline.process.schedule(torch.tensor([0.0, 1.0])), ends)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_near_float32_and_publishes_float32(tmp_path: Path) -> None:
     terms: dict[str, list[dict[str, torch.Tensor]]] = {}
     for precision in ("no", "bf16"):

@@ -32,7 +32,13 @@ with_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw", "muon", "prodigy", pytest.param("adamw_8bit", marks=with_bitsandbytes)]
+    "optimizer",
+    [
+        "adamw",
+        "muon",
+        pytest.param("prodigy", marks=pytest.mark.slow),
+        pytest.param("adamw_8bit", marks=with_bitsandbytes),
+    ],
 )
 def test_a_resumed_run_equals_the_undisturbed_one(optimizer: str, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"optimizer": optimizer, "noise_schedule": LEARNED, "lr_scheduler": "constant"}

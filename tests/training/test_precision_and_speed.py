@@ -153,8 +153,9 @@ def test_regions_are_the_repeated_blocks(network: str, tmp_path: Path) -> None:
     assert run.model._compiled_call_impl is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", SOME_UNETS)
-@pytest.mark.parametrize("compile", [pytest.param("whole", marks=pytest.mark.slow), "regional"])
+@pytest.mark.parametrize("compile", ["whole", "regional"])
 def test_compiled_runs_and_plain_ones_go_on_from_each_others_checkpoints(
     compile: str, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +247,7 @@ def test_gradient_checkpointing_keeps_fewer_activations(network: str, tmp_path: 
     assert kept[1] < 0.7 * kept[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", SOME_UNETS)
 def test_channels_last_is_near_and_resumes_bit_for_bit(network: str, tmp_path: Path) -> None:
     fields = {"unet": UNETS[network], "max_train_steps": 6}

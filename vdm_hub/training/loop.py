@@ -298,7 +298,8 @@ class TrainingRun(RunState):
         """
         self.objective = self.model
         self.accelerator.free_memory()
-        gc.collect()
+        if self.accelerator.num_processes > 1:
+            gc.collect()
         self.trackers.close()
 
     def finish(self) -> LikelihoodReport | None:

@@ -209,6 +209,7 @@ def test_the_whole_way(runs: list[Path], number: int) -> None:
     check_the_whole_way(runs[number], "digits")
 
 
+@pytest.mark.slow
 def test_without_the_package_loading_says_what_to_install(runs: list[Path], tmp_path: Path) -> None:
     messages = errors_without_plugins(tmp_path / "site-packages", *runs)
     assert len(messages) == 2

@@ -262,6 +262,7 @@ def test_the_whole_way(runs: dict[str, Path], name: str) -> None:
     check_the_whole_way(runs[name], "digits")
 
 
+@pytest.mark.slow
 def test_without_the_package_loading_says_what_to_install(runs: dict[str, Path], tmp_path: Path) -> None:
     messages = errors_without_plugins(tmp_path / "site-packages", *runs.values())
     for name, message in zip(runs, messages, strict=True):
