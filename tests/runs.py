@@ -18,7 +18,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 
-import fork_server
 from vdm_hub.commands import main
 from vdm_hub.data import loading
 from vdm_hub.data.images import ImageLevels, ImageReader, decode_all

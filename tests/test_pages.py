@@ -82,6 +82,8 @@ def run(home: Path, command: str | list[str], variables: Mapping[str, str] | Non
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     given = dict(variables or environment()) | {"PATH": path}
     words = shlex.split(command) if isinstance(command, str) else command
+    if words[0] == "vdm-hub":  # as the module that this program is, which is forked; `test_wheel.py` runs the program
+        words = [sys.executable, "-m", "vdm_hub.commands", *words[1:]]
     done = subprocess.run(words, cwd=home, env=given, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
