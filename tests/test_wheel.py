@@ -30,8 +30,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_trains_and_evaluates(installed: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-    def run(*arguments: str) -> str:
-        command = [sys.executable, *arguments]
+    def run(*arguments: str, program: str = sys.executable) -> str:
+        command = [program, *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
@@ -41,7 +41,7 @@ def test_the_wheel_trains_and_evaluates(installed: Path, tmp_path: Path) -> None
     few = ("--max_train_steps", "2", "--num_inference_steps", "2", "--num_sample_images", "1", "--report_to", "none")
     small = json.dumps({"block_out_channels": [32], "layers_per_block": 1})
     run("-m", "vdm_hub.train", "digits", *few, "--unet", small, "--evaluation_replicates", "1")
-    evaluate = "import sys; from vdm_hub.commands import main; sys.exit(main(sys.argv[1:]))"
-    printed = run("-c", evaluate, "evaluate", "runs/digits/pipeline", "--dataset_name", "digits", "--json")
+    measured = ("evaluate", "runs/digits/pipeline", "--dataset_name", "digits", "--json")
+    printed = run(*measured, program=str(installed / "bin" / "vdm-hub"))
     assert json.loads(printed)["num_images"] == 360
     assert (installed / "vdm_hub" / "py.typed").is_file()
