@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,10 +78,12 @@ class Coder:
     Attributes:
         chain: The model.
         batch_size: Data at once in the networks, and coded together at most.
+        advance: Told how many data are done.
     """
 
     chain: Chain
     batch_size: int
+    advance: Callable[[int], object] = lambda count: None
     lengths: Lengths = field(default_factory=Lengths)
 
     def encode(self, levels: Integers) -> Block:
@@ -100,10 +103,12 @@ class Coder:
             if size:
                 batches.append(size)
                 place += size
+                self.advance(size)
                 continue
             assert not batches, "what was enough for a batch is enough for one more datum"
             stack.push_levels(rows[place], self.chain.num_levels)
             place += 1
+            self.advance(1)
         self.lengths.started += len(rows) - sum(batches)
         self.lengths.as_they_are += (len(rows) - sum(batches)) * rows.shape[1] * math.log2(self.chain.num_levels)
         return Block(len(rows), batches, stack.words(), checksum(levels), decisions.notes)
@@ -125,6 +130,8 @@ class Coder:
         for batch in reversed(block.batches):
             found.append(self._pop(stack, np.arange(end - batch, end), decisions))
             end -= batch
+            self.advance(batch)
+        self.advance(end)
         for _ in range(end):
             found.append(stack.pop_levels(size, self.chain.num_levels).reshape(1, size))
         levels = np.concatenate(found[::-1]).reshape(-1, *self.chain.shapes[0])

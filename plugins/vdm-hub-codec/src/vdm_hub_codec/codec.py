@@ -159,8 +159,10 @@ def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, p
     chain = _usual(Chain.of(pipeline, container.coder["transitions"]))
     if "widths" in container.coder:
         chain = replace(chain, exponents=tuple(container.coder["widths"]))
-    coder = Coder(chain, batch_size)
-    found = [coder.decode(one) for one in tqdm(container.blocks, desc="decoding", unit="block", disable=not progress)]
+    count = sum(one.count for one in container.blocks)
+    with tqdm(total=count, desc="decoding", unit="datum", disable=not progress) as bar:
+        coder = Coder(chain, batch_size, bar.update)
+        found = [coder.decode(one) for one in container.blocks]
     return torch.from_numpy(np.concatenate(found))
 
 
@@ -203,10 +205,10 @@ def _encode_images(
     has_process = pipeline.process is not None
     transitions = (transitions or TRANSITIONS) if has_process else transitions
     chain, whole = Chain.of(pipeline, transitions), levels.cpu().numpy().astype(np.int64)
-    coder = Coder(chain.with_bins_for(whole), batch_size)
     size = block or len(whole)
-    pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
-    blocks = [coder.encode(one) for one in tqdm(pieces, desc="encoding", unit="block", disable=not progress)]
+    with tqdm(total=len(whole), desc="encoding", unit="datum", disable=not progress) as bar:
+        coder = Coder(chain.with_bins_for(whole), batch_size, bar.update)
+        blocks = [coder.encode(whole[start : start + size]) for start in range(0, len(whole), size)]
     how: dict[str, Any] = {"kind": "latents", "transitions": transitions}
     if coder.chain.exponents is not None and coder.chain.exponents != _usual(chain).exponents:
         how["widths"] = list(coder.chain.exponents)
