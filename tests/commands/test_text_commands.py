@@ -56,3 +56,12 @@ def test_an_option_of_images_is_refused_of_texts(
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(naming(f"--{name}", given, "texts"), said) and not output.exists()
     assert main(words) == 0 and output.read_text()
+
+
+def test_each_prompt_is_filled_equally_often_and_another_number_is_said(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "samples.txt"
+    words = ["sample", str(pipeline), "--num_images", "4", "--num_inference_steps", "2", "--output", str(output)]
+    assert main([*words, "--prompt", "ab", "ba", "aa"]) == 0
+    assert capsys.readouterr().out.startswith("3 samples of 4")

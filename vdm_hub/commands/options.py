@@ -138,7 +138,9 @@ def _add_checkpoint(group: argparse._ArgumentGroup) -> None:
 def _add_images(
     group: argparse._ArgumentGroup, label_column: str = "the column of the classes, of a class-conditional model"
 ) -> None:
-    group.add_argument("--dataset_name", required=True, help="'digits', a folder, a Parquet file, or a Hub dataset")
+    group.add_argument(
+        "--dataset_name", required=True, help="'digits', a folder, a Parquet file, a text file, or a Hub dataset"
+    )
     group.add_argument("--dataset_config_name", help="the configuration of the dataset, where it has several")
     group.add_argument(
         "--split",

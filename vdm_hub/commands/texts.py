@@ -104,6 +104,7 @@ def draw_texts(arguments: argparse.Namespace, pipeline: TokenPipeline, output: P
     refuse_options(arguments, tuple(_OF_IMAGE_SAMPLES), "texts", _OF_IMAGE_SAMPLES)
     prompts = arguments.prompt or [None]
     told = [one for one in prompts for _ in range(max(1, arguments.num_images // len(prompts)))]
+    other = "" if len(told) == arguments.num_images else f" of {arguments.num_images}, as many for each prompt"
     texts: list[str] = []
     for start in range(0, len(told), arguments.batch_size):
         part = told[start : start + arguments.batch_size]
@@ -120,4 +121,4 @@ def draw_texts(arguments: argparse.Namespace, pipeline: TokenPipeline, output: P
         texts += drawn[0]
     with written_beside(output) as beside:
         beside.write_text(joined_texts(texts), "utf-8")
-    return f"{len(texts)} samples: {output}"
+    return f"{len(texts)} samples{other}: {output}"

@@ -108,7 +108,7 @@ class ContextFacts:
         if self.unknown:
             found.append(
                 f"the tokenizer does not know {self.unknown:,} of {self.characters:,} characters of the contexts "
-                f"({self.unknown / self.characters:.2%}): what was given says less than they do"
+                f"({100 * self.unknown / self.characters:.2g} %): what was given says less than they do"
             )
         elif self.altered:
             found.append(f"the tokenizer changes {self.altered:,} {of_all}: decoding what was given gives others")
@@ -151,9 +151,9 @@ class TextFacts:
         """What is lost on the way, one sentence each."""
         found = []
         if self.unknown:
-            share = self.unknown / max(self.characters, 1)
+            share = 100 * self.unknown / max(self.characters, 1)
             found.append(
-                f"the tokenizer does not know {self.unknown:,} of {self.characters:,} characters ({share:.2%}), so "
+                f"the tokenizer does not know {self.unknown:,} of {self.characters:,} characters ({share:.2g} %), so "
                 f"that there is no figure in bits/byte"
             )
         elif self.altered:

@@ -150,7 +150,8 @@ def measure_images(
             f"{num_images} {data} for {processes.count} processes: start at most {max(num_images, 1)}, or evaluate "
             f"more {data}."
         )
-    stages.check_budget(measurement.fewest_evaluations(stages.replicates))
+    first = 1 if measurement.is_deterministic else stages.replicates
+    stages.check_budget(measurement.fewest_evaluations(first))
     batches = list(batches_of(num_images, batch_size, processes.count))
     own = batches[processes.rank :: processes.count]
     units = units or Units(per_datum=int(take(own[0][:1])["levels"][0].numel()))
@@ -163,7 +164,7 @@ def measure_images(
         fitted = processes.together(lambda: worker.fit(batches) if processes.is_main else None)
         fitted = processes.broadcast(fitted)
         processes.together(lambda: worker.begin(fitted))
-        done, goal = 0, stages.replicates
+        done, goal = 0, first
         while True:
             stage = range(done, goal)
             fresh = processes.together(lambda: worker.run(stage))  # noqa: B023 - called before the next stage

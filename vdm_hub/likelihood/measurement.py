@@ -45,6 +45,7 @@ class Measurement(ABC):
     Attributes:
         method: Its name.
         is_bound: Whether its sum bounds minus the log-likelihood from above, in expectation.
+        is_deterministic: Whether nothing is drawn: one replicate is all there is, and has no Monte Carlo error.
         pilot_evaluations: Network evaluations that `fit` took.
         steps: In words, such as ``"steps of one site"``, what a method has that has neither transitions nor a
             continuous time; ``None`` of any other.
@@ -53,6 +54,7 @@ class Measurement(ABC):
 
     method = "bound"
     is_bound = True
+    is_deterministic = False
     pilot_evaluations = 0
     steps: str | None = None
 
@@ -167,6 +169,7 @@ class Results:
         report = LikelihoodReport(terms, diagnostics.get("time"), units.per_datum, units=units)
         report.integrand = diagnostics.get("integrand")
         report.method, report.is_bound = measurement.method, measurement.is_bound
+        report.is_deterministic = measurement.is_deterministic
         report.transitions = measurement.transitions
         evaluations = diagnostics.get("evaluations", torch.zeros(()))
         report.network_evaluations = int(evaluations.sum()) + measurement.pilot_evaluations
@@ -196,7 +199,7 @@ def collect(
         measurement: The method.
         batches: Called once a replicate; each batch carries ``indices``, (B,), the images' indices.
         num_images: How many images all batches hold together.
-        replicates: Independent estimates of each image.
+        replicates: Independent estimates of each image; one, where nothing is drawn.
         units: What bits are counted by; by dimension of an image where not given.
 
     Raises:
@@ -206,6 +209,7 @@ def collect(
         data = measurement.objective.kind.data
         raise DataError(f"{num_images} {data} and {replicates} replicates were given: give at least one of each.")
     results = Results(num_images, measurement.objective.kind)
+    replicates = 1 if measurement.is_deterministic else replicates
     with evaluating(measurement.objective), torch.no_grad():
         measurement.fit(batches)
         for replicate in range(replicates):

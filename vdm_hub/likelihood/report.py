@@ -34,6 +34,7 @@ class LikelihoodReport:
         integrand: The diffusion term in nats at its own time, importance weight included, control variate left out,
             shaped like ``times``; ``None`` where the diffusion term itself is that.
         units: What bits are counted by.
+        is_deterministic: Whether nothing was drawn: then there is no Monte Carlo error.
     """
 
     terms_per_image: dict[str, Tensor]
@@ -46,6 +47,7 @@ class LikelihoodReport:
     details: dict[str, Any] = field(default_factory=dict)
     integrand: Tensor | None = None
     units: Units = field(default_factory=Units)
+    is_deterministic: bool = False
 
     @property
     def _total(self) -> Tensor:
@@ -79,7 +81,7 @@ class LikelihoodReport:
     @property
     def standard_error(self) -> float:
         """The Monte Carlo standard error of `bits_per_dim` over these very images, from independent replicates."""
-        return _standard_error(self._total.mean(1))
+        return 0.0 if self.is_deterministic else _standard_error(self._total.mean(1))
 
     @property
     def standard_error_over_images(self) -> float:
@@ -93,7 +95,9 @@ class LikelihoodReport:
 
     @property
     def standard_error_per_image(self) -> Tensor:
-        """The Monte Carlo standard error of each image's `per_image`, (images,); NaN from one replicate."""
+        """The Monte Carlo standard error of each image's `per_image`, (images,); NaN from one replicate of draws."""
+        if self.is_deterministic:
+            return torch.zeros(self.num_images, dtype=torch.float64)
         if self.replicates < 2:
             return torch.full((self.num_images,), math.nan, dtype=torch.float64)
         return self._total.std(0) / math.sqrt(self.replicates)
@@ -219,7 +223,15 @@ class LikelihoodReport:
                 f"{_shown(self.standard_error_over_images / each, 'windows')} (windows)"
             )
         what = "" if each is None else f" for {round(scored * each):,} bytes"
-        return [*lines, f"  perplexity {sign} {self.perplexity:.4f} a token; {scored:,} tokens{what}"]
+        errors = (
+            self.perplexity * math.log(2) * one for one in (self.standard_error, self.standard_error_over_images)
+        )
+        shown = "{} (Monte Carlo), {} (windows)".format(*map(_shown, errors, ("replicates", "windows")))
+        return [
+            *lines,
+            f"{'':<17}{sign} {self.perplexity:.4f} perplexity   standard error {shown}",
+            f"  {scored:,} tokens{what}",
+        ]
 
     @property
     def _time(self) -> str:

@@ -101,6 +101,7 @@ class ExactOrderMeasurement(Measurement):
 
     method = "exact_order"
     is_bound = False
+    is_deterministic = True
     objective: VDMObjective
 
     def __init__(self, objective: VDMObjective, rule: OpeningRule, opened_at_once: int = 1, seed: int = 0) -> None:
@@ -151,7 +152,7 @@ class ExactOrderMeasurement(Measurement):
         sites = "one site" if self.opened_at_once == 1 else f"{self.opened_at_once} sites"
         return [
             f"this is the exact likelihood of the sampler that opens {sites} at a time by the rule "
-            f"{self.rule.name!r}, another model than that of the bound; nothing is drawn, so one replicate is enough"
+            f"{self.rule.name!r}, another model than that of the bound; nothing is drawn, so there is one replicate"
         ]
 
 

@@ -1,6 +1,6 @@
 """How many network evaluations each estimator of a masked model's bound needs for the same Monte Carlo error.
 
-``python plugins/vdm-hub-tokens/bench/token_estimators.py`` measures texts of a Markov chain by its exact posterior;
+``python scripts/bench/token_estimators.py`` measures texts of a Markov chain by its exact posterior;
 with ``--text_file``, the end of that file by the chain of the pairs of characters in the rest of it; with a folder or
 Hub id of a trained pipeline too, by that. An error falls with the root of the number of replicates, so what counts is
 the variance of one replicate's mean times the evaluations that a replicate takes; a pilot is taken once, and shown
