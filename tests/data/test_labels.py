@@ -15,6 +15,7 @@ from PIL import Image
 
 from image_folders import refused
 from vdm_hub.data.arguments import DataArguments
+from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.data.labels import read_labels
 from vdm_hub.data.loading import load_data, load_split
 
@@ -73,6 +74,22 @@ def test_numbers_that_count_no_classes_are_refused_before_a_network_is_made(tmp_
     arguments = DataArguments(train_data_dir=str(tmp_path), label_column="id", test_split=None)
     message = refused(load_data, arguments)
     assert "'id'" in message and "1000000001" in message
+
+
+@pytest.mark.parametrize("told", ["label_column", "caption_column"])
+def test_a_row_has_its_own_number_though_others_are_held_out(tmp_path: Path, told: str) -> None:
+    for number in range(20):
+        Image.new("L", (4, 4), number).save(tmp_path / f"{number:02}.png")
+    values: list[Any] = ["a"] * 20 if told == "caption_column" else [0, 1] * 10
+    values[13] = None
+    names = [f"{number:02}.png" for number in range(20)]
+    pq.write_table(pa.table({"file_name": names, "told": values}), tmp_path / "metadata.parquet")
+    arguments = DataArguments(train_data_dir=str(tmp_path), test_split=None, test_size=5, **{told: "told"})
+    assert "row 13 " in refused(load_data, arguments)
+
+
+def test_a_sign_that_is_no_number_is_the_name_of_no_class() -> None:
+    assert ClassCondition(3).choices_of(["²", "2", "٢"]) == ["²", 2, 2]
 
 
 @pytest.mark.parametrize("count", [5, 12])

@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, BartModel, CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel, T5Config, T5Model
+from transformers import (
+    BartConfig,
+    BartModel,
+    CLIPConfig,
+    CLIPModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5Model,
+)
 
 from naming import naming
 from tiny_text import LIMIT, WIDTH, text_folder, tiny_encoder, tiny_tokenizer
@@ -107,6 +120,16 @@ def test_a_text_that_is_too_long_is_cut_before_its_end_and_that_is_said() -> Non
         (tokens,) = text.tokens([long])
     assert text.tokenizer.backend_tokenizer.to_str() == saved  # nothing of it is saved with the pipeline
     assert tokens == [*text.tokenizer(long)["input_ids"][: LIMIT - 1], text.tokenizer.sep_token_id]
+
+
+@pytest.mark.parametrize(("model", "config"), [(RobertaModel, RobertaConfig), (MPNetModel, MPNetConfig)])
+def test_a_table_of_positions_that_counts_from_its_padding_takes_as_many_fewer(model: Any, config: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 10**30  # it names no limit
+    text = TextEncoder(model(config(vocab_size=64, max_position_embeddings=12, **SIZES)).eval(), tokenizer)
+    with pytest.warns(UserWarning, match=naming(text.limit)):
+        states = text.encode(["a b c d e f g h i j k l m n"]).states
+    assert len(states) == text.limit < 12
 
 
 def test_threads_that_share_a_tokenizer_get_what_each_gets_alone() -> None:

@@ -84,6 +84,7 @@ def test_images_of_each_prompt_and_one_prompt_for_all() -> None:
             {"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"], "guidance_scale": 2.0},
             (3, "negative_prompt"),
         ),
+        ({}, {"prompt": "a", "negative_prompt": 3, "guidance_scale": 2.0}, (3, "negative_prompt")),
         ({}, {"prompt": "a", "num_images_per_prompt": 0}, ("num_images_per_prompt", 0)),
         ({}, {"class_labels": [1]}, ("class_labels", "prompt")),
         *(

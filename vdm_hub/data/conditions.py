@@ -320,7 +320,7 @@ class ClassCondition(Condition):
         ['2', 1, 'cat']
         """
         names = self.names or ()
-        return [word if word in names or not word.isdigit() else int(word) for word in words]
+        return [word if word in names or not word.isdecimal() else int(word) for word in words]
 
     def choose(self, given: Sequence[int | str] | None = None) -> Candidates:
         """All classes, or some by number or name: see `Condition.choose`."""

@@ -61,7 +61,7 @@ def as_labels(
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < limit:
             continue
         number = place if rows is None else rows[place]
-        known = "0 or more" if classes is None else f"0 to {classes - 1}, for the column has {classes} classes"
+        known = "0 or more" if classes is None else f"0 to {classes - 1}, as there are {classes} classes"
         raise DataError(
             f"{'a row' if number is None else f'row {number}'} of the column {column!r} holds {shortened(label)}, and "
             f"labels are {known}: leave out the images without a label, or name another column."

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 
 import datasets
 import torch
+from torch import Tensor
 
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.caption_columns import holds_captions, no_captions, read_captions
-from vdm_hub.data.captions import StreamCaptions
+from vdm_hub.data.captions import ImageCaptions, StreamCaptions
 from vdm_hub.data.colors import Color
 from vdm_hub.data.conditions import MOST_CLASSES, ClassCondition
 from vdm_hub.data.corrupt import without_corrupt
@@ -262,7 +263,10 @@ def undecoded(source: Source, dataset: AnyDataset, column: str, split: str) -> A
 def _training_rows(source: Source, arguments: DataArguments) -> AnyDataset:
     """The whole training split, or a stream of it, its images not decoded."""
     name = arguments.train_split
-    return undecoded(source, source.read(name, streaming=arguments.streaming), arguments.image_column, name)
+    rows = undecoded(source, source.read(name, streaming=arguments.streaming), arguments.image_column, name)
+    if isinstance(rows, datasets.Dataset) and not arguments.skip_corrupt_images:
+        _read_told(source, rows, name, _told(arguments))  # while a row has the number that a message says
+    return rows
 
 
 def _held_out_test(
@@ -346,6 +350,19 @@ def _evaluation_split(source: Source, arguments: DataArguments, split: str | Non
     return _in_memory(source, dataset, column, _reader(source, arguments), split, _told(arguments))
 
 
+def _read_told(
+    source: Source, dataset: datasets.Dataset, split: str, told: tuple[str | None, str | None]
+) -> tuple[Tensor | None, ImageCaptions | None]:
+    """The labels and the captions of all rows, where their columns are named."""
+    label_column, caption_column = told
+    try:
+        labels = None if label_column is None else read_labels(dataset, label_column, source.note)
+        captions = None if caption_column is None else read_captions(dataset, caption_column, source.note)
+    except DataError as error:
+        raise type(error)(f"in the split {split!r}, {error}") from error
+    return labels, captions
+
+
 def _in_memory(
     source: Source,
     dataset: datasets.Dataset,
@@ -354,13 +371,12 @@ def _in_memory(
     split: str,
     told: tuple[str | None, str | None] = (None, None),
 ) -> ImageLevels:
-    label_column, caption_column = told
+    label_column = told[0]
     if len(dataset) == 0:
         raise DataError(f"the split {split!r} has no images: name another one.")
     encoded = undecoded(source, dataset, column, split)
+    labels, captions = _read_told(source, encoded, split, told)
     try:
-        labels = None if label_column is None else read_labels(encoded, label_column, source.note)
-        captions = None if caption_column is None else read_captions(encoded, caption_column, source.note)
         images = replace(decode_all(encoded, column, reader, labels), captions=captions)
     except DataError as error:
         raise type(error)(f"in the split {split!r}, {error}") from error

@@ -49,7 +49,7 @@ class TextEncoder:
     @property
     def limit(self) -> int:
         """The most tokens of a text."""
-        known = [self.max_length, self.tokenizer.model_max_length, _positions(self.encoder.config)]
+        known = [self.max_length, self.tokenizer.model_max_length, _positions(self.encoder)]
         return min((int(one) for one in known if one is not None and one < 10**9), default=_UNSAID)
 
     def tokens(self, texts: Sequence[str], noun: str = "caption") -> list[list[int]]:
@@ -133,6 +133,11 @@ class TextEncoder:
 _NOT_THE_MODELS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 
 
-def _positions(config: Any) -> int | None:
+def _positions(encoder: Any) -> int | None:
+    """The most positions of an encoder; a table that counts from its row of padding has as many fewer (RoBERTa's)."""
+    config = encoder.config
     known: int | None = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings - module.padding_idx - 1)
     return known

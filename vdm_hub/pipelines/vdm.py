@@ -446,7 +446,8 @@ class VDMPipeline(LikelihoodPipeline):
                 raise ConfigurationError("num_images_per_prompt and negative_prompt belong to a prompt: give one.")
             return {}, {}
         instead = [negative_prompt] if isinstance(negative_prompt, str | None) else negative_prompt
-        condition, is_empty = self.text_condition, negative_prompt_embeds is None and not all(instead)
+        condition, has_words = self.text_condition, not isinstance(instead, Sequence) or all(instead)
+        is_empty = negative_prompt_embeds is None and not has_words
         if guided and is_empty and condition is not None:
             condition.check_null()
         told = self.encode_prompt(
