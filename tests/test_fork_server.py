@@ -115,6 +115,7 @@ print(json.dumps({"left": left}))
 """
 
 
+@pytest.mark.slow
 def test_no_stand_in_is_left_in_a_fork(tmp_path: Path) -> None:
     forked, found = ask(["-c", LEFT], environment(**ELSEWHERE | OWN_MODULES), tmp_path)
     assert (forked, found["left"]) == (hasattr(os, "pidfd_open"), {})

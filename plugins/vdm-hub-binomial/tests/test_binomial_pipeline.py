@@ -91,6 +91,7 @@ def test_a_likelihood_that_needs_gamma_is_refused(run: Path, binary_digits: Path
         VDMPipeline.from_pretrained(run / "pipeline").log_likelihood(bits, method="ode")
 
 
+@pytest.mark.slow
 def test_without_the_package_loading_says_what_to_install(run: Path, tmp_path: Path) -> None:
     (message,) = errors_without_plugins(tmp_path / "site-packages", run)
     assert "'binomial'" in message and "pip install vdm-hub-binomial" in message and "unverified" in message

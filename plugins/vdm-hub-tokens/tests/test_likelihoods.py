@@ -204,6 +204,7 @@ def test_counts_are_the_mean_over_all_orders(pilot: int | None) -> None:
     close_to(totals(measurement, 400, **five), expected)
 
 
+@pytest.mark.slow
 def test_counts_are_the_continuous_bound_of_a_network_that_is_told_the_time() -> None:
     """The time is drawn as it is distributed given k; with the share k/n, say, this is another number."""
     objective, five = objective_of(AbsorbingProcess(K, "polynomial"), Table(5, timed=True)), {"levels": FIVE}
