@@ -224,6 +224,7 @@ def test_weights_travel_by_xet_and_its_failures_are_explained(run: Path, tmp_pat
     assert set(files(hub.repositories["me/tiny"])) == MAIN_FILES
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_what_a_publication_sends_and_asks_nobody(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", stock=True)
     with LoopbackHub() as hub:

@@ -174,7 +174,7 @@ def exact_twin(pipeline: VDMPipeline, **changes: Any) -> DDPMPipeline:
     return twin
 
 
-@pytest.mark.parametrize("steps", [50, 250])
+@pytest.mark.parametrize("steps", [50, pytest.param(250, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", CONTINUOUS)
 def test_with_an_exact_denoiser_the_twin_is_the_process_to_four_digits(kind: str, target: str, steps: int) -> None:

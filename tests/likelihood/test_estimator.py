@@ -417,6 +417,7 @@ def test_few_images_take_a_pilot_too_and_scatter_less_for_it() -> None:
 ONE_ALONE = [{switch: name == switch for switch in ALL} for name in ALL]
 
 
+@pytest.mark.slow
 def test_on_chains_of_1000_betas_and_4_images_the_default_is_no_worse_than_any_technique_alone() -> None:
     """Root mean square over 3 sets of 4 images, 32 replicates each: good to 7 %, within the tenth that is allowed."""
     stock = DDPMScheduler(num_train_timesteps=1000)

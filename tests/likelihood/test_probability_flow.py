@@ -421,7 +421,7 @@ def labelled(size: int, order: Tensor) -> Callable[[], list[dict[str, Tensor]]]:
     return lambda: [batch | {"class_labels": batch["indices"] % 2} for batch in batches]
 
 
-@pytest.mark.parametrize("divergence", ["rademacher", "gaussian", "exact"])
+@pytest.mark.parametrize("divergence", ["rademacher", "gaussian", pytest.param("exact", marks=pytest.mark.slow)])
 def test_an_image_s_terms_are_a_function_of_seed_and_index_alone(divergence: str) -> None:
     objective, flow = small().double(), ProbabilityFlow(divergence=divergence, probes=2, tolerance=1e-4)
     whole = measured(FlowMeasurement(objective, flow, seed=4), labelled(6, torch.arange(6)), 2)

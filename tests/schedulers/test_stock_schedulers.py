@@ -185,7 +185,7 @@ STOCK = [
 
 
 @pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "learned_monotone"])
+@pytest.mark.parametrize("schedule", [pytest.param("linear", marks=pytest.mark.slow), "cosine", "learned_monotone"])
 @pytest.mark.parametrize("stock", STOCK)
 def test_a_stock_sampler_of_the_config_runs_the_same_process(stock: Any, schedule: str, target: str) -> None:
     ours = VDMScheduler(noise_schedule=schedule, prediction_type=target)

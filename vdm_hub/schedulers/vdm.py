@@ -171,8 +171,11 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
 
     def _name_packages(self) -> None:
         """Say in the config which package brings each plugin, where it was given by its name alone."""
-        for field, kind in registry.SERIALISED_FIELDS.items():
-            self.register_to_config(**{field: registry.with_package(kind, self.config[field])})
+        named = {
+            field: registry.with_package(kind, self.config[field])
+            for field, kind in registry.SERIALISED_FIELDS.items()
+        }
+        self.register_to_config(**named)
 
     def _stock_ddpm(self) -> StockDDPM:
         """The stock DDPM of this table: its betas are ours, and its steps too, where the chain ends at the data."""
