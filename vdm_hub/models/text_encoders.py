@@ -50,7 +50,7 @@ class TextEncoder:
     def limit(self) -> int:
         """The most tokens of a text."""
         known = [self.max_length, self.tokenizer.model_max_length, _positions(self.encoder)]
-        return min((int(one) for one in known if one is not None and one < 10**9), default=_UNSAID)
+        return min((int(one) for one in known if one is not None and 0 < one < 10**9), default=_UNSAID)
 
     def tokens(self, texts: Sequence[str], noun: str = "caption") -> list[list[int]]:
         """The tokens of texts; those that are too long are cut, and that is said.
