@@ -24,6 +24,7 @@ from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.hub.records import read_evaluation
 from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.marginal import MarginalMeasurement, gain_bits, marginal_figures, mixture
+from vdm_hub.likelihood.report import _marginal_lines
 
 IMAGES = load_split("digits", "test[:12]", num_levels=17, label_column="label")
 
@@ -148,3 +149,10 @@ def test_the_command_reports_the_gain_as_a_publication_reads_it_and_a_journal_ke
     assert figures["marginal"] == json.loads(printed[1])["marginal"] and figures["marginal"]["prior"] == [0.1] * 10
     assert main([*words[:-2], "--marginal"]) == 0 and "a label is worth" in capsys.readouterr().out
     assert main([*words, "--prior", "0.5,0.5"]) == 2 and "--marginal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bias", "word"), [(-0.001, "at most 9"), (-0.5, "about 9"), (None, "about 9")])
+def test_a_mixture_is_a_bound_only_where_its_bias_is_less_than_its_error(bias: float | None, word: str) -> None:
+    marginal = {"gain_bits": 1.0, "most_bits": 2.0, "mixture_bits": 9.0, "prior": [0.5, 0.5], "monte_carlo_bias": bias}
+    errors = {"standard_error": 0.01, "standard_error_over_images": 0.1}
+    assert word in _marginal_lines(marginal | errors, "class", is_bound=True)[-1]
