@@ -15,6 +15,7 @@ import pytest
 
 import fork_server
 from runs import ROOT, TORCHRUN, contents, environment, recipe, train_here
+from vdm_hub.errors import PublishError
 from vdm_hub.training.signals import StopSignals, TrainingStopped
 from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
@@ -154,6 +155,28 @@ def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+@pytest.mark.parametrize("before_first_step", [True, False])
+def test_an_error_that_native_code_makes_of_a_signal_is_the_signal_still(*, before_first_step: bool) -> None:
+    with (
+        pytest.raises(TrainingStopped) as stopped,
+        StopSignals(show=False, before_first_step=before_first_step) as stop,
+    ):
+        stop.obey_at_once()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except TrainingStopped as raised:
+            raise ValueError("an error of a file") from raised  # as safetensors does where its writing calls Python
+    assert stopped.value.code == 143
+    with pytest.raises(PublishError), StopSignals(show=False) as stop:
+        stop.obey_at_once()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except TrainingStopped as raised:
+            raise PublishError("half of it is there") from raised
+    with pytest.raises(ValueError, match="its own"), StopSignals(show=False):  # no signal: an error is an error
+        raise ValueError("its own")
+
+
 def test_handlers_are_given_back_and_left_alone_outside_the_main_thread() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with StopSignals(show=False) as stop:
@@ -234,7 +257,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(number: signal.Signals, t
         process.send_signal(number)
         said = process.stderr.read()
     # The step may have been quicker than the signal.
-    assert process.returncode == 128 + number and number.name in said
+    assert process.returncode == 128 + number and number.name in said, said
     if "before the first step" in said:
         assert contents(tmp_path / "run") == {}
     else:

@@ -288,15 +288,12 @@ def _marginal_lines(marginal: Mapping[str, Any], noun: str, *, is_bound: bool) -
     """The lines on what a label or a caption is worth, and on the mixture that it is compared with."""
     one, plural = ("a label", "classes") if noun == "class" else (f"a {noun}", f"{noun}s")
     count, prior = len(marginal["prior"]), "a uniform prior" if len(set(marginal["prior"])) == 1 else "the prior given"
-    bias, error = (_or_nan(marginal[name]) for name in ("monte_carlo_bias", "standard_error"))
-    is_biased = not abs(bias) <= error  # so are the figures of one replicate, whose bias is not known
-    at_most = "about " if is_biased else "at most " if is_bound else ""
-    more = ", which is more than the error: the figure is too low by it, and more replicates lower it"
+    error = _or_nan(marginal["standard_error"])
+    at_most = "at most " if is_bound and math.isfinite(error) else "about "  # the bias of one replicate is not known
     return [
         f"{one} is worth {marginal['gain_bits']:.4f} bits an image, of at most {marginal['most_bits']:.4f}; "
-        f"standard error {_shown(error, 'replicates')} (Monte Carlo), "
-        f"{_shown(_or_nan(marginal['standard_error_over_images']), 'images')} (images); bias of so few replicates "
-        f"{_shown(bias, 'replicates')}{more if is_biased and math.isfinite(bias) else ''}",
+        f"standard error {_shown(error, 'replicates')} (Monte Carlo, with the bias of so few), "
+        f"{_shown(_or_nan(marginal['standard_error_over_images']), 'images')} (images)",
         f"the mixture of {count} {plural}, by {prior}: {at_most}{marginal['mixture_bits']:.4f} bits an image",
     ]
 

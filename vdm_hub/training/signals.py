@@ -8,6 +8,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from vdm_hub.errors import PublishError
+
 _SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -64,9 +66,15 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        """Give the signals back."""
+        """Give the signals back; an error after a signal that was obeyed is what native code made of the exception.
+
+        Raises:
+            TrainingStopped: In place of such an error; a publication's own words, on what is there, stay.
+        """
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._at_once and self.received and isinstance(error, Exception) and not isinstance(error, PublishError):
+            raise TrainingStopped(self.received) from error
 
     def obey_at_once(self) -> None:
         """From here on a signal, also one that came before, raises: for what is written whole or not at all.
