@@ -139,6 +139,7 @@ from .testing.laws import LawViolation as LawViolation
 from .training.loop import TrainingRun as TrainingRun
 from .training.loop import train_model as train_model
 from .training.state.outputs import OutputFolder as OutputFolder
+from .training.parts.conditions import build_condition as build_condition
 from .training.parts.processes import build_accelerator as build_accelerator
 from .training.parts.optimizers import MuonAndAdamW as MuonAndAdamW
 from .training.parts.optimizers import hidden_matrices as hidden_matrices

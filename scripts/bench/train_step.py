@@ -41,6 +41,7 @@ from vdm_hub import (
     TokenNetwork,
     TrainingRun,
     build_accelerator,
+    build_condition,
     hidden_matrices,
     load_data,
     parse_recipe,
@@ -78,7 +79,7 @@ ON_CPU = [name for name in SIZES if name != "cifar10_paper"]  # the paper's netw
 
 def main() -> None:
     """Print the table, each size measured in a process of its own, as peak memory never falls."""
-    own, fields = _split(sys.argv[1:])
+    own, fields = split(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--sizes", nargs="+", choices=[*SIZES, TEXTS], default=ON_CPU, help="(default: those that fit a CPU)"
@@ -128,9 +129,14 @@ def build_run(size: str, fields: list[str]) -> TrainingRun:
         configuration = parse_recipe(["digits", *words, *fields])
         images = torch.randint(0, levels, (1024, *shape), dtype=torch.uint8)
         data = RunData(ImageLevels(images, shape, levels), None, None)
+    return run_of(configuration, data)
+
+
+def run_of(configuration: Any, data: RunData) -> TrainingRun:
+    """A run on some data, before its first step."""
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder.path, folder.logs)
-    return TrainingRun(configuration, accelerator, data, folder)
+    return TrainingRun(configuration, accelerator, data, folder, build_condition(configuration, data, accelerator))
 
 
 def _random_text() -> str:
@@ -258,7 +264,8 @@ def _memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """What is for a script itself, and after a ``--`` what is for the recipe."""
     place = words.index("--") if "--" in words else len(words)
     return words[:place], words[place + 1 :]
 

@@ -18,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     MPNetConfig,
     MPNetModel,
+    OPTConfig,
+    OPTModel,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -81,6 +83,22 @@ def test_encodings_are_made_once(own_cache: Path) -> None:
     text.stored(TEXTS)
     assert (len(calls), written) == (len(TEXTS), len(TEXTS))
     assert load_file(file)["states"].shape == (int(made.lengths.sum()), WIDTH)  # any reader of safetensors
+
+
+def test_a_text_that_any_file_of_the_encoder_holds_is_not_encoded_again(own_cache: Path) -> None:
+    text, seen = tiny_text(), []
+    text.encoder.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"]), with_kwargs=True)
+    every = text.stored(TEXTS)
+    some = text.stored([TEXTS[3], TEXTS[1]])
+    assert len(seen) == len(TEXTS) and some.key != every.key
+    more = text.stored(["a new one", *TEXTS[::-1]])
+    assert len(seen) == len(TEXTS) + 1
+    for made, texts in ((some, [TEXTS[3], TEXTS[1]]), (more, ["a new one", *TEXTS[::-1]])):
+        for number, expected in enumerate(of_each(text, texts)):
+            told = made.take(torch.tensor([number]))
+            assert torch.equal(told["encoder_hidden_states"][told["encoder_attention_mask"]], expected)
+    tiny_text(seed=1).stored(TEXTS)  # another encoder's are not taken
+    assert len(list(own_cache.iterdir())) == 4
 
 
 @pytest.mark.parametrize(
@@ -151,6 +169,9 @@ def test_a_folder_and_an_installed_package_and_each_kind_of_encoder(tmp_path: Pa
                 text_config=SIZES | {"vocab_size": 64, "max_position_embeddings": 16},
                 vision_config=SIZES | {"image_size": 8, "patch_size": 4},
             )
+        ),
+        "OPTModel": OPTModel(  # its vectors are narrower than its layers
+            OPTConfig(vocab_size=64, word_embed_proj_dim=4, ffn_dim=8, **SIZES)
         ),
         "GPT2Model": GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=2, n_positions=16)),
     }

@@ -90,6 +90,7 @@ def test_an_object_has_its_own_scale() -> None:
         ({}, {"guidance_scale": 2.0, "guider": "ClasifierFreeGuidance"}, ("'ClassifierFreeGuidance'",)),
         ({}, {"guider": PerturbedAttentionGuidance(perturbed_guidance_layers=[0])}, ("PerturbedAttentionGuidance",)),
         ({}, {"guidance_scale": 2.0, "guider": ClassifierFreeGuidance()}, ("guidance_scale", "2.0")),
+        ({}, {"guider": guiders()[0]}, (guiders()[0], "guidance_scale")),
         ({}, {"class_labels": ["sneker", 0]}, ("'sneaker'",)),
         ({}, {"class_labels": ["sneaker", [0]]}, ("class_labels",)),
     ],

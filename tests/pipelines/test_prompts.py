@@ -78,6 +78,14 @@ def test_images_of_each_prompt_and_one_prompt_for_all() -> None:
         ({}, {"prompt_embeds": torch.zeros(2, WIDTH)}, ("prompt_embeds", WIDTH)),
         ({}, {"prompt_embeds": torch.zeros(1, 2, WIDTH + 1)}, (WIDTH + 1, WIDTH)),
         ({}, {"prompt": "a", "prompt_attention_mask": torch.ones(1, 2)}, ("prompt_attention_mask",)),
+        *(
+            (
+                {},
+                {"prompt_embeds": torch.zeros(1, 2, WIDTH), "prompt_attention_mask": mask},
+                ("prompt_attention_mask", named),
+            )
+            for mask, named in ((torch.tensor([[1, 0.5]]), 0.5), (torch.zeros(1, 2, dtype=torch.bool), "row 0"))
+        ),
         ({}, {"prompt": "a", "negative_prompt": "b"}, ("negative_prompt", "guidance_scale")),
         (
             {},
@@ -157,14 +165,22 @@ def test_a_caption_of_each_image_is_found_among_candidates() -> None:
             pipe.classify(images, wrong)
 
 
-def test_a_pipeline_without_its_encoder_takes_what_it_gave(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [("text_encoder",), ("text_encoder", "tokenizer")])
+def test_a_pipeline_without_its_encoder_takes_what_it_gave(tmp_path: Path, left: tuple[str, ...]) -> None:
     whole = pipeline()
-    bare = quiet(VDMPipeline(whole.unet, whole.scheduler, captions=CAPTIONS))
+    whole.save_pretrained(tmp_path / "whole")
     embeds, mask = whole.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[:2]
-    given = drawn(bare, prompt_embeds=embeds, prompt_attention_mask=mask)
-    assert torch.equal(given, drawn(whole, prompt=PROMPTS))
-    with pytest.raises(ConfigurationError, match=naming("text_encoder", "prompt_embeds")):
-        drawn(bare, prompt=PROMPTS)
+    loaded = VDMPipeline.from_pretrained(tmp_path / "whole", **dict.fromkeys(left))
+    loaded.save_pretrained(tmp_path / "bare")
+    again = VDMPipeline.from_pretrained(tmp_path / "bare")
+    for bare in (VDMPipeline(whole.unet, whole.scheduler, captions=CAPTIONS), loaded, again):
+        assert bare.text_encoder is None
+        given = drawn(quiet(bare), prompt_embeds=embeds, prompt_attention_mask=mask)
+        assert torch.equal(given, drawn(whole, prompt=PROMPTS))
+        with pytest.raises(ConfigurationError, match=naming("text_encoder", "prompt_embeds")):
+            drawn(bare, prompt=PROMPTS)
+    with pytest.raises(ConfigurationError, match="tokenizer"):
+        VDMPipeline.from_pretrained(tmp_path / "whole", tokenizer=None)
 
 
 @pytest.mark.parametrize("cls", [VDMPipeline, DiffusionPipeline])

@@ -20,7 +20,7 @@ from vdm_hub.errors import ConfigurationError, shortened
 from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.pipelines.base import LikelihoodPipeline
-from vdm_hub.pipelines.guidance import GUIDER, build_guider
+from vdm_hub.pipelines.guidance import build_guider
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.plots import rows_of_choices, save_grid
 
@@ -71,12 +71,7 @@ _DRAWN_BY: dict[str, tuple[str, Callable[[argparse.Namespace, Any, Path], str]]]
 def _chosen(arguments: argparse.Namespace, pipeline: LikelihoodPipeline) -> dict[str, Any]:
     """What is chosen of a diffusion's sampling."""
     chosen = {} if arguments.sampler == ANCESTRAL else {"sampler": arguments.sampler}
-    build_guider(arguments.guider, arguments.guidance_scale)  # an unknown name is said
-    if arguments.guider != GUIDER and arguments.guidance_scale == 1:
-        raise ConfigurationError(
-            f"guider is {arguments.guider!r}, and acts only with guidance: give a --guidance_scale other than 1, or "
-            f"leave it out."
-        )
+    build_guider(arguments.guider, arguments.guidance_scale)  # it refuses before anything is drawn
     if arguments.guidance_scale != 1:
         chosen |= {"guidance_scale": arguments.guidance_scale, "guider": arguments.guider}
     if arguments.negative_prompt is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vdm_hub.data.captions import EMPTY
 from vdm_hub.errors import shortened, warn
 from vdm_hub.models.calls import evaluating
-from vdm_hub.models.encodings import Encodings, fingerprint, stored
+from vdm_hub.models.encodings import Encodings, stored
 
 _UNSAID = 512  # tokens, where neither tokenizer nor config names a limit
 _TOKENIZING = Lock()
@@ -43,8 +44,8 @@ class TextEncoder:
     @property
     def width(self) -> int:
         """D, the size of the vector of a token."""
-        config = self.encoder.config
-        return int(getattr(config, "text_config", config).hidden_size)
+        config = getattr(self.encoder.config, "text_config", self.encoder.config)
+        return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)  # OPT projects what it gives
 
     @property
     def limit(self) -> int:
@@ -69,8 +70,8 @@ class TextEncoder:
             for place, one in zip(long, cut, strict=True):
                 found[place] = one
             warn(
-                f"{len(long)} of {len(texts)} {noun}s have more than the {self.limit} tokens that the text encoder is "
-                f"given, and are cut there; the first is {shortened(texts[long[0]], 200)}.",
+                f"{len(long)} of {len(texts)} different {noun}s have more than the {self.limit} tokens that the text "
+                f"encoder is given, and are cut there; the first is {shortened(texts[long[0]], 200)}.",
                 stacklevel=2,
             )
         return [one or [self._end] for one in found]
@@ -94,9 +95,7 @@ class TextEncoder:
             texts: The different ones.
             progress: Whether to show a progress bar while they are made.
         """
-        tokens = self.tokens(texts)
-        key = fingerprint(self.digest, tokens)
-        return stored(key, tokens, self.width, self._states(tokens, progress))
+        return stored(self.digest, self.tokens(texts), self.width, partial(self._states, progress=progress))
 
     @torch.no_grad()
     def _states(self, tokens: Sequence[Sequence[int]], progress: bool = False) -> Iterator[Tensor]:

@@ -54,6 +54,8 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
 
     _left_out_where_none: tuple[str, ...] = ("preprocessing", "held_out", "classes", "captions")
     """The entries of a pipeline's index that stand there only where they are known."""
+    _may_be_left: tuple[str, ...] = ()
+    """The components that a reader who does not need them may load it without, by ``None``."""
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -377,7 +379,7 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             if name not in known:
                 raise unknown_name(f"argument of {cls.__name__}.from_pretrained", name, known)
             replaced = name in cls._optional_components and arguments.get("scheduler") is not None
-            if name in own and value is None and not replaced:
+            if name in own and value is None and not replaced and name not in cls._may_be_left:
                 raise ConfigurationError(
                     f"{name} is None: leave it out, and what was saved is loaded; or give one of your own."
                 )

@@ -67,8 +67,8 @@ def build_guider(guider: str | BaseGuidance, guidance_scale: float = 1.0) -> Bas
         guidance_scale: Of one that is named.
 
     Raises:
-        ConfigurationError: There is no such guider, it needs more than two predictions, or the scale is no number of
-            at least 0.
+        ConfigurationError: There is no such guider, it needs more than two predictions, the scale is no number of at
+            least 0, or it is 1 and another guider than the usual one is named.
 
     >>> build_guider("ClassifierFreeGuidance", 1.0) is None, build_guider("ClassifierFreeGuidance", 4.0).guidance_scale
     (True, 4.0)
@@ -93,6 +93,11 @@ def build_guider(guider: str | BaseGuidance, guidance_scale: float = 1.0) -> Bas
     if "guidance_scale" not in inspect.signature(cls).parameters:
         raise ConfigurationError(f"{guider} has no guidance_scale: give an object of it, with its own arguments.")
     if guidance_scale == 1:
+        if guider != GUIDER:
+            raise ConfigurationError(
+                f"guider is {guider!r}, and acts only with guidance: give a guidance_scale other than 1, or leave it "
+                f"out."
+            )
         return None
     was, _EXPERIMENTAL.disabled = _EXPERIMENTAL.disabled, True
     try:

@@ -70,6 +70,13 @@ def _checked(embeds: Any, mask: Any, name: str, width: int) -> Told:
         raise ConfigurationError(
             f"{name}_attention_mask is {what}: give one number for each of the {tuple(embeds.shape[:2])} tokens."
         )
+    odd, empty = mask[(mask != 0) & (mask != 1)], (mask == 0).all(1).nonzero()
+    if len(odd) or len(empty):
+        what = f"holds {odd[0].item()}" if len(odd) else f"has no token in row {int(empty[0])}"
+        raise ConfigurationError(
+            f"{name}_attention_mask {what}: give 1 where there is a token and 0 where there is none, and each row at "
+            f"least one token."
+        )
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask.bool()}
 
 

@@ -79,6 +79,7 @@ class VDMPipeline(LikelihoodPipeline):
     model_cpu_offload_seq = "text_encoder->unet"
     _optional_components = ["noise_schedule", "forward_process", "text_encoder", "tokenizer"]
     _left_out_where_none = (*LikelihoodPipeline._left_out_where_none, "forward_process", "text_encoder", "tokenizer")
+    _may_be_left = ("text_encoder", "tokenizer")  # prompts may be given as embeddings
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -182,14 +183,13 @@ class VDMPipeline(LikelihoodPipeline):
 
     def _check_text(self, classes: Any, captions: Any) -> None:
         """Refuse a text encoder that the network can't listen to, and one without a tokenizer."""
-        given = {"text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
-        missing = [name for name, part in given.items() if part is None]
-        if len(missing) == 1:
-            raise ConfigurationError(f"the {missing[0]} is missing: give both text_encoder and tokenizer, or neither.")
+        if self.text_encoder is not None and self.tokenizer is None:
+            raise ConfigurationError("a text_encoder is given, and no tokenizer: give both, or no text_encoder.")
         if captions is not None and classes is not None:
             raise ConfigurationError("both classes and captions are given: a model is conditioned on one of the two.")
         width = text_width_of(bare_network(self.unet))
-        if width is None and (captions is not None or not missing):
+        told = (captions, self.text_encoder, self.tokenizer)
+        if width is None and any(part is not None for part in told):
             raise ConfigurationError(
                 f"{type(bare_network(self.unet)).__name__} attends to no text, and captions or a text_encoder are "
                 f"given: leave them out, or give a network with cross_attention_dim."
