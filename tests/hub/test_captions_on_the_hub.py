@@ -14,6 +14,7 @@ from hub.server import LoopbackHub
 from tiny import quiet, randomised, sampled, tiny_pipeline, tiny_unet
 from tiny_text import LIMIT, WIDTH, text_folder, tiny_encoder, tiny_tokenizer
 from vdm_hub import VDMPipeline
+from vdm_hub.commands import main
 
 CAPTIONS = {"column": "text", "template": None, "max_length": LIMIT, "dropout": 0.1, "examples": ["a cat"]}
 PROMPTS = ["a cat", "a big dog"]
@@ -62,3 +63,13 @@ def test_what_is_published_is_what_is_loaded_by_its_id(pipe: Any, tmp_path: Path
     here = sampled(pipe, 1, prompt=PROMPTS, guidance_scale=2.0, output_type="latent")
     assert torch.equal(torch.tensor(json.loads(read.stdout.splitlines()[-1])), here)
     assert encoded.stdout.split()[-1] == pipe.text_condition.text.digest
+
+
+def test_a_model_of_captions_without_its_encoder_is_not_published(
+    pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe.save_pretrained(tmp_path / "whole")
+    VDMPipeline.from_pretrained(tmp_path / "whole", text_encoder=None).save_pretrained(tmp_path / "bare")
+    words = ["me/it", "--dry_run", "--output_dir", str(tmp_path / "card")]
+    assert main(["publish", str(tmp_path / "bare"), *words]) == 2
+    assert "text_encoder" in capsys.readouterr().err and not (tmp_path / "card").exists()

@@ -22,6 +22,8 @@ from transformers import (
     OPTModel,
     RobertaConfig,
     RobertaModel,
+    SiglipConfig,
+    SiglipModel,
     T5Config,
     T5Model,
 )
@@ -162,14 +164,14 @@ def test_a_folder_and_an_installed_package_and_each_kind_of_encoder(tmp_path: Pa
     text = open_text_encoder(text_folder(tmp_path / "bert"))
     assert (text.width, text.limit) == (WIDTH, LIMIT) and not text.encoder.training
     assert not any(parameter.requires_grad for parameter in text.encoder.parameters())
+    both = {
+        "text_config": SIZES | {"vocab_size": 64, "max_position_embeddings": 16},
+        "vision_config": SIZES | {"image_size": 8, "patch_size": 4},
+    }
     kinds = {
         "T5EncoderModel": T5Model(T5Config(vocab_size=64, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4)),
-        "CLIPTextModel": CLIPModel(
-            CLIPConfig(
-                text_config=SIZES | {"vocab_size": 64, "max_position_embeddings": 16},
-                vision_config=SIZES | {"image_size": 8, "patch_size": 4},
-            )
-        ),
+        "CLIPTextModel": CLIPModel(CLIPConfig(**both)),
+        "SiglipTextModel": SiglipModel(SiglipConfig(**both)),
         "OPTModel": OPTModel(  # its vectors are narrower than its layers
             OPTConfig(vocab_size=64, word_embed_proj_dim=4, ffn_dim=8, **SIZES)
         ),

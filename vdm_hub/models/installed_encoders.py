@@ -71,7 +71,8 @@ def _class_of(files: ModelFiles, config: Mapping[str, Any]) -> Any:
             f"the text encoder {files.name} is a {shortened(config.get('model_type'))}, a model of encoder and "
             f"decoder whose encoder transformers does not load by itself: take an encoder such as BERT, or T5."
         )
-    return AutoModel
+    named = getattr(transformers, f"{type(texts).__name__.removesuffix('Config')}Model", None)  # such as of SigLIP
+    return AutoModel if getattr(named, "config_class", None) is not type(texts) else named
 
 
 def loaded_in_silence(cls: Any, folder: Path) -> tuple[PreTrainedModel, list[str]]:

@@ -168,7 +168,13 @@ def _load(folder: Path) -> LikelihoodPipeline:
     name = read_json(folder / INDEX).get("_class_name")
     if name not in PIPELINES:
         raise CheckpointError(f"{folder} holds a {name}, not a pipeline of vdm_hub: {', '.join(PIPELINES)}.")
-    return PIPELINES[name].from_pretrained(folder)
+    pipeline: LikelihoodPipeline = PIPELINES[name].from_pretrained(folder)
+    if pipeline.config.get("captions") is not None and pipeline.components.get("text_encoder") is None:
+        raise CheckpointError(
+            f"{folder} is of a model that is told captions, and has no text_encoder, without which its readers can give "
+            f"no prompt: save the pipeline with its text_encoder and tokenizer."
+        )
+    return pipeline
 
 
 def _check_evaluation(source: Contents, pipeline: LikelihoodPipeline) -> None:
