@@ -171,8 +171,8 @@ def _load(folder: Path) -> LikelihoodPipeline:
     pipeline: LikelihoodPipeline = PIPELINES[name].from_pretrained(folder)
     if pipeline.config.get("captions") is not None and pipeline.components.get("text_encoder") is None:
         raise CheckpointError(
-            f"{folder} is of a model that is told captions, and has no text_encoder, without which its readers can give "
-            f"no prompt: save the pipeline with its text_encoder and tokenizer."
+            f"{folder} is of a model that is told captions, and has no text_encoder, without which its readers can "
+            f"give no prompt: save the pipeline with its text_encoder and tokenizer."
         )
     return pipeline
 
