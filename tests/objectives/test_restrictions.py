@@ -92,6 +92,27 @@ def test_it_holds_for_every_schedule(schedule: str) -> None:
 
 
 @torch.no_grad()
+def test_its_latents_may_lie_at_other_times() -> None:
+    """Equal ones are those of the VDM, and of any others q is the schedule's at those times."""
+    objective = vdm(2)
+    latents, hierarchies = (
+        chain_latents(objective),
+        [as_hierarchical_vae(objective, SHAPE, t) for t in (None, [0, 0.5, 1])],
+    )
+    equal, given = (joint_terms(one, LEVELS, latents) for one in hierarchies)
+    assert all(torch.equal(term, given[name]) for name, term in equal.items())
+    times, z = [0, 0.3, 1], torch.ones(1, *SHAPE, dtype=torch.float64)
+    model = as_hierarchical_vae(objective, SHAPE, times)
+    for number, time in enumerate(times, 1):
+        z = model.encode(number, z)[0]
+        gamma = objective.process.schedule(torch.tensor(time, dtype=torch.float64)).double()
+        torch.testing.assert_close(z, gaussian.alpha(gamma).expand_as(z))
+    for wrong in ([0, 1], [0, 0.7, 0.7, 1][:3], [0.1, 0.5, 1], [0, 1, 0.5]):
+        with pytest.raises(ConfigurationError, match="times"):
+            as_hierarchical_vae(objective, SHAPE, wrong)
+
+
+@torch.no_grad()
 def test_a_restriction_that_is_broken_is_seen() -> None:
     """The test above can fail: one encoder with a hundredth more variance moves the log-weight."""
     objective = vdm(5)

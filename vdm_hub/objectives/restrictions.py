@@ -25,7 +25,7 @@ from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.gaussian import sum_dimensions
 from vdm_hub.diffusion.gaussian_process import GaussianProcess, scalar_gaussian
 from vdm_hub.diffusion.reverse_kernel import ReverseKernel
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, shortened
 from vdm_hub.models.calls import CountedNetwork
 from vdm_hub.models.hvae import MarkovianHVAE
 from vdm_hub.objectives.hierarchical import HierarchicalObjective
@@ -84,7 +84,9 @@ class FactorisedLevels(nn.Module):
         return -0.5 * torch.exp(-gamma) * ((z / gaussian.alpha(gamma)).unsqueeze(-1) - values) ** 2
 
 
-def as_hierarchical_vae(objective: VDMObjective, image_shape: Sequence[int]) -> MarkovianHVAE:
+def as_hierarchical_vae(
+    objective: VDMObjective, image_shape: Sequence[int], times: Sequence[float] | None = None
+) -> MarkovianHVAE:
     """The hierarchical VAE that a VDM is, of depth T + 1, from the VDM's own network and schedule.
 
     Its last latent is q's, of the schedule; its prior N(0, I), as in the VDM.
@@ -93,9 +95,10 @@ def as_hierarchical_vae(objective: VDMObjective, image_shape: Sequence[int]) -> 
         objective: The VDM, with a number of transitions T; Gaussian, with one gamma a time, and the decoder
             ``factorised``.
         image_shape: (C, H, W).
+        times: Of its T + 1 latents, rising from 0 to 1; ``0, 1/T, .., 1`` where not given.
 
     Raises:
-        ConfigurationError: It has no such form: continuous time, another process or decoder.
+        ConfigurationError: It has no such form: continuous time, another process or decoder; or the times are others.
 
     >>> from vdm_hub import UNetVDMModel, VDMScheduler
     >>> unet = UNetVDMModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
@@ -114,7 +117,11 @@ def as_hierarchical_vae(objective: VDMObjective, image_shape: Sequence[int]) -> 
             f"p(x|z_0) is {type(process.decoder).__name__}, and only 'factorised' depends on z_0 alone, as a "
             f"hierarchical VAE's does on its first latent: choose that decoder."
         )
-    times = [i / transitions for i in range(transitions + 1)]
+    times = [i / transitions for i in range(transitions + 1)] if times is None else list(times)
+    if len(times) != transitions + 1 or sorted(set(times)) != times or (times[0], times[-1]) != (0, 1):
+        raise ConfigurationError(
+            f"times are {shortened(times)}: give {transitions + 1} of them, each above the one before, from 0 to 1."
+        )
     with torch.no_grad():
         gammas = process.schedule(torch.tensor(times, dtype=torch.float64)).double()
     steps = [gaussian.transition(s, t) for s, t in pairwise(gammas)]

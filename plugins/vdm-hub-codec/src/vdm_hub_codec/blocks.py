@@ -20,6 +20,7 @@ from vdm_hub import DataError
 from vdm_hub_codec.chains import Chain
 from vdm_hub_codec.decisions import Decisions, Integers, Note
 from vdm_hub_codec.distributions import Distribution
+from vdm_hub_codec.pictures import levels_of, picture_of
 from vdm_hub_codec.stack import ExhaustedError, Stack
 
 
@@ -78,11 +79,13 @@ class Coder:
     Attributes:
         chain: The model.
         batch_size: Data at once in the networks, and coded together at most.
+        pictures: Whether the data to start with are there as pictures: see `vdm_hub_codec.pictures`.
         advance: Told how many data are done.
     """
 
     chain: Chain
     batch_size: int
+    pictures: bool = False
     advance: Callable[[int], object] = lambda count: None
     lengths: Lengths = field(default_factory=Lengths)
 
@@ -106,12 +109,29 @@ class Coder:
                 self.advance(size)
                 continue
             assert not batches, "what was enough for a batch is enough for one more datum"
-            stack.push_levels(rows[place], self.chain.num_levels)
+            self.lengths.as_they_are += self._start(stack, rows[place])
             place += 1
             self.advance(1)
         self.lengths.started += len(rows) - sum(batches)
-        self.lengths.as_they_are += (len(rows) - sum(batches)) * rows.shape[1] * math.log2(self.chain.num_levels)
         return Block(len(rows), batches, stack.words(), checksum(levels), decisions.notes)
+
+    def _start(self, stack: Stack, row: Integers) -> float:
+        """Push a datum as it is; returns its bits."""
+        if self.pictures:
+            picture = picture_of(row.reshape(self.chain.shapes[0]))
+            stack.push_bytes(picture)
+            return 8.0 * len(picture) + 16
+        stack.push_levels(row, self.chain.num_levels)
+        return len(row) * math.log2(self.chain.num_levels)
+
+    def _started(self, stack: Stack) -> Integers:
+        """Pop what `_start` has pushed, (1, n)."""
+        if self.pictures:
+            try:
+                return levels_of(stack.pop_bytes(), self.chain.shapes[0]).reshape(1, -1)
+            except ValueError as error:
+                raise OtherNumbersError from error
+        return stack.pop_levels(math.prod(self.chain.shapes[0]), self.chain.num_levels).reshape(1, -1)
 
     def _fitting(self, stack: Stack, rows: Integers) -> int:
         """About how many data may be coded together: those whose first two latents the stack has bits for."""
@@ -126,14 +146,14 @@ class Coder:
             DataError: They are not what was encoded.
         """
         stack, decisions = Stack(block.words), Decisions.of(block.notes)
-        size, found, end = math.prod(self.chain.shapes[0]), [], block.count
+        found, end = [], block.count
         for batch in reversed(block.batches):
             found.append(self._pop(stack, np.arange(end - batch, end), decisions))
             end -= batch
             self.advance(batch)
         self.advance(end)
         for _ in range(end):
-            found.append(stack.pop_levels(size, self.chain.num_levels).reshape(1, size))
+            found.append(self._started(stack))
         levels = np.concatenate(found[::-1]).reshape(-1, *self.chain.shapes[0])
         if stack.words().size or checksum(levels) != block.check:
             raise OtherNumbersError

@@ -31,6 +31,7 @@ from vdm_hub import (
 )
 from vdm_hub_codec.decisions import Floats, Integers
 from vdm_hub_codec.distributions import Choices, Distribution, Normal
+from vdm_hub_codec.spacing import times_of
 
 Gaussian = tuple[Tensor, Tensor]
 """A mean and a scale, the standard deviation, (B, *latent)."""
@@ -111,12 +112,13 @@ class Chain:
         return replace(self, exponents=exponents)
 
     @classmethod
-    def of(cls, pipeline: LikelihoodPipeline, transitions: int | None = None) -> Chain:
+    def of(cls, pipeline: LikelihoodPipeline, transitions: int | None = None, spacing: bytes | None = None) -> Chain:
         """The chain of a pipeline, on copies of its modules in float64.
 
         Args:
             pipeline: Of a VDM, of a latent one, of a process of discrete values, or of a hierarchical VAE.
             transitions: T of what has transitions.
+            spacing: How dense they are in time, of a VDM; equal where not given.
 
         Raises:
             ConfigurationError: It has no such chain.
@@ -137,11 +139,11 @@ class Chain:
         if isinstance(pipeline, LatentVDMPipeline):
             return _of_latents(pipeline, transitions)
         if isinstance(pipeline, VDMPipeline):
-            return cls.of_objective(pipeline.objective(transitions), pipeline.image_shape)
+            return cls.of_objective(pipeline.objective(transitions), pipeline.image_shape, spacing)
         raise ConfigurationError(f"{type(pipeline).__name__} has no chain of latents that files are made with.")
 
     @classmethod
-    def of_objective(cls, objective: VDMObjective, shape: tuple[int, ...]) -> Chain:
+    def of_objective(cls, objective: VDMObjective, shape: tuple[int, ...], spacing: bytes | None = None) -> Chain:
         """That of a bound with a number of transitions.
 
         Raises:
@@ -151,7 +153,8 @@ class Chain:
         objective = copy.deepcopy(objective).double().eval()
         if objective.process.has_discrete_latents:
             return _of_values(objective, shape)
-        return _of_hierarchy(as_hierarchical_vae(objective, shape))
+        times = None if spacing is None else times_of(spacing, objective.transitions or 1)
+        return _of_hierarchy(as_hierarchical_vae(objective, shape, times))
 
 
 def gaussian_of(parts: Sequence[Gaussian]) -> tuple[Floats, Floats]:

@@ -22,6 +22,7 @@ from vdm_hub import (
     LikelihoodPipeline,
     TokenPipeline,
     TokenWindows,
+    VDMPipeline,
     weights_fingerprint,
     whole_number,
 )
@@ -29,6 +30,8 @@ from vdm_hub_codec.blocks import Block, Coder, Lengths
 from vdm_hub_codec.chains import Chain
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.orders import OrderCoder, windows_like
+from vdm_hub_codec.pictures import is_shorter
+from vdm_hub_codec.spacing import measured_spacing
 
 TRANSITIONS = 100
 """T of a VDM where nobody says."""
@@ -156,12 +159,14 @@ def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, p
     check_model(pipeline, container)
     if container.coder["kind"] == "order":
         return _decode_text(pipeline, container, batch_size)
-    chain = _usual(Chain.of(pipeline, container.coder["transitions"]))
+    spacing = container.coder.get("spacing")
+    spaced = None if spacing is None else bytes.fromhex(spacing)
+    chain = _usual(Chain.of(pipeline, container.coder["transitions"], spaced))
     if "widths" in container.coder:
         chain = replace(chain, exponents=tuple(container.coder["widths"]))
     count = sum(one.count for one in container.blocks)
     with tqdm(total=count, desc="decoding", unit="datum", disable=not progress) as bar:
-        coder = Coder(chain, batch_size, bar.update)
+        coder = Coder(chain, batch_size, "pictures" in container.coder, bar.update)
         found = [coder.decode(one) for one in container.blocks]
     return torch.from_numpy(np.concatenate(found))
 
@@ -204,16 +209,29 @@ def _encode_images(
     pipeline.check_data(levels, pipeline.num_levels)
     has_process = pipeline.process is not None
     transitions = (transitions or TRANSITIONS) if has_process else transitions
-    chain, whole = Chain.of(pipeline, transitions), levels.cpu().numpy().astype(np.int64)
+    spacing = None if transitions is None else _spacing(pipeline, levels, transitions)
+    chain, whole = Chain.of(pipeline, transitions, spacing), levels.cpu().numpy().astype(np.int64)
     size = block or len(whole)
     with tqdm(total=len(whole), desc="encoding", unit="datum", disable=not progress) as bar:
-        coder = Coder(chain.with_bins_for(whole), batch_size, bar.update)
+        pictures = is_shorter(whole[0], pipeline.num_levels)
+        coder = Coder(chain.with_bins_for(whole), batch_size, pictures, bar.update)
         blocks = [coder.encode(whole[start : start + size]) for start in range(0, len(whole), size)]
     how: dict[str, Any] = {"kind": "latents", "transitions": transitions}
+    if spacing is not None:
+        how["spacing"] = spacing.hex()
+    if pictures:
+        how["pictures"] = True
     if coder.chain.exponents is not None and coder.chain.exponents != _usual(chain).exponents:
         how["widths"] = list(coder.chain.exponents)
     parts = _Parts(coder.lengths, len(whole), whole.size, blocks, transitions)
     return Container(name, fingerprint_of(pipeline), how, blocks), parts
+
+
+def _spacing(pipeline: LikelihoodPipeline, levels: Tensor, transitions: int) -> bytes | None:
+    """How the times of a VDM's latents are best spaced for some data; ``None`` where they are equally far apart."""
+    if type(pipeline) is not VDMPipeline or (schedule := pipeline.process.scalar_gamma) is None:
+        return None
+    return measured_spacing(pipeline.objective(None), schedule, levels, transitions)
 
 
 def _usual(chain: Chain) -> Chain:

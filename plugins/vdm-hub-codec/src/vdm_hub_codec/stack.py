@@ -67,6 +67,15 @@ class Stack:
         """Pop what `push_levels` has pushed."""
         return self.pop(_MODEL.Uniform(count), size)
 
+    def push_bytes(self, content: bytes) -> None:
+        """Push fewer than 65536 bytes, and how many they are."""
+        self.push_levels(np.frombuffer(content, np.uint8), 1 << 8)
+        self.push_levels(np.array([len(content)]), 1 << 16)
+
+    def pop_bytes(self) -> bytes:
+        """Pop what `push_bytes` has pushed."""
+        return self.pop_levels(int(self.pop_levels(1, 1 << 16)[0]), 1 << 8).astype(np.uint8).tobytes()
+
     def whiten(self, words: int, seed: int, *, checked: bool = False) -> None:
         """Combine the topmost words of 16 bits with pseudorandom ones; twice is not at all.
 
