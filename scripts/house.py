@@ -32,7 +32,8 @@ def rooms() -> Iterator[Path]:
     """Each room from the ground up: a folder and those within it, or a file of its own."""
     for room in (PACKAGE / name for floor in floors() for name in floor):
         if room.is_dir():
-            yield from (one.parent for one in sorted(room.rglob("__init__.py")))
+            within = (one.parent for one in sorted(room.rglob("__init__.py")))
+            yield from sorted(within, key=lambda one: -len(one.parts))  # which the room itself imports from
         else:
             yield room.with_suffix(".py")
 

@@ -75,7 +75,7 @@ def test_the_log_probability_of_a_step_is_that_of_its_noise(schedule: str, targe
     for timestep in scheduler.timesteps[:3]:
         drawn = scheduler.step(output, timestep, z_t, torch.Generator().manual_seed(5), return_log_prob=True)
         eps = normal_noise(z_t.shape, torch.Generator().manual_seed(5), z_t.device, z_t.dtype)
-        s, t = scheduler._interval(timestep)
+        s, t = scheduler.interval(timestep)
         times = torch.tensor([s, t], dtype=torch.float64)
         gamma_s, gamma_t = scheduler.process.schedule(times).double()
         variance = torch.sigmoid(gamma_s) * -torch.expm1(gamma_s - gamma_t)
@@ -89,13 +89,32 @@ def test_the_log_probability_of_a_step_is_that_of_its_noise(schedule: str, targe
         assert len(scheduler.step(output, timestep, z_t, return_dict=False)) == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"noise_schedule": "discrete_betas", "clip_sample": True}], ids=str)
+@pytest.mark.parametrize("schedule", registered.names("noise_schedules"))
+def test_each_datum_may_have_a_step_of_its_own(schedule: str, options: dict[str, Any]) -> None:
+    """As trainers by reinforcement have it, who shuffle the steps of many chains into batches."""
+    scheduler = scheduler_of(schedule, "epsilon") if not options else VDMScheduler(num_train_timesteps=50, **options)
+    scheduler.set_timesteps(5)
+    z_s, z_t, output = (normal(seed, 3, 1, 4, 4) for seed in range(3))
+    timesteps = scheduler.timesteps[[2, 0, 3]]
+    together = scheduler.transition_log_prob(z_s, z_t, output, timesteps)
+    for place, timestep in enumerate(timesteps):
+        row = slice(place, place + 1)
+        alone = scheduler.transition_log_prob(z_s[row], z_t[row], output[row], timestep)
+        torch.testing.assert_close(together[row], alone, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ConfigurationError, match=naming("timestep", "(2,)", 3)):
+        scheduler.transition_log_prob(z_s, z_t, output, timesteps[:2])
+    with pytest.raises(ConfigurationError, match="prev_sample"):
+        scheduler.transition_log_prob(z_s[:1], z_t, output, timesteps)
+
+
 def test_its_gradient_is_the_closed_form() -> None:
     """``d log p / d z_s = -(z_s - mean) / v``, and that times ``alpha_s/alpha_t c sigma_t`` for the noise estimate."""
     scheduler = scheduler_of("linear", "epsilon")
     timestep, z_t = scheduler.timesteps[2], normal(0, 2, 1, 4, 4)
     output, z_s = normal(1, 2, 1, 4, 4).requires_grad_(), normal(2, 2, 1, 4, 4).requires_grad_()
     scheduler.transition_log_prob(z_s, z_t, output, timestep).sum().backward()
-    times = torch.tensor(scheduler._interval(timestep), dtype=torch.float64)
+    times = torch.tensor(scheduler.interval(timestep), dtype=torch.float64)
     gamma_s, gamma_t = scheduler.process.schedule(times).double()
     c = -torch.expm1(gamma_s - gamma_t)
     ratio = gaussian.alpha(gamma_s) / gaussian.alpha(gamma_t)

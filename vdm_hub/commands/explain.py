@@ -42,7 +42,7 @@ def _classes(name: str) -> Iterator[tuple[str, type]]:
         yield name, getattr(vdm_hub if name in CLASSES else diffusers, name)
     for kind in registry.BUILT_INS:
         for one in registry.registrations(kind):
-            if one.name == name:
+            if one.name == name and not (name in NETWORKS and kind == "networks"):  # which are those above
                 yield f"{name}, {registry.KIND_WORDS[kind]} of {one.package}", one.load()
 
 

@@ -146,6 +146,7 @@ def remaining_variance(grid: TimeGrid, cell: Tensor, values: Tensor) -> float:
 
 def _ridge(rows: Tensor, target: Tensor, weight: Tensor, penalty: float) -> Tensor:
     """The weighted least squares with a penalty on coefficients' steps between knots and, slightly, on themselves."""
+    # scikit-learn's Ridge has a penalty on each coefficient, and none on the steps between them.
     weight = weight / weight.mean()
     steps = torch.eye(KNOTS).diff(dim=0)
     smooth = steps.T @ steps + 0.01 * torch.eye(KNOTS, dtype=rows.dtype)

@@ -38,7 +38,10 @@ from vdm_hub.recipes.secrets import refuse_secret, refuse_token_field
 
 GROUPS: tuple[Any, ...] = (DataArguments, DiffusionArguments, ModelArguments, TrainingArguments)
 FIELDS: dict[str, Any] = {
-    f.name: typing.get_type_hints(group)[f.name] for group in GROUPS for f in fields(group) if f.init
+    f.name: hints[f.name]
+    for group, hints in ((group, typing.get_type_hints(group)) for group in GROUPS)
+    for f in fields(group)
+    if f.init
 }
 """Every field of a recipe, with its type."""
 
@@ -378,6 +381,7 @@ class _RecipeParser(CommandLineParser):
 def _parser() -> _RecipeParser:
     """A parser that collects the text of the fields that are given, and nothing of those that are not."""
     parser = _RecipeParser(
+        takes_others=True,  # the recipe, and fields that are unknown, which are named below
         usage="vdm-hub train RECIPE [--field value ...], or accelerate launch -m vdm_hub.train RECIPE ...",
         description=f"Train a variational diffusion model. RECIPE is one of {', '.join(recipes())}, or the path of a "
         "YAML file that gives any of these fields; the command line overrides it. Mappings are merged, key by key: "

@@ -365,7 +365,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         """Whether the last step leaves data (DDPM's), rather than the latent z_0, which is still to be decoded."""
         return self._ending_stock is not None
 
-    def _interval(self, timestep: float | Tensor) -> tuple[float, float]:
+    def interval(self, timestep: float | Tensor) -> tuple[float, float]:
         """``(s, t)`` of the step that starts at a timestep, on the grid or between its points."""
         value = float(timestep)
         if value in self._index:
@@ -407,7 +407,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             assert isinstance(self.process, GaussianProcess)
             output = stock.step(self.process, model_output, timestep, sample, generator)
         else:
-            s, t = (time_tensor(time, sample) for time in self._interval(timestep))
+            s, t = (time_tensor(time, sample) for time in self.interval(timestep))
             output = (process or self._bound).reverse_step(model_output, sample, s, t, generator)
         if kernel is not None:
             assert output[0] is not None
@@ -431,12 +431,12 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             prev_sample: ``z_s``, as `step` drew it, (B, *data).
             sample: ``z_t``, likewise.
             model_output: The network's prediction at ``z_t``, in the terms of `prediction_type`.
-            timestep: As for `step`, on the same grid.
+            timestep: As for `step`, on the same grid; or one for each datum, (B,).
             process: As for `step`.
 
         Raises:
             ConfigurationError: The process's reverse step is not Gaussian; or it is the last of DDPM's chain, which
-                ends at the data without a draw.
+                ends at the data without a draw; or the shapes differ.
 
         Example:
             >>> import torch
@@ -448,15 +448,25 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             >>> torch.equal(drawn.log_prob, again), again.requires_grad
             (True, True)
         """
+        if prev_sample.shape != sample.shape:
+            raise ConfigurationError(
+                f"prev_sample has shape {tuple(prev_sample.shape)}, and sample {tuple(sample.shape)}: give both of "
+                f"the same data."
+            )
         kernel = self._kernel(sample, model_output, timestep, process)
         return kernel.log_prob(_double(prev_sample))
 
     def _kernel(
         self, sample: Tensor, model_output: Tensor, timestep: float | Tensor, process: BoundProcess | None
     ) -> ReverseKernel:
-        """``p(z_s|z_t)`` of the step that starts at a timestep, in float64."""
-        stock = self._ending_stock
-        s, t = self._interval(timestep) if stock is None else stock.interval(timestep)
+        """``p(z_s|z_t)`` of the step that starts at a timestep, or at one of each datum, in float64."""
+        stock, given = self._ending_stock, torch.as_tensor(timestep)
+        if given.ndim > 1 or given.numel() not in (1, len(sample)):
+            raise ConfigurationError(
+                f"timestep has shape {tuple(given.shape)} for {len(sample)} data: give one, or one for each."
+            )
+        pairs = [(self if stock is None else stock).interval(one) for one in given.flatten()]
+        s, t = zip(*pairs, strict=True) if len(pairs) > 1 else pairs[0]
         bound = process or self._bound
         if self.clipping is not None:
             clipped = self.build_process()
@@ -508,8 +518,8 @@ def _descending(name: str, values: Any) -> Tensor:
     return found
 
 
-def time_tensor(time: float, sample: Tensor) -> Tensor:
-    """A time as a tensor, (), in float64 where the device has it."""
+def time_tensor(time: float | Sequence[float], sample: Tensor) -> Tensor:
+    """A time as a tensor, (), or some as (B,), in float64 where the device has it."""
     return torch.tensor(time, dtype=torch.float64, device=_double_device(sample))
 
 
