@@ -1,24 +1,21 @@
 """The public names, and where each is defined: docs, plugins and scripts import from ``vdm_hub``, nothing deeper."""
 
-# Networks, schedulers and pipelines.
-# What plugins extend, and the mathematics that they are made of.
 from . import registry as registry
-
-# Images, runs and commands.
-from .recipes.command_line import CommandLineParser as CommandLineParser
 from .commands import report_errors as report_errors
 from .commands.command import Command as Command
 from .commands.images import load_images as load_images
 from .commands.loading import load_pipeline as load_pipeline
 from .commands.outputs import check_output as check_output
 from .data.images import ImageLevels as ImageLevels
-from .data.loading import RunData as RunData
+from .data.levels import images_from_levels as images_from_levels
+from .data.levels import levels_from_images as levels_from_images
 from .data.loading import load_data as load_data
 from .data.loading import load_split as load_split
+from .data.loading import RunData as RunData
 from .data.sequences import TokenWindows as TokenWindows
 from .data.text_loading import load_windows as load_windows
-from .data.tokenization import Tokenization as Tokenization
 from .data.tokenization import make_tokenizer as make_tokenizer
+from .data.tokenization import Tokenization as Tokenization
 from .diffusion.conditioning import AffineConditioning as AffineConditioning
 from .diffusion.conditioning import Conditioning as Conditioning
 from .diffusion.continuous_time import DiffusionSDE as DiffusionSDE
@@ -39,24 +36,22 @@ from .diffusion.gaussian import prior_kl as prior_kl
 from .diffusion.gaussian import sigma as sigma
 from .diffusion.gaussian import sum_dimensions as sum_dimensions
 from .diffusion.gaussian_process import GaussianProcess as GaussianProcess
-from .diffusion.learned_schedules import VarianceGradient as VarianceGradient
 from .diffusion.latent_process import LatentProcess as LatentProcess
-from .diffusion.scaling import DataScaling as DataScaling
+from .diffusion.learned_schedules import VarianceGradient as VarianceGradient
 from .diffusion.noise_schedules import BoundGamma as BoundGamma
+from .diffusion.noise_schedules import check_endpoints as check_endpoints
 from .diffusion.noise_schedules import CosineSchedule as CosineSchedule
 from .diffusion.noise_schedules import Gamma as Gamma
+from .diffusion.noise_schedules import gamma_and_derivative as gamma_and_derivative
 from .diffusion.noise_schedules import LinearSchedule as LinearSchedule
 from .diffusion.noise_schedules import NoiseSchedule as NoiseSchedule
-from .diffusion.noise_schedules import check_endpoints as check_endpoints
-from .diffusion.noise_schedules import gamma_and_derivative as gamma_and_derivative
 from .diffusion.parameterizations import Epsilon as Epsilon
 from .diffusion.parameterizations import Parameterization as Parameterization
 from .diffusion.reverse_kernel import ReverseKernel as ReverseKernel
-from .diffusion.samplers import SAMPLERS as SAMPLERS
 from .diffusion.samplers import build_sampler as build_sampler
+from .diffusion.samplers import SAMPLERS as SAMPLERS
+from .diffusion.scaling import DataScaling as DataScaling
 from .diffusion.times import stratified_times as stratified_times
-
-# What a user may meet.
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigurationError as ConfigurationError
 from .errors import DataError as DataError
@@ -67,32 +62,21 @@ from .errors import NonFiniteLossError as NonFiniteLossError
 from .errors import OutputError as OutputError
 from .errors import PublishError as PublishError
 from .errors import VDMHubError as VDMHubError
-
-# What training minimises, and what evaluation measures.
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.measuring import measure_images as measure_images
+from .evaluation.measuring import ReplicateStages as ReplicateStages
+from .evaluation.provenance import weights_fingerprint as weights_fingerprint
 from .fields import check_fields as check_fields
 from .fields import option as option
 from .fields import whole_number as whole_number
 from .files import written_beside as written_beside
-from .evaluation.measuring import ReplicateStages as ReplicateStages
-from .evaluation.measuring import measure_images as measure_images
-from .evaluation.provenance import weights_fingerprint as weights_fingerprint
-from .data.levels import images_from_levels as images_from_levels
-from .data.levels import levels_from_images as levels_from_images
-from .likelihood.profiles import transition_profile as transition_profile
 from .likelihood.classification import BoundClassifier as BoundClassifier
 from .likelihood.classification_report import ClassificationReport as ClassificationReport
 from .likelihood.classification_report import Standing as Standing
 from .likelihood.comparison import compare_decompositions as compare_decompositions
-from .objectives.decompositions import decompositions as decompositions
 from .likelihood.estimator import BoundEstimator as BoundEstimator
-from .objectives.hierarchical import HVAEObjective as HVAEObjective
-from .objectives.hierarchical import joint_terms as joint_terms
-from .objectives.hierarchical import log_density as log_density
-from .objectives.hierarchical import standard_kl as standard_kl
-from .likelihood.lockstep import Trajectory as Trajectory
 from .likelihood.lockstep import integrate_ode as integrate_ode
-from .likelihood.probability_flow import FlowMeasurement as FlowMeasurement
+from .likelihood.lockstep import Trajectory as Trajectory
 from .likelihood.measurement import Batches as Batches
 from .likelihood.measurement import Measured as Measured
 from .likelihood.measurement import Measurement as Measurement
@@ -100,14 +84,10 @@ from .likelihood.methods import ImportanceWeighted as ImportanceWeighted
 from .likelihood.methods import LikelihoodMethod as LikelihoodMethod
 from .likelihood.methods import ProbabilityFlow as ProbabilityFlow
 from .likelihood.methods import VariationalBound as VariationalBound
+from .likelihood.probability_flow import FlowMeasurement as FlowMeasurement
+from .likelihood.profiles import transition_profile as transition_profile
 from .likelihood.protocol import ClassificationEffort as ClassificationEffort
 from .likelihood.report import LikelihoodReport as LikelihoodReport
-from .objectives.restrictions import as_hierarchical_vae as as_hierarchical_vae
-from .objectives.variational_bound import Batch as Batch
-from .objectives.variational_bound import Bound as Bound
-from .objectives.variational_bound import Objective as Objective
-from .objectives.variational_bound import VDMObjective as VDMObjective
-from .pipelines.base import LikelihoodPipeline as LikelihoodPipeline
 from .models.first_stages import AutoencoderKLFirstStage as AutoencoderKLFirstStage
 from .models.hvae import MarkovianHVAE as MarkovianHVAE
 from .models.loading import ModelMixin as ModelMixin  # diffusers looks for it, and for the next, in each library
@@ -115,6 +95,17 @@ from .models.registered_model import RegisteredModel as RegisteredModel
 from .models.token_networks import TokenNetwork as TokenNetwork
 from .models.token_networks import TokenTimeEmbedding as TokenTimeEmbedding
 from .models.unet_vdm import UNetVDMModel as UNetVDMModel
+from .objectives.decompositions import decompositions as decompositions
+from .objectives.hierarchical import HVAEObjective as HVAEObjective
+from .objectives.hierarchical import joint_terms as joint_terms
+from .objectives.hierarchical import log_density as log_density
+from .objectives.hierarchical import standard_kl as standard_kl
+from .objectives.restrictions import as_hierarchical_vae as as_hierarchical_vae
+from .objectives.variational_bound import Batch as Batch
+from .objectives.variational_bound import Bound as Bound
+from .objectives.variational_bound import Objective as Objective
+from .objectives.variational_bound import VDMObjective as VDMObjective
+from .pipelines.base import LikelihoodPipeline as LikelihoodPipeline
 from .pipelines.hvae import HVAEPipeline as HVAEPipeline
 from .pipelines.latent_vdm import LatentVDMPipeline as LatentVDMPipeline
 from .pipelines.tokens import TokenPipeline as TokenPipeline
@@ -122,6 +113,7 @@ from .pipelines.vdm import VDMPipeline as VDMPipeline
 from .plots import plot_decompositions as plot_decompositions
 from .plots import save_grid as save_grid
 from .recipes.arguments import parse_recipe as parse_recipe
+from .recipes.command_line import CommandLineParser as CommandLineParser
 from .schedulers.vdm import SchedulerMixin as SchedulerMixin
 from .schedulers.vdm import VDMScheduler as VDMScheduler
 from .schedulers.vdm import VDMSchedulerOutput as VDMSchedulerOutput
@@ -136,11 +128,11 @@ from .testing.checks import check_parameterization as check_parameterization
 from .testing.checks import check_schedule as check_schedule
 from .testing.checks import parametrize_with_checks as parametrize_with_checks
 from .testing.laws import LawViolation as LawViolation
-from .training.loop import TrainingRun as TrainingRun
 from .training.loop import train_model as train_model
-from .training.state.outputs import OutputFolder as OutputFolder
+from .training.loop import TrainingRun as TrainingRun
 from .training.parts.conditions import build_condition as build_condition
-from .training.parts.processes import build_accelerator as build_accelerator
-from .training.parts.optimizers import MuonAndAdamW as MuonAndAdamW
 from .training.parts.optimizers import hidden_matrices as hidden_matrices
+from .training.parts.optimizers import MuonAndAdamW as MuonAndAdamW
+from .training.parts.processes import build_accelerator as build_accelerator
+from .training.state.outputs import OutputFolder as OutputFolder
 from .version import __version__ as __version__

@@ -148,7 +148,7 @@ class Condition(ABC):
 
     @abstractmethod
     def hide(self, batch: Mapping[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
-        """The batch with nothing told in place of what is hidden.
+        """The batch with the null class, or the empty text, in place of the labels or captions that are hidden.
 
         Args:
             batch: With the ``entry``, (B,).

@@ -400,7 +400,7 @@ def encode_after(text: str, context: str, tokenization: Tokenization, cut: Cut) 
 def encode_each(
     texts: Sequence[str], tokenization: Tokenization, cut: Cut, contexts: Sequence[str] | None = None
 ) -> tuple[dict[str, Tensor], Units, list[int]]:
-    """Texts, each cut by itself, as one batch; each after its context, where there are some.
+    """The windows of some texts as one batch: no window holds two texts, and each text follows its context, if given.
 
     Returns:
         The batch with ``levels``, ``given`` and ``attention_mask``, (B, L); what its bits are counted by; and how many

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Generator = torch.Generator | Sequence[torch.Generator] | None
+"""A generator for all data of a batch, one for each, or torch's own."""
 
 
 def normal_noise(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vdm_hub.errors import ConfigurationError
 
 Gamma = Callable[[Tensor], Tensor]
+"""A function from times to gamma, the negative log-SNR, of the same shape."""
 
 # diffusers' own floor for the last alpha-bar of a zero-terminal-SNR table (its Euler schedulers use it too).
 _ZERO_TERMINAL_ALPHA_BAR = 2.0**-24

@@ -147,6 +147,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "predictor_corrector": PredictorCorrector,
     "annealed_langevin": AnnealedLangevin,
 }
+"""The samplers beside ``ancestral``, by name."""
 ANCESTRAL = "ancestral"
 
 

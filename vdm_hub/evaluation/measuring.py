@@ -130,7 +130,8 @@ def measure_images(
 
     Args:
         measurement: The method.
-        take: Gives batches.
+        take: From places among the images, int64 of shape (B,), to their batch: ``levels``, (B, *data), and
+            ``indices``, those places, by which draws are made.
         num_images: How many images there are.
         stages: How many replicates.
         batch_size: Images at once, at most.

@@ -247,7 +247,7 @@ class _Table:
 
     @classmethod
     def of(cls, count: int, candidates: int) -> _Table:
-        """The table before anything is known."""
+        """A table without any draw: each candidate of each image is still possible."""
         zeros = torch.zeros(count, candidates, dtype=torch.float64)
         whole = torch.ones_like(zeros, dtype=torch.bool)
         return cls(whole, zeros, zeros.clone(), torch.zeros_like(whole, dtype=torch.long), whole.sum(1) * 0)

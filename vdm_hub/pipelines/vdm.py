@@ -599,7 +599,7 @@ class _Steps:
         self._is_vdm = isinstance(self._scheduler, VDMScheduler)
 
     def taken(self, latents: Tensor, callback: StepCallback | None) -> Tensor:
-        """What all steps make of z_1, in float32 or above."""
+        """The latents after all steps from z_1, in float32 or above."""
         timesteps = self._scheduler.timesteps
         latents = latents * self._scheduler.init_noise_sigma
         for i, timestep in enumerate(self._pipe.progress_bar(timesteps)):
