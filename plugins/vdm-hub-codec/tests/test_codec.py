@@ -6,6 +6,9 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,8 @@ from vdm_hub_codec.container import Container
 from vdm_hub_codec.decisions import Decisions
 from vdm_hub_codec.distributions import Normal
 from vdm_hub_codec.pictures import levels_of, picture_of
-from vdm_hub_codec.spacing import measured_spacing, times_of
+from vdm_hub_codec.progressive import progress_of
+from vdm_hub_codec.spacing import StepCosts, times_of
 from vdm_hub_codec.stack import Stack
 
 K, T = 17, 8
@@ -145,18 +149,55 @@ def exact() -> tuple[Chain, Tensor, VDMObjective]:
 
 
 def test_latents_lie_where_wide_steps_cost_most(exact: Any) -> None:
-    """Of the exact model in continuous time: shorter than equal steps, by the bound on the draws of either file."""
+    """Of the exact model: shorter than equal steps, by the bound on the draws of either file, as long as foretold."""
     _, data, objective = exact
-    continuous, schedule = VDMObjective(objective.network, objective.process), objective.process.scalar_gamma
-    spacing = measured_spacing(continuous, schedule, data, 20)
+    pipe: Any = SimpleNamespace(
+        process=objective.process, objective=partial(VDMObjective, objective.network, objective.process)
+    )
+    costs: Any = StepCosts.of(pipe, data)
+    spacing = costs.spacing(20)
     assert spacing is not None and len(times_of(spacing, 20)) == 21
-    found = []
+    found = {}
     for spaced in (None, spacing):
         chain = Chain.of_objective(VDMObjective(objective.network, objective.process, 20), (1, 8, 8), spaced)
         coder = Coder(chain.with_bins_for(data.numpy()), 64)
         coder.encode(data.numpy())
-        found.append(coder.lengths.chain / (len(data) - coder.lengths.started))
-    assert found[1] < 0.97 * found[0]  # their noise is half a percent
+        found[spaced] = coder.lengths.chain / (len(data) - coder.lengths.started) / 64
+        assert found[spaced] == pytest.approx(costs.bits_per_dim(20, spaced), rel=0.08)  # of 17 times, 32 data
+    assert found[spacing] < 0.97 * found[None]  # their noise is half a percent
+
+
+def test_what_is_known_on_the_way_grows_into_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a latent adds is its term of the bound, on a draw."""
+    monkeypatch.setattr("vdm_hub_codec.codec.StepCosts.of", lambda *_: None)  # equal steps
+    steps, pipe, data = 40, made("linear"), levels(40)
+    whole = encode(pipe, data, transitions=steps)[0]
+    progress = progress_of(pipe, whole, columns=steps + 1)
+    last = Container.from_bytes(whole).blocks[0].batches[-1]
+    assert torch.equal(progress.estimates[-1], data[-last:][:8]) and progress.error[-1] == 0
+    rates = np.array(progress.bits_per_dim)
+    assert len(rates) == steps + 2 and abs(rates[0]) < 0.05  # the prior's
+    # Of |eps - eps_hat|^2 in so many dimensions: four standard deviations of the ratio; the bins are in the rest.
+    tolerance = 4 * math.sqrt(2 / data[-last:].numel())
+    np.testing.assert_allclose(np.diff(rates)[:-1], _terms(pipe, data[-last:], steps), rtol=tolerance, atol=0.05)
+    progress.save(tmp_path / "steps.png", K)
+    assert (tmp_path / "steps.png").stat().st_size > 1000
+    other = made("hierarchy")
+    with pytest.raises(ConfigurationError, match="gamma"):
+        progress_of(other, encode(other, data)[0])
+
+
+def _terms(pipe: Any, data: Tensor, steps: int) -> Any:
+    """The bits/dim of each step, from the noisiest, by the mean of ten draws (VDM eq. 13)."""
+    objective, batch, found = pipe.objective(steps), {"levels": data}, []
+    for step in reversed(range(steps)):
+        time, total = torch.full((len(data),), (step + 0.5) / steps), 0.0
+        for seed in range(10):
+            noise = objective.draw_noise(batch, torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                total += float(objective(batch, time, noise).terms["diffusion"].mean()) / steps / 10
+        found.append(total / data[0].numel() / math.log(2))
+    return np.array(found)
 
 
 def test_a_block_starts_with_pictures_where_they_are_shorter() -> None:

@@ -50,6 +50,15 @@ def test_the_report_is_one_object_with_what_others_make(model: str, tmp_path: Pa
     assert {"PNG, each", "PNG, a sheet", "WEBP, each", "WEBP, a sheet"} <= told["others"].keys()
 
 
+def test_pictures_of_lengths_and_of_what_is_known_on_the_way(model: str, tmp_path: Path, capsys: Any) -> None:
+    file, plot, steps = (tmp_path / name for name in ("a.vdmz", "lengths.png", "steps.png"))
+    compress(model, file, "--json", "--length_plot", str(plot))
+    lengths = list(json.loads(capsys.readouterr().out)["lengths"].values())
+    assert lengths == sorted(lengths, reverse=True) and plot.stat().st_size > 1000
+    run(Decompress(), file, "-o", tmp_path / "again", "--progressive", steps)
+    assert steps.stat().st_size > 1000 and "0.000 levels off" in capsys.readouterr().out
+
+
 def test_nothing_is_written_where_something_is_wrong(model: str, tmp_path: Path) -> None:
     file = tmp_path / "a.vdmz"
     compress(model, file)

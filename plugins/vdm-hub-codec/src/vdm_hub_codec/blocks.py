@@ -148,7 +148,7 @@ class Coder:
         stack, decisions = Stack(block.words), Decisions.of(block.notes)
         found, end = [], block.count
         for batch in reversed(block.batches):
-            found.append(self._pop(stack, np.arange(end - batch, end), decisions))
+            found.append(self.pop_batch(stack, np.arange(end - batch, end), decisions))
             end -= batch
             self.advance(batch)
         self.advance(end)
@@ -178,16 +178,31 @@ class Coder:
         self.lengths.pushed += stack.bits - before
         self.lengths.evaluations += chain.depth * len(images)
 
-    def _pop(self, stack: Stack, images: Integers, by: Decisions) -> Integers:
-        """Pop a batch, (B, n): what `_push` did, backwards."""
+    def pop_batch(
+        self,
+        stack: Stack,
+        images: Integers,
+        by: Decisions,
+        observe: Callable[[int, Integers], object] = lambda t, numbers: None,
+    ) -> Integers:
+        """Pop a batch, (B, n): what `_push` did, backwards.
+
+        Args:
+            stack: Ends with the batch.
+            images: The images' numbers in the block, (B,).
+            by: The notes of the block.
+            observe: Told each latent's t and numbers, once the bits that drew the latent above are back.
+        """
         chain = self.chain
         above = chain.prior(len(images)).decided(chain.depth, False, images, by).pop(stack)
+        observe(chain.depth, above)
         for t in range(chain.depth, 0, -1):
             p = chain.p(t - 1, chain.value(above, t), self.batch_size)
             below = p.decided(t - 1, False, images, by).pop(stack)
             q = chain.q(t, chain.value(below, t - 1), self.batch_size)
             q.decided(t, True, images, by).undraw(stack, above, _seed(images, t))
             above = below
+            observe(t - 1, above)
         return above
 
 

@@ -78,9 +78,13 @@ class Chain:
             return Choices(np.full((count, size, self.num_levels), 1 / self.num_levels))
         return Normal(np.zeros((count, size)), np.ones((count, size)), 2.0 ** self.exponents[-1])
 
+    def width(self, t: int) -> float:
+        """The width of a bin of z_t; one of the data, and of latents that are values."""
+        return 1.0 if t == 0 or self.exponents is None else 2.0 ** self.exponents[t - 1]
+
     def value(self, numbers: Integers, t: int) -> Tensor:
         """What networks are given for numbers, (B, n): the levels, or the centres of bins."""
-        width = 1 if t == 0 or self.exponents is None else 2.0 ** self.exponents[t - 1]
+        width = 1 if t == 0 or self.exponents is None else self.width(t)
         return torch.from_numpy(numbers * width).reshape(-1, *self.shapes[t])
 
     def _distribution(self, call: Callable[[Tensor], Any], given: Tensor, size: int, t: int) -> Distribution:
@@ -88,7 +92,7 @@ class Chain:
             parts = [call(part) for part in given.split(size)]
         if t == 0 or self.exponents is None:
             return Choices(np.concatenate([part.double().exp().flatten(1, -2).cpu().numpy() for part in parts]))
-        return Normal(*gaussian_of(parts), 2.0 ** self.exponents[t - 1])
+        return Normal(*gaussian_of(parts), self.width(t))
 
     def with_bins_for(self, levels: Integers) -> Self:
         """The chain with bins that suit some of the data, and the narrower of the two distributions of each latent."""

@@ -31,7 +31,7 @@ from vdm_hub_codec.chains import Chain
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.orders import OrderCoder, windows_like
 from vdm_hub_codec.pictures import is_shorter
-from vdm_hub_codec.spacing import measured_spacing
+from vdm_hub_codec.spacing import StepCosts
 
 TRANSITIONS = 100
 """T of a VDM where nobody says."""
@@ -159,16 +159,19 @@ def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, p
     check_model(pipeline, container)
     if container.coder["kind"] == "order":
         return _decode_text(pipeline, container, batch_size)
-    spacing = container.coder.get("spacing")
-    spaced = None if spacing is None else bytes.fromhex(spacing)
-    chain = _usual(Chain.of(pipeline, container.coder["transitions"], spaced))
-    if "widths" in container.coder:
-        chain = replace(chain, exponents=tuple(container.coder["widths"]))
+    chain = chain_of(pipeline, container)
     count = sum(one.count for one in container.blocks)
     with tqdm(total=count, desc="decoding", unit="datum", disable=not progress) as bar:
         coder = Coder(chain, batch_size, "pictures" in container.coder, bar.update)
         found = [coder.decode(one) for one in container.blocks]
     return torch.from_numpy(np.concatenate(found))
+
+
+def chain_of(pipeline: LikelihoodPipeline, container: Container) -> Chain:
+    """The chain by which a file was made."""
+    how, spacing = container.coder, container.coder.get("spacing")
+    chain = _usual(Chain.of(pipeline, how["transitions"], None if spacing is None else bytes.fromhex(spacing)))
+    return chain if "widths" not in how else replace(chain, exponents=tuple(how["widths"]))
 
 
 def check_model(pipeline: LikelihoodPipeline, container: Container) -> None:
@@ -229,9 +232,8 @@ def _encode_images(
 
 def _spacing(pipeline: LikelihoodPipeline, levels: Tensor, transitions: int) -> bytes | None:
     """How the times of a VDM's latents are best spaced for some data; ``None`` where they are equally far apart."""
-    if type(pipeline) is not VDMPipeline or (schedule := pipeline.process.scalar_gamma) is None:
-        return None
-    return measured_spacing(pipeline.objective(None), schedule, levels, transitions)
+    costs = StepCosts.of(pipeline, levels) if type(pipeline) is VDMPipeline else None
+    return None if costs is None else costs.spacing(transitions)
 
 
 def _usual(chain: Chain) -> Chain:

@@ -18,6 +18,7 @@ from vdm_hub import (
     LikelihoodPipeline,
     TokenPipeline,
     TokenWindows,
+    VDMPipeline,
     check_output,
     images_from_levels,
     load_images,
@@ -28,6 +29,8 @@ from vdm_hub import (
 from vdm_hub_codec.codec import TRANSITIONS, check_model, decode, encode
 from vdm_hub_codec.compare import image_formats, text_compressors
 from vdm_hub_codec.container import Container
+from vdm_hub_codec.progressive import progress_of
+from vdm_hub_codec.spacing import StepCosts, plot_lengths
 
 SUFFIX = ".vdmz"
 
@@ -62,13 +65,17 @@ class Compress(Command):
         group.add_argument(
             "--compare", action="store_true", help="PNG, WebP and JPEG XL of the same images, or gzip, bzip2 and xz"
         )
+        group.add_argument("--length_plot", type=Path, help="a .png of the length against T, of a VDM of images")
         group.add_argument("--json", action="store_true", help="print one JSON object")
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Write the file, and print how long it is and why."""
         check_output(arguments.output, "output", SUFFIX, overwrite=arguments.overwrite)
+        if arguments.length_plot is not None:
+            check_output(arguments.length_plot, "length_plot", ".png", overwrite=arguments.overwrite)
         pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
         data = _data(pipeline, arguments)
+        costs = _costs(pipeline, data) if arguments.length_plot is not None else None
         whole, report = encode(
             pipeline,
             data,
@@ -81,11 +88,17 @@ class Compress(Command):
         )
         with written_beside(arguments.output) as beside:
             beside.write_bytes(whole)
+        lengths = {}
+        if costs is not None:
+            with written_beside(arguments.length_plot) as beside:
+                lengths = plot_lengths(costs, report, beside)
         others, notes = _others(pipeline, data) if arguments.compare else ({}, [])
         if arguments.json:
-            print(json.dumps(report.to_dict() | {"others": others, "notes": notes}))
+            print(json.dumps(report.to_dict() | {"others": others, "notes": notes, "lengths": lengths}))
             return
         print(f"{arguments.output}: {report}")
+        for number, bits in lengths.items():
+            print(f"  T = {number:<6}{bits:8.4f} bits/dim, about, by 32 of the data")
         for name, bits in sorted(others.items(), key=lambda item: item[1]):
             print(f"  {name:<16}{bits:8.4f} bits/dim, the file {report.bits_per_dim / bits - 1:+.1%}")
         for note in notes:
@@ -103,6 +116,9 @@ class Decompress(Command):
         parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
         parser.add_argument("--batch_size", type=_positive, default=64, help="data at once; any (default: 64)")
         parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+        parser.add_argument(
+            "--progressive", type=Path, help="a .png of what is known after each latent, and of rate and distortion"
+        )
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Write what was decoded, where all of it is what was encoded."""
@@ -111,6 +127,8 @@ class Decompress(Command):
             check_output(output, "output", output.suffix, overwrite=arguments.overwrite)
         elif output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ConfigurationError(f"--output {output} is there, and not an empty folder: name another.")
+        if arguments.progressive is not None:
+            check_output(arguments.progressive, "progressive", ".png", overwrite=arguments.overwrite)
         try:
             content = arguments.file.read_bytes()
         except OSError as error:
@@ -127,6 +145,12 @@ class Decompress(Command):
         found = decode(pipeline, content, batch_size=arguments.batch_size, progress=True)
         with written_beside(output) as beside:
             _write(found, pipeline, beside, output.suffix)
+        if arguments.progressive is not None:
+            progress = progress_of(pipeline, content, batch_size=arguments.batch_size)
+            with written_beside(arguments.progressive) as beside:
+                progress.save(beside, pipeline.num_levels)
+            for bits, away in zip(progress.bits_per_dim, progress.error, strict=True):
+                print(f"{bits:8.4f} bits/dim read: the estimate is {away:.3f} levels off")
         print(f"{output}: {'a text' if isinstance(found, str) else f'{len(found):,} images'}, as encoded")
 
 
@@ -152,6 +176,16 @@ def _data(pipeline: LikelihoodPipeline, arguments: argparse.Namespace) -> Tensor
     if not isinstance(images.levels, Tensor):
         raise DataError("the images are of different sizes, and a file keeps those of one: name others.")
     return images.levels
+
+
+def _costs(pipeline: LikelihoodPipeline, data: Tensor | TokenWindows) -> StepCosts:
+    """What steps of the model cost, for the picture of lengths."""
+    costs = StepCosts.of(pipeline, data) if type(pipeline) is VDMPipeline and isinstance(data, Tensor) else None
+    if costs is None:
+        raise ConfigurationError(
+            "--length_plot is given, and the model is no VDM of images with one gamma a time: leave it out."
+        )
+    return costs
 
 
 def _others(pipeline: LikelihoodPipeline, data: Any) -> tuple[dict[str, float], list[str]]:

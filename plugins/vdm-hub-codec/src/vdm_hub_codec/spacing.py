@@ -9,50 +9,100 @@ dense as ``sqrt(m + m')``. It is measured on a few of the data, for `CELLS` equa
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from vdm_hub import NoiseSchedule, VDMObjective
+from vdm_hub import NoiseSchedule, VDMPipeline
+
+if TYPE_CHECKING:
+    from vdm_hub_codec.codec import CodecReport
 
 CELLS = 16
 _DATA = 32
 _DENSEST = 255
 _FEWEST = (0.05, 0.1, 0.2, 0.3, 0.5)
-"""Of the mean density: what a cell has at least."""
+"""Of the mean density: what a cell has at least, as wide steps cost more than the second order says."""
 
 
-def measured_spacing(
-    objective: VDMObjective, schedule: NoiseSchedule, levels: Tensor, transitions: int
-) -> bytes | None:
-    """How dense the steps are in each cell of time, 1 to 255; ``None`` where equal steps are as good.
+@dataclass(frozen=True)
+class StepCosts:
+    """What steps cost of some data, measured at the edges of the cells of time.
+
+    Attributes:
+        schedule: The model's gamma.
+        gammas: At the edges, (CELLS + 1,), float64.
+        errors: ``|eps - eps_hat|^2`` there, the mean over the data, summed over dimensions.
+        others: What the other terms of the bound are, in nats.
+        dimensions: Of a datum.
+    """
+
+    schedule: NoiseSchedule
+    gammas: Tensor
+    errors: Tensor
+    others: float
+    dimensions: int
+
+    @classmethod
+    def of(cls, pipeline: VDMPipeline, levels: Tensor) -> StepCosts | None:
+        """Those of the first 32 of the data; ``None`` of a model whose data have no one gamma a time."""
+        if (schedule := pipeline.process.scalar_gamma) is None:
+            return None
+        objective, batch = pipeline.objective(None), {"levels": levels[:_DATA]}
+        noise = objective.draw_noise(batch, torch.Generator().manual_seed(0))
+        edges = torch.linspace(0, 1 - 1e-6, CELLS + 1, dtype=torch.float64)
+        gammas, slope = (found.detach().double() for found in schedule.with_derivative(edges))
+        with torch.no_grad():
+            bounds = [objective(batch, edge.float().expand(len(batch["levels"])), noise).terms for edge in edges]
+        errors = torch.stack([terms["diffusion"].double().mean() for terms in bounds]) / (0.5 * slope)
+        others = sum(float(term.double().mean()) for name, term in bounds[0].items() if name != "diffusion")
+        return cls(schedule, gammas, errors, others, levels[0].numel())
+
+    def spacing(self, transitions: int) -> bytes | None:
+        """How dense T steps are best in each cell of time, 1 to 255; ``None`` where equal steps are as good."""
+        rise = self.gammas.diff()
+        density = ((self.errors[1:] * rise + self.errors.diff()).clamp(min=0) * rise).sqrt()
+        shares = [(density / density.mean()).clamp(min=fewest) for fewest in _FEWEST]
+        spacings = [bytes((one / one.max() * _DENSEST).round().clamp(1).int().tolist()) for one in shares]
+        return min([None, *spacings], key=lambda one: self.bits_per_dim(transitions, one))
+
+    def bits_per_dim(self, transitions: int, spacing: bytes | None) -> float:
+        """About the bound with T steps, so spaced: the errors between the edges by straight lines."""
+        times = torch.tensor(times_of(spacing or bytes([1]), transitions), dtype=torch.float64)
+        gammas = self.schedule(times).detach().double().numpy()
+        errors = np.interp(gammas[1:], self.gammas.numpy(), self.errors.numpy())
+        nats = 0.5 * float(np.dot(np.expm1(np.diff(gammas)), errors)) + self.others
+        return nats / self.dimensions / math.log(2)
+
+
+def plot_lengths(costs: StepCosts, report: CodecReport, path: Path) -> dict[int, float]:
+    """Draw the bound against the number of steps, and the file; returns bits/dim by T.
 
     Args:
-        objective: Of the model in continuous time.
-        schedule: Its gamma.
-        levels: Of the data, of which the first 32 are looked at.
-        transitions: T.
+        costs: Of the data.
+        report: Of the file.
+        path: Of the PNG.
     """
-    batch = {"levels": levels[:_DATA]}
-    noise = objective.draw_noise(batch, torch.Generator().manual_seed(0))
-    edges = torch.linspace(0, 1 - 1e-6, CELLS + 1, dtype=torch.float64)
-    gamma, slope = (found.detach().double() for found in schedule.with_derivative(edges))
-    with torch.no_grad():
-        found = [objective(batch, edge.float().expand(len(batch["levels"])), noise) for edge in edges]
-    error = torch.stack([bound.terms["diffusion"].double().mean() for bound in found]) / (0.5 * slope)
-    cost = (error[1:] * gamma.diff() + error.diff()).clamp(min=0) * gamma.diff()
-    density = cost.sqrt() / cost.sqrt().mean()
-
-    def length(spacing: bytes | None) -> float:
-        at = np.linspace(0, 1, transitions + 1) if spacing is None else np.array(times_of(spacing, transitions))
-        gammas = schedule(torch.from_numpy(at)).detach().double().numpy()
-        return float(np.dot(np.expm1(np.diff(gammas)), np.interp(gammas[1:], gamma.numpy(), error.numpy())))
-
-    # Wide steps cost more than the second order says, so that no cell is left too empty.
-    shares = [density.clamp(min=fewest) for fewest in _FEWEST]
-    spacings = [bytes((one / one.max() * _DENSEST).round().clamp(1).int().tolist()) for one in shares]
-    return min([None, *spacings], key=length)
+    assert report.transitions is not None
+    numbers = sorted({*(10 * 2**i for i in range(8)), report.transitions})
+    found = {number: costs.bits_per_dim(number, costs.spacing(number)) for number in numbers}
+    equal = [costs.bits_per_dim(number, None) for number in numbers]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(numbers, equal, "--", color="tab:gray", label="bound, equal steps (32 of the data)")
+    axes.plot(numbers, list(found.values()), marker=".", label="bound, steps as in a file (32 of the data)")
+    axes.plot(report.transitions, report.bits_per_dim, "x", color="black", label="the file")
+    axes.set_xscale("log")
+    axes.set_xlabel("transitions T")
+    axes.set_ylabel("bits/dim")
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+    return found
 
 
 def times_of(spacing: bytes, transitions: int) -> list[float]:
