@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from naming import naming
 from tiny_text import tiny_tokenizer
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.batches import training_batches
@@ -237,6 +238,52 @@ def test_folders_and_columns_say_the_splits(tmp_path: Path) -> None:
     files, rows = run_data(tmp_path / "files"), run_data(tmp_path / "rows", text_column="body")
     assert BYTE.decode(files.test.tokens) == "test " * 9
     assert BYTE.decode(rows.test.tokens).replace(END, "") == "test " * 9 and rows.test.facts.documents == 2
+
+
+ROWS = {"train": ["to be,", 'or "not"\nto be'], "test": ["that is"]}
+
+
+def _written(kind: str, folder: Path) -> Path:
+    """The rows in a kind of files, whose column of texts is ``body``."""
+    folder.mkdir()
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict({"body": rows}) for name, rows in ROWS.items()})
+    if kind == "saved":
+        saved.save_to_disk(folder)
+        return folder
+    for name, rows in saved.items():
+        getattr(rows, {"jsonl": "to_json", "csv": "to_csv", "parquet": "to_parquet"}[kind])(folder / f"{name}.{kind}")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["saved", "jsonl", "csv", "parquet"])
+def test_rows_of_any_kind_are_the_texts_of_their_column(kind: str, streaming: bool, tmp_path: Path) -> None:
+    folder = _written(kind, tmp_path / "rows")
+    (folder / "README.md").write_text("about")
+    data = run_data(folder, text_column="body", streaming=streaming)
+    assert BYTE.decode(data.test.tokens).replace(END, "") == "that is"
+    if not streaming:
+        assert BYTE.decode(data.train.tokens).replace(END, "") == "".join(ROWS["train"])
+    with pytest.raises(DataError, match=naming("body", "--text_column")):
+        run_data(folder)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_file_of_rows_is_read_by_its_name_and_one_that_is_damaged_is_refused(kind: str, tmp_path: Path) -> None:
+    file = _written(kind, tmp_path / "rows") / f"train.{kind}"
+    data = run_data(file, text_column="body", test_split=None)
+    assert BYTE.decode(data.train.tokens).replace(END, "") == "".join(ROWS["train"])
+    file.write_text(file.read_text() + '{"body": "\n"a",b,c')
+    with pytest.raises(DataError, match=file.name):
+        run_data(file, text_column="body", test_split=None)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_folder_of_texts_and_rows_is_refused_with_both_named(kind: str, tmp_path: Path) -> None:
+    folder = _written(kind, tmp_path / "rows")
+    (folder / "a.txt").write_text("to be")
+    with pytest.raises(DataError, match=naming("a.txt", f"train.{kind}")):
+        run_data(folder, text_column="body")
 
 
 def test_files_without_such_folders_are_divided_by_their_names(tmp_path: Path) -> None:

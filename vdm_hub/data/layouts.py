@@ -92,7 +92,7 @@ def read_layout(root: Path) -> Layout:
     files = images or parquet
     _check_names([*files, *metadata])
     _check_shards(parquet)
-    splits = splits_by_folder(files) or (_splits(files, _file_name) if parquet else None)
+    splits = splits_by_name(files) if parquet else splits_by_folder(files)
     notes = [] if splits else [_note(files)]
     classes, note = _classes(images, is_divided=splits is not None)
     note = "; ".join(filter(None, [*notes, note]))
@@ -106,6 +106,16 @@ def splits_by_folder(files: Iterable[str]) -> dict[str, list[str]] | None:
     ({'train': ['train/a.txt'], 'validation': ['val/b.txt']}, None)
     """
     return _splits(files, _top_folder)
+
+
+def splits_by_name(files: Iterable[str]) -> dict[str, list[str]] | None:
+    """The files by the split that the folder at the top, or their own names say; ``None`` where one has none.
+
+    >>> splits_by_name(["train.csv", "test.csv"]), splits_by_name(["a.csv", "test.csv"])
+    ({'train': ['train.csv'], 'test': ['test.csv']}, None)
+    """
+    known = list(files)
+    return splits_by_folder(known) or _splits(known, _file_name)
 
 
 def _splits(files: Iterable[str], name: Callable[[str], str | None]) -> dict[str, list[str]] | None:

@@ -236,6 +236,27 @@ class ParquetFiles(Source):
         return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs={"files": files})
 
 
+class SavedDataset(Source):
+    """A dataset, or several as splits, that ``save_to_disk`` of datasets wrote."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        super().__init__(name)
+        with self.explained():
+            found = datasets.load_from_disk(str(path))
+        self._splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The number of rows of each split, by its name."""
+        return {split: len(rows) for split, rows in self._splits.items()}
+
+    def _whole(self, split: str) -> datasets.Dataset:
+        return self._splits[split]
+
+    def _stream(self, split: str) -> datasets.IterableDataset:
+        return self._splits[split].to_iterable_dataset()
+
+
 class HubDataset(Source):
     """A dataset on the Hugging Face Hub, or what the cache holds of it."""
 
@@ -316,6 +337,8 @@ def open_folder(name: str, config_name: str | None = None) -> Source:
             f"dataset_config_name is {config_name!r}, and the dataset is the folder {name!r}: only datasets on the "
             f"Hub have configurations, so name the folder of the one that you mean."
         )
+    if is_saved(path):
+        return SavedDataset(name, path)
     if path.is_dir():
         layout = read_layout(path)
         if layout.is_parquet:
@@ -337,6 +360,13 @@ def is_local(name: str) -> bool:
         return False
     looks = name.startswith((".", "/", "~")) or name.casefold().endswith(".parquet")
     return looks or os.path.exists(name)  # noqa: PTH110 - of any string, too long ones too
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder is one that ``save_to_disk`` of datasets wrote."""
+    return (path / "dataset_dict.json").is_file() or all(
+        (path / name).is_file() for name in ("state.json", "dataset_info.json")
+    )
 
 
 def local_path(name: str, wanted: str = "a folder of images or of Parquet files") -> Path:

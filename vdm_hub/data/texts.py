@@ -11,12 +11,13 @@ from typing import Any
 
 import datasets
 
-from vdm_hub.data.files import Listing, describe_unused, list_folder
-from vdm_hub.data.layouts import splits_by_folder
-from vdm_hub.data.sources import Source, UnknownColumnError, is_local, local_path, open_folder, open_source
+from vdm_hub.data.files import Listing, describe_unused, list_folder, names_and_count
+from vdm_hub.data.layouts import splits_by_folder, splits_by_name
+from vdm_hub.data.row_files import ROW_SUFFIXES, RowFiles
+from vdm_hub.data.sources import Source, UnknownColumnError, is_local, is_saved, local_path, open_folder, open_source
 from vdm_hub.errors import DataError, shortened
 
-_SUFFIXES = "txt text md rst tex csv json jsonl html xml py pyi c h cc cpp hpp rs go java js ts sh sql"
+_SUFFIXES = "txt text md rst tex json html xml py pyi c h cc cpp hpp rs go java js ts sh sql"
 TEXT_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """The suffixes of files that are read as texts."""
 
@@ -194,31 +195,53 @@ def _decoded(data: bytes, encoding: str) -> str | None:
 
 
 def open_texts(name: str, config_name: str | None = None) -> Source:
-    """The texts of a name: a text file, a folder of text files or of Parquet files, a Parquet file, or a Hub dataset.
+    """The texts of a name, or rows with a column of texts.
+
+    A text file; JSON Lines or a CSV file; a Parquet file; a folder of text files or of one of these kinds of rows; one
+    that ``save_to_disk`` of datasets wrote; or a Hub dataset. A folder of texts and rows is refused.
 
     Raises:
         DataError: There are none, or they can't be read.
     """
-    if name == "digits" or not (is_local(name) or Path(name).suffix.casefold() in TEXT_SUFFIXES):
+    if name == "digits" or not (is_local(name) or Path(name).suffix.casefold() in TEXT_SUFFIXES | ROW_SUFFIXES):
         return open_source(name, config_name)
-    path = local_path(name, "a text file, or a folder of text files or of Parquet files")
-    if path.is_file() and path.suffix.casefold() != ".parquet":
+    path = local_path(name, "a text file, a file of rows, or a folder of such")
+    suffix = path.suffix.casefold()
+    if path.is_file() and suffix in ROW_SUFFIXES:
+        return RowFiles(name, {"train": [path]})
+    if path.is_file() and suffix != ".parquet":
         return TextFiles(name, path.parent, [path.name])
-    if path.is_dir():
-        listing = list_folder(path)
-        texts = [file for file in listing.files if posixpath.splitext(file)[1].casefold() in TEXT_SUFFIXES]
-        others = sorted(set(listing.files) - set(texts))
-        if not any(file.casefold().endswith(".parquet") for file in others):
-            about = [file for file in texts if _is_about(file)]
-            texts = [file for file in texts if file not in about]
-            listing.leave_out("about the folder, which is no text of it", *about)
-            listing.leave_out("files of other kinds", *others)
-            if not texts:
-                there = describe_unused(listing.unused) or "nothing"
-                raise DataError(
-                    f"the folder {name!r} holds no texts: it has {there}. Name another, or a file by its own name."
-                )
-            return TextFiles(name, path, texts, listing)
+    if path.is_dir() and not is_saved(path):
+        return _open_folder(name, path, config_name)
+    return open_folder(name, config_name)
+
+
+def _open_folder(name: str, path: Path, config_name: str | None) -> Source:
+    """The texts of a folder: of one kind of files, as what another holds would be left out."""
+    listing, kinds = list_folder(path), {"texts": list[str](), "rows": list[str](), "Parquet": list[str]()}
+    suffixes = {"texts": TEXT_SUFFIXES, "rows": ROW_SUFFIXES, "Parquet": frozenset((".parquet",))}
+    about = [file for file in listing.files if _is_about(file)]
+    others: list[str] = []
+    for file in (one for one in listing.files if one not in about):
+        suffix = posixpath.splitext(file)[1].casefold()
+        kind = next((kind for kind, known in suffixes.items() if suffix in known), None)
+        (others if kind is None else kinds[kind]).append(file)
+    listing.leave_out("about the folder, which is no text of it", *about)
+    listing.leave_out("files of other kinds", *others)
+    there = {kind: files for kind, files in kinds.items() if files}
+    if not there:
+        unused = describe_unused(listing.unused) or "nothing"
+        raise DataError(
+            f"the folder {name!r} holds no texts: it has {unused}. Name another, or a file by its own name."
+        )
+    if len(there) > 1:
+        both = " and ".join(f"{kind}: {names_and_count(files)}" for kind, files in there.items())
+        raise DataError(f"the folder {name!r} holds {both}, and one kind is read: name the folder, or file, of one.")
+    if "texts" in there:
+        return TextFiles(name, path, there["texts"], listing)
+    if "rows" in there:
+        splits = splits_by_name(there["rows"]) or {"train": there["rows"]}
+        return RowFiles(name, {split: [path / file for file in files] for split, files in splits.items()}, listing)
     return open_folder(name, config_name)
 
 
