@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--text_file", type=Path, help="of which the end is measured; without it, texts of a chain")
     parser.add_argument("--characters", type=int, default=16_384, help="of the end of the file (default: 16384)")
     parser.add_argument("--replicates", type=int, default=200, help="the more, the surer the factors (default: 200)")
-    parser.add_argument("--orders", type=int, default=20, help="replicates of whole orders (default: 20)")
+    parser.add_argument("--orders", type=int, default=20, help="replicates of whole orders, 0 for none (default: 20)")
     given = parser.parse_args()
     if given.pipeline is not None and given.text_file is None:
         parser.error("a pipeline needs --text_file, a text to measure")
@@ -87,6 +87,8 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     first = None
     for name, method in METHODS.items():
+        if isinstance(method, WeightedOrders) and not given.orders:
+            continue
         replicates = given.orders if isinstance(method, WeightedOrders) else given.replicates
         means, evaluations, pilot = _measured(given, method, replicates)
         mean, error = float(means.mean()), float(means.std()) / replicates**0.5

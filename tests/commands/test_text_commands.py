@@ -25,7 +25,7 @@ READ = {
         "batch_size",
         "seed",
     ),
-    *("prompt", "length", "temperature"),
+    *("prompt", "length", "temperature", "remasking"),
 }
 OTHER = {"sampler": "reverse_sde", "guider": "nope", "guidance_scale": "2.5"}
 

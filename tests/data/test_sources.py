@@ -10,8 +10,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from image_folders import folder_of, greys, parquet_of, png, read, refused
+from vdm_hub.data.digits import digits
 from vdm_hub.data.images import ImageReader
 from vdm_hub.data.loading import load_split, undecoded
 from vdm_hub.data.sources import HubDataset, Source, UnknownSplitError
@@ -29,6 +31,18 @@ COLUMNS: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
     "bytes alone": (pa.binary(), lambda data: data),
     "large bytes": (pa.large_binary(), lambda data: data),
 }
+
+
+def test_what_save_to_disk_wrote_is_read_as_what_it_was(tmp_path: Path) -> None:
+    saved = digits()
+    saved.save_to_disk(tmp_path / "all")
+    saved["train"].save_to_disk(tmp_path / "one")
+    expected = load_split("digits", "train", num_levels=17)
+    for folder in ("all", "one"):
+        found = load_split(str(tmp_path / folder), "train", num_levels=17)
+        assert torch.equal(torch.as_tensor(found.levels), torch.as_tensor(expected.levels))
+    with pytest.raises(UnknownSplitError, match="train"):
+        load_split(str(tmp_path / "one"), "test", num_levels=17)
 
 
 @both

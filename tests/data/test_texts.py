@@ -148,6 +148,18 @@ def test_unknown_characters_are_counted_and_leave_no_figure_by_byte() -> None:
     assert "2 of 5 characters" in units.notes[0]
 
 
+def test_unknown_characters_of_the_tested_texts_are_said_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("to be " * 100 + "😀" * 120)
+    with pytest.warns(UserWarning, match=naming("test", "72 of 72", "100 %")):
+        run_data(tmp_path / "a.txt", tokenizer="character")
+
+
+def test_eight_bit_texts_are_not_taken_for_latin_1(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("雪が降る".encode("shift-jis"))
+    with pytest.raises(DataError, match=r"which encoding.*if that is Latin-1"):
+        read_text(tmp_path / "a.txt")
+
+
 def dropping(letters: str, unknown: str | None = None, **parts: Any) -> Tokenization:
     """A tokenizer of some letters without an unknown token, or with one that its model alone knows of."""
     vocabulary = {letter: number for number, letter in enumerate([*letters, *filter(None, [unknown])])}

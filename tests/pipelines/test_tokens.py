@@ -528,3 +528,7 @@ def test_what_is_said_of_texts_is_of_texts(pipe: TokenPipeline, tmp_path: Path) 
     held = {"validation_split": "validation", "max_train_steps": 3}
     (said,) = without_effect(Configuration.from_dict(tiny_tokens.run_fields(tmp_path) | held), 3000)
     assert "windows are held out" in said and "image" not in said
+    (said,) = without_effect(
+        Configuration.from_dict(tiny_tokens.run_fields(tmp_path) | {"channels_last": True, "max_train_steps": 3}), 3000
+    )
+    assert "channels_last" in said

@@ -293,6 +293,11 @@ def sample(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="of a model of texts: below 1 likelier tokens come more often (default: 1)",
     )
+    parser.add_argument(
+        "--remasking",
+        type=float,
+        help="of a masked model of texts: how much of what is open is masked again on the way, from 0 to 1",
+    )
     parser.add_argument("--negative_prompt", help="with guidance: what takes the place of no caption")
     parser.add_argument(
         "--guidance_scale",

@@ -28,7 +28,7 @@ _OF_IMAGE_SAMPLES = {
 """The options of a sampling that texts know nothing of, with what they are where nobody gives them."""
 OF_TEXTS = ("text_column", "window_length", "window_context")
 """The options of an evaluation that only models of texts take."""
-OF_TEXT_SAMPLES = ("length", "temperature")
+OF_TEXT_SAMPLES = ("length", "temperature", "remasking")
 """The options of a sampling that only models of texts take."""
 
 
@@ -115,6 +115,7 @@ def draw_texts(arguments: argparse.Namespace, pipeline: TokenPipeline, output: P
             length=arguments.length,
             num_inference_steps=arguments.num_inference_steps,
             temperature=1.0 if arguments.temperature is None else arguments.temperature,
+            remasking=arguments.remasking,
             generator=seeds,
             return_dict=False,
         )

@@ -108,7 +108,7 @@ class ContextFacts:
         if self.unknown:
             found.append(
                 f"the tokenizer does not know {self.unknown:,} of {self.characters:,} characters of the contexts "
-                f"({100 * self.unknown / self.characters:.2g} %): what was given says less than they do"
+                f"({100 * self.unknown / self.characters:.3g} %): what was given says less than they do"
             )
         elif self.altered:
             found.append(f"the tokenizer changes {self.altered:,} {of_all}: decoding what was given gives others")
@@ -153,7 +153,7 @@ class TextFacts:
         if self.unknown:
             share = 100 * self.unknown / max(self.characters, 1)
             found.append(
-                f"the tokenizer does not know {self.unknown:,} of {self.characters:,} characters ({share:.2g} %), so "
+                f"the tokenizer does not know {self.unknown:,} of {self.characters:,} characters ({share:.3g} %), so "
                 f"that there is no figure in bits/byte"
             )
         elif self.altered:

@@ -45,7 +45,9 @@ def load_texts(arguments: DataArguments) -> RunData:
         for verb, (windows, use) in used.items()
     )
     summary = f"data from {source.name!r}: {said}.{source.note}"
-    return RunData(train, validation, test, summary=summary, notes=_notes(source, parts, arguments, train, test))
+    return RunData(
+        train, validation, test, summary=summary, notes=_notes(source, parts, arguments, train, validation, test)
+    )
 
 
 def load_windows(
@@ -186,11 +188,14 @@ def _notes(
     parts: Mapping[str, str],
     arguments: DataArguments,
     train: TokenWindows | TokenStream,
+    validation: TokenWindows | None,
     test: TokenWindows | None,
 ) -> tuple[str, ...]:
     """What the reader of a figure on the test texts must know; what concerns the run is warned of."""
     found = overlaps(source, parts, streaming=arguments.streaming, data="documents")
-    lost = train.facts.notes if not train.is_stream else ()
-    for note in (*found.values(), *(f"of the training texts, {note}" for note in lost)):
+    parts_read = {"training": train, "validation": validation, "test": test}
+    lost = {use: () if part is None or part.is_stream else part.facts.notes for use, part in parts_read.items()}
+    said = [f"of the {use} texts, {note}" for use, notes in lost.items() for note in notes]
+    for note in (*found.values(), *said):
         warn(f"{note.rstrip('.')}.", stacklevel=4)
     return tuple(note for (_, measured), note in found.items() if measured == "test")

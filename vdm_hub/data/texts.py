@@ -142,11 +142,11 @@ def read_text(path: Path) -> str:
             return text
         wrong = f"has a zero as byte {data.index(0)}, which no text has"
     encoding = _encoding_of(data)
-    remedy = (
-        "name another, or take it out"
-        if encoding is None
-        else f"convert it, such as by `iconv -f {encoding} -t utf-8`"
-    )
+    remedy = "name another, or take it out"
+    if encoding is not None:
+        remedy = f"convert it, such as by `iconv -f {encoding} -t utf-8`"
+    if encoding == "latin1":  # any bytes without a zero are some Latin-1
+        remedy = f"find out which encoding it has, and {remedy} if that is Latin-1"
     raise DataError(f"the text {str(path)!r} {wrong}: {remedy}, as bits are counted by UTF-8 bytes.")
 
 

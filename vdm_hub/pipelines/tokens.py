@@ -187,6 +187,7 @@ class TokenPipeline(LikelihoodPipeline):
         prompt: TextPrompt | Sequence[TextPrompt] | None = None,
         num_inference_steps: int = 128,
         temperature: float = 1.0,
+        remasking: float | None = None,
         generator: Generator = None,
         callback_on_step_end: StepCallback | None = None,
         return_dict: bool = True,
@@ -202,6 +203,8 @@ class TokenPipeline(LikelihoodPipeline):
             num_inference_steps: Evaluations of the network; each opens about as many tokens.
             temperature: By which logits are divided: below 1 the likelier tokens are drawn still more often, and at 0
                 the likeliest alone.
+            remasking: Of a masked process: how much of what is open is masked again on the way, and so drawn anew, of
+                the most that there may be, from 0 to 1; as the model's process says where not given.
             generator: One, or a list with one for each text.
             callback_on_step_end: Called as ``callback(pipe, step, timestep, kwargs)`` after each step, where
                 ``kwargs`` has ``latents``, (B, L), and ``texts``, as far as they are opened. It gives ``None``, or a
@@ -222,7 +225,7 @@ class TokenPipeline(LikelihoodPipeline):
         if not (isinstance(temperature, int | float) and 0 <= temperature < float("inf")):
             raise ConfigurationError(f"temperature is {shortened(temperature)}: give a number of at least 0.")
         _check_generators(generator, len(levels))
-        process, device = self.process, self._execution_device
+        process, device = self._remasked(remasking), self._execution_device
         x, noise = process.encode(levels), process.draw_context(tuple(levels.shape), generator, device)
         _, bound = process.bind(None, noise) if not bool(given.any()) else process.bind_given(x, noise, given)
         network = _Tempered(self.token_network(), max(float(temperature), _COLDEST))
@@ -233,6 +236,18 @@ class TokenPipeline(LikelihoodPipeline):
         tokenization = self.tokenization
         texts, ids = [tokenization.decode(row) for row in found.cpu()], tokenization.ids_of(found)
         return TokenPipelineOutput(texts=texts, ids=ids) if return_dict else (texts, ids)
+
+    def _remasked(self, remasking: float | None) -> ForwardProcess:
+        """The process, whose sampler masks open sites again where that is asked for."""
+        process = self.process
+        if remasking is None:
+            return process
+        if (again := getattr(process, "with_remasking", None)) is None:
+            raise ConfigurationError(
+                f"remasking is {shortened(remasking)}, and {type(process).__name__} has no masked sites: leave it out."
+            )
+        remasked: ForwardProcess = again(remasking).to(self._execution_device)
+        return remasked
 
     def _opened(
         self,

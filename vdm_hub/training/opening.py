@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from vdm_hub.data.kinds import TOKENS
 from vdm_hub.fields import idle_fields
 from vdm_hub.recipes.arguments import Configuration, defaults
 
@@ -51,6 +52,8 @@ def without_effect(configuration: Configuration, total_steps: int) -> list[str]:
         f"{data.kind.data} are held out for validation and never measured, as validation_steps is 0": (
             held_out and training.validation_steps == 0
         ),
+        "channels_last is true and has no effect, as the data are texts": training.channels_last
+        and data.kind is TOKENS,
         f"test_size is {data.test_size} and nothing is measured at the end, as evaluation_replicates is 0": (
             bool(data.test_size) and training.evaluation_replicates == 0
         ),

@@ -234,6 +234,29 @@ def test_importance_weights_lie_between_the_bound_and_the_mixture_of_orders() ->
     assert mixture - 4 * means[2][1] < means[2][0] < mixture + 0.2 * (bound - mixture)
 
 
+@pytest.mark.parametrize(
+    ("scores", "named"),
+    [
+        (lambda z: torch.full(z.shape, math.nan), "not finite"),
+        (lambda z: torch.full(z.shape, math.inf), "not finite"),
+        (lambda z: torch.zeros(len(z), 1), "shape"),
+        (lambda z: torch.zeros(z.shape[1]), "shape"),
+        (lambda z: [1.0], "list"),
+        (lambda z: torch.rand(z.shape), "second call"),
+    ],
+)
+def test_a_rule_that_is_no_function_of_what_is_open_is_refused(scores: Any, named: str) -> None:
+    class Rule(OpeningRule):
+        name = "mine"
+
+        def scores(self, z: Tensor, masked: Tensor, log_probs: Tensor) -> Any:
+            return scores(z)
+
+    measurement = ExactOrder(Rule()).build(objective_of(), TEXTS, 0)
+    with pytest.raises(ConfigurationError, match=naming("mine", named)):
+        measurement.measure(batch_of(), 0)
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_rule_of_ones_own_is_followed_and_its_sampler_has_that_likelihood(at_once: int) -> None:
     """The probabilities of all texts sum to one, for any rule, as a sampler that follows it has them."""

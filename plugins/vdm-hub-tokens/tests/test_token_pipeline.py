@@ -84,6 +84,26 @@ def test_every_likelihood_is_reported(context: int) -> None:
     assert reports["weighted"].bits_per_dim < reports["one order"].bits_per_dim
 
 
+def test_remasking_is_an_option_of_a_call() -> None:
+    """With it the pipeline draws what one whose process has it draws, and what is open is masked again on the way."""
+    pipe, own, masked = pipeline("absorbing"), pipeline("absorbing", remasking=0.5), []
+
+    def drawn(which: Any, **more: Any) -> Any:
+        generator = torch.Generator().manual_seed(3)
+        return which(num_samples=8, num_inference_steps=12, generator=generator, **more).ids
+
+    def count(pipe: Any, step: int, timestep: Any, seen: Any) -> None:
+        masked.append((seen["latents"] == pipe.process.mask_id).clone())
+
+    assert torch.equal(drawn(pipe, remasking=0.5, callback_on_step_end=count), drawn(own))
+    assert torch.equal(drawn(pipe, remasking=0.0), drawn(pipe)) and not torch.equal(drawn(own), drawn(pipe))
+    assert any(bool((later & ~before).any()) for before, later in itertools.pairwise(masked))
+    assert "remasking=0.5" in repr(own.process)
+    for which, share in ((pipe, 1.5), (pipeline("uniform"), 0.5)):
+        with pytest.raises(ConfigurationError, match=naming("remasking", share)):
+            drawn(which, remasking=share)
+
+
 def test_remasking_is_the_samplers() -> None:
     pipe = pipeline("absorbing", remasking=0.5)
     process = pipe.process

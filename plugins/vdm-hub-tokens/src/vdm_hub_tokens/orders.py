@@ -18,7 +18,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vdm_hub import Batch, LikelihoodReport, Measured, Measurement, VDMObjective, image_generator
+from vdm_hub import (
+    Batch,
+    ConfigurationError,
+    LikelihoodReport,
+    Measured,
+    Measurement,
+    VDMObjective,
+    image_generator,
+)
 from vdm_hub_tokens.texts import MaskedTexts, absorbing_of, ranks_of
 
 _LAST = 1e300  # below which no score of a masked site lies, so that those that are open come after it
@@ -107,7 +115,7 @@ class ExactOrderMeasurement(Measurement):
     def __init__(self, objective: VDMObjective, rule: OpeningRule, opened_at_once: int = 1, seed: int = 0) -> None:
         super().__init__(objective, seed)
         absorbing_of(objective)
-        self.rule, self.opened_at_once = rule, opened_at_once
+        self.rule, self.opened_at_once, self._is_checked = rule, opened_at_once, False
         self.steps = _steps(opened_at_once)
 
     @property
@@ -121,6 +129,7 @@ class ExactOrderMeasurement(Measurement):
         masked = texts.scored.clone()
         total = torch.zeros(len(masked), dtype=torch.float64, device=masked.device)
         evaluations = total.clone()
+        self._is_checked = False
         while bool(masked.any()):
             rows = masked.any(1).nonzero().flatten()
             costs, opened = self._step(texts.rows(rows), masked[rows])
@@ -133,11 +142,31 @@ class ExactOrderMeasurement(Measurement):
         """What the sites that open next cost, (B,), and which they are, (B, L)."""
         log_probs = texts.log_probs(masked, masked.sum(1) / texts.counts)
         z = torch.where(masked, texts.process.mask_id, texts.x)
-        # What is not a number opens first: the figure is then none either, and whoever asked for it says so.
-        scores = self.rule.scores(z, masked, log_probs).double().nan_to_num(torch.inf, torch.inf, -_LAST)
+        scores = self._scores(z, masked, log_probs)
         opened = masked & (ranks_of(torch.where(masked, -scores, torch.inf)) < self.opened_at_once)
         each = -log_probs.gather(-1, texts.x.unsqueeze(-1)).squeeze(-1)
         return torch.where(opened, each, 0.0).sum(1), opened
+
+    def _scores(self, z: Tensor, masked: Tensor, log_probs: Tensor) -> Tensor:
+        """The rule's scores, float64; each batch's first are asked for twice, as a rule that draws is none."""
+        found = self.rule.scores(z, masked, log_probs)
+        is_sound = log_probs.isfinite().all(-1) & masked
+        wrong = ""
+        if not isinstance(found, Tensor) or found.shape != z.shape:
+            wrong = f"are {f'of shape {tuple(found.shape)}' if isinstance(found, Tensor) else type(found).__name__}"
+        elif not bool(found[is_sound].isfinite().all()):
+            wrong = "are not finite"
+        elif not self._is_checked:
+            again = self.rule.scores(z, masked, log_probs)
+            wrong = "" if torch.equal(found[is_sound], again[is_sound]) else "are others at a second call"
+        if wrong:
+            raise ConfigurationError(
+                f"the scores of the rule {self.rule.name!r} {wrong}, and a likelihood is exact only where what opens "
+                f"next is a function of what is open: give finite numbers of shape {tuple(z.shape)}, always the same."
+            )
+        self._is_checked = True
+        # Where the network gave what is no number, such a site opens first: the figure is then none, which is said.
+        return found.double().nan_to_num(torch.inf, torch.inf, -_LAST)
 
     def fewest_evaluations(self, replicates: int) -> int:
         """One of each text, at least: how many sites are not given is not known beforehand."""

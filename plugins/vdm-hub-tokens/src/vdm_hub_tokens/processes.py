@@ -81,6 +81,11 @@ class TokenProcess(ForwardProcess):
         """The constructor's arguments that the scheduler's config does not hold itself."""
         return {"schedule": self.schedule.name, "exponent": self.exponent}
 
+    def extra_repr(self) -> str:
+        """What `print` shows: K, and what decides how sites are lost."""
+        chosen = {"num_levels": self.num_levels} | self.to_config()
+        return ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+
     def fields(self) -> dict[str, Any]:
         """See `ForwardProcess.fields`."""
         return {
@@ -249,7 +254,8 @@ class BoundAbsorbing(BoundTokens):
         if self.process.remasking:
             raise ConfigurationError(
                 f"remasking is {self.process.remasking:g}, and a sampler that remasks has no bound in continuous "
-                f"time: give a number of transitions, or measure the process with remasking 0."
+                f"time: give a number of transitions, VariationalBound(transitions=100) or --transitions 100, or "
+                f"measure the process with remasking 0."
             )
         return self.schedule.opening_rate(t) * self._masked_costs(x, t, noise, network)
 
