@@ -13,6 +13,7 @@ from vdm_hub import (
     DataError,
     TokenPipeline,
     TokenWindows,
+    VariationalBound,
     VDMScheduler,
     load_windows,
     make_tokenizer,
@@ -67,6 +68,22 @@ def test_texts_that_tokens_do_not_say_and_other_processes_are_refused(tmp_path: 
         (tmp_path / "two" / f"{name}.txt").write_text(TEXT)
     with pytest.raises(DataError, match="documents"):
         encode(pipe, load_windows(str(tmp_path / "two"), "train", pipe.tokenization, pipe.cut))
-    other = pipeline(process="uniform")
-    with pytest.raises(ConfigurationError, match="absorbing"):
-        encode(other, windows(other, tmp_path))
+    with pytest.raises(ConfigurationError, match="transitions"):
+        encode(pipe, windows(pipe, tmp_path), transitions=4)
+
+
+@pytest.mark.parametrize("context", [0, 4])
+def test_a_text_comes_back_through_latents_of_values(context: int, tmp_path: Any) -> None:
+    pipe = pipeline(context, "uniform")
+    given = windows(pipe, tmp_path, TEXT * 4 + "fab")
+    if context:
+        with pytest.warns(UserWarning, match="4 tokens"):
+            whole, report = encode(pipe, given, transitions=6, batch_size=9)
+    else:
+        whole, report = encode(pipe, given, transitions=6, batch_size=9)
+    assert decode(pipe, whole, batch_size=4) == pipe.tokenization.decode(given.tokens)
+    assert (report.dimensions, report.transitions) == (len(given.tokens), 6)
+    if not context:
+        measured = pipe.log_likelihood(pipe.tokenization.decode(given.tokens), VariationalBound(6), replicates=8)
+        error = measured.standard_error * 8**0.5  # of one draw
+        assert report.bound == pytest.approx(measured.bits_per_dim, abs=5 * error + 0.1)

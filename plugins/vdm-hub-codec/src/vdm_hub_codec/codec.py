@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,12 +27,13 @@ from vdm_hub import (
     weights_fingerprint,
     whole_number,
 )
-from vdm_hub_codec.blocks import Block, Coder, Lengths
+from vdm_hub_codec.blocks import Block, Coder, Lengths, OtherNumbersError, checksum
 from vdm_hub_codec.chains import Chain
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.orders import OrderCoder, windows_like
 from vdm_hub_codec.pictures import is_shorter
 from vdm_hub_codec.spacing import StepCosts
+from vdm_hub_codec.stack import Stack
 
 TRANSITIONS = 100
 """T of a VDM where nobody says."""
@@ -128,14 +130,18 @@ def encode(
             raise ConfigurationError(
                 "the data are windows of a text, and the model is one of images: give its images."
             )
-        if transitions is not None:
+        if block is not None:
+            raise ConfigurationError(f"block is {block}, and a text is coded whole: leave it out.")
+        _check_text(data)
+        if pipeline.process.has_discrete_latents:
+            container, parts = _encode_values(pipeline, data, transitions or TRANSITIONS, batch_size, name, progress)
+        elif transitions is not None:
             raise ConfigurationError(
                 f"transitions is {transitions}, and a masked model is coded in an order, without latents: leave it "
                 f"out."
             )
-        if block is not None:
-            raise ConfigurationError(f"block is {block}, and a text is coded whole: leave it out.")
-        container, parts = _encode_text(pipeline, data, sites_at_once, batch_size, name)
+        else:
+            container, parts = _encode_text(pipeline, data, sites_at_once, batch_size, name)
     else:
         container, parts = _encode_images(pipeline, data, transitions, block, batch_size, name, progress)
     whole = container.to_bytes()
@@ -159,6 +165,8 @@ def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, p
     check_model(pipeline, container)
     if container.coder["kind"] == "order":
         return _decode_text(pipeline, container, batch_size)
+    if container.coder["kind"] == "values":
+        return _decode_values(pipeline, container, batch_size, progress)
     chain = chain_of(pipeline, container)
     count = sum(one.count for one in container.blocks)
     with tqdm(total=count, desc="decoding", unit="datum", disable=not progress) as bar:
@@ -241,12 +249,11 @@ def _usual(chain: Chain) -> Chain:
     return chain.with_bins_for(np.zeros((1, *chain.shapes[0]), dtype=np.int64))
 
 
-# ---- texts in an order ----------------------------------------------------------------------------------------------
+# ---- texts ----------------------------------------------------------------------------------------------------------
 
 
-def _encode_text(
-    pipeline: TokenPipeline, windows: TokenWindows, sites_at_once: int, batch_size: int, name: str
-) -> tuple[Container, _Parts]:
+def _check_text(windows: TokenWindows) -> None:
+    """Refuse tokens that are not a whole text."""
     if not windows.facts.whole:
         raise DataError(
             f"the tokens do not say all of the text ({'; '.join(windows.facts.notes)}), so it could not come back: "
@@ -257,6 +264,47 @@ def _encode_text(
             f"the text is of {windows.facts.documents:,} documents, and a file keeps one: name one text file, or a "
             f"slice of one document."
         )
+
+
+def _encode_values(
+    pipeline: TokenPipeline, windows: TokenWindows, transitions: int, batch_size: int, name: str, progress: bool
+) -> tuple[Container, _Parts]:
+    """A text by bits back through latents of values: whole windows, and what is left of the text as it is."""
+    if windows.cut.context:
+        warnings.warn(  # noqa: TID251 - it holds nothing but a number
+            f"the windows are coded each by itself, so that the {windows.cut.context} tokens before each are not "
+            f"given to the model here.",
+            stacklevel=3,
+        )
+    tokens, length = windows.tokens.numpy().astype(np.int64), windows.cut.length
+    whole = len(tokens) // length * length
+    chain = Chain.of_objective(pipeline.objective(transitions), (length,))
+    with tqdm(total=whole // length, desc="encoding", unit="window", disable=not progress) as bar:
+        coder = Coder(chain, batch_size, advance=bar.update)
+        block, rest, stack = coder.encode(tokens[:whole].reshape(-1, length)), tokens[whole:], Stack()
+    stack.push_levels(rest, pipeline.num_levels)
+    coder.lengths.as_they_are += len(rest) * math.log2(pipeline.num_levels)
+    blocks = [block, Block(len(rest), [], stack.words(), checksum(rest), [])]
+    how = {"kind": "values", "transitions": transitions, "length": length}
+    parts = _Parts(coder.lengths, whole // length, len(tokens), blocks, transitions)
+    return Container(name, fingerprint_of(pipeline), how, blocks), parts
+
+
+def _decode_values(pipeline: LikelihoodPipeline, container: Container, batch_size: int, progress: bool) -> str:
+    assert isinstance(pipeline, TokenPipeline)
+    how, (block, last) = container.coder, container.blocks
+    chain = Chain.of_objective(pipeline.objective(how["transitions"]), (how["length"],))
+    with tqdm(total=block.count, desc="decoding", unit="window", disable=not progress) as bar:
+        windows = Coder(chain, batch_size, advance=bar.update).decode(block)
+    rest = Stack(last.words).pop_levels(last.count, pipeline.num_levels)
+    if checksum(rest) != last.check:
+        raise OtherNumbersError
+    return pipeline.tokenization.decode(torch.from_numpy(np.concatenate([windows.ravel(), rest])))
+
+
+def _encode_text(
+    pipeline: TokenPipeline, windows: TokenWindows, sites_at_once: int, batch_size: int, name: str
+) -> tuple[Container, _Parts]:
     coder = _order_coder(pipeline, sites_at_once, batch_size)
     block = coder.encode(windows)
     cut = windows.cut
@@ -278,8 +326,8 @@ def _order_coder(pipeline: TokenPipeline, sites_at_once: int, batch_size: int) -
     mask_id = getattr(pipeline.process, "mask_id", None)
     if mask_id is None:
         raise ConfigurationError(
-            f"the process is {type(pipeline.process).__name__}, and texts are coded by models of masked diffusion: "
-            f"give one of 'absorbing'."
+            f"the process is {type(pipeline.process).__name__}, and texts are coded by models of masked diffusion, or "
+            f"of values that say their probabilities: give one of 'absorbing' or 'uniform'."
         )
     objective = copy.deepcopy(pipeline.objective()).double().eval()
     return OrderCoder(objective, mask_id, sites_at_once, batch_size)

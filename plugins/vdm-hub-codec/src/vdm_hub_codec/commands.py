@@ -134,7 +134,7 @@ class Decompress(Command):
         except OSError as error:
             raise DataError(f"{arguments.file} can't be read ({error.strerror}): name a file.") from error
         container = Container.from_bytes(content)
-        is_text = container.coder["kind"] == "order"
+        is_text = container.coder["kind"] in ("order", "values")
         if is_text != (output.suffix == ".txt"):
             raise ConfigurationError(
                 f"--output is {output}, and the file keeps {'a text' if is_text else 'images'}: name "
