@@ -20,10 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.fft import dct
 from torch import Tensor
 
 _WIENER = ((3, 1.0), (3, 0.1), (5, 1.0))  # windows, and factors of e^gamma
@@ -293,8 +291,12 @@ def _local_variance(x: Tensor, window: int) -> Tensor:
 
 
 def _cosines(size: int) -> Tensor:
-    """The orthonormal discrete cosine transform (type II) as a matrix, float64, for tensors on any device."""
-    return torch.from_numpy(dct(np.eye(size), axis=0, norm="ortho"))
+    """The orthonormal discrete cosine transform (type II) as a matrix, float64."""
+    # Not scipy's: the code that a repository carries needs nothing that diffusers does not bring.
+    k, n = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size)
+    matrix = math.sqrt(2 / size) * torch.cos(math.pi * k * (n + 0.5) / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
 
 
 def _covariance(rows: Tensor) -> Tensor:
