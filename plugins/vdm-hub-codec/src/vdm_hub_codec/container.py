@@ -1,7 +1,8 @@
 """The file: who made it and how, the blocks, and a checksum of all.
 
     VDMZ | version, 1 byte | the model's fingerprint, 12 bytes | length of the description, 4 bytes |
-    the description, JSON, deflated | the blocks' words, 4 bytes each | CRC-32 of everything before, 4 bytes
+    the description, JSON, deflated by what it usually holds | the blocks' words, 4 bytes each |
+    CRC-32 of everything before, 4 bytes
 
 All whole numbers are little-endian.
 """
@@ -21,9 +22,15 @@ from vdm_hub import DataError
 from vdm_hub_codec.blocks import Block
 from vdm_hub_codec.decisions import Note
 
-MAGIC, VERSION = b"VDMZ", 1
+MAGIC, VERSION = b"VDMZ", 2
 _HEAD = struct.Struct("<4sB12sI")
 _MOST = 1 << 26
+_USUAL = (  # what descriptions usually hold, which deflate then only points at; the likeliest comes last
+    b'"widths":[-12,-11,-10,-9,-8,-7,-6,-5,-4,-3,-2,-1,0]"kind":"order","sites":1,"length":128,"context":0,'
+    b'"kind":"values","transitions":1000,"length":128,"b":[[64,[1,1,1,1,2,2,2,3,3,4,4,5,5,6,6,7,8,9,10,11,12,13,14,15,'
+    b'16,17,18,20,21,22,24,26,28,30,32,36,40,48,64,64,64],{"m":"runs/","kind":"latents","transitions":100,'
+    b'"spacing":"fff","pictures":true,"b":[[100,[1,1,1,2,3,4,5,6,8,'
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Container:
         """The file."""
         blocks = [[one.count, one.batches, len(one.words), one.check, *map(list, one.notes)] for one in self.blocks]
         described = {"m": self.model, **self.coder, "b": blocks}
-        deflating = zlib.compressobj(9, wbits=-15)
+        deflating = zlib.compressobj(9, wbits=-15, zdict=_USUAL)
         packed = deflating.compress(json.dumps(described, separators=(",", ":")).encode()) + deflating.flush()
         words = b"".join(one.words.astype("<u4").tobytes() for one in self.blocks)
         whole = _HEAD.pack(MAGIC, VERSION, bytes.fromhex(self.fingerprint), len(packed)) + packed + words
@@ -81,7 +88,7 @@ class Container:
 
     @classmethod
     def _read(cls, fingerprint: str, packed: bytes, words: bytes) -> Container:
-        coder = json.loads(zlib.decompressobj(wbits=-15).decompress(packed, _MOST))
+        coder = json.loads(zlib.decompressobj(wbits=-15, zdict=_USUAL).decompress(packed, _MOST))
         model, described = coder.pop("m"), coder.pop("b")
         content, blocks, place = np.frombuffer(words, "<u4"), [], 0
         for count, batches, length, check, *notes in described:

@@ -1,8 +1,9 @@
 """Masked models without bits back: sites are coded in a fixed order, each under what the model says of it.
 
-From left to right, so many sites an evaluation: the length is the likelihood of the sampler that opens them so,
-``vdm_hub_tokens.ExactOrder``. Windows whose given tokens are known are coded together; one that is given a part of the
-window before it waits for that.
+From left to right, one site an evaluation, the length is the likelihood of the sampler that opens them so,
+``vdm_hub_tokens.ExactOrder``. Of several at once, which say nothing of each other, each goes through its own part of
+the window from left to right, so that they are far apart. Windows whose given tokens are known are coded together; one
+that is given a part of the window before it waits for that.
 """
 
 from __future__ import annotations
@@ -103,10 +104,10 @@ class OrderCoder:
         batch = windows.take(numbers)
         known = batch.get("given", torch.zeros_like(batch["levels"], dtype=torch.bool)).clone()
         sites = (starts[:, None] + torch.arange(length)).clamp(max=len(tokens) - 1)
-        to_open = (~known).sum(1)
+        to_open, (order, place) = (~known).sum(1), _order(length, self.sites_at_once)
         while bool((~known).any()):
             masked = ~known
-            next_ones = masked & (masked.cumsum(1) <= self.sites_at_once)
+            next_ones = masked & (masked[:, order].cumsum(1) <= self.sites_at_once)[:, place]
             rows = next_ones.any(1).nonzero().flatten()
             z = torch.where(masked, self.mask_id, tokens[sites])[rows]
             told = {name: value[rows] for name, value in batch.items() if name not in ("levels", "given")}
@@ -130,6 +131,18 @@ class OrderCoder:
             self.evaluations += len(part)
             found.append(torch.softmax(logits[chosen[part]].double(), -1))
         return torch.cat(found).cpu().numpy()
+
+
+def _order(length: int, at_once: int) -> tuple[Tensor, Tensor]:
+    """The sites in the order in which they open, and the place of each site in it.
+
+    >>> _order(6, 2)[0].tolist(), _order(3, 1)[0].tolist()
+    ([0, 3, 1, 4, 2, 5], [0, 1, 2])
+    """
+    part = -(-length // at_once)
+    sites = torch.arange(length)
+    order = torch.argsort(sites % part * at_once + sites // part)
+    return order, torch.argsort(order)
 
 
 def windows_like(pipeline: TokenPipeline, count: int, length: int, context: int) -> TokenWindows:
