@@ -13,7 +13,7 @@ import pyarrow.json
 
 from vdm_hub.data.files import Listing, describe_unused
 from vdm_hub.data.layouts import refuse_doubled
-from vdm_hub.data.sources import Source, check_memory
+from vdm_hub.data.sources import SourceInMemory, check_memory
 from vdm_hub.errors import DataError, explained
 
 _LINES = (".jsonl", ".ndjson")
@@ -24,7 +24,7 @@ ROW_SUFFIXES = frozenset((*_LINES, *_TABLES))
 _BLOCK = 64 << 20  # bytes; no line is longer
 
 
-class RowFiles(Source):
+class RowFiles(SourceInMemory):
     """JSON Lines and CSV files, whose rows have columns."""
 
     def __init__(self, name: str, splits: Mapping[str, Sequence[Path]], listing: Listing | None = None) -> None:
@@ -44,17 +44,6 @@ class RowFiles(Source):
             split: datasets.concatenate_datasets([datasets.Dataset(_table(path)) for path in paths])
             for split, paths in self._files.items()
         }
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """The number of rows of each split, by its name."""
-        return {split: len(rows) for split, rows in self._splits.items()}
-
-    def _whole(self, split: str) -> datasets.Dataset:
-        return self._splits[split]
-
-    def _stream(self, split: str) -> datasets.IterableDataset:
-        return self._splits[split].to_iterable_dataset()
 
 
 def _table(path: Path) -> pa.Table:

@@ -151,12 +151,13 @@ class Source(ABC):
         return explained(f"the dataset {self.name!r} can't be read", self.remedy, DataError)
 
 
-class Digits(Source):
-    """The source of scikit-learn's digits."""
+class SourceInMemory(Source):
+    """A source whose splits are datasets that are there."""
 
-    @cached_property
-    def _splits(self) -> datasets.DatasetDict:
-        return digits()
+    @property
+    @abstractmethod
+    def _splits(self) -> Mapping[str, datasets.Dataset]:
+        """The splits by name."""
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -168,6 +169,14 @@ class Digits(Source):
 
     def _stream(self, split: str) -> datasets.IterableDataset:
         return self._splits[split].to_iterable_dataset()
+
+
+class Digits(SourceInMemory):
+    """The source of scikit-learn's digits."""
+
+    @cached_property
+    def _splits(self) -> Mapping[str, datasets.Dataset]:
+        return digits()
 
 
 class ImageFiles(Source):
@@ -236,25 +245,18 @@ class ParquetFiles(Source):
         return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs={"files": files})
 
 
-class SavedDataset(Source):
+class SavedDataset(SourceInMemory):
     """A dataset, or several as splits, that ``save_to_disk`` of datasets wrote."""
 
     def __init__(self, name: str, path: Path) -> None:
         super().__init__(name)
+        self._path = path
+
+    @cached_property
+    def _splits(self) -> Mapping[str, datasets.Dataset]:
         with self.explained():
-            found = datasets.load_from_disk(str(path))
-        self._splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """The number of rows of each split, by its name."""
-        return {split: len(rows) for split, rows in self._splits.items()}
-
-    def _whole(self, split: str) -> datasets.Dataset:
-        return self._splits[split]
-
-    def _stream(self, split: str) -> datasets.IterableDataset:
-        return self._splits[split].to_iterable_dataset()
+            found = datasets.load_from_disk(str(self._path))
+        return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
 
 
 class HubDataset(Source):

@@ -34,7 +34,7 @@ from vdm_hub_codec.chains import Chain
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.decisions import Decisions
 from vdm_hub_codec.distributions import Normal
-from vdm_hub_codec.pictures import levels_of, picture_of
+from vdm_hub_codec.pictures import is_shorter, levels_of, picture_of
 from vdm_hub_codec.progressive import progress_of
 from vdm_hub_codec.spacing import StepCosts, times_of
 from vdm_hub_codec.stack import Stack
@@ -207,6 +207,8 @@ def test_a_block_starts_with_pictures_where_they_are_shorter() -> None:
     data += torch.arange(6)[:, None, None, None]
     whole = encode(pipe, data, transitions=4)[0]
     assert Container.from_bytes(whole).coder["pictures"] and torch.equal(decode(pipe, whole), data)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 128, 128))
+    assert len(picture_of(noise)) < 1 << 16 and not is_shorter(np.zeros((3, 129, 128), dtype=np.int64), 256)
     with pytest.raises(ValueError, match="picture"):
         levels_of(b"RIFF", (3, 16, 16))
     with pytest.raises(ValueError, match="picture"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tiny import tiny_pipeline
-from vdm_hub import Command, VDMHubError, load_split
+from vdm_hub import Command, HVAEPipeline, MarkovianHVAE, VDMHubError, load_split
 from vdm_hub_codec.commands import Compress, Decompress
 
 
@@ -56,6 +56,14 @@ def test_pictures_of_lengths_and_of_what_is_known_on_the_way(model: str, tmp_pat
     lengths = list(json.loads(capsys.readouterr().out)["lengths"].values())
     assert lengths == sorted(lengths, reverse=True) and plot.stat().st_size > 1000
     run(Decompress(), file, "-o", tmp_path / "again", "--progressive", steps)
+    HVAEPipeline(MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(4,)])).save_pretrained(
+        tmp_path / "vae"
+    )
+    words = ["--dataset_name", "digits", "--split", "test[:2]", "-o", tmp_path / "vae.vdmz"]
+    run(Compress(), tmp_path / "vae", *words)
+    with pytest.raises(VDMHubError, match="gamma"):
+        run(Decompress(), tmp_path / "vae.vdmz", "-o", tmp_path / "none", "--progressive", tmp_path / "none.png")
+    assert not (tmp_path / "none").exists() and not (tmp_path / "none.png").exists()
     assert steps.stat().st_size > 1000 and "0.000 levels off" in capsys.readouterr().out
 
 

@@ -87,3 +87,9 @@ def test_a_text_comes_back_through_latents_of_values(context: int, tmp_path: Any
         measured = pipe.log_likelihood(pipe.tokenization.decode(given.tokens), VariationalBound(6), replicates=8)
         error = measured.standard_error * 8**0.5  # of one draw
         assert report.bound == pytest.approx(measured.bits_per_dim, abs=5 * error + 0.1)
+
+
+def test_a_text_without_a_whole_window_is_refused_where_windows_are_coded(tmp_path: Any) -> None:
+    pipe = pipeline(process="uniform")
+    with pytest.raises(DataError, match="window"):
+        encode(pipe, windows(pipe, tmp_path, "a bad cab"), transitions=4)

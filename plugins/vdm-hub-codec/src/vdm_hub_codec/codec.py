@@ -278,6 +278,11 @@ def _encode_values(
         )
     tokens, length = windows.tokens.numpy().astype(np.int64), windows.cut.length
     whole = len(tokens) // length * length
+    if not whole:
+        raise DataError(
+            f"the text has {len(tokens)} tokens, and a window {length}: give a longer text, as what is left over of "
+            f"whole windows is kept as it is."
+        )
     chain = Chain.of_objective(pipeline.objective(transitions), (length,))
     with tqdm(total=whole // length, desc="encoding", unit="window", disable=not progress) as bar:
         coder = Coder(chain, batch_size, advance=bar.update)

@@ -142,11 +142,12 @@ class Decompress(Command):
             )
         pipeline = load_pipeline(arguments.model or container.model, revision=arguments.revision)
         check_model(pipeline, container)
+        wants = arguments.progressive is not None
+        progress = progress_of(pipeline, content, batch_size=arguments.batch_size) if wants else None
         found = decode(pipeline, content, batch_size=arguments.batch_size, progress=True)
         with written_beside(output) as beside:
             _write(found, pipeline, beside, output.suffix)
-        if arguments.progressive is not None:
-            progress = progress_of(pipeline, content, batch_size=arguments.batch_size)
+        if progress is not None:
             with written_beside(arguments.progressive) as beside:
                 progress.save(beside, pipeline.num_levels)
             for bits, away in zip(progress.bits_per_dim, progress.error, strict=True):

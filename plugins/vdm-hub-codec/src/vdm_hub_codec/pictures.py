@@ -11,6 +11,7 @@ from PIL import Image
 from vdm_hub_codec.decisions import Integers
 
 _CHANNELS = (1, 3)
+_MOST_PIXELS = 1 << 14  # so that no picture has 65536 bytes, whatever it shows
 
 
 def picture_of(levels: Integers) -> bytes:
@@ -45,6 +46,6 @@ def levels_of(picture: bytes, shape: tuple[int, ...]) -> Integers:
 
 def is_shorter(levels: Integers, num_levels: int) -> bool:
     """Whether an image, (C, H, W), is shorter as a picture than by levels that are all alike."""
-    if levels.ndim != 3 or len(levels) not in _CHANNELS or num_levels > 256:
+    if levels.ndim != 3 or len(levels) not in _CHANNELS or num_levels > 256 or levels[0].size > _MOST_PIXELS:
         return False
     return 8 * len(picture_of(levels)) + 16 < levels.size * math.log2(num_levels)
