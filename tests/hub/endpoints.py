@@ -258,16 +258,26 @@ class Endpoints:
             raise HubError(501, "the loopback Hub has pull requests, but no other discussions")
         return json_response({"num": self.repositories[repo].open_pull_request(wish["title"])})
 
+    @ROUTES.add("GET", "/api/models/<repo>/discussions")
+    def pull_requests(self, call: Call, repo: str) -> Response:
+        """All of them on one page; none is ever closed."""
+        found = [self._described(repo, number) for number in self.repositories[repo].pull_request_titles]
+        return json_response({"discussions": found, "count": len(found), "start": 0})
+
     @ROUTES.add("GET", "/api/models/<repo>/discussions/<number>")
     def pull_request(self, call: Call, repo: str, number: str) -> Response:
         repository = self.repositories[repo]
         if int(number) not in repository.pull_request_titles:
             raise HubError(404, f"There is no pull request {number}")
+        changes = {"events": [], "changes": {"base": f"{HEADS}main"}, "filesWithConflicts": []}
+        return json_response({**self._described(repo, int(number)), **changes})
+
+    def _described(self, repo: str, number: int) -> dict[str, object]:
+        repository = self.repositories[repo]
         *_, first = repository.history(f"{PULL_REQUESTS}{number}")
-        identity = {"num": int(number), "title": repository.pull_request_titles[int(number)], "author": {"name": "me"}}
-        state = {"status": "open", "isPullRequest": True, "createdAt": first.date, "events": []}
-        changes = {"changes": {"base": f"{HEADS}main"}, "filesWithConflicts": []}
-        return json_response({**identity, **state, **changes, "repo": {"name": repo, "type": "model"}})
+        identity = {"num": number, "title": repository.pull_request_titles[number], "author": {"name": "me"}}
+        state = {"status": "open", "isPullRequest": True, "createdAt": first.date}
+        return {**identity, **state, "repo": {"name": repo, "type": "model"}}
 
     # Reading
 
@@ -275,6 +285,11 @@ class Endpoints:
     def model_info(self, call: Call, repo: str, revision: str = "main") -> Response:
         repository = self.repositories[repo]
         commit = repository.at(revision)
+        identity = {"id": repo.removeprefix("datasets/"), "sha": commit.oid}
+        if wanted := call.query.get("expand"):
+            if set(wanted.split(",")) - {"evalResults", "sha"}:
+                raise HubError(501, f"the loopback Hub can't expand {wanted}")
+            return json_response(identity | {"evalResults": _eval_results(commit)})
         card = _card(commit)
 
         def sibling(path: str, blob: Blob) -> dict[str, object]:
@@ -282,7 +297,7 @@ class Endpoints:
             return {"rfilename": path, **(details if "blobs" in call.query else {})}
 
         siblings = [sibling(path, blob) for path, blob in sorted(commit.files.items())]
-        identity = {"id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": commit.oid}
+        identity |= {"modelId": identity["id"], "author": identity["id"].split("/")[0]}
         state = {"private": repository.private, "gated": False, "disabled": False, "lastModified": commit.date}
         described: dict[str, object] = {"tags": card.get("tags", []), "cardData": card}
         described |= {name: card[name] for name in ("library_name", "pipeline_tag", "model-index") if name in card}
@@ -345,6 +360,28 @@ def _card(commit: Commit) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return metadata if isinstance(metadata, dict) else {}
+
+
+def _eval_results(commit: Commit) -> list[dict[str, object]]:
+    """Each entry of each `.eval_results/*.yaml`, as the Hub hands them to its client, or what is wrong with a file."""
+    found: list[dict[str, object]] = []
+    for path, blob in sorted(commit.files.items()):
+        if not re.fullmatch(r"\.eval_results/[^/]+\.yaml", path):
+            continue
+        try:
+            entries = yaml.safe_load(blob.content)
+            for entry in entries:
+                missing = {"id", "task_id"} - entry["dataset"].keys() | {"value"} - entry.keys()
+                if (
+                    missing
+                    or not isinstance(entry["value"], (int, float))
+                    or not entry.get("source", {"url": 1})["url"]
+                ):
+                    raise ValueError(f"an entry lacks {sorted(missing) or 'a number or a url'}")
+            found += [{"filename": path, "verified": False, "data": entry} for entry in entries]
+        except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            found.append({"filename": path, "error": str(error)})
+    return found
 
 
 def _delete(files: dict[str, Blob], path: str, *, folder: bool) -> None:

@@ -1,7 +1,8 @@
 """A Hugging Face Hub on 127.0.0.1: the unmodified `huggingface_hub` client publishes to it and loads from it.
 
 It speaks the model side of the protocol: repositories, branches, tags and pull requests, atomic commits with uploads
-as base64, by Git LFS or by Xet, listings, downloads, tokens. Anything else is answered 501.
+as base64, by Git LFS or by Xet, listings, downloads, evaluation results, tokens. A dataset, "datasets/owner/name" of
+`repositories`, can be read. Anything else is answered 501.
 
     with LoopbackHub() as hub:
         subprocess.run([sys.executable, "publish.py"], env=hub.environment(tmp_path), check=True)
@@ -134,7 +135,7 @@ class LoopbackHub:
     def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response:
         """Log the call, and handle it by its route, unless a fault comes between."""
         url = urlsplit(target)
-        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        query = {name: ",".join(values) for name, values in parse_qs(url.query).items()}
         route, parts = ROUTES.find(method, url.path) or (None, {})
         with self._lock:
             name = route.name if route else "unknown"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
+
 from vdm_hub.commands.outputs import check_apart_from_training
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.files import expanded
+from vdm_hub.hub.json_files import read_json
 from vdm_hub.publishing.dry_run import LIST, write_publication
+from vdm_hub.publishing.eval_results import published_results
 from vdm_hub.publishing.publishing import publish
 
 
@@ -37,6 +41,12 @@ def run(arguments: argparse.Namespace) -> None:
     lines = {"published": publication.url, "commit": publication.commit}
     lines |= {"stock twin": publication.twin, "carried code": publication.remote_code}
     print("\n".join(f"{name:<14}{value}" for name, value in lines.items() if value))
+    _say_no_results(publication.no_results)
+
+
+def _say_no_results(why: str) -> None:
+    if why:
+        print(f"no figure in {EVAL_RESULTS_FOLDER}, where the Hub reads results: {why}.")
 
 
 def _dry_run(arguments: argparse.Namespace) -> None:
@@ -59,4 +69,6 @@ def _dry_run(arguments: argparse.Namespace) -> None:
     print(f"would be sent to {arguments.repo_id}, by branch; written to {output}:")
     for path in files:
         print(f"{(output / path).stat().st_size:>12,}  {path}")
+    record = output / arguments.revision / "evaluation.json"
+    _say_no_results(published_results(read_json(record) if record.is_file() else {}, "")[1])
     print(f"{LIST} there lists them, so that --overwrite may replace them.")

@@ -16,6 +16,7 @@ from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import INDEX, RECIPE, pipeline_folder, run_folder
 from vdm_hub.hub.records import read_evaluation, read_history, read_run
 from vdm_hub.hub.text_files import TEXT_FILE, TOKENIZER_CONFIG
+from vdm_hub.publishing.eval_results import OWN_RESULTS
 from vdm_hub.recipes import plain_yaml
 from vdm_hub.recipes.arguments import read_recipe
 
@@ -141,7 +142,7 @@ def is_managed(path: str, components: set[str]) -> bool:
     top, _, rest = path.partition("/")
     if not rest:
         return top in (*RECORDS, TOKENS.samples, RECIPE, INDEX, "pipeline.py")
-    return top in components or (top == "images" and rest in PICTURES)
+    return path == OWN_RESULTS or top in components or (top == "images" and rest in PICTURES)
 
 
 def components_of(paths: set[str]) -> set[str]:

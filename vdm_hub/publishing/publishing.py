@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import tempfile
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from vdm_hub.data.kinds import kind_of
-from vdm_hub.errors import CheckpointError, ConfigurationError, PublishError
+from vdm_hub.errors import CheckpointError, ConfigurationError, PublishError, warn
 from vdm_hub.evaluation.provenance import weights_fingerprint
 from vdm_hub.hub.install_hint import add_install_hint
 from vdm_hub.hub.json_files import read_json
@@ -28,6 +31,7 @@ from vdm_hub.publishing.contents import (
     is_managed,
     read_contents,
 )
+from vdm_hub.publishing.eval_results import OWN_RESULTS, published_results
 from vdm_hub.publishing.remote_code import add_remote_code, check_remote_code
 from vdm_hub.publishing.repository import MAIN, HubRepository, check_ready
 from vdm_hub.publishing.stock_twin import build_stock_twin, twin_error
@@ -54,6 +58,7 @@ class Publication:
         commit: The commit on main (or the revision asked for); ``None`` for a pull request.
         twin: The commit of the stock twin, where there is one.
         remote_code: The commit that carries the code, where it was asked for.
+        no_results: Why the figure is not among the Hub's evaluation results; empty where it is.
     """
 
     repo_id: str
@@ -61,6 +66,7 @@ class Publication:
     commit: str | None
     twin: str | None = None
     remote_code: str | None = None
+    no_results: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,17 @@ class Prepared:
         """Write the card into the folder for main, and return that folder."""
         folder = self.folders[MAIN]
         (folder / "README.md").write_text(render_card(self.source, self.pipeline, edition), "utf-8")
+        if results := self.results(edition)[0]:
+            (folder / OWN_RESULTS).parent.mkdir(exist_ok=True)
+            (folder / OWN_RESULTS).write_text(results, "utf-8")
         refuse_secrets(folder)
         return folder
+
+    def results(self, edition: Edition) -> tuple[str, str]:
+        """The file for the Hub's evaluation results, or why there is none: see `published_results`."""
+        branch = urllib.parse.quote(edition.revision, safe="")
+        record = f"{constants.ENDPOINT}/{edition.repo_id}/blob/{branch}/evaluation.json"
+        return published_results(self.source.evaluation, record)
 
 
 def publish(
@@ -242,7 +257,8 @@ def send(prepared: Prepared, repository: HubRepository, private: bool | None = N
     commit = repository.commit(staged, _title(), branch, parent, _stale(repository, staged, parent))
     for side in sorted(former - set(commits)):
         _empty(repository, staged, side, commit)
-    return Publication(repository.repo_id, repository.url, commit, edition.twin, edition.remote_code)
+    why = prepared.results(edition)[1]
+    return Publication(repository.repo_id, repository.url, commit, edition.twin, edition.remote_code, why)
 
 
 def _empty(repository: HubRepository, staged: Path, side: str, commit: str) -> None:
@@ -262,13 +278,19 @@ def _request(prepared: Prepared, repository: HubRepository) -> Publication:
     parent = repository.head(branch)
     staged = prepared.write_card(replace(prepared.edition, no_twin=_NO_TWIN_IN_REQUEST))
     url = repository.open_pull_request(staged, _title(), branch, parent, _stale(repository, staged, parent))
-    return Publication(repository.repo_id, url, None)
+    return Publication(repository.repo_id, url, None, no_results=prepared.results(prepared.edition)[1])
 
 
 def _stale(repository: HubRepository, staged: Path, parent: str) -> list[str]:
     """The files that an earlier publication left at a commit, and this one does not have."""
     there = set(repository.files(parent))
     here = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
+    folder = f"{constants.EVAL_RESULTS_FOLDER}/"
+    if others := sorted(path for path in there - {OWN_RESULTS} if path.startswith(folder) and path.endswith(".yaml")):
+        warn(
+            f"{repository.repo_id} also states the figures of {', '.join(others[:4])}, which were submitted and stay: "
+            f"remove those that are not of these weights."
+        )
     return [path for path in sorted(there - here) if is_managed(path, components_of(there))]
 
 
