@@ -7,6 +7,7 @@ from .commands.images import load_images as load_images
 from .commands.loading import load_pipeline as load_pipeline
 from .commands.outputs import check_output as check_output
 from .data.images import ImageLevels as ImageLevels
+from .data.images import labels_as as labels_as
 from .data.levels import images_from_levels as images_from_levels
 from .data.levels import levels_from_images as levels_from_images
 from .data.loading import load_data as load_data

@@ -214,6 +214,8 @@ class TokenWindows(_Texts):
         shifted: Whether each window begins at a random place at each use, up to a stride later: for training.
         most: Only the first so many windows.
         known: How many tokens at the beginning are given, too.
+        lengths: How many tokens each document has, without the one that ends it, (D,); all are one where not given.
+        ended: Whether each document is followed by the token that ends it.
 
     >>> from vdm_hub.data.tokenization import make_tokenizer
     >>> byte = Tokenization(make_tokenizer("byte"))
@@ -233,7 +235,23 @@ class TokenWindows(_Texts):
     shifted: bool = False
     most: int | None = None
     known: int = 0
+    lengths: Tensor | None = None
+    ended: bool = False
     is_stream: ClassVar[bool] = False
+
+    @property
+    def documents(self) -> list[Tensor]:
+        """The tokens of each document, without the one that ends it.
+
+        >>> from vdm_hub.data.tokenization import make_tokenizer
+        >>> windows = encode_texts(["ab", "c"], Tokenization(make_tokenizer("byte")), Cut(4))
+        >>> windows.tokens.tolist(), [one.tolist() for one in windows.documents]
+        ([97, 98, 256, 99, 256], [[97, 98], [99]])
+        """
+        if self.lengths is None:
+            return [self.tokens]
+        parts = self.tokens.split((self.lengths + int(self.ended)).tolist())
+        return [part[: len(part) - int(self.ended)] for part in parts]
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -344,10 +362,21 @@ def encode_texts(
         sizes += [encoded.sizes, _end_of(end, 0)]
     if not tokens or not sum(len(part) for part in tokens[::2]):
         raise _no_tokens(found["characters"])
-    if not (found["documents"] > 1 if ends is None else ends):
+    lengths = torch.tensor([len(part) for part in tokens[::2]])
+    ended = found["documents"] > 1 if ends is None else ends
+    if not ended:
         tokens, sizes = tokens[::2], sizes[::2]
     joined, counted = (torch.from_numpy(np.concatenate(parts)) for parts in (tokens, sizes))
-    return TokenWindows(joined, counted, tokenization, cut, TextFacts(**found), shifted)
+    return TokenWindows(
+        joined,
+        counted,
+        tokenization,
+        cut,
+        TextFacts(**found),
+        shifted,
+        lengths=lengths,
+        ended=ended and end is not None,
+    )
 
 
 def encode_pair(context: str, text: str, tokenization: Tokenization) -> tuple[Encoded, Encoded]:

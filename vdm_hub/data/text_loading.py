@@ -77,9 +77,12 @@ def load_windows(
         DataError: As `load_texts`.
     """
     opened = open_texts(source, config_name)
-    windows = encode_texts(_read(opened, split, text_column), tokenization, cut).first(max_windows)
+    rows = _rows(opened, split)
+    windows = encode_texts(_texts_in(rows, opened, split, text_column), tokenization, cut).first(max_windows)
     if say is not None:
-        say(f"data from {source!r}: reads {windows.words} of {split!r}.{opened.note}")
+        empty = len(rows) - windows.facts.documents
+        left_out = f"; {empty:,} of {len(rows):,} documents are empty, and left out" if empty else ""
+        say(f"data from {source!r}: reads {windows.words} of {split!r}{left_out}.{opened.note}")
     return windows
 
 
@@ -132,7 +135,12 @@ def _texts(source: Source, split: str, arguments: DataArguments) -> Iterator[str
 
 
 def _read(source: Source, split: str, column: str, *, streaming: bool = False) -> Iterator[str]:
-    """The texts of a split, or of a slice of one, which is of documents.
+    """The texts of a split, or of a slice of one, which is of documents: see `_rows`."""
+    yield from _texts_in(_rows(source, split, streaming=streaming), source, split, column)
+
+
+def _rows(source: Source, split: str, *, streaming: bool = False) -> Any:
+    """The rows of a split, or of a slice of one.
 
     Raises:
         DataError: There are none.
@@ -145,6 +153,11 @@ def _read(source: Source, split: str, column: str, *, streaming: bool = False) -
             f"or a slice with at least one; part of a document is read by --max_images of an evaluation and "
             f"--max_train_samples of a training, which count windows."
         )
+    return rows
+
+
+def _texts_in(rows: Any, source: Source, split: str, column: str) -> Iterator[str]:
+    """The texts of rows, but for empty ones."""
     with source.explained():
         yield from texts_of(rows, column, split)
 

@@ -24,6 +24,7 @@ from vdm_hub import (
     LatentVDMPipeline,
     MarkovianHVAE,
     UNetVDMModel,
+    VariationalBound,
     VDMObjective,
     VDMPipeline,
     VDMScheduler,
@@ -57,6 +58,14 @@ def unet(channels: int = 1, size: int = 8) -> UNetVDMModel:
     return randomised(UNetVDMModel(sample_size=size, in_channels=channels, out_channels=channels, **UNET))
 
 
+def told(dropout: float = 0.1, **config: Any) -> VDMPipeline:
+    """A model that is told one of three classes."""
+    torch.manual_seed(0)
+    network = randomised(UNetVDMModel(8, in_channels=1, out_channels=1, num_class_embeds=3 + (dropout > 0), **UNET))
+    classes = {"count": 3, "names": ["cat", "dog", "eel"], "dropout": dropout, "column": "animal"}
+    return VDMPipeline(network, VDMScheduler(**{"num_levels": K} | config), classes=classes)
+
+
 def vdm(**config: Any) -> VDMPipeline:
     return VDMPipeline(unet(), VDMScheduler(**{"num_levels": K} | config))
 
@@ -77,6 +86,7 @@ def autoencoder() -> AutoencoderKLFirstStage:
     return AutoencoderKLFirstStage(config | {"latent_channels": 2}, sample_size=8, num_levels=K)
 
 
+BITS = {"name": "binomial", "package": "vdm-hub-binomial"}
 TABLE = {"name": "tabulated", "config": {"times": [0.0, 0.4, 1.0], "gammas": [-9.0, -2.0, 4.0]}}
 MODELS: dict[str, Any] = {
     "linear": lambda: vdm(),
@@ -88,7 +98,7 @@ MODELS: dict[str, Any] = {
     "vae": lambda: HVAEPipeline(randomised(MarkovianHVAE(8, latent_shapes=[(2, 4, 4)], **STAGE))),
     "latent": lambda: latent(MarkovianHVAE(8, latent_shapes=[(2, 4, 4)], **STAGE)),
     "latent, autoencoder": lambda: latent(autoencoder()),
-    "bits": lambda: vdm(num_levels=2, forward_process={"name": "binomial", "package": "vdm-hub-binomial"}),
+    "bits": lambda: vdm(num_levels=2, forward_process=BITS),
 }
 
 
@@ -115,7 +125,7 @@ def test_data_come_back_on_other_threads_and_batches(name: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if threads == 1 else 1)
     try:
-        assert torch.equal(decode(made(name), whole, batch_size=3), data)
+        assert torch.equal(decode(made(name), whole, batch_size=3).levels, data)
     finally:
         torch.set_num_threads(threads)
     assert report.bytes == len(whole) and report.count == len(data)
@@ -169,7 +179,7 @@ def test_latents_lie_where_wide_steps_cost_most(exact: Any) -> None:
 
 def test_what_is_known_on_the_way_grows_into_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a latent adds is its term of the bound, on a draw."""
-    monkeypatch.setattr("vdm_hub_codec.codec.StepCosts.of", lambda *_: None)  # equal steps
+    monkeypatch.setattr("vdm_hub_codec.images.StepCosts.of", lambda *_: None)  # equal steps
     steps, pipe, data = 40, made("linear"), levels(40)
     whole = encode(pipe, data, transitions=steps)[0]
     progress = progress_of(pipe, whole, columns=steps + 1)
@@ -206,7 +216,7 @@ def test_a_block_starts_with_pictures_where_they_are_shorter() -> None:
     data = (ramp[:, None] + ramp).div(2, rounding_mode="floor").expand(6, 3, 16, 16).clone()
     data += torch.arange(6)[:, None, None, None]
     whole = encode(pipe, data, transitions=4)[0]
-    assert Container.from_bytes(whole).coder["pictures"] and torch.equal(decode(pipe, whole), data)
+    assert Container.from_bytes(whole).coder["pictures"] and torch.equal(decode(pipe, whole).levels, data)
     noise = np.random.default_rng(0).integers(0, 256, (3, 128, 128))
     assert len(picture_of(noise)) < 1 << 16 and not is_shorter(np.zeros((3, 129, 128), dtype=np.int64), 256)
     with pytest.raises(ValueError, match="picture"):
@@ -328,9 +338,64 @@ def test_another_model_other_data_and_models_without_a_chain_are_refused() -> No
         encode(made("vae"), data, transitions=3)
 
 
+LABELS = torch.tensor([0, 2, 2, 1, 2, 0, 2, 2, 2, 1, 0, 2])
+
+
+@pytest.mark.parametrize("config", [{}, {"num_levels": 2, "forward_process": BITS}], ids=["vdm", "bits"])
+def test_classes_come_back_and_are_told(config: Any) -> None:
+    """Each is told its own, whatever the batch and the block; other classes make another bound."""
+    pipe = told(**config)
+    data, labels = levels(120) * pipe.num_levels // K, LABELS.repeat(10)
+    whole, report = encode(pipe, data, labels, transitions=T, batch_size=30, block=70)
+    found = decode(pipe, whole, batch_size=64)
+    assert torch.equal(found.levels, data) and torch.equal(found.labels, labels)
+    parts = [report.bound, report.start, report.quantisation, report.labels, report.header]
+    assert report.bits_per_dim == pytest.approx(sum(parts))
+    # By counts: Krichevsky and Trofimov's mixture, whose length has a closed form.
+    expected = sum(_length_of_labels(part) for part in labels.split(70))
+    assert report.labels * data.numel() == pytest.approx(expected)
+    other = encode(pipe, data, labels * 0, transitions=T, batch_size=30, block=70)[1]
+    assert other.bound != pytest.approx(report.bound, rel=1e-6) and other.labels < report.labels
+
+
+def _length_of_labels(labels: Tensor) -> float:
+    """Of a Dirichlet mixture with one half of each class, in bits."""
+    counts, half = torch.bincount(labels, minlength=3).double(), torch.tensor(0.5).double()
+    nats = torch.lgamma(counts + half).sum() - torch.lgamma(counts.sum() + 1.5) + torch.lgamma(3 * half)
+    return -float(nats - 3 * torch.lgamma(half)) / math.log(2)
+
+
+def test_the_bound_of_classes_is_the_models() -> None:
+    pipe, data = told(), levels(200)
+    labels = torch.arange(200) % 3
+    report = encode(pipe, data, labels, transitions=40)[1]
+    measured = pipe.log_likelihood(data, VariationalBound(transitions=40), class_labels=labels, replicates=8)
+    assert report.bound < measured.bits_per_dim * 1.03  # which has equal steps, and its own noise
+    assert report.bound == pytest.approx(measured.bits_per_dim, rel=0.25)
+
+
+def test_a_model_that_may_be_told_nothing_is_told_nothing() -> None:
+    data = levels(6)
+    whole, report = encode(told(), data, transitions=T)
+    found = decode(told(), whole)
+    assert torch.equal(found.levels, data) and found.labels is None and report.labels == 0 and report.notes
+    with pytest.raises(ConfigurationError, match="dropout"):
+        encode(told(dropout=0), data, transitions=T)
+    for wrong in (LABELS, torch.full((6,), 3), torch.ones(6)):
+        with pytest.raises(ConfigurationError):
+            encode(told(), data, wrong, transitions=T)
+    with pytest.raises(ConfigurationError, match="labels"):
+        encode(made("linear"), data, LABELS[:6], transitions=T)
+
+
+def test_what_is_known_on_the_way_is_told_the_class_too() -> None:
+    whole = encode(told(), levels(), LABELS, transitions=T)[0]
+    assert progress_of(told(), whole, columns=3).error[-1] == 0
+
+
 def test_blocks_decode_by_themselves() -> None:
     pipe, data = made("linear"), levels(12)
     whole, _ = encode(pipe, data, transitions=T, block=5)
     container = Container.from_bytes(whole)
     assert [block.count for block in container.blocks] == [5, 5, 2]
-    assert torch.equal(decode(pipe, whole), data)
+    assert torch.equal(decode(pipe, whole).levels, data)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
-from tiny import tiny_pipeline
-from vdm_hub import Command, HVAEPipeline, MarkovianHVAE, VDMHubError, load_split
+from tiny import tiny_pipeline, tiny_unet
+from vdm_hub import (
+    Command,
+    HVAEPipeline,
+    MarkovianHVAE,
+    TokenPipeline,
+    VDMHubError,
+    VDMPipeline,
+    VDMScheduler,
+    load_split,
+    make_tokenizer,
+)
 from vdm_hub_codec.commands import Compress, Decompress
 
 
@@ -31,6 +44,16 @@ def run(command: Command, *words: object) -> None:
 def compress(model: str, output: Path, *more: str) -> None:
     words = [model, "--dataset_name", "digits", "--split", "test[:6]", "-o", output, "--transitions", "4"]
     run(Compress(), *words, *more)
+
+
+def text_model(text: str) -> TokenPipeline:
+    words = make_tokenizer("character", lambda: [text])
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=12, **sizes)
+    process = {"name": "absorbing", "package": "vdm-hub-tokens"}
+    scheduler = VDMScheduler(num_levels=len(words) - 1, forward_process=process)
+    windows = {"length": 12, "context": 0, "text_column": "text"}
+    return TokenPipeline(BertForMaskedLM(config).eval(), words, scheduler, windows=windows)
 
 
 @pytest.mark.parametrize("output", ["again", "again.parquet"])
@@ -65,6 +88,51 @@ def test_pictures_of_lengths_and_of_what_is_known_on_the_way(model: str, tmp_pat
         run(Decompress(), tmp_path / "vae.vdmz", "-o", tmp_path / "none", "--progressive", tmp_path / "none.png")
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.png").exists()
     assert steps.stat().st_size > 1000 and "0.000 levels off" in capsys.readouterr().out
+
+
+def test_classes_come_back_with_their_names(tmp_path: Path, capsys: Any) -> None:
+    """By the model's own numbers, whose order is not that of the dataset."""
+    names = [str(9 - number) for number in range(10)]
+    classes = {"count": 10, "names": names, "dropout": 0.1, "column": "label"}
+    pipe = VDMPipeline(tiny_unet(num_class_embeds=11), VDMScheduler(num_levels=17), classes=classes)
+    pipe.save_pretrained(tmp_path / "told")
+    compress(str(tmp_path / "told"), tmp_path / "a.vdmz")
+    assert "the classes of the images" in capsys.readouterr().out
+    given = load_split("digits", "test[:6]", num_levels=17, label_column="label")
+    assert given.labels is not None
+    labels = 9 - given.labels
+    for name in ("again", "again.parquet"):
+        run(Decompress(), tmp_path / "a.vdmz", "-o", tmp_path / name)
+        found = load_split(str(tmp_path / name), "train", num_levels=17, label_column="label")
+        assert found.labels is not None and torch.equal(found.labels, labels)
+        assert torch.equal(torch.as_tensor(found.levels), torch.as_tensor(given.levels))
+    assert found.class_names == tuple(names)
+    rows = list(csv.DictReader((tmp_path / "again" / "metadata.csv").open()))
+    assert [row["label_name"] for row in rows] == [names[number] for number in labels]
+    compress(str(tmp_path / "told"), tmp_path / "b.vdmz", "--untold")
+    assert "class of no image" in capsys.readouterr().out
+    run(Decompress(), tmp_path / "b.vdmz", "-o", tmp_path / "untold")
+    assert not (tmp_path / "untold" / "metadata.csv").exists()
+
+
+def test_several_texts_come_back_in_a_folder_and_as_rows(tmp_path: Path, capsys: Any) -> None:
+    texts = ["a bad cab", "faced\r\na bag", "fed"]
+    text_model("".join(texts)).save_pretrained(tmp_path / "texts")
+    rows = [{"text": text} for text in ["", *texts]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [tmp_path / "texts", "--dataset_name", tmp_path / "rows.jsonl", "--split", "train"]
+    run(Compress(), *words, "-o", tmp_path / "a.vdmz", "--compare")
+    said = capsys.readouterr()
+    assert "1 of 4 documents are empty" in said.err and "bits/token" in said.out
+    run(Decompress(), tmp_path / "a.vdmz", "-o", tmp_path / "again")
+    files = sorted((tmp_path / "again").iterdir())
+    assert [file.read_bytes().decode() for file in files] == texts
+    run(Decompress(), tmp_path / "a.vdmz", "-o", tmp_path / "again.parquet")
+    assert datasets.Dataset.from_parquet(str(tmp_path / "again.parquet"))["text"][:] == texts
+    with pytest.raises(VDMHubError, match="several texts"):
+        run(Decompress(), tmp_path / "a.vdmz", "-o", tmp_path / "again.txt")
+    with pytest.raises(VDMHubError, match="label_column"):
+        run(Compress(), *words, "-o", tmp_path / "b.vdmz", "--label_column", "label")
 
 
 def test_nothing_is_written_where_something_is_wrong(model: str, tmp_path: Path) -> None:

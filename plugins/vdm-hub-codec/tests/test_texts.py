@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from vdm_hub import (
     make_tokenizer,
 )
 from vdm_hub_codec import decode, encode
+from vdm_hub_codec.container import Container
 from vdm_hub_tokens import ExactOrder
 
 LENGTH = 12
@@ -46,7 +48,7 @@ def test_a_text_comes_back_on_another_batch(context: int, sites: int, tmp_path: 
     given = windows(pipe, tmp_path)
     whole, report = encode(pipe, given, sites_at_once=sites, batch_size=2)
     text = pipe.tokenization.decode(given.tokens)
-    assert decode(pipe, whole, batch_size=5) == text
+    assert decode(pipe, whole, batch_size=5).texts == [text]
     assert report.dimensions == len(given.tokens)
 
 
@@ -63,11 +65,8 @@ def test_texts_that_tokens_do_not_say_and_other_processes_are_refused(tmp_path: 
     pipe = pipeline()
     with pytest.raises(DataError, match="tokenizer does not know"):
         encode(pipe, windows(pipe, tmp_path, "a bad ☃ face faced"))
-    (tmp_path / "two").mkdir()
-    for name in "abcdef":  # a place each for validation and test
-        (tmp_path / "two" / f"{name}.txt").write_text(TEXT)
-    with pytest.raises(DataError, match="documents"):
-        encode(pipe, load_windows(str(tmp_path / "two"), "train", pipe.tokenization, pipe.cut))
+    with pytest.raises(DataError, match="first 2 windows"):
+        encode(pipe, windows(pipe, tmp_path).first(2))
     with pytest.raises(ConfigurationError, match="transitions"):
         encode(pipe, windows(pipe, tmp_path), transitions=4)
 
@@ -76,12 +75,9 @@ def test_texts_that_tokens_do_not_say_and_other_processes_are_refused(tmp_path: 
 def test_a_text_comes_back_through_latents_of_values(context: int, tmp_path: Any) -> None:
     pipe = pipeline(context, "uniform")
     given = windows(pipe, tmp_path, TEXT * 4 + "fab")
-    if context:
-        with pytest.warns(UserWarning, match="4 tokens"):
-            whole, report = encode(pipe, given, transitions=6, batch_size=9)
-    else:
-        whole, report = encode(pipe, given, transitions=6, batch_size=9)
-    assert decode(pipe, whole, batch_size=4) == pipe.tokenization.decode(given.tokens)
+    whole, report = encode(pipe, given, transitions=6, batch_size=9)
+    assert bool(context) == any("4 tokens" in note for note in report.notes)
+    assert decode(pipe, whole, batch_size=4).texts == [pipe.tokenization.decode(given.tokens)]
     assert (report.dimensions, report.transitions) == (len(given.tokens), 6)
     if not context:
         measured = pipe.log_likelihood(pipe.tokenization.decode(given.tokens), VariationalBound(6), replicates=8)
@@ -93,3 +89,32 @@ def test_a_text_without_a_whole_window_is_refused_where_windows_are_coded(tmp_pa
     pipe = pipeline(process="uniform")
     with pytest.raises(DataError, match="window"):
         encode(pipe, windows(pipe, tmp_path, "a bad cab"), transitions=4)
+
+
+TEXTS = ["a bad cab", "faced a bag; fed,", "a", " a gab ebbed. " * 3]
+
+
+@pytest.mark.parametrize("process", ["absorbing", "uniform"])
+@pytest.mark.parametrize("has_end", [True, False])
+def test_several_texts_come_back_each_by_itself(process: str, has_end: bool, tmp_path: Any) -> None:
+    """By the token that ends each, or by their lengths where the tokenizer has none."""
+    pipe = pipeline(process=process)
+    if not has_end:
+        pipe.tokenizer.eos_token = None
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    given = load_windows(str(tmp_path / "rows.jsonl"), "train", pipe.tokenization, pipe.cut)
+    assert given.ended == has_end
+    whole, report = encode(pipe, given, transitions=6 if process == "uniform" else None)
+    assert decode(pipe, whole, batch_size=3).texts == TEXTS
+    assert report.dimensions == sum(map(len, TEXTS)) + has_end * len(TEXTS)
+    assert ("documents" in Container.from_bytes(whole).coder) == (not has_end)
+
+
+def test_a_text_that_has_the_token_that_ends_it_comes_back(tmp_path: Any) -> None:
+    pipe = pipeline()
+    pipe.tokenizer.eos_token = "a"
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    whole, _ = encode(pipe, load_windows(str(tmp_path / "rows.jsonl"), "train", pipe.tokenization, pipe.cut))
+    assert decode(pipe, whole).texts == TEXTS

@@ -2,9 +2,10 @@
 
 from vdm_hub_codec.blocks import Block, Coder
 from vdm_hub_codec.chains import Chain
-from vdm_hub_codec.codec import CodecReport, decode, encode
+from vdm_hub_codec.codec import Decoded, decode, encode
 from vdm_hub_codec.decisions import Decisions
 from vdm_hub_codec.distributions import Choices, Normal
+from vdm_hub_codec.report import CodecReport
 from vdm_hub_codec.stack import Stack
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "CodecReport",
     "Coder",
     "Decisions",
+    "Decoded",
     "Normal",
     "Stack",
     "decode",

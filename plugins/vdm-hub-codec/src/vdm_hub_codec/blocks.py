@@ -20,6 +20,7 @@ from vdm_hub import DataError
 from vdm_hub_codec.chains import Chain
 from vdm_hub_codec.decisions import Decisions, Integers, Note
 from vdm_hub_codec.distributions import Distribution
+from vdm_hub_codec.labels import pop_labels, push_labels
 from vdm_hub_codec.pictures import levels_of, picture_of
 from vdm_hub_codec.stack import ExhaustedError, Stack
 
@@ -61,6 +62,7 @@ class Lengths:
         as_they_are: Bits of the data that were pushed to start with.
         chain: ``log q - log p`` of the latents that were drawn: the bound on the same draws.
         pushed: What the stack grew by, for the same data.
+        labels: Bits of the data's classes.
         started: How many data were pushed as they are.
         evaluations: Of the network, of all data that were coded.
     """
@@ -68,6 +70,7 @@ class Lengths:
     as_they_are: float = 0.0
     chain: float = 0.0
     pushed: float = 0.0
+    labels: float = 0.0
     started: int = 0
     evaluations: int = 0
 
@@ -80,25 +83,30 @@ class Coder:
         chain: The model.
         batch_size: Data at once in the networks, and coded together at most.
         pictures: Whether the data to start with are there as pictures: see `vdm_hub_codec.pictures`.
+        classes: Of how many classes each datum has one, which is kept: see `vdm_hub_codec.labels`.
+        untold: The class that the network is told of all data, where none is kept.
         advance: Told how many data are done.
     """
 
     chain: Chain
     batch_size: int
     pictures: bool = False
+    classes: int | None = None
+    untold: int = 0
     advance: Callable[[int], object] = lambda count: None
     lengths: Lengths = field(default_factory=Lengths)
 
-    def encode(self, levels: Integers) -> Block:
-        """A block of data, (N, *shape): as few as they are as leave bits enough for the others."""
-        rows, place = levels.reshape(len(levels), -1), 0
+    def encode(self, levels: Integers, labels: Integers | None = None) -> Block:
+        """A block of data, (N, *shape), and their classes, (N,): as few as they are as leave enough for the others."""
+        rows, place, told = levels.reshape(len(levels), -1), 0, self.told(len(levels), labels)
         stack, decisions, batches = Stack(), Decisions(), []
         while place < len(rows):
             size = self._fitting(stack, rows[place:])
             kept, notes = stack.copy(), len(decisions.notes)
             while size:
                 try:
-                    self._push(stack, rows[place : place + size], np.arange(place, place + size), decisions)
+                    part = slice(place, place + size)
+                    self._push(stack, rows[part], np.arange(place, place + size), told[part], decisions)
                     break
                 except ExhaustedError:
                     stack, size = kept.copy(), size // 2
@@ -113,7 +121,18 @@ class Coder:
             place += 1
             self.advance(1)
         self.lengths.started += len(rows) - sum(batches)
-        return Block(len(rows), batches, stack.words(), checksum(levels), decisions.notes)
+        if self.classes is not None:
+            self.lengths.labels += push_labels(stack, told, self.classes)
+        return Block(len(rows), batches, stack.words(), checksum(levels, labels), decisions.notes)
+
+    def told(self, count: int, labels: Integers | None) -> Integers:
+        """What the network is told of each datum."""
+        return np.full(count, self.untold) if labels is None else labels
+
+    def opened(self, block: Block) -> tuple[Stack, Integers | None]:
+        """The stack of a block, and the classes that lay on top of it, (N,)."""
+        stack = Stack(block.words)
+        return stack, None if self.classes is None else pop_labels(stack, block.count, self.classes)
 
     def _start(self, stack: Stack, row: Integers) -> float:
         """Push a datum as it is; returns its bits."""
@@ -140,26 +159,27 @@ class Coder:
         return min(self.batch_size, len(rows), int(stack.bits / needed))
 
     def decode(self, block: Block) -> Integers:
-        """The data of a block.
+        """The data of a block, (N, *shape); their classes are what `opened` gives.
 
         Raises:
             DataError: They are not what was encoded.
         """
-        stack, decisions = Stack(block.words), Decisions.of(block.notes)
+        decisions, (stack, labels) = Decisions.of(block.notes), self.opened(block)
+        told = self.told(block.count, labels)
         found, end = [], block.count
         for batch in reversed(block.batches):
-            found.append(self.pop_batch(stack, np.arange(end - batch, end), decisions))
+            found.append(self.pop_batch(stack, np.arange(end - batch, end), told[end - batch : end], decisions))
             end -= batch
             self.advance(batch)
         self.advance(end)
         for _ in range(end):
             found.append(self._started(stack))
         levels = np.concatenate(found[::-1]).reshape(-1, *self.chain.shapes[0])
-        if stack.words().size or checksum(levels) != block.check:
+        if stack.words().size or checksum(levels, labels) != block.check:
             raise OtherNumbersError
         return levels
 
-    def _push(self, stack: Stack, below: Integers, images: Integers, by: Decisions) -> None:
+    def _push(self, stack: Stack, below: Integers, images: Integers, told: Integers, by: Decisions) -> None:
         """Push a batch, (B, n): see the module."""
         chain, before, ideal = self.chain, stack.bits, 0.0
 
@@ -171,7 +191,7 @@ class Coder:
             q = chain.q(t, chain.value(below, t - 1), self.batch_size)
             above = q.decided(t, True, images, by).draw(stack, _seed(images, t))
             ideal += q.log2(above)
-            ideal -= push(chain.p(t - 1, chain.value(above, t), self.batch_size), below, t - 1)
+            ideal -= push(chain.p(t - 1, chain.value(above, t), self.batch_size, told), below, t - 1)
             below = above
         ideal -= push(chain.prior(len(images)), below, chain.depth)
         self.lengths.chain += ideal
@@ -182,6 +202,7 @@ class Coder:
         self,
         stack: Stack,
         images: Integers,
+        told: Integers,
         by: Decisions,
         observe: Callable[[int, Integers], object] = lambda t, numbers: None,
     ) -> Integers:
@@ -190,6 +211,7 @@ class Coder:
         Args:
             stack: Ends with the batch.
             images: The images' numbers in the block, (B,).
+            told: What the network is told of each, (B,).
             by: The notes of the block.
             observe: Told each latent's t and numbers, once the bits that drew the latent above are back.
         """
@@ -197,7 +219,7 @@ class Coder:
         above = chain.prior(len(images)).decided(chain.depth, False, images, by).pop(stack)
         observe(chain.depth, above)
         for t in range(chain.depth, 0, -1):
-            p = chain.p(t - 1, chain.value(above, t), self.batch_size)
+            p = chain.p(t - 1, chain.value(above, t), self.batch_size, told)
             below = p.decided(t - 1, False, images, by).pop(stack)
             q = chain.q(t, chain.value(below, t - 1), self.batch_size)
             q.decided(t, True, images, by).undraw(stack, above, _seed(images, t))
@@ -211,6 +233,7 @@ def _seed(images: Integers, t: int) -> int:
     return int(images[0]) * 100_003 % 2**31 + t
 
 
-def checksum(levels: Integers) -> int:
-    """The CRC-32 of data, as little-endian integers of 32 bits."""
-    return zlib.crc32(levels.astype("<i4").tobytes())
+def checksum(levels: Integers, labels: Integers | None = None) -> int:
+    """The CRC-32 of data, and of their classes behind them, as little-endian integers of 32 bits."""
+    found = zlib.crc32(levels.astype("<i4").tobytes())
+    return found if labels is None else zlib.crc32(labels.astype("<i4").tobytes(), found)

@@ -2,7 +2,8 @@
 
 A VDM with T transitions is one of T + 1 latents (`vdm_hub.as_hierarchical_vae`), a hierarchical VAE is one as it is,
 and a latent VDM has its first stage's latent below those of its diffusion. A process of discrete values has T latents,
-of K values each. All compute in float64.
+of K values each. A network that knows classes is told that of each datum, which both sides know. All compute in
+float64.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdm_hub import (
     ConfigurationError,
@@ -36,8 +37,30 @@ from vdm_hub_codec.spacing import times_of
 Gaussian = tuple[Tensor, Tensor]
 """A mean and a scale, the standard deviation, (B, *latent)."""
 
+CLASS_LABELS = "class_labels"
+"""The name under which a network is told the classes of its data."""
+
 _BINS_PER_DEVIATION = 2
 """At least: of the narrower of a latent's two distributions."""
+
+
+class ToldNetwork(nn.Module):
+    """A network that is told the classes of a batch by whoever goes through the chain.
+
+    Attributes:
+        objective: Whose network it is.
+        labels: The classes of the data at hand, int64, (B,).
+    """
+
+    def __init__(self, objective: VDMObjective) -> None:
+        super().__init__()
+        self.objective = objective
+        self.labels = torch.zeros(0, dtype=torch.int64)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False, **context: Any) -> tuple[Tensor]:
+        """The output, as the network's own."""
+        told, network = {CLASS_LABELS: self.labels}, self.objective.network
+        return (self.objective.call(network, sample, timestep, **told, **context),)
 
 
 @dataclass(frozen=True)
@@ -50,6 +73,7 @@ class Chain:
         up: ``q(z_t|z_{t-1})`` at ``z_{t-1}``, for t = 1..T.
         down: ``p(z_{t-1}|z_t)`` at ``z_t``, for t = 1..T.
         exponents: Of two: each latent's width of a bin; ``None`` where latents are values.
+        told: The network that must be told classes; ``None`` where it knows none.
     """
 
     num_levels: int
@@ -57,6 +81,7 @@ class Chain:
     up: Sequence[Callable[[Tensor], Any]]
     down: Sequence[Callable[[Tensor], Any]]
     exponents: tuple[int, ...] | None = None
+    told: ToldNetwork | None = None
 
     @property
     def depth(self) -> int:
@@ -67,9 +92,9 @@ class Chain:
         """``q(z_t|z_{t-1})``, so many data at a time."""
         return self._distribution(self.up[t - 1], below, size, t)
 
-    def p(self, t: int, above: Tensor, size: int) -> Distribution:
-        """``p(z_t|z_{t+1})``, so many data at a time."""
-        return self._distribution(self.down[t], above, size, t)
+    def p(self, t: int, above: Tensor, size: int, labels: Integers | None = None) -> Distribution:
+        """``p(z_t|z_{t+1})``, so many data at a time, of classes (B,) where the network is told them."""
+        return self._distribution(self.down[t], above, size, t, labels)
 
     def prior(self, count: int) -> Distribution:
         """``p(z_T)``: N(0, 1), or all values alike."""
@@ -87,28 +112,34 @@ class Chain:
         width = 1 if t == 0 or self.exponents is None else self.width(t)
         return torch.from_numpy(numbers * width).reshape(-1, *self.shapes[t])
 
-    def _distribution(self, call: Callable[[Tensor], Any], given: Tensor, size: int, t: int) -> Distribution:
-        with torch.no_grad():
-            parts = [call(part) for part in given.split(size)]
+    def _distribution(
+        self, call: Callable[[Tensor], Any], given: Tensor, size: int, t: int, labels: Integers | None = None
+    ) -> Distribution:
+        classes = torch.zeros(len(given), dtype=torch.int64) if labels is None else torch.from_numpy(labels)
+        parts = [self._call(call, *both) for both in zip(given.split(size), classes.split(size), strict=True)]
         if t == 0 or self.exponents is None:
             return Choices(np.concatenate([part.double().exp().flatten(1, -2).cpu().numpy() for part in parts]))
         return Normal(*gaussian_of(parts), self.width(t))
+
+    def _call(self, call: Callable[[Tensor], Any], given: Tensor, classes: Tensor) -> Any:
+        if self.told is not None:
+            self.told.labels = classes
+        with torch.no_grad():
+            return call(given)
 
     def with_bins_for(self, levels: Integers) -> Self:
         """The chain with bins that suit some of the data, and the narrower of the two distributions of each latent."""
         if self.exponents is None:
             return self
         below = torch.from_numpy(levels[:8])
-        scales: list[float] = []
+        classes, scales = torch.zeros(len(below), dtype=torch.int64), list[float]()
         generator = np.random.default_rng(0)
         for t in range(1, self.depth + 1):
-            with torch.no_grad():
-                mean, scale = gaussian_of([self.up[t - 1](below)])
+            mean, scale = gaussian_of([self._call(self.up[t - 1], below, classes)])
             drawn = mean + scale * generator.standard_normal(mean.shape)
             z = torch.from_numpy(drawn).reshape(-1, *self.shapes[t])
             if t > 1:
-                with torch.no_grad():
-                    own = gaussian_of([self.down[t - 1](z)])[1]
+                own = gaussian_of([self._call(self.down[t - 1], z, classes)])[1]
                 scales[-1] = min(scales[-1], float(np.quantile(own, 0.05)))
             scales.append(float(np.quantile(scale, 0.05)))
             below = z
@@ -127,11 +158,6 @@ class Chain:
         Raises:
             ConfigurationError: It has no such chain.
         """
-        if pipeline.condition is not None:
-            raise ConfigurationError(
-                "the model is conditional, and a file holds no labels or captions to tell it: give one that is told "
-                "nothing."
-            )
         if isinstance(pipeline, HVAEPipeline):
             if transitions is not None:
                 raise ConfigurationError(
@@ -154,11 +180,29 @@ class Chain:
             ConfigurationError: The process is neither Gaussian, as `vdm_hub.as_hierarchical_vae` takes it, nor one of
                 discrete values that says its probabilities.
         """
-        objective = copy.deepcopy(objective).double().eval()
+        objective, told = _told(objective)
         if objective.process.has_discrete_latents:
-            return _of_values(objective, shape)
+            return replace(_of_values(objective, shape), told=told)
         times = None if spacing is None else times_of(spacing, objective.transitions or 1)
-        return _of_hierarchy(as_hierarchical_vae(objective, shape, times))
+        return replace(_of_hierarchy(as_hierarchical_vae(objective, shape, times)), told=told)
+
+
+def _told(objective: VDMObjective) -> tuple[VDMObjective, ToldNetwork | None]:
+    """A copy in float64; where its network knows classes, with one that is told them outside of the batch.
+
+    Raises:
+        ConfigurationError: It is told captions.
+    """
+    objective = copy.deepcopy(objective).double().eval()
+    if (condition := objective.condition) is None:
+        return objective, None
+    if condition.entry != CLASS_LABELS:
+        raise ConfigurationError(
+            f"the model is told the {condition.noun} of an image, and a file keeps none to tell it when it is read: "
+            f"give a model that is told classes, or nothing."
+        )
+    network = ToldNetwork(objective)
+    return VDMObjective(network, objective.process, objective.transitions).double().eval(), network
 
 
 def gaussian_of(parts: Sequence[Gaussian]) -> tuple[Floats, Floats]:
@@ -179,7 +223,7 @@ def _of_hierarchy(model: MarkovianHVAE) -> Chain:
 
 def _of_latents(pipeline: LatentVDMPipeline, transitions: int) -> Chain:
     """The first stage's latent, and above it those of its diffusion."""
-    objective = copy.deepcopy(pipeline.objective(transitions)).double().eval()
+    objective, told = _told(pipeline.objective(transitions))
     process: Any = objective.process
     stage = process.first_stage
     if not hasattr(stage, "decode_levels"):
@@ -204,6 +248,7 @@ def _of_latents(pipeline: LatentVDMPipeline, transitions: int) -> Chain:
             *_each(above.decode, 1, above.depth),
         ],
         (0,) * (1 + above.depth),
+        told,
     )
 
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 from torch import Tensor
 
 from vdm_hub import (
@@ -20,7 +19,7 @@ from vdm_hub import (
     TokenWindows,
     VDMPipeline,
     check_output,
-    images_from_levels,
+    labels_as,
     load_images,
     load_pipeline,
     load_windows,
@@ -29,6 +28,8 @@ from vdm_hub import (
 from vdm_hub_codec.codec import TRANSITIONS, check_model, decode, encode
 from vdm_hub_codec.compare import image_formats, text_compressors
 from vdm_hub_codec.container import Container
+from vdm_hub_codec.decoded_files import check_place, write
+from vdm_hub_codec.images import check_told, classes_of
 from vdm_hub_codec.progressive import progress_of
 from vdm_hub_codec.spacing import StepCosts, plot_lengths
 
@@ -36,7 +37,7 @@ SUFFIX = ".vdmz"
 
 
 class Compress(Command):
-    """Keep images or a text as a file whose length is a model's likelihood, losslessly."""
+    """Keep images or texts as a file whose length is a model's likelihood, losslessly."""
 
     def declare(self, parser: argparse.ArgumentParser) -> None:
         """The model, the data, the file."""
@@ -61,6 +62,13 @@ class Compress(Command):
         group.add_argument(
             "--batch_size", type=_positive, default=64, help="data at once; changes no content (default: 64)"
         )
+        group = parser.add_argument_group("classes, of a model that is told them: the file keeps them, too")
+        group.add_argument("--label_column", help="the column of the classes (default: that of the training)")
+        group.add_argument(
+            "--untold",
+            action="store_true",
+            help="tell the network no class and keep none, where it was trained with condition dropout",
+        )
         group = parser.add_argument_group("output")
         group.add_argument(
             "--compare", action="store_true", help="PNG, WebP and JPEG XL of the same images, or gzip, bzip2 and xz"
@@ -74,11 +82,12 @@ class Compress(Command):
         if arguments.length_plot is not None:
             check_output(arguments.length_plot, "length_plot", ".png", overwrite=arguments.overwrite)
         pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
-        data = _data(pipeline, arguments)
-        costs = _costs(pipeline, data) if arguments.length_plot is not None else None
+        data, labels = _data(pipeline, arguments)
+        costs = _costs(pipeline, data, labels) if arguments.length_plot is not None else None
         whole, report = encode(
             pipeline,
             data,
+            labels,
             transitions=arguments.transitions,
             block=arguments.block,
             sites_at_once=arguments.sites_at_once,
@@ -94,24 +103,27 @@ class Compress(Command):
                 lengths = plot_lengths(costs, report, beside)
         others, notes = _others(pipeline, data) if arguments.compare else ({}, [])
         if arguments.json:
-            print(json.dumps(report.to_dict() | {"others": others, "notes": notes, "lengths": lengths}))
+            told = {"others": others, "notes": [*report.notes, *notes], "lengths": lengths}
+            print(json.dumps(report.to_dict() | told))
             return
         print(f"{arguments.output}: {report}")
         for number, bits in lengths.items():
             print(f"  T = {number:<6}{bits:8.4f} bits/dim, about, by 32 of the data")
         for name, bits in sorted(others.items(), key=lambda item: item[1]):
-            print(f"  {name:<16}{bits:8.4f} bits/dim, the file {report.bits_per_dim / bits - 1:+.1%}")
+            print(f"  {name:<16}{bits:8.4f} {report.unit}, the file {report.bits_per_dim / bits - 1:+.1%}")
         for note in notes:
             print(f"note: {note}.")
 
 
 class Decompress(Command):
-    """Get back the images or the text that a file keeps."""
+    """Get back the images or the texts that a file keeps."""
 
     def declare(self, parser: argparse.ArgumentParser) -> None:
         """The file, the model, the place."""
         parser.add_argument("file", type=Path, help="what `vdm-hub compress` wrote")
-        parser.add_argument("-o", "--output", type=Path, required=True, help="a folder, a .parquet or a .txt file")
+        parser.add_argument(
+            "-o", "--output", type=Path, required=True, help="a folder, a .parquet file, or of one text a .txt file"
+        )
         parser.add_argument("--model", help="the model that made it (default: the one that the file names)")
         parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
         parser.add_argument("--batch_size", type=_positive, default=64, help="data at once; any (default: 64)")
@@ -123,10 +135,7 @@ class Decompress(Command):
     def run(self, arguments: argparse.Namespace) -> None:
         """Write what was decoded, where all of it is what was encoded."""
         output = arguments.output
-        if output.suffix in (".parquet", ".txt"):
-            check_output(output, "output", output.suffix, overwrite=arguments.overwrite)
-        elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ConfigurationError(f"--output {output} is there, and not an empty folder: name another.")
+        check_place(output, overwrite=arguments.overwrite)
         if arguments.progressive is not None:
             check_output(arguments.progressive, "progressive", ".png", overwrite=arguments.overwrite)
         try:
@@ -134,31 +143,30 @@ class Decompress(Command):
         except OSError as error:
             raise DataError(f"{arguments.file} can't be read ({error.strerror}): name a file.") from error
         container = Container.from_bytes(content)
-        is_text = container.coder["kind"] in ("order", "values")
-        if is_text != (output.suffix == ".txt"):
-            raise ConfigurationError(
-                f"--output is {output}, and the file keeps {'a text' if is_text else 'images'}: name "
-                f"{'a .txt file' if is_text else 'a folder or a .parquet file'}."
-            )
+        check_place(output, overwrite=arguments.overwrite, container=container)
         pipeline = load_pipeline(arguments.model or container.model, revision=arguments.revision)
         check_model(pipeline, container)
         wants = arguments.progressive is not None
         progress = progress_of(pipeline, content, batch_size=arguments.batch_size) if wants else None
         found = decode(pipeline, content, batch_size=arguments.batch_size, progress=True)
         with written_beside(output) as beside:
-            _write(found, pipeline, beside, output.suffix)
+            said = write(found, pipeline, beside, output.suffix)
         if progress is not None:
             with written_beside(arguments.progressive) as beside:
                 progress.save(beside, pipeline.num_levels)
             for bits, away in zip(progress.bits_per_dim, progress.error, strict=True):
                 print(f"{bits:8.4f} bits/dim read: the estimate is {away:.3f} levels off")
-        print(f"{output}: {'a text' if isinstance(found, str) else f'{len(found):,} images'}, as encoded")
+        print(f"{output}: {said}, as encoded")
 
 
-def _data(pipeline: LikelihoodPipeline, arguments: argparse.Namespace) -> Tensor | TokenWindows:
-    def say(said: str) -> None:
-        print(said, file=sys.stderr)
+def _say(said: str) -> None:
+    print(said, file=sys.stderr)
 
+
+def _data(pipeline: LikelihoodPipeline, arguments: argparse.Namespace) -> tuple[Tensor | TokenWindows, Tensor | None]:
+    """The data, and the classes of images that the network is to be told."""
+    if isinstance(pipeline, TokenPipeline) or pipeline.num_classes is None:
+        _refuse_classes(arguments)
     config = arguments.dataset_config_name
     if isinstance(pipeline, TokenPipeline):
         column = (pipeline.config.get("windows") or {}).get("text_column", "text")
@@ -169,19 +177,38 @@ def _data(pipeline: LikelihoodPipeline, arguments: argparse.Namespace) -> Tensor
             pipeline.cut,
             config_name=config,
             text_column=column,
-            say=say,
-        )
-    images, _, notes = load_images(pipeline, arguments.dataset_name, arguments.split, config_name=config, say=say)
+            say=_say,
+        ), None
+    check_told(pipeline, untold=arguments.untold)
+    images, _, notes = load_images(
+        pipeline,
+        arguments.dataset_name,
+        arguments.split,
+        config_name=config,
+        label_column=arguments.label_column,
+        say=_say,
+        must_be_told=not arguments.untold,
+    )
     for note in notes:
-        say(f"note: {note}.")
+        _say(f"note: {note}.")
     if not isinstance(images.levels, Tensor):
         raise DataError("the images are of different sizes, and a file keeps those of one: name others.")
-    return images.levels
+    classes = None if arguments.untold else pipeline.class_condition
+    return images.levels, None if classes is None else labels_as(images.labels, images.class_names, classes)
 
 
-def _costs(pipeline: LikelihoodPipeline, data: Tensor | TokenWindows) -> StepCosts:
+def _refuse_classes(arguments: argparse.Namespace) -> None:
+    for name, given in (("label_column", arguments.label_column), ("untold", arguments.untold or None)):
+        if given is not None:
+            raise ConfigurationError(f"--{name} is given, and the model is told no classes: leave it out.")
+
+
+def _costs(pipeline: LikelihoodPipeline, data: Tensor | TokenWindows, labels: Tensor | None) -> StepCosts:
     """What steps of the model cost, for the picture of lengths."""
-    costs = StepCosts.of(pipeline, data) if type(pipeline) is VDMPipeline and isinstance(data, Tensor) else None
+    costs = None
+    if type(pipeline) is VDMPipeline and isinstance(data, Tensor):
+        classes = classes_of(pipeline, labels, len(data))
+        costs = StepCosts.of(pipeline, data, None if classes is None else classes.told(len(data)))
     if costs is None:
         raise ConfigurationError(
             "--length_plot is given, and the model is no VDM of images with one gamma a time: leave it out."
@@ -191,24 +218,10 @@ def _costs(pipeline: LikelihoodPipeline, data: Tensor | TokenWindows) -> StepCos
 
 def _others(pipeline: LikelihoodPipeline, data: Any) -> tuple[dict[str, float], list[str]]:
     if isinstance(data, TokenWindows):
-        text = pipeline.tokenization.decode(data.tokens)
-        return text_compressors(text.encode(), len(data.tokens)), []
+        texts = [pipeline.tokenization.decode(one) for one in data.documents]
+        notes = ["the others are of all texts at once, with a zero byte between"] if len(texts) > 1 else []
+        return text_compressors("\0".join(texts).encode(), len(data.tokens)), notes
     return image_formats(data, pipeline.num_levels)
-
-
-def _write(found: Tensor | str, pipeline: LikelihoodPipeline, beside: Path, suffix: str) -> None:
-    if isinstance(found, str):
-        beside.write_bytes(found.encode())
-        return
-    images = images_from_levels(found, pipeline.num_levels, "pil")
-    if suffix == ".parquet":
-        features = datasets.Features({"image": datasets.Image()})
-        datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(beside)
-        return
-    beside.mkdir()
-    digits = len(str(len(images) - 1))
-    for number, image in enumerate(images):
-        image.save(beside / f"{number:0{digits}}.png")
 
 
 def _positive(word: str) -> int:

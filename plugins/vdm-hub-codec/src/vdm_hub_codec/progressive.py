@@ -21,14 +21,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vdm_hub import ConfigurationError, LikelihoodPipeline, VDMPipeline, alpha, images_from_levels, sigma
-from vdm_hub_codec.blocks import Coder
-from vdm_hub_codec.chains import Chain
-from vdm_hub_codec.codec import chain_of, check_model
+from vdm_hub_codec.chains import CLASS_LABELS, Chain
+from vdm_hub_codec.codec import check_model
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.decisions import Decisions, Integers
 from vdm_hub_codec.distributions import Normal
+from vdm_hub_codec.images import chain_of, coder_of
 from vdm_hub_codec.spacing import times_of
-from vdm_hub_codec.stack import Stack
 
 _MOST = 8
 """Images."""
@@ -87,7 +86,8 @@ def progress_of(pipeline: LikelihoodPipeline, content: bytes, columns: int = 12,
             "there as they are: leave the picture out."
         )
     chain = chain_of(pipeline, container)
-    block, stack = container.blocks[-1], Stack(container.blocks[-1].words)
+    coder, block = coder_of(pipeline, chain, container.coder, batch_size), container.blocks[-1]
+    stack, labels = coder.opened(block)
     before, seen = stack.bits, dict[int, tuple[Integers, int]]()
     kept = set(np.linspace(1, chain.depth, columns).round().astype(int).tolist())
 
@@ -95,12 +95,12 @@ def progress_of(pipeline: LikelihoodPipeline, content: bytes, columns: int = 12,
         if t in kept:
             seen[t] = numbers, before - stack.bits
 
-    coder = Coder(chain, batch_size)
     images = np.arange(block.count - block.batches[-1], block.count)
-    levels = coder.pop_batch(stack, images, Decisions.of(block.notes), observe)
+    told = coder.told(block.count, labels)[images]
+    levels = coder.pop_batch(stack, images, told, Decisions.of(block.notes), observe)
     data, known = torch.from_numpy(levels).reshape(-1, *chain.shapes[0]), _Estimates.of(pipeline, container)
     rates = [given_out + known.log2_marginal(chain, t, data, numbers) for t, (numbers, given_out) in seen.items()]
-    shown = [known.estimate(t, chain.value(numbers[:_MOST], t)) for t, (numbers, _) in seen.items()]
+    shown = [known.estimate(t, chain.value(numbers[:_MOST], t), told[:_MOST]) for t, (numbers, _) in seen.items()]
     estimates = torch.stack([*shown, data[:_MOST].double()])
     error = ((estimates - data[:_MOST]) ** 2).flatten(1).mean(1).sqrt()
     read = [one / levels.size for one in (*rates, before - stack.bits)]
@@ -131,10 +131,11 @@ class _Estimates:
         return drawn.log2(numbers) + numbers.size * math.log2(chain.width(t))
 
     @torch.no_grad()
-    def estimate(self, t: int, z: Tensor) -> Tensor:
-        """The network's estimate of the data at z_t, in levels."""
+    def estimate(self, t: int, z: Tensor, told: Integers) -> Tensor:
+        """The network's estimate of the data at z_t, in levels, told the classes of these."""
         process, gamma = self.objective.process, self.gammas[t - 1].expand(len(z))
-        bound, network = process.bind(None, {})[1], self.objective.network_on({"levels": z})
+        batch = {"levels": z} | ({CLASS_LABELS: torch.from_numpy(told)} if self.objective.condition else {})
+        bound, network = process.bind(None, {})[1], self.objective.network_on(batch)
         noise = bound.predict_noise(network, z, gamma)[0]
         at = gamma.reshape(-1, *(1,) * (z.ndim - 1))
         first, second = process.scaling.encode(torch.tensor([0, 1]), torch.float64)

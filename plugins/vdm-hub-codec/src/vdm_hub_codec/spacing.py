@@ -49,11 +49,12 @@ class StepCosts:
     dimensions: int
 
     @classmethod
-    def of(cls, pipeline: VDMPipeline, levels: Tensor) -> StepCosts | None:
-        """Those of the first 32 of the data; ``None`` of a model whose data have no one gamma a time."""
+    def of(cls, pipeline: VDMPipeline, levels: Tensor, told: Tensor | None = None) -> StepCosts | None:
+        """Those of the first 32 of the data, of classes (N,) where there are; ``None`` without one gamma a time."""
         if (schedule := pipeline.process.scalar_gamma) is None:
             return None
         objective, batch = pipeline.objective(None), {"levels": levels[:_DATA]}
+        batch |= {} if told is None else {"class_labels": told[:_DATA]}
         noise = objective.draw_noise(batch, torch.Generator().manual_seed(0))
         edges = torch.linspace(0, 1 - 1e-6, CELLS + 1, dtype=torch.float64)
         gammas, slope = (found.detach().double() for found in schedule.with_derivative(edges))
