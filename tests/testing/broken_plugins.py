@@ -465,6 +465,17 @@ class DecodesToTheNegative(Process):
             return 16 - super().decode(z_0, network, generator)
 
 
+class AnyValueAlike(Process):
+    has_discrete_latents = True
+
+    class bound(BoundGaussian):
+        def transition_probabilities(self, z_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
+            return torch.full((*z_s.shape, 17), 1 / 17)
+
+        def reverse_probabilities(self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
+            return torch.full((*z_t.shape, 17), 1 / 17)
+
+
 class NoEstimate(Process):
     class bound(BoundGaussian):
         def reverse_step(
@@ -883,6 +894,7 @@ BROKEN: dict[str, dict[str, Callable[[], object]]] = {
         "json_config": ForgetsItsDecoder,
         "transition_kl_is_seen": TenthOfTheDiffusion,
         "prior_kl_is_seen": NoPrior,
+        "values_are_as_likely_as_said": AnyValueAlike,
         "decoder": NoReconstruction,
         "reconstruction_by_level": ExpectsNothing,
         "estimate": NoEstimate,

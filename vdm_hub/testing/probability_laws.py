@@ -15,9 +15,10 @@ from torch import Tensor
 from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
 from vdm_hub.testing.laws import require
 from vdm_hub.testing.process_laws import PROCESS_LAWS, BoundBatch, FakeNetwork, FittedOutput
-from vdm_hub.testing.subjects import CPU, cast, evaluated, require_close, seeded
+from vdm_hub.testing.subjects import BATCH, CPU, cast, evaluated, require_close, require_shape, seeded
 
 _COPIES = 128
+_MOST_COPIES, _NUMBERS = 4096, 2**21  # of a datum, where its values are counted; and of probabilities, at most
 _BINS = 32
 _MARGIN, _NOISE = 0.8, 0.02  # of a KL that is seen: its standard error is below 0.02 nats
 
@@ -179,3 +180,63 @@ def one_timestep(process: ForwardProcess) -> None:
     for timestep in timesteps:
         if timestep.shape == wanted.shape:  # other shapes are another law's
             require_close(timestep, wanted, "the timestep in training, against that of predict(),", 1e-4, 1e-3)
+
+
+@PROCESS_LAWS.add
+def values_are_as_likely_as_said(process: ForwardProcess) -> None:
+    """Where latents are values, the prior, q(z_t|z_s) and a reverse step draw them with the probabilities it says."""
+    if not process.has_discrete_latents:
+        return
+    process, k = evaluated(process, torch.float64), process.num_levels
+    levels = torch.randint(0, k, (BATCH, *process.example_shape), generator=seeded(1))
+    copies = max(min(_MOST_COPIES, _NUMBERS // (levels.numel() * k)), 1)
+    x = process.encode(levels.repeat_interleave(copies, 0)).double()
+    shape = tuple(x.shape)
+    noise = [cast(process.draw_noise(shape, seeded(seed), CPU), torch.float64) for seed in (2, 3)]
+    bound, network = process.bind(x, noise[0])[1], FakeNetwork(process)
+    zero, s, t = torch.tensor([0.0, 0.4, 0.8], dtype=torch.float64)
+    each = t.expand(len(x))
+    z_s, z_t = bound.sample(x, s.expand(len(x)), noise[0]), bound.sample(x, each, noise[1])
+    fixed = x.roll(copies, 0)  # of each datum the same
+    output = bound.predict(network, fixed, t)
+    with torch.no_grad():
+        drawn = {
+            "prior_sample()": (bound.prior_sample(shape, seeded(4), CPU), torch.full((*shape, k), 1 / k), 1),
+            "sample() at 0.8": (z_t, bound.transition_probabilities(x, zero, t), 1),
+            "sample() at 0.8, from 0.4,": (z_t, bound.transition_probabilities(z_s, s, t), 2),
+            "reverse_step()": (
+                bound.reverse_step(output, fixed, s, t, seeded(5))[0],
+                bound.reverse_probabilities(output, fixed, s, t),
+                1,
+            ),
+        }
+    for name, (values, probabilities, draws) in drawn.items():
+        _require_as_likely(name, process.quantise(values), probabilities.double(), draws)
+
+
+def _require_as_likely(name: str, values: Tensor, probabilities: Tensor, draws: int) -> None:
+    r"""Require values, (B R, \*data), of R copies of each datum, to be draws of probabilities, (B R, \*data, K).
+
+    The statistic is Pearson's, of the values that are expected ten times or more. Its mean is ``sum(1 - p)``; where
+    the probabilities are a mean over draws, too, at most twice that.
+    """
+    k = probabilities.shape[-1]
+    require_shape(probabilities, (*values.shape, k), f"the probabilities of {name}")
+    low, total = float(probabilities.min()), probabilities.sum(-1)
+    require(low >= 0, f"a probability of {name} is {low:.6g}")
+    require_close(total, torch.ones_like(total), f"the sum of the probabilities of {name}", rtol=0, atol=1e-6)
+    copies = len(values) // BATCH
+    shape = (BATCH, copies, *values.shape[1:], k)
+    found = torch.nn.functional.one_hot(values, k).double().reshape(shape).sum(1)
+    expected = probabilities.reshape(shape).sum(1)
+    never = int(found[expected < 1e-9].sum())
+    require(never == 0, f"{name} gives {never} values whose probability is zero")
+    often = expected >= 10
+    away = float(((found - expected) ** 2 / expected)[often].sum())
+    mean = draws * float((1 - expected / copies)[often].sum())
+    spread = draws * math.sqrt(2 * int(often.sum()))
+    require(
+        away <= mean + 6 * spread,
+        f"the squared differences between how often {name} gives a value and its probability sum to {away:.6g}, and "
+        f"of draws to {mean:.6g} +- {spread:.2g}",
+    )
