@@ -30,10 +30,14 @@ MAIN_FILES = {
 }
 
 
-def vdm_hub(environment: Mapping[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+def vdm_hub(
+    environment: Mapping[str, str], *arguments: object, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     script = "import sys; from vdm_hub.commands import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, env=dict(environment), cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def files(repository: Repository, revision: str = "main") -> dict[str, Blob]:

@@ -12,6 +12,7 @@ from vdm_hub.commands.images import images_of
 from vdm_hub.commands.loading import load_pipeline
 from vdm_hub.commands.options import OVERRIDES
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
+from vdm_hub.commands.submission import Submission, check_options
 from vdm_hub.commands.texts import OF_TEXTS, refuse_options, windows_of
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.examples import Examples
@@ -47,16 +48,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure the pipeline on the images, and print the report."""
     _check(arguments)
     processes = Processes.launched()
+    submission = Submission(arguments, processes)
     with processes.main_speaks():
+        submission.open()
         pipeline, images, description, notes = processes.together(lambda: _load(arguments, processes))
+        submission.check(pipeline, images, description)
         report = _evaluate(arguments, pipeline, images, description, processes).with_notes(notes)
         if processes.is_main:
             print(json.dumps(report.to_dict()) if arguments.json else report, flush=True)
             _write(arguments, report, images)
+            submission.finish(report)
     return 0 if report.reached else NOT_REACHED
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    check_options(arguments)
     for (minimum, maximum), names in _RANGES.items():
         within(minimum, maximum, arguments, *names)
     if arguments.target_standard_error is None:

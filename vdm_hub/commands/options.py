@@ -57,6 +57,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     _add_mixture(parser.add_argument_group("classes"))
     _add_effort(parser.add_argument_group("effort"))
     _add_output(parser.add_argument_group("output"))
+    _add_submission(parser.add_argument_group("submission"))
 
 
 def classify(parser: argparse.ArgumentParser) -> None:
@@ -255,6 +256,18 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--per_image", type=Path, help="write a Parquet file with a row for each image")
     group.add_argument("--plot", type=Path, help="write a PNG: bits over t, and the histogram of the images' bits")
     group.add_argument("--overwrite", action="store_true", help="replace those files, where there are any")
+
+
+def _add_submission(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--submit",
+        action="store_true",
+        help="open a pull request to the model's repository on the Hub, whoever it belongs to, with the figure, its "
+        "error and its protocol; of a whole split of a dataset on the Hub",
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="with --submit: measure, show what would be submitted, and send nothing"
+    )
 
 
 def sample(parser: argparse.ArgumentParser) -> None:

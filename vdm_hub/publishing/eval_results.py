@@ -150,16 +150,23 @@ def _words(evaluation: Mapping[str, Any], figure: Figure) -> list[str]:
     shape = "x".join(map(str, dataset["shape"]))
     what = "an upper bound of the" if evaluation["is_bound"] else "an estimate of the"
     resized = ["resized, so not comparable with published figures"] if dataset.get("resized") else []
-    unclipped = ["without its sampler's clipping of estimates"] if "clipped" in evaluation else []
     return [
         f"{figure.unit}, lower is better: {what} negative log-likelihood",
         f"standard error {_error(figure.standard_error)} (Monte Carlo, {evaluation['replicates']} replicates), "
         f"{_error(figure.standard_error_over_data)} (over {data})",
         f"{evaluation['num_images']:,} {data} of the split {dataset['split']}, {shape}, {dataset['levels']:,} levels",
         *resized,
-        *unclipped,
+        *_clipped(evaluation.get("clipped")),
         f"seed {evaluation['seed']}, vdm_hub {visible(evaluation['versions'].get('vdm-hub', 'of unknown version'))}",
     ]
+
+
+def _clipped(figures: Mapping[str, Any] | None) -> list[str]:
+    """The words on the clipped model of a checkpoint whose sampler clips: the value is that of the unclipped one."""
+    if figures is None:
+        return []
+    value, error = figures["bits_per_dim"], _error(figures["standard_error"])
+    return [f"without its sampler's clipping of estimates; with it {value:.4f} bits/dim, standard error {error}"]
 
 
 def _error(error: float | None) -> str:

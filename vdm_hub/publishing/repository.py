@@ -14,6 +14,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
     CommitOperationDelete,
+    EvalResultEntry,
     HfApi,
     get_token,
 )
@@ -75,10 +76,11 @@ class HubRepository:
 
     Args:
         repo_id: ``owner/name``, or a name in the token's own namespace.
+        sends: Whether anything is to be sent, for which there must be a token.
     """
 
-    def __init__(self, repo_id: str) -> None:
-        check_ready(repo_id)
+    def __init__(self, repo_id: str, *, sends: bool = True) -> None:
+        (check_ready if sends else check_repo_id)(repo_id)
         self.repo_id = repo_id
         self._commits: list[str] = []
         self._api = HfApi(library_name="vdm-hub", library_version=__version__)
@@ -106,6 +108,33 @@ class HubRepository:
                 f"{self.repo_id} exists and is public, but --private was asked for: nothing was sent. Make it private "
                 f"in its settings on the Hub, or choose another name."
             )
+
+    def check_may_send(self) -> None:
+        """Find out whether the token may only read: what else it may not, the Hub says when it is asked.
+
+        Raises:
+            PublishError: It may only read, or is none.
+        """
+        token = self._retried(self._api.whoami).get("auth", {}).get("accessToken", {})
+        if token.get("role") == "read":
+            raise PublishError(
+                f"the token may only read, and a pull request to {self.repo_id} is to be opened: run `hf auth login` "
+                f"with one that may write, or set HF_TOKEN to one."
+            )
+
+    def results(self, revision: str) -> list[EvalResultEntry]:
+        """The evaluation results that it states at a revision, as the Hub reads them."""
+        info = self._retried(lambda: self._api.model_info(self.repo_id, revision=revision, expand=["evalResults"]))
+        return info.eval_results or []
+
+    def requests(self, title: str) -> list[int]:
+        """The numbers of the open pull requests of a title."""
+        discussions = self._retried(
+            lambda: list(
+                self._api.get_repo_discussions(self.repo_id, discussion_type="pull_request", discussion_status="open")
+            )
+        )
+        return [one.num for one in discussions if one.title == title]
 
     def head(self, revision: str = MAIN) -> str:
         """The commit that a branch is at."""
@@ -189,7 +218,13 @@ class HubRepository:
             ) from stop
 
     def open_pull_request(
-        self, folder: Path, message: str, branch: str, parent: str, delete: Iterable[str] = ()
+        self,
+        folder: Path,
+        message: str,
+        branch: str,
+        parent: str,
+        delete: Iterable[str] = (),
+        description: str | None = None,
     ) -> str:
         """`commit` as a pull request; returns its address. Sent once: a second one would be a second request.
 
@@ -203,7 +238,9 @@ class HubRepository:
 
         def attempt() -> str:
             operations = self._uploaded(folder, branch, removed, create_pr=True)
-            made = answer.of(lambda: self._create_commit(operations, message, branch, parent, create_pr=True))
+            made = answer.of(
+                lambda: self._create_commit(operations, message, branch, parent, create_pr=True, text=description)
+            )
             return str(made.pr_url)
 
         with answer.missed():
@@ -223,12 +260,19 @@ class HubRepository:
         return [*added, *map(CommitOperationDelete, removed)]
 
     def _create_commit(
-        self, operations: list[CommitOperation], message: str, branch: str, parent: str, create_pr: bool = False
+        self,
+        operations: list[CommitOperation],
+        message: str,
+        branch: str,
+        parent: str,
+        create_pr: bool = False,
+        text: str | None = None,
     ) -> CommitInfo:
         return self._api.create_commit(
             self.repo_id,
             operations,
             commit_message=message,
+            commit_description=text,
             revision=branch,
             create_pr=create_pr,
             parent_commit=parent,
