@@ -86,6 +86,8 @@ from .likelihood.methods import LikelihoodMethod as LikelihoodMethod
 from .likelihood.methods import ProbabilityFlow as ProbabilityFlow
 from .likelihood.methods import VariationalBound as VariationalBound
 from .likelihood.probability_flow import FlowMeasurement as FlowMeasurement
+from .likelihood.profiles import pixel_profile as pixel_profile
+from .likelihood.profiles import PixelProfile as PixelProfile
 from .likelihood.profiles import transition_profile as transition_profile
 from .likelihood.protocol import ClassificationEffort as ClassificationEffort
 from .likelihood.report import LikelihoodReport as LikelihoodReport
@@ -111,7 +113,10 @@ from .pipelines.hvae import HVAEPipeline as HVAEPipeline
 from .pipelines.latent_vdm import LatentVDMPipeline as LatentVDMPipeline
 from .pipelines.tokens import TokenPipeline as TokenPipeline
 from .pipelines.vdm import VDMPipeline as VDMPipeline
+from .pipelines.watching import watch as watch
 from .plots import plot_decompositions as plot_decompositions
+from .plots import plot_likelihood as plot_likelihood
+from .plots import plot_pixel_profile as plot_pixel_profile
 from .plots import save_grid as save_grid
 from .recipes.arguments import parse_recipe as parse_recipe
 from .recipes.command_line import CommandLineParser as CommandLineParser

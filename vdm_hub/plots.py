@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 import numpy as np
@@ -21,19 +21,19 @@ from torch import Tensor
 from vdm_hub.data.picture_files import DRAWN
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
-from vdm_hub.likelihood.profiles import TransitionProfile
+from vdm_hub.likelihood.profiles import PixelProfile, TransitionProfile
 from vdm_hub.likelihood.report import LikelihoodReport
 
 _BINS = 40
 _STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 
 
-def save_grid(images: Tensor, path: Path, columns: int | None = None, scale: int | None = None) -> None:
+def save_grid(images: Tensor, path: Path | IO[bytes], columns: int | None = None, scale: int | None = None) -> None:
     """Save images in [0, 1], (B, C, H, W), as one picture; small ones are enlarged without smoothing.
 
     Args:
         images: The images.
-        path: Where to write the PNG.
+        path: Where to write the PNG, or a file that is open for it.
         columns: Images in a row; as square a grid as possible by default.
         scale: Enlargement; to about 64 pixels an image by default.
     """
@@ -88,14 +88,50 @@ def plot_schedule(process: ForwardProcess, report: LikelihoodReport | None, path
 
 
 def plot_likelihood(report: LikelihoodReport, path: Path) -> None:
-    """Plot the bits over t, where the method has times, and their spread over the images."""
-    has_times = report.times is not None
+    """Plot the bits over t, where the method has times, and their spread over the images, where there are several."""
+    has_times, has_spread = report.times is not None, report.times is None or report.num_images > 1
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 3.4) if has_times else (5, 3.4), layout="constrained")
-        axes = figure.subplots(1, 1 + has_times, squeeze=False)[0]
+        panels = has_times + has_spread
+        figure = Figure(figsize=(5 * panels, 3.4), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
         if has_times:
             _plot_bits(report, axes[0])
-        _plot_histogram(report, axes[-1])
+        if has_spread:
+            _plot_histogram(report, axes[-1])
+        figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
+
+
+def plot_pixel_profile(profile: PixelProfile, images: Tensor, path: Path | IO[bytes]) -> None:
+    """Plot where the bits of images lie, a row each: the image, the bits of each of its pixels, and the bits over t.
+
+    All maps are of one scale, and so are all curves; of colours, a pixel's bits are the sum.
+
+    Args:
+        profile: Of `vdm_hub.LikelihoodPipeline.pixel_profile`.
+        images: Those images in [0, 1], (B, C, H, W).
+        path: Where to write the PNG, or a file that is open for it.
+    """
+    maps, most = profile.bits.sum(1), float(profile.bits.sum(1).max())
+    edges = np.linspace(0, 1, min(_BINS, profile.times.shape[1]) + 1)
+    place = np.minimum((profile.times.numpy() * (len(edges) - 1)).astype(int), len(edges) - 2)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 2.6 * len(maps)), layout="constrained")
+        axes = figure.subplots(len(maps), 3, squeeze=False, sharey="col", width_ratios=(1, 1.15, 1.6))
+        for row, (image, bits, where, over_time) in enumerate(
+            zip(images, maps, place, profile.over_time.numpy(), strict=True)
+        ):
+            picture, heat, curve = axes[row]
+            shown = image.cpu().permute(1, 2, 0).squeeze(-1).numpy()
+            picture.imshow(shown, cmap="gray", vmin=0, vmax=1)
+            drawn = heat.imshow(bits.numpy(), cmap="magma", vmin=min(0.0, float(maps.min())), vmax=most)
+            figure.colorbar(drawn, ax=heat, shrink=0.85)
+            counts = np.maximum(np.bincount(where, minlength=len(edges) - 1), 1)
+            curve.stairs(np.bincount(where, over_time, len(edges) - 1) / counts, edges, fill=True, alpha=0.6)
+            picture.set(title="the image")
+            heat.set(title="bits of each pixel")
+            picture.set_axis_off()
+            heat.set_axis_off()
+            curve.set(xlabel="t (0: the image, 1: noise)", ylabel="bits/dim per unit of t", title="bits over t")
         figure.savefig(path, dpi=150, format="png", metadata=DRAWN)
 
 

@@ -86,7 +86,9 @@ BUILT_INS: dict[str, dict[str, str]] = {
     "commands": {},
 }
 
-RESERVED = {"commands": ("train", "recipes", "explain", "evaluate", "classify", "sample", "publish", "plugins")}
+RESERVED = {
+    "commands": ("train", "recipes", "explain", "evaluate", "classify", "sample", "publish", "space", "plugins")
+}
 """Names that are taken, though no class is registered under them: the commands of ``vdm-hub`` itself."""
 
 _BASES = {

@@ -99,12 +99,15 @@ class Endpoints:
     @ROUTES.add("POST", "/api/repos/create", writes=True)
     def create_repo(self, call: Call) -> Response:
         wish = json.loads(call.body)
-        if wish.get("type", "model") != "model":
-            raise HubError(501, "the loopback Hub holds models only")
-        repo = f"{wish.get('organization') or 'me'}/{wish['name']}"
+        kind = wish.get("type") or "model"
+        if kind not in ("model", "space"):
+            raise HubError(501, "the loopback Hub holds models and Spaces only")
+        if kind == "space" and not wish.get("sdk"):
+            raise HubError(400, "a Space needs an sdk")
+        repo = f"{'spaces/' if kind == 'space' else ''}{wish.get('organization') or 'me'}/{wish['name']}"
         answer = {"url": f"{self.url}/{repo}", "name": repo}
         if repo in self.repositories:
-            return json_response({**answer, "error": "You already created this model repo"}, 409)
+            return json_response({**answer, "error": f"You already created this {kind} repo"}, 409)
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in self.lfs_suffixes)
         private = wish.get("visibility") == "private" or wish.get("private") is True  # the latter from clients 1.x
         self.repositories[repo] = Repository(private, {".gitattributes": Blob(attributes.encode())})

@@ -74,7 +74,8 @@ class Routes:
 
     def add(self, method: str, pattern: str, *, writes: bool = False) -> Callable[[Endpoint], Endpoint]:
         """Send calls that fit `pattern` to the decorated method, its <parts> as arguments."""
-        named = pattern.replace("<repo>", "(?P<repo>(?:datasets/)?[^/]+/[^/]+)").replace("<path>", "(?P<path>.+)")
+        named = pattern.replace("<repo>", "(?P<repo>(?:(?:datasets|spaces)/)?[^/]+/[^/]+)")
+        named = named.replace("<path>", "(?P<path>.+)")
         path = re.compile(re.sub(r"(?<!\?P)<(\w+)>", r"(?P<\1>[^/]+)", named))
 
         def register(endpoint: Endpoint) -> Endpoint:
@@ -84,8 +85,8 @@ class Routes:
         return register
 
     def find(self, method: str, path: str) -> tuple[Route, dict[str, str]] | None:
-        """The first route that fits, and the unquoted parts of the path; a dataset is a repository of another name."""
-        path = re.sub("^/api/datasets/(?=.+/.)", "/api/models/datasets/", path)
+        """The first route that fits, and the unquoted parts of the path; others are models of another name."""
+        path = re.sub("^/api/(datasets|spaces)/(?=.+/.)", r"/api/models/\1/", path)
         wanted = "GET" if method == "HEAD" else method
         for route in self._routes:
             if route.method == wanted and (match := route.path.fullmatch(path)):

@@ -1,8 +1,8 @@
 """A Hugging Face Hub on 127.0.0.1: the unmodified `huggingface_hub` client publishes to it and loads from it.
 
-It speaks the model side of the protocol: repositories, branches, tags and pull requests, atomic commits with uploads
-as base64, by Git LFS or by Xet, listings, downloads, evaluation results, tokens. A dataset, "datasets/owner/name" of
-`repositories`, can be read. Anything else is answered 501.
+It speaks the protocol of models: repositories, branches, tags and pull requests, atomic commits with uploads
+as base64, by Git LFS or by Xet, listings, downloads, evaluation results, tokens. A Space is
+"spaces/owner/name" of `repositories`; a dataset, "datasets/owner/name", can be read. Anything else is answered 501.
 
     with LoopbackHub() as hub:
         subprocess.run([sys.executable, "publish.py"], env=hub.environment(tmp_path), check=True)

@@ -22,7 +22,7 @@ from vdm_hub.version import __version__
 TRAIN = "train"
 _COMMANDS = (
     *(options.recipes, options.explain, options.evaluate, options.classify, options.sample, options.publish),
-    options.plugins,
+    *(options.space, options.plugins),
 )
 COMMANDS = {declare.__name__: declare for declare in _COMMANDS}
 """The commands, and what declares the options of each; ``train`` takes the fields of a recipe besides."""

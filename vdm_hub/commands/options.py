@@ -348,6 +348,32 @@ def publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="with --dry_run: replace what a former one wrote")
 
 
+def space(parser: argparse.ArgumentParser) -> None:
+    """Make a Gradio app of a model, as a Space of the Hub, a folder, or served on this machine."""
+    parser.epilog = "The token is the one of `hf auth login`, or HF_TOKEN; it is never an argument."
+    parser.add_argument("model", help="a Hub id such as me/vdm-digits; or a run's folder, or a pipeline's")
+    parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
+    parser.add_argument("--title", help="over the app (default: the model's name)")
+    parser.add_argument(
+        "--requirement",
+        action="append",
+        default=[],
+        help="a line of requirements.txt, in place of that of the same package, such as 'vdm-hub @ "
+        "git+https://host/vdm_hub@COMMIT'; may be given several times",
+    )
+    group = parser.add_argument_group("where to; at least one")
+    group.add_argument(
+        "--output", type=Path, help="write it into this folder; a model of this machine is copied into its model/"
+    )
+    group.add_argument("--overwrite", action="store_true", help="with --output: replace what a former one wrote")
+    group.add_argument(
+        "--push", help="commit it to this Space, such as me/vdm-digits-demo; a model of this machine goes with it"
+    )
+    group.add_argument("--private", action="store_true", help="with --push: make a new Space private")
+    group.add_argument("--serve", action="store_true", help="run it on this machine, until Ctrl-C")
+    group.add_argument("--port", type=int, help="with --serve: the port (default: 7860, or the next that is free)")
+
+
 def plugins(parser: argparse.ArgumentParser) -> None:
     """List the noise schedules, targets and processes that are installed, and check them."""
     parser.epilog = (

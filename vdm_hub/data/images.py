@@ -125,7 +125,7 @@ class ImageReader:
         except DataError:
             raise
         except Exception as error:  # whatever Pillow's readers stumble over
-            raise CorruptImageError(f"{name} of the dataset can't be decoded ({_why(error)})") from error
+            raise CorruptImageError(f"{name} of the dataset can't be decoded ({why_unreadable(error)})") from error
         return image
 
     def _file(self, encoded: Any, name: object) -> IO[bytes]:
@@ -484,7 +484,8 @@ def _resize(image: Image, resolution: int) -> Image:
     return image.resize((width, height), PIL.Image.Resampling.BILINEAR)
 
 
-def _why(error: Exception) -> str:
+def why_unreadable(error: BaseException) -> str:
+    """Why a picture can't be read, by the error of whatever tried."""
     # Pillow shows the buffer's address, which tells nobody anything.
     if isinstance(error, PIL.UnidentifiedImageError):
         return f"it is none of {', '.join(FORMATS)}"

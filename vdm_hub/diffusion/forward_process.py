@@ -65,6 +65,21 @@ class BoundProcess(ABC):
     def reconstruction(self, levels: Tensor, x: Tensor, noise: Noise, network: Network) -> Tensor:
         """A one-draw estimate of ``E[-log p(x|z_0)]``."""
 
+    def terms_by_dimension(
+        self, levels: Tensor, x: Tensor, t: Tensor, noise: Noise, network: Network
+    ) -> dict[str, Tensor]:
+        """What each dimension adds to `reconstruction`, `prior_kl` and `kl_rate`, (B, *data), nats.
+
+        The terms are called ``reconstruction``, ``prior`` and ``diffusion``.
+
+        Raises:
+            ConfigurationError: They are no sums over the dimensions of the data, or nobody has said how.
+        """
+        raise ConfigurationError(
+            f"the bound of {type(self).__name__} is not known to be a sum over the data's own dimensions: ask for its "
+            f"terms as a whole (log_likelihood)."
+        )
+
     @abstractmethod
     def prior_sample(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> Tensor:
         """``z_1`` from ``p(z_1)``."""

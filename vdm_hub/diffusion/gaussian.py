@@ -96,10 +96,15 @@ def transition_kl(error: Tensor, weight: Tensor, log_ratio: Tensor) -> Tensor:
 
 def prior_kl(x: Tensor, gamma_1: Tensor) -> Tensor:
     """``KL(q(z_1|x) || N(0, I))`` per datum in nats, (B, *data) -> (B,) (VDM section 3.2, the prior loss)."""
+    return sum_dimensions(prior_kl_by_dimension(x, gamma_1))
+
+
+def prior_kl_by_dimension(x: Tensor, gamma_1: Tensor) -> Tensor:
+    """`prior_kl` of each dimension, (B, *data), nats."""
     gamma = broadcast(gamma_1, x)
     log_variance = F.logsigmoid(gamma)
     # sigma^2 - log sigma^2 - 1 as expm1: near gamma_1 = 13 its terms cancel.
-    return sum_dimensions(0.5 * (torch.expm1(log_variance) - log_variance + torch.sigmoid(-gamma) * x**2))
+    return 0.5 * (torch.expm1(log_variance) - log_variance + torch.sigmoid(-gamma) * x**2)
 
 
 def sde_coefficients(gamma: Tensor, gamma_prime: Tensor) -> tuple[Tensor, Tensor]:

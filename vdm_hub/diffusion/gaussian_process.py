@@ -290,6 +290,38 @@ class BoundGaussian(BoundProcess):
             predict = lambda: process.x_hat(output, z_0, gamma_0)  # noqa: E731
         return process.decoder.negative_log_likelihood(levels, z_0, gamma_0, variance, predict, process.scaling)
 
+    def terms_by_dimension(
+        self, levels: Tensor, x: Tensor, t: Tensor, noise: Noise, network: Network
+    ) -> dict[str, Tensor]:
+        self.process.variance.check_continuous()
+        gamma_t, gamma_prime = VarianceGradient(self.process.schedule, self.gamma)(t)
+        error, _ = self._error(x, gamma_t, noise, network)
+        return {
+            "reconstruction": self._reconstruction_by_dimension(levels, x, noise, network),
+            "prior": gaussian.prior_kl_by_dimension(x, self._at(1.0, x)),
+            "diffusion": 0.5 * broadcast(gamma_prime, x) * error,
+        }
+
+    def _reconstruction_by_dimension(self, levels: Tensor, x: Tensor, noise: Noise, network: Network) -> Tensor:
+        """By quadrature where the decoder allows it, as the bound is measured; else by one draw.
+
+        Given the network's estimate a decoder is asked for each dimension as if it were a datum of its own.
+        """
+        if (known := self.process.reconstruction_by_level()) is not None:
+            return known.to(x.device)[levels.long()].to(x.dtype)
+        if self.process.variance.learned:
+            raise ConfigurationError(
+                "the network says the variance of the step onto the data, and bits by dimension of that are not "
+                "known: ask for the terms as a whole (log_likelihood)."
+            )
+        gamma_0 = broadcast(self._at(0.0, x), x).expand_as(x)
+        z_0 = gaussian.marginal_sample(x, gamma_0, noise["reconstruction"])
+        x_hat = self._x_hat(network, z_0, self._at(0.0, x))()
+        variance = broadcast(self._first_posterior_variance(x), x).expand_as(x)
+        alone, z, gamma, spread, estimate = (one.reshape(-1, 1) for one in (levels, z_0, gamma_0, variance, x_hat))
+        decoder, scaling = self.process.decoder, self.process.scaling
+        return decoder.negative_log_likelihood(alone, z, gamma, spread, lambda: estimate, scaling).view_as(x)
+
     def prior_sample(self, shape: tuple[int, ...], generator: Generator, device: torch.device) -> Tensor:
         return normal_noise(shape, generator, device)
 

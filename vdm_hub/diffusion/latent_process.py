@@ -301,6 +301,14 @@ class BoundLatent(BoundGaussian):
         """``-log p(x|y)`` at the batch's own y."""
         return -self.latent.coder.log_likelihood(levels, self.latent.unscaled(self.origin(x)))
 
+    def terms_by_dimension(
+        self, levels: Tensor, x: Tensor, t: Tensor, noise: Noise, network: Network
+    ) -> dict[str, Tensor]:
+        raise ConfigurationError(
+            "the bits of a latent diffusion are those of its latents, and lie on no pixel: ask for its terms as a "
+            "whole (log_likelihood)."
+        )
+
     def decode(self, z_0: Tensor, network: Network, generator: Generator) -> Tensor:
         """``y ~ p(y|z_0)``, then levels from ``p(x|y)``."""
         gamma_0 = broadcast(self._at(0.0, z_0), z_0)

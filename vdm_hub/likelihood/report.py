@@ -123,6 +123,24 @@ class LikelihoodReport:
         return bool(self.details.get("target", {}).get("reached", True))
 
     @property
+    def terms_of_each(self) -> dict[str, Tensor]:
+        """The terms of each image in bits per dimension, (images,), the mean of its replicates."""
+        scale = self.dimensions * math.log(2)
+        return {name: term.mean(0) / scale for name, term in self.terms_per_image.items()}
+
+    def table(self) -> str:
+        """The figures of each image as a table in Markdown: bits/dim with their Monte Carlo error, all bits, terms."""
+        terms, sign = self.terms_of_each, "at most " if self.is_bound else ""
+        datum, unit = self.units.kind.datum, self.units.kind.unit
+        lines = [f"| {datum} | {unit} | bits in all | {' | '.join(terms)} |", "| --- " * (3 + len(terms)) + "|"]
+        for i, (bits, error) in enumerate(zip(self.per_image, self.standard_error_per_image, strict=True)):
+            each = " | ".join(f"{float(term[i]):.3f}" for term in terms.values())
+            total = f"{float(bits) * self.dimensions:.1f}"
+            shown = f"{sign}**{bits:.3f}** ± {_shown(float(error), 'replicates')}"
+            lines.append(f"| {i + 1} | {shown} | {sign}{total} | {each} |")
+        return "\n".join(lines)
+
+    @property
     def terms(self) -> dict[str, float]:
         """The mean of each term in bits per dimension."""
         scale = self.dimensions * math.log(2)

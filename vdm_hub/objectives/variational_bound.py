@@ -192,6 +192,26 @@ class VDMObjective(Objective):
             terms = {"reconstruction": bound.reconstruction(levels, x, noise, network)} if reconstruction else {}
             return terms | {self.integrand: self._diffusion(bound, x, times, noise, network)}
 
+    def terms_by_dimension(self, batch: Batch, times: Tensor, noise: Noise) -> Terms:
+        """What each dimension of the data adds to the terms of `forward` in continuous time, (B, *data), nats.
+
+        Those that a process adds of its own lie on no dimension, and are left out.
+
+        Args:
+            batch: See `forward`, as the next two.
+            times: In [0, 1), (B,).
+            noise: Base noise.
+
+        Raises:
+            ConfigurationError: The terms are no sums over dimensions, as in a diffusion of latents.
+        """
+        levels, network = batch["levels"], self.network_on(batch)
+        _check_draws(levels, times, self.process.num_levels, self.kind)
+        with torch.autocast(levels.device.type, enabled=False):
+            x = self.process.encode(levels)
+            _, bound = bind_batch(self.process, batch, x, noise)
+            return bound.terms_by_dimension(levels, x, times, noise, network)
+
     def network_on(self, batch: Batch) -> Network:
         """The network as a process calls it, told what the batch holds beside its data.
 

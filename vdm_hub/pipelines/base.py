@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition, ClassLabels, Condition
 from vdm_hub.data.kinds import IMAGES, DataKind, kind_of
 from vdm_hub.data.levels import levels_from_images
+from vdm_hub.data.one_picture import PictureFile, read_picture
 from vdm_hub.data.preprocessing import HeldOut, Preprocessing
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
@@ -30,12 +31,13 @@ from vdm_hub.likelihood.classification import BoundClassifier
 from vdm_hub.likelihood.classification_report import ClassificationReport, numbered
 from vdm_hub.likelihood.measurement import collect
 from vdm_hub.likelihood.methods import METHODS, Method, build_measurement, method_of
+from vdm_hub.likelihood.profiles import PixelProfile, pixel_profile
 from vdm_hub.likelihood.protocol import ClassificationEffort
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.conditions import check_classes
 from vdm_hub.models.loading import REMEDY, refuse_pickles
 from vdm_hub.models.text_conditions import TextCondition
-from vdm_hub.objectives.variational_bound import Objective
+from vdm_hub.objectives.variational_bound import Objective, VDMObjective
 from vdm_hub.pipelines.prompts import Prompt, encoded, one_for_each
 from vdm_hub.pipelines.published_card import KeepsPublishedCard
 
@@ -449,13 +451,12 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         """
         batch_size, replicates = whole_number("batch_size", batch_size), whole_number("replicates", replicates)
         method, levels = method_of(self.default_method if method is None else method), self._levels(images)
-        whole = {"levels": levels, "indices": torch.arange(levels.shape[0])}
         self._check_arguments(network_arguments, levels.shape[0])
         told = self._told(
             levels.shape[0], network_arguments, class_labels, prompt, prompt_embeds, prompt_attention_mask
         )
         self._check_apart(network_arguments, told)
-        whole |= network_arguments | told
+        whole = {"levels": levels, "indices": torch.arange(levels.shape[0]), **network_arguments, **told}
 
         def batches() -> Iterator[dict[str, Tensor]]:
             parts = torch.arange(levels.shape[0]).split(batch_size)
@@ -471,6 +472,80 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
         details, notes = self.examine(whole["levels"])
         report.details |= details
         return report.with_notes([*self.notes(method.transitions), *notes])
+
+    def pixel_profile(
+        self,
+        images: Any,
+        class_labels: ClassLabels | None = None,
+        *,
+        prompt: Prompt | None = None,
+        evaluations: int = 64,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> PixelProfile:
+        """Where the bits of each image lie: over its pixels, and over t; see `vdm_hub.plot_pixel_profile`.
+
+        The figure to report is that of `log_likelihood`, which takes fewer evaluations for the same error, and says
+        its error.
+
+        Args:
+            images: As `log_likelihood` takes them, as the next two.
+            class_labels: Class of each image, or one for all.
+            prompt: Caption of each image, or one for all.
+            evaluations: Of the network, for each image, at stratified times.
+            seed: Of all draws.
+            batch_size: Evaluations in one call of the network; it changes no figure.
+
+        Raises:
+            DataError: A pixel is none of the K levels, or the images' shape is not the network's.
+            ConfigurationError: The bits lie on no pixel, as those of a latent diffusion or of a hierarchical VAE.
+
+        Example:
+            >>> import torch
+            >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+            >>> unet = UNetVDMModel(8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+            >>> pipe = VDMPipeline(unet, VDMScheduler(num_levels=17))
+            >>> profile = pipe.pixel_profile(torch.zeros(1, 1, 8, 8), evaluations=8)
+            >>> {name: tuple(bits.shape) for name, bits in profile.terms.items()}
+            {'reconstruction': (1, 1, 8, 8), 'prior': (1, 1, 8, 8), 'diffusion': (1, 1, 8, 8)}
+        """
+        objective, levels = self.objective(), self._levels(images)
+        if not isinstance(objective, VDMObjective):
+            raise ConfigurationError(
+                f"the bits of a {type(self).__name__} are those of its latents, and lie on no pixel: ask for its "
+                f"terms as a whole (log_likelihood)."
+            )
+        batch = {"levels": levels, **self._told(len(levels), {}, class_labels, prompt, None)}
+        return pixel_profile(objective, batch, evaluations, seed, batch_size)
+
+    def read_picture(self, file: PictureFile, *, fit: bool = False) -> tuple[Tensor, list[str]]:
+        """The levels of one image file, as this model takes them, and what was done to it.
+
+        Args:
+            file: Its path, or its bytes.
+            fit: Convert a picture of another kind: its colours, its size (the shorter side, then the middle), its
+                values to the nearest of the K levels. Each is said. Without it such a picture is refused.
+
+        Returns:
+            The levels, int64, (1, C, H, W), and sentences on what was converted; none where nothing was.
+
+        Raises:
+            DataError: It is no image that can be read, one of several frames, of more than 8 bits a channel, or with
+                transparent pixels; or, without ``fit``, of another size, colour or number of levels.
+
+        Example:
+            >>> import io
+            >>> from PIL import Image
+            >>> from vdm_hub import HVAEPipeline, MarkovianHVAE
+            >>> pipe = HVAEPipeline(MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(4,)]))
+            >>> file = io.BytesIO()
+            >>> Image.new("RGB", (20, 10), "white").save(file, "PNG")
+            >>> levels, notes = pipe.read_picture(file.getvalue(), fit=True)
+            >>> levels.shape, notes
+            (torch.Size([1, 1, 8, 8]), ['converted from RGB to grey', 'resized from 20x10 to 8x8, of its middle'])
+        """
+        levels, notes = read_picture(file, self.image_shape, self.num_levels, fit=fit)
+        return torch.from_numpy(levels).long()[None], notes
 
     def classify(
         self,

@@ -1,4 +1,4 @@
-"""A model repository on the Hub, as a publisher needs it: whole commits, retried where that is safe."""
+"""A repository on the Hub, as a publisher needs it: whole commits, retried where that is safe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import (
     CommitInfo,
@@ -16,6 +16,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     EvalResultEntry,
     HfApi,
+    RepoUrl,
     get_token,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -72,16 +73,17 @@ of letters, digits, '-', '_' and '.'.
 
 
 class HubRepository:
-    """One model repository. The token is the client's own: HF_TOKEN, or what ``hf auth login`` stored.
+    """One repository. The token is the client's own: HF_TOKEN, or what ``hf auth login`` stored.
 
     Args:
         repo_id: ``owner/name``, or a name in the token's own namespace.
+        repo_type: ``model``, or ``space`` for one of gradio's.
         sends: Whether anything is to be sent, for which there must be a token.
     """
 
-    def __init__(self, repo_id: str, *, sends: bool = True) -> None:
+    def __init__(self, repo_id: str, repo_type: Literal["model", "space"] = "model", *, sends: bool = True) -> None:
         (check_ready if sends else check_repo_id)(repo_id)
-        self.repo_id = repo_id
+        self.repo_id, self._type = repo_id, repo_type
         self._commits: list[str] = []
         self._api = HfApi(library_name="vdm-hub", library_version=__version__)
 
@@ -95,7 +97,7 @@ class HubRepository:
 
         def attempt() -> str:
             try:
-                return answer.of(lambda: self._api.create_repo(self.repo_id, private=private, exist_ok=True)).repo_id
+                return answer.of(self._created(private)).repo_id
             except KeyError as error:  # the client took a conflict for a repository that exists, and was told of none
                 raise PublishError(
                     f"publishing to {self.repo_id} failed: the Hub says that it is being changed: try again."
@@ -108,6 +110,12 @@ class HubRepository:
                 f"{self.repo_id} exists and is public, but --private was asked for: nothing was sent. Make it private "
                 f"in its settings on the Hub, or choose another name."
             )
+
+    def _created(self, private: bool | None) -> Callable[[], RepoUrl]:
+        sdk = "gradio" if self._type == "space" else None
+        return lambda: self._api.create_repo(
+            self.repo_id, private=private, exist_ok=True, repo_type=self._type, space_sdk=sdk
+        )
 
     def check_may_send(self) -> None:
         """Find out whether the token may only read: what else it may not, the Hub says when it is asked.
@@ -142,17 +150,23 @@ class HubRepository:
 
     def branches(self) -> set[str]:
         """The names of its branches."""
-        refs = self._retried(lambda: self._api.list_repo_refs(self.repo_id))
+        refs = self._retried(lambda: self._api.list_repo_refs(self.repo_id, repo_type=self._type))
         return {ref.name for ref in refs.branches}
 
     def ensure_branch(self, branch: str) -> None:
         """Create a branch at main's commit, where there is none of that name."""
         if branch != MAIN:
-            self._retried(lambda: self._api.create_branch(self.repo_id, branch=branch, exist_ok=True))
+            self._retried(
+                lambda: self._api.create_branch(self.repo_id, branch=branch, exist_ok=True, repo_type=self._type)
+            )
 
     def files(self, revision: str) -> dict[str, str]:
         """Paths and content hashes at a revision: SHA-256 for what git LFS keeps, git's own for the rest."""
-        tree = self._retried(lambda: list(self._api.list_repo_tree(self.repo_id, revision=revision, recursive=True)))
+        tree = self._retried(
+            lambda: list(
+                self._api.list_repo_tree(self.repo_id, revision=revision, recursive=True, repo_type=self._type)
+            )
+        )
         return {
             entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
             for entry in tree
@@ -249,14 +263,16 @@ class HubRepository:
     @property
     def url(self) -> str:
         """The address at which a browser finds the repository."""
-        return f"{self._api.endpoint}/{self.repo_id}"
+        return f"{self._api.endpoint}/{'spaces/' if self._type == 'space' else ''}{self.repo_id}"
 
     def _uploaded(
         self, folder: Path, branch: str, removed: list[str], create_pr: bool = False
     ) -> list[CommitOperation]:
         """The operations of a commit, its large files sent beforehand: then nobody sees them yet."""
         added = list(_additions(folder))
-        self._api.preupload_lfs_files(self.repo_id, added, revision=branch, create_pr=create_pr, free_memory=False)
+        self._api.preupload_lfs_files(
+            self.repo_id, added, repo_type=self._type, revision=branch, create_pr=create_pr, free_memory=False
+        )
         return [*added, *map(CommitOperationDelete, removed)]
 
     def _create_commit(
@@ -276,10 +292,11 @@ class HubRepository:
             revision=branch,
             create_pr=create_pr,
             parent_commit=parent,
+            repo_type=self._type,
         )
 
     def _info(self, revision: str) -> Any:
-        return self._retried(lambda: self._api.model_info(self.repo_id, revision=revision))
+        return self._retried(lambda: self._api.repo_info(self.repo_id, revision=revision, repo_type=self._type))
 
     def _holds(self, revision: str, folder: Path, removed: list[str]) -> bool:
         there = self.files(revision)
