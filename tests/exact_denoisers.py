@@ -121,7 +121,8 @@ class CorrelatedGaussianDenoiser(nn.Module):
         gamma = schedule((mean_gamma - schedule.first) / (schedule.last - schedule.first))
         alpha, sigma = (v.flatten(1) for v in alpha_sigma(gamma))
         marginal = alpha[:, :, None] * self.covariance * alpha[:, None, :] + torch.diag_embed(sigma**2)
-        whitened = torch.linalg.solve(marginal, sample.double().flatten(1))
+        z = sample.double() / self.process.parameterization.input_scale(gamma)
+        whitened = torch.linalg.solve(marginal, z.flatten(1))
         x = (alpha * whitened) @ self.covariance
         eps = sigma * whitened
         output = self.process.parameterization.target(x.view_as(sample), eps.view_as(sample), gamma)

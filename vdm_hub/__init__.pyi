@@ -18,6 +18,9 @@ from .data.text_loading import load_windows as load_windows
 from .data.tokenization import make_tokenizer as make_tokenizer
 from .data.tokenization import Tokenization as Tokenization
 from .diffusion.conditioning import AffineConditioning as AffineConditioning
+from .diffusion.conditioning import EDMNoise as EDMNoise
+from .diffusion.conditioning import FlowTime as FlowTime
+from .diffusion.conditioning import VENoise as VENoise
 from .diffusion.conditioning import Conditioning as Conditioning
 from .diffusion.continuous_time import DiffusionSDE as DiffusionSDE
 from .diffusion.decoders import FactorisedDecoder as FactorisedDecoder
@@ -46,7 +49,10 @@ from .diffusion.noise_schedules import Gamma as Gamma
 from .diffusion.noise_schedules import gamma_and_derivative as gamma_and_derivative
 from .diffusion.noise_schedules import LinearSchedule as LinearSchedule
 from .diffusion.noise_schedules import NoiseSchedule as NoiseSchedule
+from .diffusion.parameterizations import EDMPrediction as EDMPrediction
 from .diffusion.parameterizations import Epsilon as Epsilon
+from .diffusion.parameterizations import FlowPrediction as FlowPrediction
+from .diffusion.parameterizations import VEScore as VEScore
 from .diffusion.parameterizations import Parameterization as Parameterization
 from .diffusion.reverse_kernel import ReverseKernel as ReverseKernel
 from .diffusion.samplers import build_sampler as build_sampler

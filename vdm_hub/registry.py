@@ -63,10 +63,16 @@ BUILT_INS: dict[str, dict[str, str]] = {
         "sample": f"{_DIFFUSION}.parameterizations:Sample",
         "score": f"{_DIFFUSION}.parameterizations:Score",
         "v_prediction": f"{_DIFFUSION}.parameterizations:Velocity",
+        "flow_prediction": f"{_DIFFUSION}.parameterizations:FlowPrediction",
+        "edm": f"{_DIFFUSION}.parameterizations:EDMPrediction",
+        "ve_score": f"{_DIFFUSION}.parameterizations:VEScore",
     },
     "conditionings": {
         "affine": f"{_DIFFUSION}.conditioning:AffineConditioning",
         "table": f"{_DIFFUSION}.conditioning:TableConditioning",
+        "flow_time": f"{_DIFFUSION}.conditioning:FlowTime",
+        "edm_noise": f"{_DIFFUSION}.conditioning:EDMNoise",
+        "ve_noise": f"{_DIFFUSION}.conditioning:VENoise",
     },
     "decoders": {
         "factorised": f"{_DIFFUSION}.decoders:FactorisedDecoder",
@@ -110,6 +116,9 @@ SERIALISED_FIELDS = {
     "forward_process": "forward_processes",
 }
 """The fields of a config that hold a serialised form, and the kind of each."""
+
+CARRIED_PROCESS = "vdm"
+"""The field of a stock scheduler's config that holds a `VDMScheduler`'s, where the two have fields in common."""
 
 KIND_WORDS = {kind: (kind[:-2] if kind.endswith("sses") else kind[:-1]).replace("_", " ") for kind in BUILT_INS}
 _NAME = re.compile(r"\w([\w.+-]*\w)?", re.ASCII)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import registered
 from vdm_hub import registry
-from vdm_hub.diffusion.conditioning import AffineConditioning, TableConditioning
+from vdm_hub.diffusion.conditioning import AffineConditioning, Conditioning, TableConditioning
 from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import DiscreteBetasSchedule, LinearSchedule
@@ -19,6 +19,13 @@ from vdm_hub.errors import ConfigurationError
 from vdm_hub.schedulers.configs import derived_betas
 
 every_conditioning = pytest.mark.parametrize("name", registered.names("conditionings"))
+
+
+def conditioning_class(name: str) -> type[Conditioning]:
+    found: type[Conditioning] = registry.lookup("conditionings", name).load()
+    return found
+
+
 every_schedule = pytest.mark.parametrize("schedule", registered.names("noise_schedules"))
 
 
@@ -32,7 +39,10 @@ def test_strictly_increasing_and_inverted(name: str, schedule: str) -> None:
     torch.testing.assert_close(conditioning.inverse(timestep), gamma, rtol=1e-10, atol=1e-10)
 
 
-@every_conditioning
+INTEGERS = [name for name in registered.names("conditionings") if conditioning_class(name).integer_timesteps]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
 @every_schedule
 def test_a_schedule_starts_inside_the_range_of_timesteps(name: str, schedule: str) -> None:
     process = registered.process(registered.scalar_schedule(schedule), conditioning=name)

@@ -162,7 +162,8 @@ def test_tweedie_the_exact_denoiser_is_the_gradient_of_the_log_density(target: s
     g = torch.full((31,), gamma, dtype=torch.float64)
     (score,) = torch.autograd.grad(POPULATION.log_density(z, g[:, None]).sum(), z)
     z = z.detach()
-    raw = ExactDenoiser(POPULATION, process).bare(z, process.conditioning(g))
+    read = process.parameterization.input_scale(g)[:, None] * z
+    raw = ExactDenoiser(POPULATION, process).bare(read, process.conditioning(g))
     output = raw * process.parameterization.output_scale(g)[:, None]
     torch.testing.assert_close(process.parameterization.score_hat(output, z, g), score, rtol=1e-8, atol=1e-8)
     alpha, sigma = gaussian.alpha(g)[:, None], gaussian.sigma(g)[:, None]

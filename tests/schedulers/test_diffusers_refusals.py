@@ -74,11 +74,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "half predicts a variance.*Give the variance_type",
     ),
     "three outputs": (lambda: DDPMPipeline(unet_2d(out_channels=3), DDPMScheduler()), "1 input and 3 output channels"),
-    "flow matching": (with_scheduler("FlowMatchEulerDiscreteScheduler"), "neither a noise_schedule nor betas"),
-    "flow sigmas": (with_scheduler("DPMSolverMultistepScheduler", use_flow_sigmas=True), "use_flow_sigmas=True"),
-    "EDM": (with_scheduler("EDMEulerScheduler"), "neither a noise_schedule nor betas"),
-    "VE": (with_scheduler("ScoreSdeVeScheduler"), "neither a noise_schedule nor betas"),
-    "consistency": (with_scheduler("CMStochasticIterativeScheduler"), "neither a noise_schedule nor betas"),
+    "flow matching": (with_scheduler("FlowMatchEulerDiscreteScheduler"), naming("num_levels", "data_scaling")),
+    "EDM": (with_scheduler("EDMEulerScheduler"), naming("num_levels", "data_scaling", "decoder")),
+    "VE": (with_scheduler("ScoreSdeVeScheduler"), naming("num_levels", "data_scaling", "decoder")),
+    "consistency": (with_scheduler("CMStochasticIterativeScheduler"), naming("CMStochasticIterativeScheduler")),
     "twin of a VDM": (lambda: build_stock_twin(tiny_pipeline(tiny_unet_2d())), "no likelihood comes from it"),
 }
 

@@ -55,7 +55,10 @@ def targets(z: Tensor, x: Tensor, bar: Tensor, rest: Tensor) -> dict[str, Tensor
     """What a network that believes in x would answer, in each target's own words (Luo section 4)."""
     eps = (z - bar.sqrt() * x) / rest.sqrt()
     velocity = bar.sqrt() * eps - rest.sqrt() * x
-    return {"sample": x, "epsilon": eps, "score": -eps / rest.sqrt(), "v_prediction": velocity}
+    s, sd = (rest / bar).sqrt(), 0.5
+    edm = (x - sd**2 / (s**2 + sd**2) * z / bar.sqrt()) * (s**2 + sd**2).sqrt() / (s * sd)
+    ours = {"sample": x, "epsilon": eps, "score": -eps / rest.sqrt(), "v_prediction": velocity}
+    return ours | {"flow_prediction": eps - x, "edm": edm, "ve_score": -eps / s}
 
 
 # ---- the grid -------------------------------------------------------------------------------------------------------

@@ -163,13 +163,24 @@ def test_ddpm_with_the_score_as_target_is_ddpm_with_the_noise_as_target() -> Non
 
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
-def test_a_process_that_is_neither_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_process_of_another_family_asks_for_what_its_config_does_not_say(name: str, tmp_path: Path) -> None:
     other = getattr(diffusers, name)()
     other.save_config(tmp_path)
-    with pytest.raises(ConfigurationError, match=name):
+    with pytest.raises(ConfigurationError, match=naming(name, "num_levels")):
         VDMScheduler.from_pretrained(tmp_path)
-    with pytest.raises(ConfigurationError, match="neither"):
+    with pytest.raises(ConfigurationError, match=naming("num_levels", "data_scaling", "decoder")):
         VDMScheduler.from_config(other.config)
+    said = {"num_levels": 17, "data_scaling": "full", "decoder": "factorised"}
+    from_file, from_code = (
+        VDMScheduler.from_pretrained(tmp_path, **said),
+        VDMScheduler.from_config(other.config, **said),
+    )
+    assert dict(from_file.config) == dict(from_code.config)
+
+
+def test_a_process_that_is_neither_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="neither"):
+        VDMScheduler.from_config(diffusers.CMStochasticIterativeScheduler().config)
 
 
 # ---- to stock samplers ----------------------------------------------------------------------------------------------

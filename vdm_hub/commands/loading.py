@@ -22,11 +22,11 @@ def load_pipeline(
     revision: str | None = None,
     overrides: Mapping[str, str] | None = None,
 ) -> LikelihoodPipeline:
-    """Load a pipeline, any of ours or one of diffusers' DDPM family, onto the GPU, where there is one.
+    """Load a pipeline, any of ours or one of diffusers' that is read as a VDM, onto the GPU, where there is one.
 
     Args:
         name: A folder or a Hub id.
-        num_levels: K of a pipeline of diffusers, whose config does not say it; 256 if it isn't given.
+        num_levels: K of a pipeline of diffusers, whose config does not say it; 256 for a DDPM if it isn't given.
         revision: A branch or commit on the Hub; main where not given.
         overrides: What the config of a pipeline of diffusers says wrongly: see `VDMPipeline.from_diffusers`.
 
@@ -52,8 +52,7 @@ def _load(
 ) -> LikelihoodPipeline:
     own = PIPELINES.get(pipeline_class(place, revision=revision))
     if own is None:
-        levels = 256 if num_levels is None else num_levels
-        return VDMPipeline.from_diffusers(place, levels, revision=revision, **overrides)
+        return VDMPipeline.from_diffusers(place, num_levels, revision=revision, **overrides)
     if overrides:
         raise ConfigurationError(
             f"{', '.join(overrides)} is for checkpoints of diffusers; a {own.__name__}'s own config says it: leave it "

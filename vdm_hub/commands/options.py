@@ -21,7 +21,7 @@ METHOD_OPTIONS = {name: one for method in reversed(METHODS) for name, one in met
 OVERRIDES = {
     "prediction_type": "what the network predicts: epsilon, sample, v_prediction, score, or a plugin's",
     "variance_type": "of the reverse steps: fixed_small, fixed_large, learned_range, ...",
-    "data_scaling": "where the levels lie: full, from -1 to 1, or bin_centers",
+    "data_scaling": "where the levels lie: full, from -1 to 1; unit, from 0 to 1; or bin_centers",
     "decoder": "from z_0 to the levels: ddpm or factorised",
 }
 """The config fields that may be corrected for a checkpoint of diffusers, each with its help text."""
@@ -46,9 +46,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     """Measure a pipeline's likelihood on a dataset, in bits per dimension, or per byte of texts."""
     parser.epilog = _EPILOG
     parser.set_defaults(prepare=_choose_method_and_mixture)
-    parser.add_argument(
-        "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or of diffusers' DDPM family"
-    )
+    parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or one of diffusers'")
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     _add_checkpoint(parser.add_argument_group("a checkpoint of diffusers whose config is wrong"))
     _add_images(parser.add_argument_group("images"))
@@ -272,9 +270,7 @@ def _add_submission(group: argparse._ArgumentGroup) -> None:
 
 def sample(parser: argparse.ArgumentParser) -> None:
     """Draw samples from a pipeline into one picture, or one file of texts."""
-    parser.add_argument(
-        "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or of diffusers' DDPM family"
-    )
+    parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or one of diffusers'")
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
     parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument(

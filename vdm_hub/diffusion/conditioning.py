@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vdm_hub.diffusion.noise_schedules import NoiseSchedule
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.fields import whole_number
 
 
 class Conditioning(ABC):
@@ -120,6 +121,85 @@ class TableConditioning(Conditioning):
 
     def to_config(self) -> dict[str, Any]:
         return {"gammas": self._gammas.tolist()}
+
+
+class FlowTime(Conditioning):
+    """``tau = T u``, ``u = sigma/(alpha + sigma) = sigmoid(gamma/2)``: flow matching's own time, from data to noise.
+
+    diffusers' flow-matching schedulers give their networks ``sigma * num_train_timesteps`` with u for sigma.
+
+    Args:
+        num_train_timesteps: T.
+
+    >>> FlowTime()(torch.tensor([-2.0, 0.0]))
+    tensor([268.9414, 500.0000])
+    """
+
+    integer_timesteps = False
+
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
+        self.num_train_timesteps = whole_number("num_train_timesteps of 'flow_time'", num_train_timesteps)
+
+    @classmethod
+    def from_schedule(cls, schedule: NoiseSchedule, num_train_timesteps: int) -> FlowTime:
+        return cls(num_train_timesteps)
+
+    def __call__(self, gamma: Tensor) -> Tensor:
+        return self.num_train_timesteps * torch.sigmoid(gamma / 2)
+
+    def inverse(self, timestep: Tensor) -> Tensor:
+        return 2 * torch.logit(timestep / self.num_train_timesteps)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"num_train_timesteps": self.num_train_timesteps}
+
+
+class EDMNoise(Conditioning):
+    """``c_noise = ln(s)/4 = gamma/8``, ``s = sigma/alpha`` (Karras et al., arXiv 2206.00364, table 1).
+
+    >>> EDMNoise()(torch.tensor([-8.0, 4.0]))
+    tensor([-1.0000,  0.5000])
+    """
+
+    integer_timesteps = False
+
+    @classmethod
+    def from_schedule(cls, schedule: NoiseSchedule, num_train_timesteps: int) -> EDMNoise:
+        return cls()
+
+    def __call__(self, gamma: Tensor) -> Tensor:
+        return gamma / 8
+
+    def inverse(self, timestep: Tensor) -> Tensor:
+        return 8 * timestep
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
+
+
+class VENoise(Conditioning):
+    """``s = sigma/alpha = exp(gamma/2)``, the deviation of the noise itself, which networks of the VE SDE read.
+
+    Source: Song et al., arXiv 2011.13456, app. C.
+
+    >>> VENoise()(torch.tensor([0.0, 2.0]))
+    tensor([1.0000, 2.7183])
+    """
+
+    integer_timesteps = False
+
+    @classmethod
+    def from_schedule(cls, schedule: NoiseSchedule, num_train_timesteps: int) -> VENoise:
+        return cls()
+
+    def __call__(self, gamma: Tensor) -> Tensor:
+        return torch.exp(gamma / 2)
+
+    def inverse(self, timestep: Tensor) -> Tensor:
+        return 2 * torch.log(timestep)
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
 
 
 def _interpolate(value: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:

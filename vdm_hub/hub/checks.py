@@ -185,6 +185,8 @@ def check_names_in(config: Mapping[str, Any], is_own: bool = True) -> None:
     ...
     vdm_hub.errors.ConfigurationError: 'os:system' is no valid name of a decoder: ...
     """
+    if isinstance(config.get(registry.CARRIED_PROCESS), Mapping):
+        check_names_in(config[registry.CARRIED_PROCESS])
     if is_own or "noise_schedule" in config:
         for field, kind in (registry.SERIALISED_FIELDS | {"network": "networks"}).items():
             if isinstance(config.get(field), Mapping) and field in config[field]:  # all fields of a process
@@ -235,7 +237,8 @@ def _components(name: str, index: Mapping[str, Any], trusts_code: bool) -> dict[
             continue
         if len(value) != 2 or not all(isinstance(part, str) for part in value):
             raise CheckpointError(f"{name}: {INDEX} gives {key} as {shortened(value)}, not as [library, class].")
-        found[key] = (value[0], value[1])
+        # diffusers 0.42 names a folder of its own as the library of schedulers that it calls deprecated.
+        found[key] = (value[0] if value[0] != "deprecated" else "diffusers", value[1])
     return found
 
 
@@ -245,7 +248,7 @@ def _check_index(name: str, index: Mapping[str, Any], pipeline: type, given: Col
     if index["_class_name"] not in known:
         raise CheckpointError(
             f"{name} holds a {shortened(index['_class_name'])}, and {pipeline.__name__} was asked to load it: load it "
-            f"with its own class, or a checkpoint of diffusers' DDPM family with VDMPipeline.from_diffusers."
+            f"with its own class, or a checkpoint of diffusers with VDMPipeline.from_diffusers."
         )
     parameters = inspect.signature(pipeline.__init__).parameters  # type: ignore[misc]
     fields = [key for key in parameters if key != "self"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.decoders import FactorisedDecoder
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.gaussian import alpha
-from vdm_hub.diffusion.scaling import DataScaling
+from vdm_hub.diffusion.scaling import DataScaling, ScalingName
 from vdm_hub.errors import ConfigurationError, unknown_name
 from vdm_hub.hub.schemas import Size, Within, check_arguments, fields_of_class
 from vdm_hub.models.hvae import Normal
@@ -55,7 +55,7 @@ class AutoencoderKLFirstStage(CheckedModel, ModelMixin, ConfigMixin):
         autoencoder_config: Mapping[str, Any],
         sample_size: Size = 32,
         num_levels: Annotated[int, Within(2, 65_536)] = 256,
-        data_scaling: Literal["bin_centers", "full"] = "bin_centers",
+        data_scaling: ScalingName = "bin_centers",
         initial_scale: Annotated[float, Within(1e-9, 1e9)] = 0.1,
     ) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import wraps
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vdm_hub.diffusion.draws import Generator, uniform_noise
 from vdm_hub.diffusion.gaussian import sum_dimensions
-from vdm_hub.diffusion.scaling import DataScaling
+from vdm_hub.diffusion.scaling import DataScaling, ScalingName
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.hub.schemas import Count, Depth, Dropout, Size, Within, check_arguments
 from vdm_hub.models.hvae_networks import GaussianNetwork, LevelNetwork, Shape
@@ -87,7 +87,7 @@ class MarkovianHVAE(CheckedModel, ModelMixin, ConfigMixin):
         layers_per_block: Depth = 2,
         norm_num_groups: Count = 8,
         dropout: Dropout = 0.0,
-        data_scaling: Literal["bin_centers", "full"] = "bin_centers",
+        data_scaling: ScalingName = "bin_centers",
         encoders: Sequence[nn.Module] | None = None,
         decoders: Sequence[nn.Module] | None = None,
         level_decoder: nn.Module | None = None,

@@ -41,13 +41,14 @@ from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.pipelines.guidance import GUIDER, GuidedNetwork, build_guider
 from vdm_hub.pipelines.prompts import Prompt, encoded, negative_of, of_one_length, one_for_each
 from vdm_hub.registry import Serialised
-from vdm_hub.schedulers.configs import check_grid
+from vdm_hub.schedulers.configs import check_grid, model_input
 from vdm_hub.schedulers.diffusers_checkpoints import (
     PipelineSource,
     notes_on_bound,
     scheduler_of_pipeline,
     scheduler_of_repository,
 )
+from vdm_hub.schedulers.families import own_loop, process_config
 from vdm_hub.schedulers.vdm import VDMScheduler, time_tensor
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -115,7 +116,7 @@ class VDMPipeline(LikelihoodPipeline):
     def from_diffusers(
         cls,
         source: PipelineSource,
-        num_levels: int = 256,
+        num_levels: int | None = None,
         *,
         data_scaling: str | None = None,
         decoder: Serialised | None = None,
@@ -123,28 +124,34 @@ class VDMPipeline(LikelihoodPipeline):
         variance_type: str | None = None,
         **arguments: Any,
     ) -> VDMPipeline:
-        """A diffusers checkpoint of the DDPM family as a VDM: its samples bit for bit, and now its likelihood.
+        """A checkpoint of diffusers as a VDM: its samples bit for bit, and now its likelihood.
 
-        Network, process (its very table of betas), data scaling (``full``: levels from -1 to 1) and decoder (``ddpm``,
-        DDPM eq. 13) and the reverse steps' variance, fixed or learned, are taken over. Samples are DDPM's own steps
-        with all that the config asks of them. ``transitions=num_train_timesteps - 1`` measures the very chain of Ho et
-        al. (DDPM eq. 5). Where the sampler clips its estimates, the bound is that of the unclipped model; with a
-        number of transitions the clipped one's is reported beside it.
+        **DDPM family** (any scheduler with betas). Network, process (its very table of betas), data scaling (``full``:
+        levels from -1 to 1), decoder (``ddpm``, DDPM eq. 13) and the reverse steps' variance, fixed or learned, are
+        taken over. Samples are DDPM's own steps with all that the config asks of them.
+        ``transitions=num_train_timesteps - 1`` measures the very chain of Ho et al. (DDPM eq. 5). Where the sampler
+        clips its estimates, the bound is that of the unclipped model; with a number of transitions the clipped one's
+        is reported beside it.
+
+        **Flow matching, EDM, VE** (`vdm_hub.schedulers.families` has what each network reads and predicts). Network,
+        target and the ends of the noise are taken over; number of levels, data scaling and decoder must be given.
+        The pipeline keeps the checkpoint's own scheduler, which samples as ever and carries the VDM's config; for the
+        VDM's samplers set ``pipe.scheduler = VDMScheduler.from_config(pipe.scheduler.config)``.
 
         Args:
-            source: A folder, a Hub id, or a pipeline in memory: a `DDPMPipeline`, a `DDIMPipeline` or another one of
-                an unconditional ``unet`` and a ``scheduler`` with betas.
-            num_levels: K, how many levels the images have that it was trained on.
-            data_scaling: Where those levels lie, if not from -1 to 1.
-            decoder: How levels follow from the first latent, if not as in DDPM.
+            source: A folder, a Hub id, or a pipeline in memory: a `DDPMPipeline`, a `DDIMPipeline`, a
+                `ScoreSdeVePipeline` or another one of a ``unet`` and a ``scheduler``.
+            num_levels: K, how many levels the images have that it was trained on; 256 for a DDPM, if not given.
+            data_scaling: Where those levels lie: ``full`` (-1 to 1; DDPM's), ``unit`` (0 to 1) or ``bin_centers``.
+            decoder: How levels follow from the first latent: ``ddpm`` (DDPM's) or ``factorised``.
             prediction_type: What the network predicts, if its config is wrong about it.
             variance_type: The reverse steps' variance, if the config is wrong about it: ``fixed_small``,
                 ``fixed_large``, ``learned_range``, ...
             arguments: ``revision``, ``variant``, ``dtype``, ``token``, ``cache_dir``, ``local_files_only``, ...
 
         Raises:
-            ConfigurationError: It is a model of another kind: latent, conditioned on text, of flow matching, EDM or
-                VE; or its weights are not in safetensors.
+            ConfigurationError: It is a model of another kind (latent, conditioned on text, ...), its family leaves
+                something undefined that was not given, or its weights are not in safetensors.
             CheckpointError: A file is damaged, belongs to another network, or should not be where it is.
             OSError: There is no such repository, or it can't be reached.
 
@@ -170,14 +177,15 @@ class VDMPipeline(LikelihoodPipeline):
     @classmethod
     def _from_checked(cls, files: ModelFiles, arguments: dict[str, Any]) -> Any:
         pipeline = super()._from_checked(files, arguments)
+        described = process_config(pipeline.scheduler.config)
         for name in ("noise_schedule", "forward_process"):
             saved = files.read_json(INDEX).get(name) not in (None, [None, None])
             loaded = arguments.get(name) is not None or (saved and name not in arguments)
             if getattr(pipeline, name) is not None and not loaded:
                 raise CheckpointError(
-                    f"{files.name} has the {name} {shortened(pipeline.scheduler.config.get(name))}, which is learned, "
-                    f"and no component {name} that holds its weights: it is incomplete. Save the pipeline again, or "
-                    f"download it again, or give a {name}."
+                    f"{files.name} has the {name} {shortened(described.get(name))}, which is learned, and no "
+                    f"component {name} that holds its weights: it is incomplete. Save the pipeline again, or download "
+                    f"it again, or give a {name}."
                 )
         return pipeline
 
@@ -330,6 +338,15 @@ class VDMPipeline(LikelihoodPipeline):
             torch.Size([2, 1, 8, 8])
         """
         self._check_call(batch_size, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if (loop := own_loop(self.scheduler)) is not None:
+            asked: dict[str, Any] = {"latents": latents, "class_labels": class_labels}
+            asked |= {"callback_on_step_end": callback_on_step_end}
+            asked |= {"prompt": prompt, "prompt_embeds": prompt_embeds} | network_arguments
+            asked |= {"sampler": None if sampler == ANCESTRAL else sampler}
+            asked |= {"output_type": output_type if output_type == "latent" else None}
+            asked |= {"guidance_scale": None if guidance_scale == 1 else guidance_scale}
+            given = {"batch_size": batch_size, "generator": generator, "num_inference_steps": num_inference_steps}
+            return self._by_loop(loop, given, asked, output_type, return_dict)
         self._check_names(network_arguments, type(self).__call__)
         process, device = self.process, self._execution_device
         guiding = build_guider(guider, guidance_scale)
@@ -360,6 +377,24 @@ class VDMPipeline(LikelihoodPipeline):
             images = images_from_levels(steps.decoded(latents), process.num_levels, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _by_loop(
+        self, loop: type, given: dict[str, Any], asked: dict[str, Any], output_type: str, return_dict: bool
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Samples by the loop of a pipeline of diffusers, whose scheduler knows no common one."""
+        if refused := [f"{name}={shortened(value)}" for name, value in asked.items() if value is not None]:
+            raise ConfigurationError(
+                f"{type(self.scheduler).__name__} samples in the loop of diffusers' {loop.__name__}, which takes no "
+                f"{', '.join(refused)}: leave it out, or set pipe.scheduler = "
+                f"VDMScheduler.from_config(pipe.scheduler.config)."
+            )
+        self._batch_shape(given["batch_size"], None, given["generator"])
+        stock: Any = loop(unet=self.unet, scheduler=copy.deepcopy(self.scheduler)).to(self._execution_device)
+        stock.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        images = stock(**given, output_type="np").images
+        levels = torch.from_numpy(images).movedim(-1, 1).mul(self.num_levels - 1).round().long()
+        made = images_from_levels(levels, self.num_levels, output_type)
+        return ImagePipelineOutput(images=made) if return_dict else (made,)
 
     @staticmethod
     def _check_call(batch_size: Any, output_type: str, callback: Any, asked: Any) -> None:
@@ -601,7 +636,7 @@ class _Steps:
     def taken(self, latents: Tensor, callback: StepCallback | None) -> Tensor:
         """The latents after all steps from z_1, in float32 or above."""
         timesteps = self._scheduler.timesteps
-        latents = latents * self._scheduler.init_noise_sigma
+        latents = latents * getattr(self._scheduler, "init_noise_sigma", 1.0)  # flow matching's have none
         for i, timestep in enumerate(self._pipe.progress_bar(timesteps)):
             self._network.at_step(i, len(timesteps), timestep)
             latents = self._step(i, timestep, latents)
@@ -619,7 +654,7 @@ class _Steps:
             output = bound.predict(network, latents, time_tensor(scheduler.times[i], latents))
             own: Tensor = scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
             return own
-        output = network(scheduler.scale_model_input(latents, timestep), timestep)
+        output = network(model_input(scheduler, latents, timestep), timestep)
         extra = {"generator": generator} if _takes_generator(scheduler) else {}
         stock: Tensor = scheduler.step(output, timestep, latents, **extra).prev_sample
         return stock

@@ -17,6 +17,7 @@ from vdm_hub.pipelines.latent_vdm import LatentVDMPipeline
 from vdm_hub.pipelines.tokens import TokenPipeline
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.publishing.markdown import code, markdown
+from vdm_hub.schedulers.families import process_config
 
 _VDM_PAPER = Markup(
     "The model class is that of Kingma, Salimans, Poole and Ho, *Variational Diffusion Models* ([arXiv\n"
@@ -161,7 +162,7 @@ def _tokens(pipeline: TokenPipeline) -> Markup:
 def plugin_packages(pipeline: LikelihoodPipeline) -> dict[str, str]:
     """The plugin packages that a pipeline's config names, with the versions that it was saved with."""
     scheduler = pipeline.components.get("scheduler")
-    named = {} if scheduler is None else registry.packages(scheduler.config)
+    named = {} if scheduler is None else registry.packages(process_config(scheduler.config))
     for component in pipeline.components.values():
         if isinstance(component, RegisteredModel):
             named |= registry.packages(component.config)
@@ -178,7 +179,7 @@ def _network(pipeline: VDMPipeline) -> Markup:
 
 
 def _process(pipeline: VDMPipeline) -> Markup:
-    config = pipeline.scheduler.config
+    config = process_config(pipeline.scheduler.config)
     schedule = registry.parse_serialised("noise_schedules", config["noise_schedule"])[0]
     target = registry.parse_serialised("parameterizations", config["prediction_type"])[0]
     process = registry.parse_serialised("forward_processes", config.get("forward_process") or "gaussian")[0]

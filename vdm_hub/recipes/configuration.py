@@ -135,8 +135,8 @@ class DiffusionArguments:
     conditioning: NameOrJSON | None = option(
         None, "tau(gamma), the network's timestep input: affine, table, or a plugin's; derived where not given."
     )
-    data_scaling: Literal["bin_centers", "full"] = option(
-        "bin_centers", "How levels become real numbers: centres of K bins of [-1, 1], or diffusers' 2 i/(K-1) - 1."
+    data_scaling: Literal["bin_centers", "full", "unit"] = option(
+        "bin_centers", "How levels become numbers: bin_centers of [-1, 1]; full, 2 i/(K-1) - 1; unit, i/(K-1)."
     )
     decoder: NameOrJSON = option(NameOrJSON("factorised"), "p(x|z_0): factorised (VDM), or ddpm.")
     forward_process: NameOrJSON = option(NameOrJSON("gaussian"), "What corrupts the data: gaussian, or a plugin's.")

@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from torch import Tensor
 
 from vdm_hub import registry
 from vdm_hub.diffusion.forward_process import ForwardProcess
@@ -133,6 +134,12 @@ def check_grid(scheduler: Any, steps: int) -> None:
     raise ConfigurationError(f"{name}, as it is configured, {failure} with num_inference_steps={steps}: {remedy}.")
 
 
+def model_input(scheduler: Any, latents: Tensor, timestep: Any) -> Tensor:
+    """What the network reads of the latents of a stock scheduler; some of them have no scale of their own."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return latents if scale is None else scale(latents, timestep)
+
+
 def _failure(scheduler: Any, steps: int) -> str | None:
     """The failure of a sampler on a grid, if it fails."""
     trial, generator = copy.deepcopy(scheduler), torch.Generator().manual_seed(0)
@@ -140,9 +147,9 @@ def _failure(scheduler: Any, steps: int) -> str | None:
     learned = str(trial.config.get("variance_type", "")).startswith("learned")
     try:
         trial.set_timesteps(steps)
-        z = torch.ones(1, 1, 1, 1) * trial.init_noise_sigma
+        z = torch.ones(1, 1, 1, 1) * getattr(trial, "init_noise_sigma", 1.0)
         for timestep in trial.timesteps:
-            trial.scale_model_input(z, timestep)  # some refuse a step without it
+            model_input(trial, z, timestep)  # some refuse a step without it
             output = torch.randn((1, 1 + learned, 1, 1), generator=generator)
             z = trial.step(output, timestep, z, **noise).prev_sample
     except Exception as error:  # whatever a library of another version raises

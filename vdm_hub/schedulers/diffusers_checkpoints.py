@@ -1,4 +1,4 @@
-"""A checkpoint of diffusers' DDPM family as the network and the process of a VDM.
+"""A checkpoint of diffusers' unconditional pipelines as the network and the process of a VDM.
 
 Nothing of a repository is used before it was looked at: first the list of components, then the scheduler's and the
 network's configs, and only then are weights downloaded.
@@ -15,12 +15,14 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.hub.checks import check_pipeline
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
 from vdm_hub.schedulers.configs import is_beta_table
+from vdm_hub.schedulers.families import check_knowable, family_of, process_config, with_process
 from vdm_hub.schedulers.vdm import VDMScheduler
 
 PipelineSource: TypeAlias = str | os.PathLike[str] | DiffusionPipeline
@@ -44,8 +46,8 @@ def pipeline_class(source: str | os.PathLike[str], revision: str | None = None) 
 
 def scheduler_of_pipeline(
     pipeline: DiffusionPipeline, overrides: Mapping[str, Any], arguments: Collection[str] = ()
-) -> VDMScheduler:
-    """The `VDMScheduler` of a stock pipeline in memory, whose network is one that it can be given to.
+) -> SchedulerMixin:
+    """The scheduler for a stock pipeline in memory, whose network is one that it can be given to: see `_scheduler`.
 
     Args:
         pipeline: A pipeline of diffusers.
@@ -59,15 +61,15 @@ def scheduler_of_pipeline(
         raise ConfigurationError(f"{', '.join(sorted(arguments))} is for folders and Hub ids, not for a pipeline.")
     name = type(pipeline).__name__
     _check_components(name, name, {key for key, part in pipeline.components.items() if part is not None})
-    scheduler = _scheduler(name, pipeline.scheduler.config, overrides)
-    _check_network(name, type(pipeline.unet), pipeline.unet.config, scheduler)
+    vdm, scheduler = _scheduler(name, type(pipeline.scheduler).__name__, pipeline.scheduler.config, overrides)
+    _check_network(name, type(pipeline.unet), pipeline.unet.config, vdm)
     return scheduler
 
 
 def scheduler_of_repository(
     source: str | os.PathLike[str], overrides: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> tuple[VDMScheduler, ModelFiles]:
-    """The `VDMScheduler` of a folder or a Hub id, and its files, checked, of one commit.
+) -> tuple[SchedulerMixin, ModelFiles]:
+    """The scheduler for a folder or a Hub id (see `_scheduler`), and its files, checked, of one commit.
 
     Args:
         source: A folder, or a Hub id.
@@ -90,11 +92,13 @@ def scheduler_of_repository(
     components = {key: value for key, value in index.items() if _is_component(key, value)}
     _check_components(files.name, str(index.get("_class_name")), set(components))
     network = _network_class(files.name, *components["unet"])
-    made: list[VDMScheduler] = []
+    made: list[SchedulerMixin] = []
 
     def accept() -> None:
-        made.append(_scheduler(files.name, _read(files, "scheduler/scheduler_config.json"), overrides))
-        _check_network(files.name, network, _read(files, "unet/config.json"), made[0])
+        config = _read(files, "scheduler/scheduler_config.json")
+        vdm, scheduler = _scheduler(files.name, str(components["scheduler"][1]), config, overrides)
+        _check_network(files.name, network, _read(files, "unet/config.json"), vdm)
+        made.append(scheduler)
 
     check_pipeline(files, None, variant=arguments.get("variant"), accept=accept)
     return made[0], files
@@ -109,6 +113,7 @@ def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) ->
     >>> notes_on_bound({"noise_schedule": "linear", "clip_sample": True})  # VDMScheduler's own steps never clip
     []
     """
+    config = process_config(config)
     schedule = config.get("noise_schedule")
     is_table = "beta_schedule" in config if schedule is None else is_beta_table(schedule)
     if not is_table or config.get("final_sigmas_type", "zero") != "zero":
@@ -202,14 +207,19 @@ def _check_network(source: str, network: type, config: Mapping[str, Any], schedu
         )
 
 
-def _scheduler(source: str, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> VDMScheduler:
-    """The `VDMScheduler` of a stock config; processes of other families it refuses itself."""
-    if config.get("use_flow_sigmas"):
-        raise ConfigurationError(
-            f"the scheduler of {source} has use_flow_sigmas=True, flow matching, which no table of betas describes: "
-            f"build a VDMScheduler with a noise_schedule and prediction_type that match the network."
-        )
-    given = {key: value for key, value in overrides.items() if value is not None}
+def _scheduler(
+    source: str, name: str, config: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[VDMScheduler, SchedulerMixin]:
+    """The `VDMScheduler` of a stock config, and the scheduler that samples as the checkpoint does.
+
+    Of the DDPM family they are one; other families are sampled by their own scheduler, which carries the VDM's config.
+    """
+    stock = dict(config) | {"_class_name": name}
+    check_knowable(source, stock)
+    if (family := family_of(stock)) is not None:
+        vdm = VDMScheduler(**family.fields(source, stock, overrides))
+        return vdm, with_process(getattr(diffusers, name).from_config(stock), vdm)
+    given = {"num_levels": 256} | {key: value for key, value in overrides.items() if value is not None}
     scheduler: VDMScheduler = VDMScheduler.from_config(config, **given)
     if scheduler.config.prediction_type == "epsilon" and bool(torch.as_tensor(scheduler.alphas_cumprod)[-1] == 0):
         raise ConfigurationError(
@@ -217,4 +227,4 @@ def _scheduler(source: str, config: Mapping[str, Any], overrides: Mapping[str, A
             f"infinite there, and a network that predicts the noise says nothing of the data. Such betas need a "
             f"network with the target v_prediction or sample; if it is one, give prediction_type."
         )
-    return scheduler
+    return scheduler, scheduler

@@ -21,6 +21,7 @@ from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.parameterizations import Velocity
 from vdm_hub.diffusion.reverse_kernel import ReverseKernel
+from vdm_hub.diffusion.scaling import ScalingName
 from vdm_hub.errors import ConfigurationError, explained, shortened
 from vdm_hub.fields import whole_number
 from vdm_hub.hub.schemas import Within, check_arguments
@@ -41,6 +42,7 @@ from vdm_hub.schedulers.configs import (
     unread_fields,
     without_steps,
 )
+from vdm_hub.schedulers.families import family_of, process_config
 from vdm_hub.schedulers.stock_ddpm import StockDDPM
 
 # Keys that no stock scheduler reads: only these may be listed as defaults, or `from_config` would drop the process.
@@ -80,7 +82,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         prediction_type: The network's target: ``epsilon``, ``sample``, ``score``, ``v_prediction`` or a plugin's.
         conditioning: What the network reads of the noise level; ``None`` is derived from the schedule and recorded.
         num_levels: K, the number of levels of the data.
-        data_scaling: ``bin_centers`` or ``full``; ``None`` is ``full`` for a beta table, else ``bin_centers``.
+        data_scaling: ``bin_centers``, ``full``, ``unit``; ``None``: ``full`` for a beta table, else ``bin_centers``.
         decoder: ``factorised`` or ``ddpm``; ``None`` is ``ddpm`` for a beta table, else ``factorised``.
         forward_process: ``gaussian`` or a plugin's.
         final_sigmas_type: ``sigma_min`` ends at z_0, ``zero`` at the data as DDPM does; ``None`` as `data_scaling`.
@@ -121,7 +123,7 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         prediction_type: Serialised = "epsilon",
         conditioning: Serialised | None = None,
         num_levels: _Levels = 256,
-        data_scaling: Literal["bin_centers", "full"] | None = None,
+        data_scaling: ScalingName | None = None,
         decoder: Serialised | None = None,
         forward_process: Serialised = "gaussian",
         final_sigmas_type: Literal["sigma_min", "zero"] | None = None,
@@ -228,13 +230,20 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         """A VDM scheduler for another scheduler's config, or for its own.
 
         A config with ``noise_schedule`` is a VDM's. One without it but with betas is of the DDPM family and gives
-        bitwise the same process. Anything else is refused.
+        bitwise the same process. One of flow matching, EDM or VE (`vdm_hub.schedulers.families`) is that process, if
+        what it leaves undefined is given: ``num_levels``, ``data_scaling``, ``decoder``. Anything else is refused.
 
         Raises:
-            ConfigurationError: The config describes a process that is neither (flow matching, EDM, ...).
+            ConfigurationError: The config describes a process that is none of these, or something must be given.
         """
         if not isinstance(config, Mapping):
             return super().from_config(config)  # which refuses it
+        config = process_config(config)
+        if config.get("noise_schedule") is None and (family := family_of(config)) is not None:
+            config, kwargs = (
+                family.fields(f"the config of a {config.get('_class_name', 'scheduler')}", config, kwargs),
+                {},
+            )
         config = as_vdm_config(copy.deepcopy(dict(config)), kwargs, cls)
         if changes_process(config, kwargs):
             replaced = super().from_config(dict(config)).process

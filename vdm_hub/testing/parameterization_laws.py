@@ -193,7 +193,12 @@ def scales(parameterization: Parameterization) -> None:
 
 @PARAMETERIZATION_LAWS.add
 def sizes(parameterization: Parameterization) -> None:
-    """What the network reads and emits is of a size that a network can read and emit: at most 4 for unit x and eps."""
+    """What the network reads and emits is of a size that a network can read and emit: at most 4 for unit x and eps.
+
+    Unless its networks see to that themselves (`Parameterization.networks_scale`).
+    """
+    if parameterization.networks_scale:
+        return
     gamma = _gammas()
     a, b = parameterization.coefficients(gamma)
     emitted = (a.abs() + b.abs()) / parameterization.output_scale(gamma)

@@ -1,4 +1,4 @@
-"""Rectified flow and EDM: the laws, diffusers' own formulas, and a network of either as a VDM."""
+"""Rectified flow, EDM and VE: the laws, diffusers' own formulas, and a network of either as a VDM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_little
 from vdm_hub import (
     Check,
     Conditioning,
@@ -29,9 +28,9 @@ from vdm_hub import (
     sigma,
     stratified_times,
 )
-from vdm_hub_flow import EDMNoise, EDMPrediction, FlowPrediction, FlowTime
+from vdm_hub.diffusion.conditioning import EDMNoise, FlowTime, VENoise
+from vdm_hub.diffusion.parameterizations import EDMPrediction, FlowPrediction, VEScore
 
-PACKAGE = "vdm-hub-flow"
 ENDS = {"name": "linear", "config": {"gamma_min": -7.65, "gamma_max": 5.5}}
 FLOW = {"prediction_type": "flow_prediction", "conditioning": "flow_time"}
 EDM = {"prediction_type": {"name": "edm", "config": {"sigma_data": 0.6}}, "conditioning": "edm_noise"}
@@ -39,7 +38,10 @@ GAMMAS = torch.linspace(-7.65, 5.5, 40, dtype=torch.float64)
 
 
 @parametrize_with_checks(
-    [FlowPrediction(), EDMPrediction(), EDMPrediction(0.3), FlowTime(), FlowTime(100), EDMNoise()]
+    [
+        *(FlowPrediction(), EDMPrediction(), EDMPrediction(0.3, "v_prediction"), VEScore()),
+        *(FlowTime(), FlowTime(100), EDMNoise(), VENoise()),
+    ]
 )
 def test_conformance(check: Check) -> None:
     check()
@@ -176,7 +178,7 @@ def test_a_scheduler_keeps_its_target_and_its_timesteps(fields: dict[str, Any], 
     scheduler = VDMScheduler(noise_schedule=ENDS, num_levels=17, num_train_timesteps=500, **fields)
     scheduler.save_pretrained(tmp_path)
     again = VDMScheduler.from_pretrained(tmp_path)
-    assert again.config.trained_betas is None and again.config.prediction_type["package"] == PACKAGE
+    assert again.config.trained_betas is None and again.config.prediction_type == scheduler.config.prediction_type
     assert again.process.conditioning.to_config() == scheduler.process.conditioning.to_config()
     for one in (scheduler, again):
         one.set_timesteps(9)
@@ -197,20 +199,3 @@ def test_no_stock_sampler_is_given_timesteps_that_are_no_integers(conditioning: 
 def test_a_deviation_of_the_data_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="sigma_data=-1"):
         registry.build("parameterizations", {"name": "edm", "config": {"sigma_data": -1}})
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return [train_a_little(tmp_path_factory.mktemp("runs") / "run", **fields) for fields in (FLOW, EDM)]
-
-
-@pytest.mark.parametrize("number", [0, 1], ids=["flow", "edm"])
-def test_the_whole_way(runs: list[Path], number: int) -> None:
-    check_the_whole_way(runs[number], "digits")
-
-
-@pytest.mark.slow
-def test_without_the_package_loading_says_what_to_install(runs: list[Path], tmp_path: Path) -> None:
-    messages = errors_without_plugins(tmp_path / "site-packages", *runs)
-    assert len(messages) == 2
-    assert all(f"pip install {PACKAGE}" in message and "unverified" in message for message in messages)

@@ -1,6 +1,6 @@
 """Networks that flow matching and EDM's own recipe trained, no bound involved, measured as the VDMs that they are.
 
-``python plugins/vdm-hub-flow/bench/trained_elsewhere.py`` trains the digits recipe's network by either loss, in a loop
+``python scripts/bench/trained_elsewhere.py`` trains the digits recipe's network by either loss, in a loop
 that knows nothing of gamma, and prints the bound on the test split. On two idle cores each takes about a minute and a
 half.
 """

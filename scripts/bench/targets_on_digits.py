@@ -1,6 +1,6 @@
 """The digits recipe with each target, measured by the same bound: the table of the README.
 
-``python plugins/vdm-hub-flow/bench/targets_on_digits.py`` trains the recipe's network once for each target and seed,
+``python scripts/bench/targets_on_digits.py`` trains the recipe's network once for each target and seed,
 all else alike, each on the bound itself; they differ in what the network predicts, reads, and is told of the noise.
 The log-SNR is linear, as the recipe's own schedule was shaped for one of them. On two idle cores a run takes minutes.
 """
