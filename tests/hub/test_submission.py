@@ -6,8 +6,10 @@ import io
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,26 @@ def test_an_answer_that_is_lost_is_no_reason_to_submit_twice(hub: LoopbackHub, h
     assert done.returncode == 2 and "bits/dim" in done.stdout
     assert f"{hub.url}/{MODEL}/discussions" in done.stderr and "may have been" in done.stderr
     assert hub.repositories[MODEL].pull_requests.keys() == {1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_interrupt_while_it_is_sent_loses_no_figure(hub: LoopbackHub, home: Path, tmp_path: Path) -> None:
+    words = [*itertools.chain(*WORDS.items()), "--submit", "--json"]
+    command = [sys.executable, "-m", "vdm_hub.commands", "evaluate", MODEL, *words]
+    with subprocess.Popen(
+        command, env=hub.environment(home), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+
+        def interrupt(handle: Callable[[], Response]) -> Response:
+            process.send_signal(signal.SIGINT)
+            time.sleep(3)
+            return handle()
+
+        hub.fail(0, interrupt, route="commit")
+        printed, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    (folder,) = tmp_path.iterdir()
+    assert folder.name in said and "may have been" in said and "Traceback" not in said
+    assert json.loads(next(folder.rglob("*.json")).read_text()) == json.loads(printed)
 
 
 def test_what_changes_while_it_is_measured_is_found(

@@ -40,3 +40,5 @@ def publish_run(configuration: Configuration, folder: OutputFolder) -> None:
             f"`{shlex.join(words)}`."
         ) from error
     print(f"{'hub':<13}{publication.url}")
+    if publication.no_results:
+        print(f"{'results':<13}no figure where the Hub reads results: {publication.no_results}.")
