@@ -167,6 +167,13 @@ def test_a_table_is_interpolated_as_scipy_does(steps: list[float]) -> None:
     assert [float(value[0]), float(value[-1])] == [float(knots[0]), float(knots[-1])]
 
 
+def test_a_table_holds_its_knots_where_a_model_is_sketched_on_the_meta_device() -> None:
+    """As diffusers does while it loads a component: knots are no weights that would come later."""
+    with torch.device("meta"):
+        schedule = TabulatedSchedule([-5.0, 0.0, 3.0])
+    assert schedule(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-5.0, 0.0, 3.0]
+
+
 def test_a_beta_table_gives_each_latent_the_alpha_bar_of_the_float32_product() -> None:
     betas = torch.linspace(1e-4, 0.02, 1000)
     alpha_bar = torch.cumprod(1 - betas, 0).double()

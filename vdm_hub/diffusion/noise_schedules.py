@@ -258,7 +258,8 @@ class TabulatedSchedule(NoiseSchedule):
 
     def __init__(self, gammas: Sequence[float]) -> None:
         super().__init__()
-        knots = torch.tensor([float(g) for g in gammas], dtype=torch.float64)
+        # On the CPU also where a model is sketched on torch's meta device: these are no weights, to be loaded later.
+        knots = torch.tensor([float(g) for g in gammas], dtype=torch.float64, device="cpu")
         if knots.numel() < 2 or not bool(torch.isfinite(knots).all()):
             raise ConfigurationError(
                 f"a table of gamma needs at least two finite values; this one is {list(gammas)[:5]}."

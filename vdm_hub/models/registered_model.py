@@ -83,6 +83,8 @@ class RegisteredModel(CheckedModel, ModelMixin, ConfigMixin):
         else:
             model = cls(network=registry.serialise("networks", module))
         weights = module.state_dict()
+        if isinstance(module, ForwardProcess):  # what is learned of a schedule may be baked into the fields
+            weights = {name: weight for name, weight in weights.items() if name in model.module.state_dict()}
         model.module.load_state_dict(weights)
         model.to(next((weight.device for weight in weights.values()), torch.device("cpu")))
         return model

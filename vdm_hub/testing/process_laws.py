@@ -399,6 +399,11 @@ def json_config(process: ForwardProcess) -> None:
     """The fields are JSON, and build the same process again, with the weights that the pipeline carries."""
     fields = json_round_trip(process.fields(), "fields()")
     again = type(process).from_fields(fields, schedule=process.carried_schedule())
+    if process.has_weights:
+        weights = process.state_dict()
+        missing = sorted(again.state_dict().keys() - weights.keys())
+        require(not missing, f"the process rebuilt from its fields has weights of its own: {', '.join(missing[:4])}")
+        again.load_state_dict({name: weights[name] for name in again.state_dict()})
     for name in ("num_levels", "num_train_timesteps"):
         after, before = getattr(again, name), getattr(process, name)
         require(after == before, f"{name} of the process rebuilt from its fields is {after}, and was {before}")
