@@ -76,6 +76,7 @@ from .evaluation.provenance import weights_fingerprint as weights_fingerprint
 from .fields import check_fields as check_fields
 from .fields import option as option
 from .fields import whole_number as whole_number
+from .files import check_writable as check_writable
 from .files import written_beside as written_beside
 from .likelihood.classification import BoundClassifier as BoundClassifier
 from .likelihood.classification_report import ClassificationReport as ClassificationReport

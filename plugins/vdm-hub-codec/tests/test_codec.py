@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,35 +293,58 @@ def test_bits_are_as_good_as_random_before_they_are_drawn() -> None:
     assert np.array_equal(stack.words(), before)
 
 
-def damaged(whole: bytes, count: int) -> Iterator[bytes]:
+def damaged(whole: bytes, count: int, *, mended: bool = False) -> Iterator[bytes]:
+    """The file with another byte in a random place; with its checksum mended, as no storage would."""
     generator = np.random.default_rng(0)
-    for place in generator.integers(0, len(whole), count):
+    for place in generator.integers(0, len(whole) - 4 * mended, count):
         other = bytearray(whole)
         other[place] ^= int(generator.integers(1, 256))
-        yield bytes(other)
+        yield bytes(other[:-4]) + struct.pack("<I", zlib.crc32(other[:-4])) if mended else bytes(other)
 
 
 def test_every_damaged_byte_is_refused() -> None:
-    pipe = made("linear")
-    whole, _ = encode(pipe, levels(4), transitions=T)
+    pipe = told()
+    whole, _ = encode(pipe, levels(), LABELS, transitions=T)
     for one in damaged(whole, 1000):
         with pytest.raises(DataError):
-            Container.from_bytes(one)
+            decode(pipe, one)
     for end in (0, 3, 8, len(whole) // 2, len(whole) - 1):
         with pytest.raises(DataError):
             decode(pipe, whole[:end])
 
 
-def test_damage_behind_a_right_checksum_is_refused_too() -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damage_behind_a_right_checksum_is_refused_too(count: int) -> None:
     """As a machine with other numbers would find it: nothing is decoded to something else silently."""
-    pipe, data = made("linear"), levels(4)
-    whole, _ = encode(pipe, data, transitions=T)
-    length = struct.unpack("<I", whole[17:21])[0]
-    for place in range(21 + length, len(whole) - 4, 97):
-        other = bytearray(whole[:-4])
-        other[place] ^= 0x10
+    pipe = told()
+    whole, _ = encode(pipe, levels(), LABELS, transitions=T)
+    for one in damaged(whole, count, mended=True):
         with pytest.raises(DataError):
-            decode(pipe, bytes(other) + struct.pack("<I", zlib.crc32(other)))
+            decode(pipe, one)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"kind": "sound"},
+        {"transitions": 0},
+        {"transitions": "8"},
+        {"spacing": "00"},
+        {"widths": [0.5]},
+        {"labels": 3},
+        {"what": 1},
+    ],
+)
+def test_a_description_that_no_encoder_makes_is_refused(changed: Any) -> None:
+    whole, _ = encode(told(), levels(), LABELS, transitions=T)
+    container = Container.from_bytes(whole)
+    other = replace(container, coder=container.coder | changed)
+    with pytest.raises(DataError, match=re.escape(next(iter(changed)))):
+        Container.from_bytes(other.to_bytes())
+    block = container.blocks[0]
+    for wrong in (replace(block, count=3), replace(block, batches=[-1]), replace(block, notes=[("a",)])):
+        with pytest.raises(DataError):
+            Container.from_bytes(replace(container, blocks=[wrong]).to_bytes())
 
 
 def test_another_model_other_data_and_models_without_a_chain_are_refused() -> None:
@@ -331,6 +356,9 @@ def test_another_model_other_data_and_models_without_a_chain_are_refused() -> No
         encode(pipe, torch.zeros(2, 1, 9, 8, dtype=torch.long), transitions=T)
     with pytest.raises(DataError, match="17"):
         encode(pipe, torch.full((2, 1, 8, 8), 17), transitions=T)
+    for wrong in (data.float(), data[:0], -data - 1):
+        with pytest.raises(DataError, match="whole numbers"):
+            encode(pipe, wrong, transitions=T)
     for number in ({"transitions": 0}, {"block": 0}, {"batch_size": 0}):
         with pytest.raises(ConfigurationError, match=f"{next(iter(number))} is 0"):
             encode(pipe, data, **{"transitions": T} | number)

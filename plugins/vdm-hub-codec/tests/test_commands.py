@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vdm_hub import (
     Command,
     HVAEPipeline,
     MarkovianHVAE,
+    OutputError,
     TokenPipeline,
     VDMHubError,
     VDMPipeline,
@@ -26,7 +28,9 @@ from vdm_hub import (
     load_split,
     make_tokenizer,
 )
+from vdm_hub_codec import Decoded
 from vdm_hub_codec.commands import Compress, Decompress
+from vdm_hub_codec.decoded_files import write, written
 
 
 @pytest.fixture
@@ -154,3 +158,16 @@ def test_nothing_is_written_where_something_is_wrong(model: str, tmp_path: Path)
         with pytest.raises(VDMHubError, match=re.escape(said)):
             run(command, *words)
     assert not any((tmp_path / name).exists() for name in ("x", "x.txt"))
+
+
+@pytest.mark.parametrize("name", ["again", "again.parquet", "again.txt"])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, name: str) -> None:
+    place, kept = tmp_path / name, resource.getrlimit(resource.RLIMIT_FSIZE)
+    found = Decoded(torch.zeros(3, 1, 8, 8, dtype=torch.long)) if name != "again.txt" else Decoded(texts=["ab" * 99])
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, kept[1]))
+        with pytest.raises(OutputError, match="make room"), written(place) as beside:
+            write(found, tiny_pipeline(), beside, place.suffix)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert list(tmp_path.iterdir()) == []

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
@@ -118,3 +121,25 @@ def test_a_text_that_has_the_token_that_ends_it_comes_back(tmp_path: Any) -> Non
         file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
     whole, _ = encode(pipe, load_windows(str(tmp_path / "rows.jsonl"), "train", pipe.tokenization, pipe.cut))
     assert decode(pipe, whole).texts == TEXTS
+
+
+@pytest.mark.parametrize("process", ["absorbing", "uniform"])
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_damage_of_texts_is_decoded(process: str, count: int, tmp_path: Any) -> None:
+    """Behind a right checksum, too, with lengths and ends of documents in the description."""
+    pipe = pipeline(process=process)
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    given = load_windows(str(tmp_path / "rows.jsonl"), "train", pipe.tokenization, pipe.cut)
+    whole, _ = encode(pipe, given, transitions=4 if process == "uniform" else None)
+    generator = np.random.default_rng(0)
+    for place in generator.integers(0, len(whole) - 4, count):
+        other = bytearray(whole)
+        other[place] ^= int(generator.integers(1, 256))
+        with pytest.raises(DataError):
+            decode(pipe, bytes(other))
+        try:  # the last word of an arithmetic code may end in other bits
+            found = decode(pipe, bytes(other[:-4]) + struct.pack("<I", zlib.crc32(other[:-4])))
+            assert found.texts == TEXTS
+        except DataError:
+            pass

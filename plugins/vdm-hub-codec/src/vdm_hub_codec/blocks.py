@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +34,20 @@ class OtherNumbersError(DataError):
             "what was decoded is not what was encoded: the network gave other numbers here than where the file was "
             "made. Nothing is written. Decode it on a machine, or with a build of torch, nearer to that one."
         )
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Make other numbers than the encoder's of whatever the coder can't go on with: a symbol that can't be there, NaN.
+
+    Raises:
+        OtherNumbersError: There is such a thing.
+    """
+    try:
+        with np.errstate(invalid="ignore"):
+            yield
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        raise OtherNumbersError from error
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,8 @@ class Coder:
     def opened(self, block: Block) -> tuple[Stack, Integers | None]:
         """The stack of a block, and the classes that lay on top of it, (N,)."""
         stack = Stack(block.words)
-        return stack, None if self.classes is None else pop_labels(stack, block.count, self.classes)
+        with decoding():
+            return stack, None if self.classes is None else pop_labels(stack, block.count, self.classes)
 
     def _start(self, stack: Stack, row: Integers) -> float:
         """Push a datum as it is; returns its bits."""
@@ -146,10 +162,7 @@ class Coder:
     def _started(self, stack: Stack) -> Integers:
         """Pop what `_start` has pushed, (1, n)."""
         if self.pictures:
-            try:
-                return levels_of(stack.pop_bytes(), self.chain.shapes[0]).reshape(1, -1)
-            except ValueError as error:
-                raise OtherNumbersError from error
+            return levels_of(stack.pop_bytes(), self.chain.shapes[0]).reshape(1, -1)
         return stack.pop_levels(math.prod(self.chain.shapes[0]), self.chain.num_levels).reshape(1, -1)
 
     def _fitting(self, stack: Stack, rows: Integers) -> int:
@@ -172,8 +185,8 @@ class Coder:
             end -= batch
             self.advance(batch)
         self.advance(end)
-        for _ in range(end):
-            found.append(self._started(stack))
+        with decoding():
+            found += [self._started(stack) for _ in range(end)]
         levels = np.concatenate(found[::-1]).reshape(-1, *self.chain.shapes[0])
         if stack.words().size or checksum(levels, labels) != block.check:
             raise OtherNumbersError
@@ -215,6 +228,12 @@ class Coder:
             by: The notes of the block.
             observe: Told each latent's t and numbers, once the bits that drew the latent above are back.
         """
+        with decoding():
+            return self._pop_batch(stack, images, told, by, observe)
+
+    def _pop_batch(
+        self, stack: Stack, images: Integers, told: Integers, by: Decisions, observe: Callable[[int, Integers], object]
+    ) -> Integers:
         chain = self.chain
         above = chain.prior(len(images)).decided(chain.depth, False, images, by).pop(stack)
         observe(chain.depth, above)
@@ -233,7 +252,7 @@ def _seed(images: Integers, t: int) -> int:
     return int(images[0]) * 100_003 % 2**31 + t
 
 
-def checksum(levels: Integers, labels: Integers | None = None) -> int:
-    """The CRC-32 of data, and of their classes behind them, as little-endian integers of 32 bits."""
+def checksum(levels: Integers, more: Integers | None = None) -> int:
+    """The CRC-32 of data, and of their classes or lengths behind them, as little-endian integers of 32 bits."""
     found = zlib.crc32(levels.astype("<i4").tobytes())
-    return found if labels is None else zlib.crc32(labels.astype("<i4").tobytes(), found)
+    return found if more is None else zlib.crc32(more.astype("<i4").tobytes(), found)

@@ -159,6 +159,11 @@ def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, p
     whole_number("batch_size", batch_size)
     container = Container.from_bytes(data)
     check_model(pipeline, container)
+    is_text = container.coder["kind"] != "latents"
+    if is_text != isinstance(pipeline, TokenPipeline):
+        raise DataError(
+            f"the file keeps {'texts' if is_text else 'images'}, and the model is of others: name another."
+        )
     if isinstance(pipeline, TokenPipeline):
         return Decoded(texts=decode_texts(pipeline, container, batch_size, progress))
     return Decoded(*decode_images(pipeline, container, batch_size, progress))

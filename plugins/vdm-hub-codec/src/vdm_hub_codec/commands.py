@@ -23,12 +23,11 @@ from vdm_hub import (
     load_images,
     load_pipeline,
     load_windows,
-    written_beside,
 )
 from vdm_hub_codec.codec import TRANSITIONS, check_model, decode, encode
 from vdm_hub_codec.compare import image_formats, text_compressors
 from vdm_hub_codec.container import Container
-from vdm_hub_codec.decoded_files import check_place, write
+from vdm_hub_codec.decoded_files import check_place, write, written
 from vdm_hub_codec.images import check_told, classes_of
 from vdm_hub_codec.progressive import progress_of
 from vdm_hub_codec.spacing import StepCosts, plot_lengths
@@ -95,11 +94,11 @@ class Compress(Command):
             name=arguments.pipeline,
             progress=not arguments.json,
         )
-        with written_beside(arguments.output) as beside:
+        with written(arguments.output) as beside:
             beside.write_bytes(whole)
         lengths = {}
         if costs is not None:
-            with written_beside(arguments.length_plot) as beside:
+            with written(arguments.length_plot) as beside:
                 lengths = plot_lengths(costs, report, beside)
         others, notes = _others(pipeline, data) if arguments.compare else ({}, [])
         if arguments.json:
@@ -149,10 +148,10 @@ class Decompress(Command):
         wants = arguments.progressive is not None
         progress = progress_of(pipeline, content, batch_size=arguments.batch_size) if wants else None
         found = decode(pipeline, content, batch_size=arguments.batch_size, progress=True)
-        with written_beside(output) as beside:
+        with written(output) as beside:
             said = write(found, pipeline, beside, output.suffix)
         if progress is not None:
-            with written_beside(arguments.progressive) as beside:
+            with written(arguments.progressive) as beside:
                 progress.save(beside, pipeline.num_levels)
             for bits, away in zip(progress.bits_per_dim, progress.error, strict=True):
                 print(f"{bits:8.4f} bits/dim read: the estimate is {away:.3f} levels off")

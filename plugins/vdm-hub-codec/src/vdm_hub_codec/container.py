@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from vdm_hub_codec.decisions import Note
 MAGIC, VERSION = b"VDMZ", 2
 _HEAD = struct.Struct("<4sB12sI")
 _MOST = 1 << 26
+_LARGEST = 1 << 32
 _USUAL = (  # what descriptions usually hold, which deflate then only points at; the likeliest comes last
     b'"widths":[-12,-11,-10,-9,-8,-7,-6,-5,-4,-3,-2,-1,0]"kind":"order","sites":1,"length":128,"context":0,'
     b'"kind":"values","transitions":1000,"length":128,"b":[[64,[1,1,1,1,2,2,2,3,3,4,4,5,5,6,6,7,8,9,10,11,12,13,14,15,'
@@ -83,7 +84,7 @@ class Container:
         try:
             place = _HEAD.size + length
             return cls._read(fingerprint.hex(), data[_HEAD.size : place], data[place:-4])
-        except (ValueError, KeyError, TypeError, zlib.error) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, zlib.error) as error:
             raise DataError(f"the file can't be read ({error}): it was not made by `vdm-hub compress`.") from error
 
     @classmethod
@@ -97,4 +98,66 @@ class Container:
             place += length
         if place != len(content):
             raise ValueError("its blocks are not as long as they are said to be")
+        check_description(model, coder, blocks)
         return cls(model, fingerprint, coder, blocks)
+
+
+def _is(value: object, low: int, high: int) -> bool:
+    """Whether a value is a whole number in a range."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _are(values: object, low: int, high: int) -> bool:
+    return isinstance(values, list) and all(_is(one, low, high) for one in values)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:100]
+
+
+_TEXTS: dict[str, Callable[[Any], bool]] = {
+    "length": lambda value: _is(value, 2, 1 << 20),
+    "ended": lambda value: value is True,
+    "documents": lambda value: _are(value, 0, _LARGEST) and bool(value),
+}
+_KNOWN: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "latents": {
+        "transitions": lambda value: value is None or _is(value, 1, 1 << 24),
+        "spacing": lambda value: isinstance(value, str) and any(bytes.fromhex(value)),
+        "pictures": lambda value: value is True,
+        "labels": lambda value: value is True,
+        "widths": lambda value: _are(value, -1000, 1000),
+    },
+    "values": {"transitions": lambda value: _is(value, 1, 1 << 24), **_TEXTS},
+    "order": {
+        "sites": lambda value: _is(value, 1, 1 << 20),
+        "context": lambda value: _is(value, 0, 1 << 20),
+        **_TEXTS,
+    },
+}
+"""What a description of each kind may hold, and what is right of it."""
+_NEEDED = {"latents": {"transitions"}, "values": {"transitions", "length"}, "order": {"sites", "length", "context"}}
+_BLOCKS = {"values": 2, "order": 1}
+
+
+def check_description(model: object, coder: dict[str, Any], blocks: Sequence[Block]) -> None:
+    """Refuse a description that no encoder makes.
+
+    Raises:
+        ValueError: It is one.
+    """
+    kind = coder.get("kind")
+    if not isinstance(model, str) or kind not in _KNOWN:
+        raise ValueError(f"its kind is {_shown(kind)}")
+    known, told = _KNOWN[kind], {name: value for name, value in coder.items() if name != "kind"}
+    wrong = [name for name in told if name not in known or not known[name](told[name])]
+    wrong += sorted(_NEEDED[kind] - told.keys())
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} in it is {_shown(told.get(wrong[0], 'missing'))}")
+    if len(blocks) != _BLOCKS.get(kind, len(blocks)) or not blocks:
+        raise ValueError(f"it has {len(blocks)} blocks")
+    for one in blocks:
+        numbers = _is(one.count, 0, _LARGEST) and _is(one.check, 0, (1 << 32) - 1)
+        notes = all(_are(list(note), -(1 << 62), 1 << 62) for note in one.notes)
+        if not (numbers and notes and _are(one.batches, 1, _LARGEST) and sum(one.batches) <= one.count):
+            raise ValueError(f"a block of it is of {_shown(one.count)} data, {_shown(one.batches)} together")

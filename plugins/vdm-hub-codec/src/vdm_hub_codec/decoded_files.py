@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 from torch import Tensor
 
-from vdm_hub import ConfigurationError, LikelihoodPipeline, check_output, images_from_levels
+from vdm_hub import (
+    ConfigurationError,
+    LikelihoodPipeline,
+    OutputError,
+    check_output,
+    check_writable,
+    images_from_levels,
+    written_beside,
+)
 from vdm_hub_codec.codec import Decoded
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.documents import are_several
 
 _ROWS, _TEXT = ".parquet", ".txt"
+
+
+@contextmanager
+def written(place: Path) -> Iterator[Path]:
+    """A path to write a file or folder to, which takes its place when all is written.
+
+    Raises:
+        OutputError: It can't be written, as on a full disk; nothing of it is left.
+    """
+    try:
+        with written_beside(place) as beside:
+            yield beside
+    except OSError as error:
+        raise OutputError(
+            f"{place} can't be written ({error.strerror or error}), and nothing of it is left: make room, or name "
+            f"another place."
+        ) from error
 
 
 def check_place(output: Path, *, overwrite: bool, container: Container | None = None) -> None:
@@ -27,11 +54,13 @@ def check_place(output: Path, *, overwrite: bool, container: Container | None = 
 
     Raises:
         ConfigurationError: It is there, or can't hold what the file keeps.
+        OutputError: Nothing can be written there.
     """
     if output.suffix in (_ROWS, _TEXT):
         check_output(output, "output", output.suffix, overwrite=overwrite)
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"--output {output} is there, and not an empty folder: name another.")
+    check_writable(output)
     if container is None or output.suffix != _TEXT:
         return
     is_text = container.coder["kind"] in ("order", "values")

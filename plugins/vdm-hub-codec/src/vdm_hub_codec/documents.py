@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vdm_hub import DataError, TokenWindows
+from vdm_hub_codec.decisions import Integers
 
 
 def checked(windows: TokenWindows) -> TokenWindows:
@@ -33,11 +35,17 @@ def checked(windows: TokenWindows) -> TokenWindows:
     return replace(windows, shifted=False)
 
 
+def lengths_of(windows: TokenWindows) -> Integers | None:
+    """How many tokens each document has, for the checksum; nothing, where there is one that no token ends."""
+    lengths = [len(one) for one in windows.documents]
+    return np.array(lengths) if windows.ended or len(lengths) > 1 else None
+
+
 def description_of(windows: TokenWindows) -> dict[str, Any]:
     """What a file says of its documents; nothing, where there is one that no token ends."""
-    lengths = [len(one) for one in windows.documents]
-    if not windows.ended and len(lengths) == 1:
+    if (found := lengths_of(windows)) is None:
         return {}
+    lengths: list[int] = found.tolist()
     ends = windows.tokens == windows.tokenization.end if windows.ended else torch.zeros(0, dtype=torch.bool)
     told = {"ended": True} if windows.ended else {}
     return told if int(ends.sum()) == len(lengths) else told | {"documents": lengths}

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from vdm_hub import TokenPipeline, TokenWindows, VDMObjective
-from vdm_hub_codec.blocks import Block, OtherNumbersError, checksum
+from vdm_hub_codec.blocks import Block, checksum, decoding
 from vdm_hub_codec.decisions import Decisions, Integers
 from vdm_hub_codec.distributions import Choices, ChoiceSymbols
+from vdm_hub_codec.documents import lengths_of
 
 Code = Callable[[Choices, ChoiceSymbols, Integers], Integers]
 """What is done with the values of some sites, (n,): encoded, or found."""
@@ -55,17 +56,17 @@ class OrderCoder:
         tokens = windows.tokens.long()
         self._go_through(windows, tokens, code, decisions)
         levels = tokens.numpy()
-        return Block(len(levels), [], encoder.get_compressed(), checksum(levels), decisions.notes)
+        return Block(len(levels), [], encoder.get_compressed(), checksum(levels, lengths_of(windows)), decisions.notes)
 
     def decode(self, block: Block, empty: TokenWindows) -> Tensor:
-        """The tokens of a text, (N,).
+        """The tokens of all texts, (N,), whose checksum is not looked at.
 
         Args:
-            block: The text.
-            empty: As many tokens, of any value, cut into windows as the text was.
+            block: The texts.
+            empty: As many tokens, of any value, cut into windows as the texts were.
 
         Raises:
-            DataError: They are not what was encoded.
+            DataError: They can't be what was encoded.
         """
         decoder = constriction.stream.queue.RangeDecoder(block.words)
         tokens = torch.zeros_like(empty.tokens, dtype=torch.int64)
@@ -74,9 +75,8 @@ class OrderCoder:
             found: Integers = decoder.decode(*symbols.model).astype(np.int64)
             return found
 
-        self._go_through(empty, tokens, code, Decisions.of(block.notes))
-        if checksum(tokens.numpy()) != block.check:
-            raise OtherNumbersError
+        with decoding():
+            self._go_through(empty, tokens, code, Decisions.of(block.notes))
         return tokens
 
     def _go_through(self, windows: TokenWindows, tokens: Tensor, code: Code, by: Decisions) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vdm_hub import ConfigurationError, DataError, TokenPipeline, TokenWindows
-from vdm_hub_codec.blocks import Block, Coder, Lengths, OtherNumbersError, checksum
+from vdm_hub_codec.blocks import Block, Coder, Lengths, OtherNumbersError, checksum, decoding
 from vdm_hub_codec.chains import Chain
 from vdm_hub_codec.container import Container
-from vdm_hub_codec.documents import apart, description_of
+from vdm_hub_codec.documents import apart, are_several, description_of, lengths_of
 from vdm_hub_codec.orders import OrderCoder, windows_like
 from vdm_hub_codec.report import Parts
 from vdm_hub_codec.stack import Stack
@@ -49,13 +49,23 @@ def encode_texts(
 
 
 def decode_texts(pipeline: TokenPipeline, container: Container, batch_size: int, progress: bool) -> list[str]:
-    """The texts of a file."""
-    if container.coder["kind"] == "order":
+    """The texts of a file.
+
+    Raises:
+        DataError: They are not what was encoded: the last block's checksum is of the documents' lengths, too.
+    """
+    how, tokenization = container.coder, pipeline.tokenization
+    if how["kind"] == "order":
         tokens = _decode_order(pipeline, container, batch_size)
     else:
         tokens = _decode_values(pipeline, container, batch_size, progress)
-    tokenization = pipeline.tokenization
-    return [tokenization.decode(one) for one in apart(tokens, container.coder, tokenization.end)]
+    with decoding():
+        documents = apart(tokens, how, tokenization.end)
+    lengths = np.array([len(one) for one in documents]) if are_several(how) else None
+    checked = tokens if how["kind"] == "order" else tokens[len(tokens) - container.blocks[-1].count :]
+    if checksum(checked.numpy(), lengths) != container.blocks[-1].check:
+        raise OtherNumbersError
+    return [tokenization.decode(one) for one in documents]
 
 
 def _encode_values(
@@ -75,7 +85,7 @@ def _encode_values(
         block, rest, stack = coder.encode(tokens[:whole].reshape(-1, length)), tokens[whole:], Stack()
     stack.push_levels(rest, pipeline.num_levels)
     coder.lengths.as_they_are += len(rest) * math.log2(pipeline.num_levels)
-    blocks = [block, Block(len(rest), [], stack.words(), checksum(rest), [])]
+    blocks = [block, Block(len(rest), [], stack.words(), checksum(rest, lengths_of(windows)), [])]
     how = {"kind": "values", "transitions": transitions, "length": length}
     notes = [
         f"the windows are coded each by itself, so that the {windows.cut.context} tokens before each are not given to "
@@ -92,9 +102,8 @@ def _decode_values(pipeline: TokenPipeline, container: Container, batch_size: in
     chain = Chain.of_objective(pipeline.objective(how["transitions"]), (how["length"],))
     with tqdm(total=block.count, desc="decoding", unit="window", disable=not progress) as bar:
         windows = Coder(chain, batch_size, advance=bar.update).decode(block)
-    rest = Stack(last.words).pop_levels(last.count, pipeline.num_levels)
-    if checksum(rest) != last.check:
-        raise OtherNumbersError
+    with decoding():
+        rest = Stack(last.words).pop_levels(last.count, pipeline.num_levels)
     return torch.from_numpy(np.concatenate([windows.ravel(), rest]))
 
 
