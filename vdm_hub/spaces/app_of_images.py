@@ -34,14 +34,11 @@ BITS = """The **bits** of a picture are the length of the file that a perfect co
 at most. The fewer, the more it is what the model expects. A second picture is measured on the same scale."""
 
 
-class Picture(gr.Image):
+def picture(**look: Any) -> gr.Image:
     """An input of images that hands the file on as it is, so that the model's own reader judges it."""
-
-    is_template = True  # of gradio's: drawn as its parent is
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of the file."""
-        return None if payload is None else str(payload.path)
+    image = gr.Image(format="png", elem_classes="pixels", height=260, sources=["upload", "clipboard"], **look)
+    image.preprocess = lambda payload: None if payload is None else payload.path
+    return image
 
 
 @contextmanager
@@ -98,7 +95,9 @@ def measure(pipe: Any, first: Any, second: Any, fit: bool, replicates: int, choi
     report = pipe.log_likelihood(levels, method, replicates, **given)
     bits = (report.per_image * report.dimensions).tolist()
     if len(bits) == 2:
-        notes.insert(0, f"**Picture {1 + (bits[1] < bits[0])}** takes fewer bits, by {abs(bits[0] - bits[1]):.1f}.")
+        error = float(report.standard_error_per_image.norm()) * report.dimensions
+        fewer = f"takes fewer bits, by {abs(bits[0] - bits[1]):.1f} ± {error:.1f}"
+        notes.insert(0, f"**Picture {1 + (bits[1] < bits[0])}** {fewer}: the model expects it more.")
     try:
         profile = pipe.pixel_profile(levels, **given, evaluations=256)
         plot: Any = drawn(vdm_hub.plot_pixel_profile, profile, images_from_levels(levels, pipe.num_levels))
@@ -126,13 +125,12 @@ def build(pipe: Any, title: str, about: str) -> gr.Blocks:
                 asked += [gr.Dropdown(**chosen), gr.Slider(1, 10, 1, step=0.5, label="guidance", visible=guided)]
                 go, stop = gr.Button("Sample", variant="primary"), gr.Button("Stop")
             with gr.Column():
-                shown = [gr.Image(label="chain", format="png", elem_classes="pixels"), gr.Markdown()]
+                shown = [gr.Image(label="chain", format="png", elem_classes="pixels", elem_id="chain"), gr.Markdown()]
             stop.click(None, cancels=[go.click(functools.partial(sample, pipe), asked, shown, show_progress="hidden")])
         with gr.Tab("Bits of a picture"):
             gr.Markdown(BITS)
             with gr.Row():
-                look = {"format": "png", "elem_classes": "pixels", "height": 260, "sources": ["upload", "clipboard"]}
-                inputs = [Picture(label=one, **look) for one in (f"picture: {kind}", "a second one, to compare")]
+                inputs = [picture(label=one) for one in (f"picture: {kind}", "a second one, to compare")]
                 with gr.Column():
                     effort = gr.Slider(2, 64, 16, step=1, label="replicates: more of them, a smaller error")
                     asked = [gr.Checkbox(label=CONVERT), effort, gr.Dropdown(**chosen)]

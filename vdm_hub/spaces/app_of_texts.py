@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,23 +53,24 @@ def sample(
 def measure(pipe: Any, first: str, second: str, replicates: int) -> str:
     """The bits of texts, as Markdown."""
     try:
-        sign, lines, totals = "", [], []
+        lines, totals, errors, notes = [], [], [], []
         for i, text in enumerate([first, second] if second else [first]):
             report = pipe.log_likelihood(text, replicates=replicates)
-            sign = "at most " if report.is_bound else ""
-            each = None if report.bits_per_byte is None else report.bits_per_byte
-            error = report.leading_error
-            per_byte = "unknown" if each is None else f"{sign}**{each:.3f}** ± {error:.3f}"
-            totals.append(float(report.per_image.sum() * report.dimensions))
-            per_token = f"{sign}{report.bits_per_dim:.3f} ± {report.standard_error:.3f}"
-            lines.append(f"| {i + 1} | {per_byte} | {per_token} | {totals[-1]:.1f} | {report.perplexity:.1f} |")
+            sign, tokens = "at most " if report.is_bound else "", report.dimensions * report.num_images
+            byte = "" if report.bits_per_byte is None else f"{sign}**{report.bits_per_byte:.3f}**"
+            byte += f" ± {report.leading_error:.3f}" if byte else "unknown"
+            token = f"{sign}{report.bits_per_dim:.3f} ± {report.standard_error:.3f}"
+            totals.append(report.bits_per_dim * tokens)
+            errors.append(report.standard_error * tokens)
+            notes += report.details.get("notes", [])
+            lines.append(f"| {i + 1} | {byte} | {token} | {totals[-1]:.1f} | {report.perplexity:.1f} |")
     except VDMHubError as error:
         raise refused(error) from error
     table = ["| text | bits/byte | bits/token | bits in all | perplexity |", "| --- | --- | --- | --- | --- |", *lines]
     if len(totals) == 2:
-        less = 1 + (totals[1] < totals[0])
-        table.append(f"\nText **{less}** takes {abs(totals[0] - totals[1]):.1f} bits fewer in all.")
-    return "\n".join([*table, *(f"\n*{note}*" for note in report.details.get("notes", []))])
+        fewer = f"takes fewer bits, by {abs(totals[0] - totals[1]):.1f} ± {math.hypot(*errors):.1f}"
+        table.append(f"\n**Text {1 + (totals[1] < totals[0])}** {fewer}: the model expects it more.")
+    return "\n".join([*table, *(f"\n*{note}*" for note in dict.fromkeys(notes))])
 
 
 def build(pipe: Any, title: str, about: str) -> gr.Blocks:

@@ -99,14 +99,14 @@ def _card(space: Space) -> str:
         models=None if space.is_local else [str(space.model)],
         tags=["vdm_hub", *wording_of(space.pipeline).tags],
     )
-    where = f"in `{MODEL}/`" if space.is_local else f"[{space.model}](https://huggingface.co/{space.model})"
+    where = f", which lies in `{MODEL}/`" if space.is_local else ""
     return f"""---
 {data.to_yaml()}
 ---
 
 # {visible(space.title)}
 
-{wording_of(space.pipeline).kind}, {where}: samples, with the chain in view, and the bits of what you bring.
+{_about(space)}{where}. The app draws samples, with the chain in view, and measures the bits of what you bring.
 
 Made by `vdm-hub space`. `{TOLD}` names the model; `{FILE}` what it needs, beside gradio {GRADIO}. Here as there,
 `python app.py` runs it. Of a private model, give the Space a secret `HF_TOKEN` that may read it.
