@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 
 import vdm_hub
+from ddpm import new_network
 from hub.publications import write_run
 from runs import ROOT
 from spaces.kinds import KINDS, saved
@@ -56,7 +58,7 @@ def test_the_folder_holds_all_that_a_space_needs(
     assert not list(tmp_path.glob(".*"))  # nothing half-written is left
     assert (output / "app.py").read_bytes() == (ROOT / "vdm_hub" / "spaces" / "app_of_images.py").read_bytes()
     told = json.loads((output / "space.json").read_text())
-    assert told["model"] == "model" and told["revision"] is None and told["title"] == "A tiny one"
+    assert told["model"] == "model" and told["loading"] == {} and told["title"] == "A tiny one"
     assert weights_fingerprint(load_pipeline(str(output / "model"))) == weights_fingerprint(load_pipeline(str(model)))
     assert "_name_or_path" not in (output / "model" / "model_index.json").read_text()
     card = SpaceCard.load(output / "README.md").data.to_dict()
@@ -99,6 +101,16 @@ def test_a_package_that_pip_took_from_a_repository_is_named_by_its_commit(
     assert requirements(KINDS["unconditional"]())["vdm-hub"].endswith("@0a1b2c3#subdirectory=core")
     (folder / "direct_url.json").write_text(json.dumps({"url": "file:///home/ada/vdm_hub", "dir_info": {}}))
     assert requirements(KINDS["unconditional"]())["vdm-hub"] == f"vdm-hub=={vdm_hub.__version__}"
+
+
+def test_a_checkpoint_of_diffusers_is_loaded_by_what_was_said_of_it(tmp_path: Path) -> None:
+    DDPMPipeline(new_network(), DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    asked = ["--num_levels", "17", "--decoder", "factorised"]
+    assert main(["space", str(tmp_path / "stock"), "--output", str(tmp_path / "space"), *asked]) == 0
+    told = json.loads((tmp_path / "space" / "space.json").read_text())
+    assert told["loading"] == {"num_levels": 17, "overrides": {"decoder": "factorised"}}
+    pipe = load_pipeline(str(tmp_path / "space" / told["model"]), **told["loading"])
+    assert pipe.num_levels == 17 and pipe.scheduler.config.decoder == "factorised"
 
 
 def test_a_runs_folder_gives_its_name_and_its_pipeline(tmp_path: Path) -> None:

@@ -349,6 +349,9 @@ def space(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "The token is the one of `hf auth login`, or HF_TOKEN; it is never an argument."
     parser.add_argument("model", help="a Hub id such as me/vdm-digits; or a run's folder, or a pipeline's")
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
+    group = parser.add_argument_group("a checkpoint of diffusers, what its config does not say or says wrongly")
+    group.add_argument("--num_levels", type=int, help="K, the images' levels (default: 256)")
+    _add_checkpoint(group)
     parser.add_argument("--title", help="over the app (default: the model's name)")
     parser.add_argument(
         "--requirement",

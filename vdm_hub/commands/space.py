@@ -8,8 +8,10 @@ import os
 import runpy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from vdm_hub.commands.loading import load_pipeline
+from vdm_hub.commands.options import OVERRIDES
 from vdm_hub.commands.outputs import check_apart_from_training
 from vdm_hub.errors import ConfigurationError, OutputError, warn
 from vdm_hub.fields import whole_number
@@ -81,17 +83,16 @@ def _check_place(output: Path, *, overwrite: bool) -> None:
 
 
 def _space(arguments: argparse.Namespace) -> Space:
-    place = expanded(arguments.model)
-    pipeline = load_pipeline(arguments.model, revision=arguments.revision)
-    if not place.is_dir():
-        name, model = arguments.model.rpartition("/")[2], arguments.model
-    else:
-        model = pipeline_folder(place)
-        name = (run_folder(model) or model).resolve().name
-        if arguments.revision is not None:
-            raise ConfigurationError(f"--revision is {arguments.revision!r}, and {place} is a folder: leave it out.")
-    title, lines = arguments.title or name, requirements(pipeline, arguments.requirement)
-    return Space(pipeline, model, title, lines, arguments.revision)
+    place, named = expanded(arguments.model), {name: getattr(arguments, name) for name in OVERRIDES}
+    loading: dict[str, Any] = {"revision": arguments.revision, "num_levels": arguments.num_levels}
+    loading["overrides"] = {name: value for name, value in named.items() if value is not None} or None
+    loading = {name: value for name, value in loading.items() if value is not None}
+    if place.is_dir() and arguments.revision is not None:
+        raise ConfigurationError(f"--revision is {arguments.revision!r}, and {place} is a folder: leave it out.")
+    pipeline = load_pipeline(arguments.model, **loading)
+    model: str | Path = pipeline_folder(place) if place.is_dir() else arguments.model
+    name = (run_folder(model) or model).resolve().name if isinstance(model, Path) else model.rpartition("/")[2]
+    return Space(pipeline, model, arguments.title or name, requirements(pipeline, arguments.requirement), loading)
 
 
 def _serve(space: Space, written: Path | None, port: int | None) -> None:

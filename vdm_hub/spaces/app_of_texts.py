@@ -104,5 +104,5 @@ def build(pipe: Any, title: str, about: str) -> gr.Blocks:
 if __name__ == "__main__":
     os.chdir(Path(__file__).parent)
     space = json.loads(Path("space.json").read_text("utf-8"))
-    model = vdm_hub.load_pipeline(space["model"], revision=space["revision"])
+    model = vdm_hub.load_pipeline(space["model"], **space["loading"])
     build(model, space["title"], space["about"]).launch()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import SpaceCardData
 
@@ -35,14 +37,15 @@ class Space:
         model: Its Hub id; or its folder, where it is on no Hub.
         title: Over the app.
         requirements: A line for each package: see `vdm_hub.spaces.requirements.requirements`.
-        revision: Of the Hub id; its main branch where not given.
+        loading: What `vdm_hub.load_pipeline` is given besides, as plain JSON: the revision of a Hub id, and what a
+            checkpoint of diffusers does not say itself.
     """
 
     pipeline: LikelihoodPipeline
     model: str | Path
     title: str
     requirements: dict[str, str]
-    revision: str | None = None
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_local(self) -> bool:
@@ -68,7 +71,7 @@ def write_space(space: Space, folder: Path, *, carries: bool = True) -> list[str
         if carries:
             copy_pipeline(space.model, folder / MODEL)
             forget_places(folder / MODEL)
-    told = {"model": model, "revision": space.revision, "title": space.title, "about": _about(space)}
+    told = {"model": model, "loading": dict(space.loading), "title": space.title, "about": _about(space)}
     (folder / TOLD).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
     shutil.copyfile(Path(__file__).with_name(_APPS[space.pipeline.kind.name]), folder / "app.py")
     (folder / FILE).write_text(as_text(space.requirements), "utf-8")
