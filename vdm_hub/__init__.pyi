@@ -99,6 +99,7 @@ from .likelihood.profiles import transition_profile as transition_profile
 from .likelihood.protocol import ClassificationEffort as ClassificationEffort
 from .likelihood.report import LikelihoodReport as LikelihoodReport
 from .models.first_stages import AutoencoderKLFirstStage as AutoencoderKLFirstStage
+from .models.first_stages import VQModelFirstStage as VQModelFirstStage
 from .models.hvae import MarkovianHVAE as MarkovianHVAE
 from .models.loading import ModelMixin as ModelMixin  # diffusers looks for it, and for the next, in each library
 from .models.registered_model import RegisteredModel as RegisteredModel

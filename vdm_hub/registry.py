@@ -117,8 +117,11 @@ SERIALISED_FIELDS = {
 }
 """The fields of a config that hold a serialised form, and the kind of each."""
 
-CARRIED_PROCESS = "vdm"
-"""The field of a stock scheduler's config that holds a `VDMScheduler`'s, where the two have fields in common."""
+CARRIED_PROCESS = "_vdm"
+"""The field of a stock scheduler's config that holds a `VDMScheduler`'s, where the two have fields in common.
+
+It is a private one, which diffusers keeps and does not warn of.
+"""
 
 KIND_WORDS = {kind: (kind[:-2] if kind.endswith("sses") else kind[:-1]).replace("_", " ") for kind in BUILT_INS}
 _NAME = re.compile(r"\w([\w.+-]*\w)?", re.ASCII)

@@ -240,8 +240,6 @@ def test_what_it_has_not_is_refused() -> None:
         pipe.encode(LEVELS[..., :6, :6])
     with pytest.raises(ConfigurationError, match=naming("latents", "(2, 1, 8, 8)", "2, 4, 4")):
         pipe(latents=torch.zeros(2, 1, 8, 8))
-    with pytest.raises(ConfigurationError, match=naming("LatentVDMPipeline")):
-        LatentVDMPipeline.from_diffusers("anything")
     pipe.scheduler = VDMScheduler(num_levels=256)
     with pytest.raises(ConfigurationError, match=naming(17, "num_levels", 256)):
         pipe.log_likelihood(LEVELS)

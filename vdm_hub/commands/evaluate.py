@@ -28,6 +28,7 @@ from vdm_hub.fields import MAX_SEED, within
 from vdm_hub.files import written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.pipelines.base import LikelihoodPipeline
+from vdm_hub.pipelines.latent_vdm import LatentVDMPipeline
 from vdm_hub.plots import plot_likelihood
 
 NOT_REACHED = 3
@@ -94,7 +95,23 @@ def _load(
 
 def _images_of(arguments: argparse.Namespace, pipeline: Any, say: Callable[[str], None]) -> Any:
     refuse_options(arguments, OF_TEXTS, "images")
+    if arguments.fit_split is not None:
+        _fit(arguments, pipeline, say)
     return images_of(arguments, pipeline, say)
+
+
+def _fit(arguments: argparse.Namespace, pipeline: Any, say: Callable[[str], None]) -> None:
+    """Fit the first stage of a latent checkpoint of diffusers on images of their own."""
+    if not isinstance(pipeline, LatentVDMPipeline):
+        raise ConfigurationError(
+            f"--fit_split is {arguments.fit_split!r}, and a {type(pipeline).__name__} has no autoencoder whose scale "
+            f"could be fitted: leave it out."
+        )
+    given = {**vars(arguments), "split": arguments.fit_split, "max_images": None}
+    images, _, notes = images_of(argparse.Namespace(**given), pipeline, say)
+    pipeline.fit_first_stage(images.levels, arguments.seed)
+    for note in notes:
+        say(note)
 
 
 _READ_BY: dict[str, Callable[..., Any]] = {IMAGES.name: _images_of, TOKENS.name: windows_of}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,9 +12,10 @@ from vdm_hub.files import expanded
 from vdm_hub.hub.places import RECIPE, pipeline_folder, run_folder
 from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.pipelines.by_name import PIPELINES
+from vdm_hub.pipelines.latent_vdm import LatentVDMPipeline
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.recipes.arguments import read_recipe
-from vdm_hub.schedulers.diffusers_checkpoints import pipeline_class
+from vdm_hub.schedulers.diffusers_checkpoints import LATENT_PIPELINES, pipeline_class
 
 
 def load_pipeline(
@@ -50,9 +52,13 @@ def load_pipeline(
 def _load(
     place: str, num_levels: int | None, revision: str | None, overrides: Mapping[str, str]
 ) -> LikelihoodPipeline:
-    own = PIPELINES.get(pipeline_class(place, revision=revision))
+    name = pipeline_class(place, revision=revision)
+    own = PIPELINES.get(name)
     if own is None:
-        return VDMPipeline.from_diffusers(place, num_levels, revision=revision, **overrides)
+        latent = name in LATENT_PIPELINES
+        reader: Any = LatentVDMPipeline if latent else VDMPipeline
+        taken: LikelihoodPipeline = reader.from_diffusers(place, num_levels, revision=revision, **overrides)
+        return taken
     if overrides:
         raise ConfigurationError(
             f"{', '.join(overrides)} is for checkpoints of diffusers; a {own.__name__}'s own config says it: leave it "

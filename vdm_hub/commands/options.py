@@ -154,6 +154,11 @@ def _add_images(
         "--num_levels", type=int, help="K, the images' levels, for a checkpoint of diffusers (default: 256)"
     )
     group.add_argument(
+        "--fit_split",
+        help="of a latent checkpoint of diffusers: the images that its autoencoder's scale is fitted on, such as "
+        "'train[:256]'",
+    )
+    group.add_argument(
         "--color", choices=("auto", "grey", "rgb"), help=f"convert the images first {trained}, else auto)"
     )
     group.add_argument(

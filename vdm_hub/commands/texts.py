@@ -18,7 +18,16 @@ from vdm_hub.files import written_beside
 from vdm_hub.pipelines.guidance import GUIDER
 from vdm_hub.pipelines.tokens import TokenPipeline, joined_texts
 
-_OF_IMAGES = ("image_column", "label_column", "caption_column", "color", "resolution", "num_levels", "marginal")
+_OF_IMAGES = (
+    "image_column",
+    "label_column",
+    "caption_column",
+    "color",
+    "resolution",
+    "num_levels",
+    "marginal",
+    "fit_split",
+)
 _OF_IMAGE_SAMPLES = {
     **dict.fromkeys(("class_labels", "negative_prompt")),
     "sampler": ANCESTRAL,

@@ -41,6 +41,8 @@ class GaussianProcess(ForwardProcess):
         variance: That of the reverse step; a table of betas may ask for another than the posterior's.
         clipping: What is done to every estimate of the data before it is used: ``None`` unless it was set, as a model
             with clipped estimates is another one.
+        unread_half: Whether the network gives twice the channels, of which the second half, a variance, is not read:
+            false unless it was set.
 
     >>> process = GaussianProcess.from_fields({"num_levels": 256})
     >>> process.encode(torch.tensor([[0, 255]]))
@@ -61,6 +63,7 @@ class GaussianProcess(ForwardProcess):
         self.schedule = schedule
         self.variance = PosteriorVariance() if variance is None else variance
         self.clipping: Callable[[Tensor], Tensor] | None = None
+        self.unread_half = False
         self.parameterization, self.conditioning = parameterization, conditioning
         self.decoder, self.scaling = decoder, scaling
         self.num_levels, self.num_train_timesteps = scaling.num_levels, num_train_timesteps
@@ -145,7 +148,7 @@ class GaussianProcess(ForwardProcess):
             ConfigurationError: The variance is learned, and the network has not twice the channels.
         """
         if not self.variance.learned:
-            return output, output
+            return (output[:, : like.shape[1]] if self.unread_half else output), output
         if output.shape[1] != 2 * like.shape[1]:
             raise ConfigurationError(
                 f"the variance is learned, and the network gives {output.shape[1]} channels for images of "
@@ -225,7 +228,8 @@ class BoundGaussian(BoundProcess):
         output = network((parameterization.input_scale(gamma) * z).to(z.dtype), timestep, **self._context)
         output = output.to(z.dtype)
         if not self.process.variance.learned:
-            return (parameterization.output_scale(gamma) * output).to(z.dtype)
+            mean = self.process.split(output, z)[0]
+            return (parameterization.output_scale(gamma) * mean).to(z.dtype)
         mean, variance = self.process.split(output, z)
         return torch.cat([(parameterization.output_scale(gamma) * mean).to(z.dtype), variance], dim=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, TypedDict
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
@@ -17,10 +17,15 @@ from vdm_hub.data.preprocessing import HeldOutMapping, PreprocessingMapping
 from vdm_hub.diffusion.draws import Generator, normal_noise
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.latent_process import LatentProcess
-from vdm_hub.errors import ConfigurationError, DataError
+from vdm_hub.errors import ConfigurationError, DataError, shortened
 from vdm_hub.hub.schemas import Record, check_arguments
+from vdm_hub.models.conditions import classes_of, keeps_null
+from vdm_hub.models.first_stages import NOT_FITTED, AutoencoderKLFirstStage, VQModelFirstStage
 from vdm_hub.models.registered_model import RegisteredModel, config_of
+from vdm_hub.objectives.variational_bound import VDMObjective
 from vdm_hub.pipelines.vdm import VDMPipeline
+from vdm_hub.registry import Serialised
+from vdm_hub.schedulers.diffusers_checkpoints import PipelineSource, latent_checkpoint
 
 _INTERFACE = ("image_shape", "latent_shape", "num_levels", "posterior", "log_likelihood", "draw_levels")
 
@@ -100,17 +105,112 @@ class LatentVDMPipeline(VDMPipeline):
         self._register_images(preprocessing, held_out, classes, captions)
 
     @classmethod
-    def from_diffusers(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a checkpoint of diffusers, which has no likelihood of its first stage.
+    def from_diffusers(
+        cls,
+        source: PipelineSource,
+        num_levels: int | None = None,
+        *,
+        data_scaling: str | None = None,
+        decoder: Serialised | None = None,
+        prediction_type: Serialised | None = None,
+        variance_type: str | None = None,
+        **arguments: Any,
+    ) -> LatentVDMPipeline:
+        """A latent checkpoint of diffusers as a VDM: its samples as ever, and a likelihood once its scale is fitted.
+
+        Network, process, scaling of the latents and classes are taken over. Its autoencoder says nothing of
+        ``p(x|y)``: `AutoencoderKLFirstStage` and `VQModelFirstStage` give it one, whose scale `fit_first_stage` fits
+        on some images; until then there is no likelihood. A transformer's prediction of a variance is not read, as
+        diffusers' own pipeline does not read it: the reverse steps have the posterior's.
+
+        Args:
+            source: A folder, a Hub id, or a pipeline in memory: a `DiTPipeline`, an `LDMPipeline`, or another one of
+                a transformer or U-Net, an `AutoencoderKL` or `VQModel`, and a scheduler that
+                `VDMPipeline.from_diffusers` takes.
+            num_levels: K, how many levels the images have that it was trained on; 256, if not given.
+            data_scaling: Where those levels lie, if not from -1 to 1, as diffusers' latent pipelines have it.
+            decoder: None: a latent model's is its first stage.
+            prediction_type: What the network predicts, if its config is wrong about it.
+            variance_type: None: it is the posterior's.
+            arguments: As of `VDMPipeline.from_diffusers`, of folders and Hub ids.
 
         Raises:
-            ConfigurationError: Always: diffusers' latent pipelines have no likelihood of the data.
+            ConfigurationError: It is a model of another kind, such as one of text.
+            CheckpointError: A file is damaged, belongs to another network, or should not be where it is.
+            OSError: There is no such repository, or it can't be reached.
         """
-        raise ConfigurationError(
-            "diffusers' latent pipelines have no p(x|y) over levels, so no likelihood: build a LatentVDMPipeline of "
-            "AutoencoderKLFirstStage.from_autoencoder(vae, num_levels=...), their unet and a VDMScheduler, and train "
-            "or measure it."
+        for name, value in (("decoder", decoder), ("variance_type", variance_type)):
+            if value is not None:
+                raise ConfigurationError(
+                    f"{name} is {shortened(value)}, and a latent model is decoded by its first stage and diffused "
+                    f"with the posterior's variance: leave it out."
+                )
+        levels = 256 if num_levels is None else num_levels
+        overrides = {"num_levels": levels, "prediction_type": prediction_type}
+        taken = latent_checkpoint(source, overrides, arguments)
+        stage: Any = VQModelFirstStage if isinstance(taken.autoencoder, VQModel) else AutoencoderKLFirstStage
+        config, factor = taken.autoencoder.config, 2 ** (len(taken.autoencoder.config.block_out_channels) - 1)
+        size = taken.network.config.sample_size
+        first_stage = stage.from_autoencoder(
+            taken.autoencoder,
+            sample_size=size * factor if isinstance(size, int) else tuple(side * factor for side in size),
+            num_levels=levels,
+            data_scaling=data_scaling or "full",
+            fitted_on=NOT_FITTED,
         )
+        scaling = {"shift": [config.get("shift_factor") or 0.0], "scale": [1 / config.get("scaling_factor", 1.0)]}
+        pipe = cls(
+            first_stage,
+            taken.network,
+            taken.scheduler,
+            latent_scaling=scaling,
+            classes=_classes(taken.network, taken.class_names),
+        )
+        pipe.register_to_config(_name_or_path=taken.name)
+        return pipe
+
+    def fit_first_stage(self, images: Any, seed: int = 0) -> None:
+        """Fit the scale of an autoencoder that was trained without a likelihood, by that of some images.
+
+        Args:
+            images: As `log_likelihood` takes them: of the training split, if test images are to be measured.
+            seed: Of the draws from ``q(y|x)``.
+
+        Raises:
+            ConfigurationError: The first stage is one that was trained with its scale.
+            DataError: A pixel is none of the K levels, or the images have another shape.
+        """
+        if self.first_stage.config.get("fitted_on") is None:
+            raise ConfigurationError(
+                f"the scale of this {type(self.first_stage).__name__} was trained with it: there is nothing to fit."
+            )
+        self.first_stage.fit(self._levels_of(images), seed)
+
+    def objective(self, transitions: int | None = None) -> VDMObjective:
+        """The bound of this pipeline as a module.
+
+        Raises:
+            ConfigurationError: The scale of its first stage is still to be fitted.
+        """
+        if not getattr(self.first_stage, "is_fitted", True):
+            raise ConfigurationError(
+                "the model's autoencoder has no likelihood yet: fit its scale first, on images that are not measured, "
+                "with pipe.fit_first_stage(images), or vdm-hub evaluate --fit_split 'train[:256]'."
+            )
+        return super().objective(transitions)
+
+    def notes(self, transitions: int | None) -> list[str]:
+        """Notes as of `VDMPipeline`, and on a first stage whose scale was fitted."""
+        notes = super().notes(transitions)
+        if images := self.first_stage.config.get("fitted_on"):
+            scale = ", ".join(f"{value:.3g}" for value in self.first_stage.log_scale.exp().tolist())
+            notes.append(
+                f"the autoencoder was trained without a likelihood: p(x|y) is a discretised Gaussian around its "
+                f"image, whose scale ({scale}) was fitted on {images:,} images"
+            )
+        if self.process.gaussian.unread_half:
+            notes.append("the network's prediction of a variance is not read, as in its own pipeline")
+        return notes
 
     @property
     def process(self) -> LatentProcess:
@@ -120,6 +220,8 @@ class LatentVDMPipeline(VDMPipeline):
             raise ConfigurationError(
                 f"the scheduler's process is {type(process).__name__}, and latents are diffused by a Gaussian one."
             )
+        has_more = config_of(self.unet).get("out_channels") == 2 * config_of(self.unet).get("in_channels", 0)
+        process.unread_half = has_more and not process.variance.learned
         return LatentProcess(self.first_stage, process, **self.config.latent_scaling).to(self._execution_device)
 
     @property
@@ -158,14 +260,19 @@ class LatentVDMPipeline(VDMPipeline):
         Raises:
             DataError: A pixel is none of the K levels, or the images have another shape.
         """
-        levels, process = levels_from_images(images, self.num_levels).to(self._execution_device), self.process
+        levels, process = self._levels_of(images), self.process
+        centre, scale = process.posterior(process.encode(levels))
+        return centre if mean else centre + scale * normal_noise(scale.shape, generator, scale.device)
+
+    def _levels_of(self, images: Any) -> Tensor:
+        """The levels of images that the first stage takes."""
+        levels = levels_from_images(images, self.num_levels).to(self._execution_device)
         if tuple(levels.shape[1:]) != self.image_shape:
             raise DataError(
                 f"the images are {tuple(levels.shape[1:])} (channels, height, width); the first stage's are "
                 f"{self.image_shape}: resize or convert them first."
             )
-        centre, scale = process.posterior(process.encode(levels))
-        return centre if mean else centre + scale * normal_noise(scale.shape, generator, scale.device)
+        return levels
 
     @torch.no_grad()
     def reconstruct(self, images: Any, output_type: str = "pil") -> Any:
@@ -177,6 +284,17 @@ class LatentVDMPipeline(VDMPipeline):
         """
         levels = self.process.quantise(self.encode(images, mean=True))
         return images_from_levels(levels, self.num_levels, output_type)
+
+
+def _classes(network: Any, names: tuple[str, ...] | None) -> dict[str, Any] | None:
+    """The classes of a checkpoint's network, as a pipeline's config has them."""
+    rows = classes_of(network)
+    if rows is None:
+        return None
+    # diffusers' transformer drops a tenth of its labels in training, by its constructor's default.
+    count, dropout = (rows - 1, 0.1) if keeps_null(network) else (rows, 0.0)
+    named = list(names) if names is not None and len(names) == count else None
+    return {"count": count, "names": named, "dropout": dropout, "column": "label"}
 
 
 def _check_first_stage(stage: Any) -> None:

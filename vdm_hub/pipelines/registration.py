@@ -31,6 +31,7 @@ CLASSES = (
     "TokenTimeEmbedding",
     "UNetVDMModel",
     "VDMScheduler",
+    "VQModelFirstStage",
     *PIPELINE_NAMES,
 )
 """The classes that diffusers may look for by their bare names."""

@@ -167,7 +167,8 @@ class VDMPipeline(LikelihoodPipeline):
         fields = {"num_levels": num_levels, "data_scaling": data_scaling, "decoder": decoder}
         fields |= {"prediction_type": prediction_type, "variance_type": variance_type}
         if isinstance(source, DiffusionPipeline):
-            return cls(source.unet, scheduler_of_pipeline(source, fields, arguments))
+            accepted = scheduler_of_pipeline(source, fields, arguments)
+            return cls(source.unet, accepted)
         cls._check_loading(arguments)
         scheduler, files = scheduler_of_repository(source, fields, arguments)
         others = {key: value for key, value in arguments.items() if key not in HUB_ARGUMENTS}
@@ -575,8 +576,9 @@ class VDMPipeline(LikelihoodPipeline):
         if not untold:
             untold = self._null(arguments)
         instead = arguments | untold
-        learned = isinstance(self.process.diffused, GaussianProcess) and self.process.diffused.variance.learned
-        return GuidedNetwork(unet, arguments, instead, guider, guided=self.latent_shape[0] if learned else None)
+        diffused = self.process.diffused
+        has_more = isinstance(diffused, GaussianProcess) and (diffused.variance.learned or diffused.unread_half)
+        return GuidedNetwork(unet, arguments, instead, guider, guided=self.latent_shape[0] if has_more else None)
 
     def _null(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
         """The network's arguments for a batch that is told nothing, where no negative prompt says so."""
@@ -606,7 +608,8 @@ class VDMPipeline(LikelihoodPipeline):
 
     def description(self) -> dict[str, Any]:
         """The scheduler's config."""
-        return {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        config = process_config(self.scheduler.config)
+        return {name: value for name, value in config.items() if not name.startswith("_")}
 
     def notes(self, transitions: int | None) -> list[str]:
         """Notes on what the scheduler's config says and the bound's process does otherwise, and on guidance."""
@@ -655,6 +658,8 @@ class _Steps:
             own: Tensor = scheduler.step(output, timestep, latents, generator, process=bound).prev_sample
             return own
         output = network(model_input(scheduler, latents, timestep), timestep)
+        if isinstance(bound, BoundGaussian) and bound.process.unread_half:
+            output = output[:, : latents.shape[1]]
         extra = {"generator": generator} if _takes_generator(scheduler) else {}
         stock: Tensor = scheduler.step(output, timestep, latents, **extra).prev_sample
         return stock

@@ -9,18 +9,20 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, explained
 from vdm_hub.hub.checks import check_pipeline
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
+from vdm_hub.models.loading import REMEDY
 from vdm_hub.schedulers.configs import is_beta_table
 from vdm_hub.schedulers.families import check_knowable, family_of, process_config, with_process
 from vdm_hub.schedulers.vdm import VDMScheduler
@@ -28,9 +30,13 @@ from vdm_hub.schedulers.vdm import VDMScheduler
 PipelineSource: TypeAlias = str | os.PathLike[str] | DiffusionPipeline
 
 OWN_PIPELINE = "VDMPipeline"
+LATENT_PIPELINES = ("DiTPipeline", "LDMPipeline")
+"""The pipelines of diffusers that `latent_checkpoint` reads, by name."""
 _PARTS = {"unet", "scheduler"}
 _ARGUMENTS = (*HUB_ARGUMENTS, "dtype", "variant")
 _AUTOENCODERS = {"autoencoder", "first_stage", "image_vae", "movq", "vae", "vqgan", "vqvae"}
+_LATENT_PARTS = ({"transformer", "vae", "scheduler"}, {"unet", "vqvae", "scheduler"}, {"unet", "vae", "scheduler"})
+_NETWORKS = ("transformer", "unet")
 _OTHER_VARIANCES = ("fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
@@ -81,15 +87,7 @@ def scheduler_of_repository(
             not in safetensors.
         OSError: There is no such repository.
     """
-    unknown = set(arguments) - set(_ARGUMENTS)
-    if unknown:
-        raise ConfigurationError(
-            f"from_diffusers knows no {', '.join(sorted(unknown))}: it takes num_levels, data_scaling, decoder, "
-            f"prediction_type, variance_type, {', '.join(_ARGUMENTS)}."
-        )
-    files = open_files(source, **{key: value for key, value in arguments.items() if key in HUB_ARGUMENTS})
-    index = _read(files, INDEX)
-    components = {key: value for key, value in index.items() if _is_component(key, value)}
+    files, index, components = _opened(source, arguments)
     _check_components(files.name, str(index.get("_class_name")), set(components))
     network = _network_class(files.name, *components["unet"])
     made: list[SchedulerMixin] = []
@@ -102,6 +100,67 @@ def scheduler_of_repository(
 
     check_pipeline(files, None, variant=arguments.get("variant"), accept=accept)
     return made[0], files
+
+
+@dataclass(frozen=True)
+class LatentCheckpoint:
+    """What a latent pipeline of diffusers is made of, as a latent VDM takes it.
+
+    Attributes:
+        network: Its transformer or U-Net.
+        autoencoder: Its `AutoencoderKL` or `VQModel`.
+        scheduler: Its own scheduler, which carries the VDM's config.
+        class_names: Of a class-conditional one, where it names its classes.
+        name: For messages.
+    """
+
+    network: Any
+    autoencoder: Any
+    scheduler: SchedulerMixin
+    class_names: tuple[str, ...] | None
+    name: str
+
+
+def latent_checkpoint(
+    source: PipelineSource, overrides: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> LatentCheckpoint:
+    """The parts of a `DiTPipeline`, an `LDMPipeline` or another one of a network, an autoencoder and a scheduler.
+
+    Args:
+        source: A folder, a Hub id, or a pipeline in memory.
+        overrides: Fields of the `VDMScheduler` that the stock config does not know, or knows wrongly.
+        arguments: As `scheduler_of_repository` takes them.
+
+    Raises:
+        ConfigurationError: It is made of other parts, or its scheduler is of no family that is known.
+        CheckpointError: A file is damaged, or its weights are not in safetensors.
+        OSError: There is no such repository.
+    """
+    if isinstance(source, DiffusionPipeline):
+        if arguments:
+            raise ConfigurationError(f"{', '.join(sorted(arguments))} is for folders and Hub ids, not for a pipeline.")
+        name, parts = type(source).__name__, {k: part for k, part in source.components.items() if part is not None}
+        _check_latent(name, name, set(parts))
+        labels: Mapping[str, int] = getattr(source, "labels", {})
+        named = {
+            number: ", ".join(word for word, one in labels.items() if one == number) for number in labels.values()
+        }
+        scheduler, config = type(parts["scheduler"]).__name__, parts["scheduler"].config
+        return _latent_checkpoint(name, parts, scheduler, config, overrides, named)
+    files, index, components = _opened(source, arguments)
+    _check_latent(files.name, str(index.get("_class_name")), set(components))
+    check_pipeline(files, None, variant=arguments.get("variant"))
+    options = {"variant": arguments.get("variant"), "torch_dtype": arguments.get("dtype"), "use_safetensors": True}
+    with explained(f"{files.name} can't be loaded", REMEDY):
+        parts = {
+            key: getattr(diffusers, value[1]).from_pretrained(files.folder / key, **options)
+            for key, value in components.items()
+            if key != "scheduler"
+        }
+    config = _read(files, "scheduler/scheduler_config.json")
+    with explained(f"id2label of {files.name} holds no names of classes", "leave it out"):
+        named = {int(number): str(name) for number, name in (index.get("id2label") or {}).items()}
+    return _latent_checkpoint(files.name, parts, str(components["scheduler"][1]), config, overrides, named)
 
 
 def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) -> list[str]:
@@ -149,6 +208,58 @@ def notes_on_bound(config: Mapping[str, Any], transitions: int | None = None) ->
 # ---- what is taken over, and what not -------------------------------------------------------------------------------
 
 
+def _opened(
+    source: str | os.PathLike[str], arguments: Mapping[str, Any]
+) -> tuple[ModelFiles, dict[str, Any], dict[str, Any]]:
+    """The files of a folder or a Hub id, its index, and the components that are there."""
+    unknown = set(arguments) - set(_ARGUMENTS)
+    if unknown:
+        raise ConfigurationError(
+            f"from_diffusers knows no {', '.join(sorted(unknown))}: it takes num_levels, data_scaling, decoder, "
+            f"prediction_type, variance_type, {', '.join(_ARGUMENTS)}."
+        )
+    files = open_files(source, **{key: value for key, value in arguments.items() if key in HUB_ARGUMENTS})
+    index = _read(files, INDEX)
+    return files, index, {key: value for key, value in index.items() if _is_component(key, value)}
+
+
+def _latent_checkpoint(
+    name: str,
+    parts: Mapping[str, Any],
+    scheduler: str,
+    config: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    named: Mapping[int, str],
+) -> LatentCheckpoint:
+    network = next(parts[key] for key in _NETWORKS if key in parts)
+    autoencoder = next(part for key, part in parts.items() if key in _AUTOENCODERS)
+    if not isinstance(autoencoder, AutoencoderKL | VQModel):
+        raise ConfigurationError(
+            f"the autoencoder of {name} is a {type(autoencoder).__name__}: an AutoencoderKL or a VQModel is given a "
+            f"likelihood here. Build a LatentVDMPipeline with a first stage of your own."
+        )
+    # What decodes latents is the first stage; the process's own scaling and decoder are of no latent model.
+    unread = {"data_scaling": "full", "decoder": "factorised", "variance_type": None}
+    vdm, stock = _scheduler(name, scheduler, dict(config) | {"variance_type": None}, {**overrides, **unread})
+    if stock is vdm:
+        stock = with_process(getattr(diffusers, scheduler).from_config(config), vdm)
+    names = tuple(named[number] for number in sorted(named))
+    complete = sorted(named) == list(range(len(named))) and len(names) > 0
+    return LatentCheckpoint(network, autoencoder, stock, names if complete else None, name)
+
+
+def _check_latent(source: str, pipeline: str, components: set[str]) -> None:
+    if components in _LATENT_PARTS:
+        return
+    missing = sorted(key for key in components if key.startswith(("text_", "tokenizer", "image_encoder", "prior")))
+    why = f"its network needs what {', '.join(missing)} make of a prompt" if missing else "it is made of other parts"
+    raise ConfigurationError(
+        f"{source} is a {pipeline} ({', '.join(sorted(components)) or 'no components'}), and {why}: from_diffusers "
+        f"takes latent models of a transformer or unet, an AutoencoderKL (vae) or VQModel (vqvae) and a scheduler, "
+        f"such as a DiTPipeline or an LDMPipeline."
+    )
+
+
 def _read(files: ModelFiles, path: str) -> dict[str, Any]:
     if path not in files:
         raise ConfigurationError(f"{files.name} holds no pipeline that could be taken over: it has no {path}.")
@@ -177,7 +288,10 @@ def _check_components(source: str, pipeline: str, components: set[str]) -> None:
         return
     listed = ", ".join(sorted(components)) or "no components"
     if components & _AUTOENCODERS:
-        reason = "it diffuses the latents of an autoencoder, and a bound on those is none on the images"
+        reason = (
+            "it diffuses the latents of an autoencoder: LatentVDMPipeline.from_diffusers takes a DiTPipeline or an "
+            "LDMPipeline, whose first stage is given a likelihood"
+        )
     elif any(key.startswith(("text_", "tokenizer", "transformer", "prior")) for key in components):
         reason = "it is conditioned on text, or its network is a transformer with other inputs"
     else:
