@@ -293,6 +293,16 @@ def test_bits_are_as_good_as_random_before_they_are_drawn() -> None:
     assert np.array_equal(stack.words(), before)
 
 
+def test_a_latent_that_is_out_of_all_reach_is_refused() -> None:
+    ones = np.ones((1, 4))
+    normals = Normal(0 * ones, ones, 0.25).decided(1, True, np.arange(1), Decisions())
+    stack, far = Stack(), np.array([[0, 1, 2, 2**21]])
+    normals.push(stack, far)
+    assert np.array_equal(normals.pop(stack), far)
+    with pytest.raises(DataError, match="2,097,152,000"):
+        normals.push(stack, 1000 * far)
+
+
 def damaged(whole: bytes, count: int, *, mended: bool = False) -> Iterator[bytes]:
     """The file with another byte in a random place; with its checksum mended, as no storage would."""
     generator = np.random.default_rng(0)
@@ -317,7 +327,7 @@ def test_every_damaged_byte_is_refused() -> None:
 def test_damage_behind_a_right_checksum_is_refused_too(count: int) -> None:
     """As a machine with other numbers would find it: nothing is decoded to something else silently."""
     pipe = told()
-    whole, _ = encode(pipe, levels(), LABELS, transitions=T)
+    whole, _ = encode(pipe, levels(), LABELS, transitions=2)
     for one in damaged(whole, count, mended=True):
         with pytest.raises(DataError):
             decode(pipe, one)
@@ -384,6 +394,18 @@ def test_classes_come_back_and_are_told(config: Any) -> None:
     assert report.labels * data.numel() == pytest.approx(expected)
     other = encode(pipe, data, labels * 0, transitions=T, batch_size=30, block=70)[1]
     assert other.bound != pytest.approx(report.bound, rel=1e-6) and other.labels < report.labels
+
+
+def test_a_latent_model_is_told_classes_too() -> None:
+    torch.manual_seed(0)
+    stage = randomised(MarkovianHVAE(8, latent_shapes=[(2, 4, 4)], **STAGE))
+    network = randomised(UNetVDMModel(4, in_channels=2, out_channels=2, num_class_embeds=3, **UNET))
+    classes = {"count": 3, "names": None, "dropout": 0.0, "column": "label"}
+    scaling = {"shift": [0.1], "scale": [1.3]}
+    pipe = LatentVDMPipeline(stage, network, VDMScheduler(num_levels=K), latent_scaling=scaling, classes=classes)
+    whole, report = encode(pipe, levels(), LABELS, transitions=T)
+    found = decode(pipe, whole, batch_size=3)
+    assert torch.equal(found.levels, levels()) and torch.equal(found.labels, LABELS) and report.evaluations
 
 
 def _length_of_labels(labels: Tensor) -> float:

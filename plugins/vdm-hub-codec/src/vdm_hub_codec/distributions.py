@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
+from vdm_hub import DataError
 from vdm_hub_codec.decisions import Decisions, Floats, Integers, Place
 from vdm_hub_codec.stack import Stack
 
@@ -24,6 +25,8 @@ _NARROWEST = SCALES_PER_BIN // 8
 _DEVIATIONS = 10
 """A normal reaches so many standard deviations; what lies beyond has a wider reach, which is pushed after it."""
 _WIDER = np.concatenate([[1 - 2.0**-10], 2.0**-10 / 20 * np.ones(20)])
+_WIDEST = 2**22
+"""Bins that a normal reaches at most: the coder has 24 bits for all of them."""
 _WEIGHTS = 2**22
 _MODEL = constriction.stream.model
 
@@ -152,6 +155,11 @@ class NormalSymbols(Symbols):
         farthest, wider = int(np.abs(numbers - self._centres).max()), 0
         while farthest > self._reach << wider:
             wider += 1
+        if self._reach << wider > _WIDEST:
+            raise DataError(
+                f"a latent lies {farthest:,} bins from where the model expects it, and a file has room for "
+                f"{_WIDEST:,}: the model says nothing of such data; look at its bound, or give others."
+            )
         self._push_within(stack, numbers, self._reach << wider)
         stack.push(np.array([wider], dtype=np.int32), _MODEL.Categorical(_WIDER, perfect=False))
 
@@ -171,6 +179,8 @@ class NormalSymbols(Symbols):
         stack.push(away, _MODEL.QuantizedGaussian(-reach, reach), *self._parameters)
 
     def _pop_within(self, stack: Stack, reach: int) -> Integers:
+        if not 0 < reach <= _WIDEST:
+            raise ValueError(f"a normal of {reach} bins")
         away = stack.pop(_MODEL.QuantizedGaussian(-reach, reach), *self._parameters)
         return away.reshape(self.means.shape) + self._centres
 
