@@ -21,13 +21,12 @@ from datasets import Dataset
 from vdm_hub.commands import main
 from vdm_hub.data import loading
 from vdm_hub.data.images import ImageLevels, ImageReader, decode_all
-from vdm_hub.data.loading import load_data
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.plots import plot_schedule, plot_training_curve
 from vdm_hub.recipes.arguments import Configuration
-from vdm_hub.training.loop import TrainingRun, build_accelerator, train_model
-from vdm_hub.training.parts.conditions import build_condition
+from vdm_hub.training.loop import TrainingRun, build_accelerator, load_run, train_model
+from vdm_hub.training.parts.initial_models import open_initial_model
 from vdm_hub.training.state import outputs
 from vdm_hub.training.state.outputs import OutputFolder
 
@@ -133,8 +132,11 @@ def start(output: Path, **fields: Any) -> TrainingRun:
     """A run before its first step."""
     forget_accelerator()
     chosen, folder = configuration(output, **fields), OutputFolder(configuration(output, **fields))
-    accelerator, data = build_accelerator(chosen, folder.path, folder.logs), load_data(chosen.data)
-    return TrainingRun(chosen, accelerator, data, folder, build_condition(chosen, data, accelerator))
+    accelerator = build_accelerator(chosen, folder.path, folder.logs)
+    if (initial := open_initial_model(chosen, folder.initial)) is not None:
+        chosen = initial.configuration
+    data, condition = load_run(chosen, accelerator, initial)
+    return TrainingRun(chosen, accelerator, data, folder, condition, initial)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ from vdm_hub.data.images import (
     labelled_as,
     names_for_captions,
 )
-from vdm_hub.data.kinds import IMAGES, TOKENS
+from vdm_hub.data.kinds import TOKENS
 from vdm_hub.data.labels import (
     holds_labels,
     names_of_classes,
@@ -54,6 +54,7 @@ from vdm_hub.data.sources import (
 from vdm_hub.data.summaries import Use, summary_of
 from vdm_hub.data.templates import captions_of_classes
 from vdm_hub.data.text_loading import load_texts
+from vdm_hub.data.tokenization import Tokenization
 from vdm_hub.errors import DataError, shortened, warn
 
 Images: TypeAlias = ImageLevels | ImageStream
@@ -61,8 +62,12 @@ Images: TypeAlias = ImageLevels | ImageStream
 _ENCODED = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
 
-def load_data(arguments: DataArguments) -> RunData:
+def load_data(arguments: DataArguments, tokenization: Tokenization | None = None) -> RunData:
     """Load the splits that the arguments name: images, decoded, or texts, as windows of tokens.
+
+    Args:
+        arguments: Of the recipe.
+        tokenization: Of texts, what makes tokens of them in place of the ``tokenizer`` of the arguments.
 
     Raises:
         DataError: A dataset, split or column is not there, or the data are not what the arguments say.
@@ -71,7 +76,22 @@ def load_data(arguments: DataArguments) -> RunData:
     >>> len(data.train), len(data.validation), len(data.test), data.shape
     (1237, 200, 360, (1, 8, 8))
     """
-    return _LOADERS[arguments.kind.name](arguments)
+    return load_texts(arguments, tokenization) if arguments.kind is TOKENS else _load_images(arguments)
+
+
+def as_classes(data: RunData, classes: ClassCondition) -> RunData:
+    """The data of a run with their labels as the numbers of a model's classes: by name, where both have names.
+
+    Raises:
+        DataError: An image is of a class that the model does not know.
+    """
+    if data.classes is not None and data.classes.count > classes.count:
+        raise DataError(
+            f"the images are of {data.classes.count} classes, and the model knows {classes.count}: train on images of "
+            f"its classes."
+        )
+    train, validation, test = (_of_classes(images, classes) for images in (data.train, data.validation, data.test))
+    return replace(data, train=train, validation=validation, test=test, classes=classes)
 
 
 def _load_images(arguments: DataArguments) -> RunData:
@@ -116,9 +136,6 @@ def _load_images(arguments: DataArguments) -> RunData:
     sizes = (0 if held_out is None else len(held_out), 0 if chosen is None else chosen["size"])
     notes = _warn_of_overlaps(source, arguments, sum(sizes), test is not None and chosen is None)
     return RunData(train, validation, test, sum(sizes), summary, chosen, notes, classes)
-
-
-_LOADERS: dict[str, Callable[[DataArguments], RunData]] = {IMAGES.name: _load_images, TOKENS.name: load_texts}
 
 
 def load_split(

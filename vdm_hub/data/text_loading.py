@@ -20,8 +20,12 @@ from vdm_hub.data.tokenization import Tokenization, open_tokenizer
 from vdm_hub.errors import DataError, warn
 
 
-def load_texts(arguments: DataArguments) -> RunData:
+def load_texts(arguments: DataArguments, tokenization: Tokenization | None = None) -> RunData:
     """Load the splits that the arguments name, tokenize them, and cut them into windows.
+
+    Args:
+        arguments: Of the recipe.
+        tokenization: In place of the ``tokenizer`` of the arguments.
 
     Raises:
         DataError: A dataset, split or column is not there, or a text is none, empty, or not UTF-8.
@@ -30,7 +34,7 @@ def load_texts(arguments: DataArguments) -> RunData:
     source = open_texts(arguments.source, arguments.dataset_config_name)
     parts = _parts(source, arguments)
     cut = Cut(arguments.window_length, arguments.window_context)
-    train = _training_windows(source, parts["train"], arguments, cut)
+    train = _training_windows(source, parts["train"], arguments, cut, tokenization)
 
     def measured(use: str) -> TokenWindows | None:
         """The windows of a part that is measured, in memory."""
@@ -162,11 +166,14 @@ def _texts_in(rows: Any, source: Source, split: str, column: str) -> Iterator[st
         yield from texts_of(rows, column, split)
 
 
-def _training_windows(source: Source, split: str, arguments: DataArguments, cut: Cut) -> TokenWindows | TokenStream:
+def _training_windows(
+    source: Source, split: str, arguments: DataArguments, cut: Cut, tokenization: Tokenization | None
+) -> TokenWindows | TokenStream:
     texts = partial(_texts, source, split, arguments)
-    tokenization = open_tokenizer(
-        str(arguments.tokenizer), None if arguments.streaming else texts, arguments.vocabulary_size
-    )
+    if tokenization is None:
+        tokenization = open_tokenizer(
+            str(arguments.tokenizer), None if arguments.streaming else texts, arguments.vocabulary_size
+        )
     if not arguments.streaming:
         return encode_texts(texts(), tokenization, cut, shifted=arguments.window_shift).first(
             arguments.max_train_samples

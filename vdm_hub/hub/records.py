@@ -198,6 +198,22 @@ class _Git(TypedDict):
     dirty: bool
 
 
+class InitialRecord(TypedDict):
+    """The record of the trained model that a run began from.
+
+    Attributes:
+        name: Its Hub id, or the last part of a folder's path.
+        commit: On the Hub; ``None`` of a folder.
+        pipeline: The class that it was saved as.
+        weights: The fingerprint of its weights.
+    """
+
+    name: Text
+    commit: Text | None
+    pipeline: Text
+    weights: Fingerprint
+
+
 class RunRecord(TypedDict):
     """The record of a run, as training writes it into ``run.json``."""
 
@@ -209,6 +225,7 @@ class RunRecord(TypedDict):
     dataset: DatasetRecord | TextsRecord
     augmentation: dict[str, bool]
     text_encodings: NotRequired[Text]
+    init_from: NotRequired[InitialRecord]
     steps: Whole
     training_seconds: Positive
     processes: Natural

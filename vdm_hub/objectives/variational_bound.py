@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ class VDMObjective(Objective):
 
     Attributes:
         integrand: The name of the term that is an integral, or a mean, over times; the others have no time.
+        sampling: What the scheduler's config of the model is to say to samplers, beside the process.
 
     >>> from vdm_hub import UNetVDMModel, VDMScheduler
     >>> unet = UNetVDMModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
@@ -133,6 +135,7 @@ class VDMObjective(Objective):
     """
 
     integrand: str = "diffusion"
+    sampling: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,

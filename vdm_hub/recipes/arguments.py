@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import field as dataclass_field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
@@ -29,6 +30,7 @@ from vdm_hub.recipes import plain_yaml
 from vdm_hub.recipes.command_line import CommandLineParser
 from vdm_hub.recipes.configuration import (
     DEFAULT_CLASSES,
+    OF_A_MODEL,
     DiffusionArguments,
     ModelArguments,
     NameOrJSON,
@@ -75,6 +77,8 @@ class Configuration:
     diffusion: DiffusionArguments
     model: ModelArguments
     training: TrainingArguments
+    asked: Mapping[str, Any] = dataclass_field(default_factory=dict, compare=False, repr=False)
+    """What was asked for where `init_from` was, or on the command line: it holds against what that model has."""
 
     def __post_init__(self) -> None:
         is_plain = Path(self.recipe).name == self.recipe and self.recipe.isprintable() and len(self.recipe) <= 100
@@ -110,11 +114,9 @@ class Configuration:
                 "model is hvae, which takes no condition: leave it out, or train a vdm or a latent_vdm",
             )
         if self.model.model == "hvae":  # nothing diffuses: what would have no effect is refused
-            for field in fields(self.diffusion):
-                value = getattr(self.diffusion, field.name)
-                require(
-                    value == field.default, field.name, value, "model is hvae, which has no diffusion: leave it out"
-                )
+            for one in fields(self.diffusion):
+                value = getattr(self.diffusion, one.name)
+                require(value == one.default, one.name, value, "model is hvae, which has no diffusion: leave it out")
 
     def _check_captions(self) -> None:
         """Refuse captions without an encoder, and an encoder without captions."""
@@ -122,7 +124,7 @@ class Configuration:
         if self.data.has_captions:
             name = "caption_template" if self.data.caption_column is None else "caption_column"
             require(
-                encoder is not None,
+                encoder is not None or self.model.init_from is not None,
                 name,
                 getattr(self.data, name),
                 "captions are told to a network through an encoder of texts, so give a text_encoder, such as "
@@ -137,13 +139,20 @@ class Configuration:
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], recipe: str = "recipe", where: str = "in the values") -> Self:
+    def from_dict(
+        cls,
+        values: Mapping[str, Any],
+        recipe: str = "recipe",
+        where: str = "in the values",
+        asked: Mapping[str, Any] | None = None,
+    ) -> Self:
         """A configuration from flat fields; those that are left out have their defaults.
 
         Args:
             values: Field names and values, as in a recipe. ``"recipe"`` may be among them.
             recipe: The name of the recipe, where ``values`` does not say it.
             where: For messages: where the values come from.
+            asked: Those that hold against what a model has that the run begins from; all of them where not given.
 
         Raises:
             ConfigurationError: A field is unknown, or a value has the wrong type or range.
@@ -151,14 +160,14 @@ class Configuration:
         recipe = str(values.get("recipe", recipe))
         refuse_secret("recipe", recipe)
         checked = _typed({key: value for key, value in values.items() if key != "recipe"}, where)
+        asked = dict(checked) if asked is None else asked
         checked["output_dir"] = checked.get("output_dir") or f"runs/{recipe}"
 
         def group(cls: type[G]) -> G:
             return cls(**{f.name: checked[f.name] for f in fields(cls) if f.name in checked})
 
-        return cls(
-            recipe, group(DataArguments), group(DiffusionArguments), group(ModelArguments), group(TrainingArguments)
-        )
+        data, diffusion = group(DataArguments), group(DiffusionArguments)
+        return cls(recipe, data, diffusion, group(ModelArguments), group(TrainingArguments), asked)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, flat, and the name of the recipe; `from_dict` inverts it."""
@@ -166,11 +175,17 @@ class Configuration:
         return {"recipe": self.recipe} | {key: value for group in groups for key, value in asdict(group).items()}
 
     def to_yaml(self) -> str:
-        """`to_dict` as a recipe, with mappings for what is JSON on the command line."""
+        """`to_dict` as a recipe, with mappings for what is JSON on the command line.
+
+        Of a run that begins from a trained model, what that decides is left out where nobody asked for it.
+        """
         values = self.to_dict()
+        if self.model.init_from is not None:  # a default would ask for another model than that
+            values = {name: value for name, value in values.items() if name in self.asked or name not in OF_A_MODEL}
         for name, annotation in FIELDS.items():
-            if NameOrJSON in members(annotation) and isinstance(values[name], str) and values[name].startswith("{"):
-                values[name] = json.loads(values[name])
+            value = values.get(name)
+            if NameOrJSON in members(annotation) and isinstance(value, str) and value.startswith("{"):
+                values[name] = json.loads(value)
         return plain_yaml.dump(values)
 
 
@@ -200,12 +215,14 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Configuration:
         )
     name, values, where = load_recipe(recipe)
     overrides = _typed(given, "on the command line")
+    asked = _asked(overrides, words.dotted)
     overrides |= _merged(values, where, overrides, words.dotted)
     for pair in ALTERNATIVES:
         for ours, other in (pair, pair[::-1]):
             if overrides.get(ours) is not None and other not in overrides:
                 values.pop(other, None)
-    return Configuration.from_dict(_typed(values, where) | overrides, name, where)
+    every = _typed(values, where) | overrides
+    return Configuration.from_dict(every, name, where, every if "init_from" in values else asked)
 
 
 def recipes() -> list[str]:
@@ -323,6 +340,15 @@ def _merged(
             before = overrides[field] if named else _convert(field, values.get(field, defaults()[field]), where)
         merged[field] = _serialised(_together(field, _as_mapping(field, before), change) if change else {})
     return merged
+
+
+def _asked(overrides: Mapping[str, Any], dotted: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What the command line alone says, without the recipe's part of a mapping."""
+    asked = dict(overrides)
+    for name, change in dotted:
+        before = asked.get(name)
+        asked[name] = _serialised(_deep(_as_mapping(name, before), change) if before else change)
+    return asked
 
 
 def _refuse_doubled(dotted: Sequence[tuple[str, Mapping[str, Any]]]) -> None:

@@ -64,6 +64,16 @@ _NAME_IMAGES = {
 }
 
 
+OF_A_MODEL = (
+    *("num_levels", "resolution", "center_crop", "color", "label_column", "caption_column", "caption_template"),
+    *("test_size", "window_length", "window_context"),
+    *("noise_schedule", "prediction_type", "conditioning", "data_scaling", "decoder", "forward_process"),
+    *("num_train_timesteps", "unet", "hvae", "first_stage", "network", "time_embedding"),
+    *("condition_dropout", "text_encoder"),
+)
+"""The fields that a trained model answers, where a run begins from one: a recipe need not give them."""
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, same_images: bool = False) -> list[str]:
     """Words for the differences that make two recipes two runs: fields that a resumed run may not change.
 
@@ -96,12 +106,12 @@ def allowed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], fields: set[str]) -> list[str]:
     # A field that is younger than the recipe is not compared.
     changed = [
-        key for key in now if key in fields and key in before and _meaning(key, before[key]) != _meaning(key, now[key])
+        key for key in now if key in fields and key in before and meaning(key, before[key]) != meaning(key, now[key])
     ]
     return [f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed]
 
 
-def _meaning(field: str, value: Any) -> Any:
+def meaning(field: str, value: Any) -> Any:
     """The meaning of a field's value, the same however it is written."""
     if not isinstance(value, str):
         return value
@@ -110,7 +120,7 @@ def _meaning(field: str, value: Any) -> Any:
     if (kind := registry.SERIALISED_FIELDS.get(field)) is not None:
         name, config, package = registry.parse_serialised(kind, value)
         return name, config, package or registry.BUILT_IN_PACKAGE
-    named = ("dataset_name", "text_encoder", "tokenizer", "network_from")
+    named = ("dataset_name", "text_encoder", "tokenizer", "network_from", "init_from")
     if field in ("train_data_dir", "first_stage_from", *named):
         place = found(value)
         local = field not in named or (place is not None and place.is_dir())
@@ -183,6 +193,15 @@ class ModelArguments:
         "What is trained: vdm, a diffusion of the images; hvae, a hierarchical VAE (of depth 1, the VAE); latent_vdm, "
         "a diffusion of a VAE's latents; tokens, a diffusion of a text's tokens.",
     )
+    init_from: str | None = option(
+        None,
+        "Begin from a trained model instead of new weights: a run's folder, a pipeline's, or a Hub id, of vdm_hub or "
+        "of diffusers' DDPM family. Its network, process, preprocessing and classes or captions are taken over; what "
+        "is given beside it may change the process, and not the network.",
+    )
+    init_revision: str | None = option(
+        None, "With init_from a Hub id: its branch or commit; not given: main.", only_with="init_from"
+    )
     network: NameOrJSON = option(
         NameOrJSON("{}"),
         "With model tokens: the network, as a mapping in YAML or JSON here: '_class_name', a model of transformers "
@@ -214,7 +233,6 @@ class ModelArguments:
         False,
         "With model latent_vdm: train the diffusion alone, and of an AutoencoderKL the scale of its likelihood, which "
         "it has not.",
-        only_with="first_stage_from",  # one that never learned anything is of no use
     )
     scale_latents: bool = option(
         True, "With model latent_vdm: shift and scale latents to mean 0 and deviation 1, as measured at the start."
@@ -258,6 +276,20 @@ class ModelArguments:
                 value,
                 f"it acts only with model {' or '.join(models)}, and model is {self.model}, so leave it out",
             )
+        for name in ("network_from", "first_stage_from"):
+            require(
+                getattr(self, name) is None or self.init_from is None,
+                name,
+                getattr(self, name),
+                f"init_from is {self.init_from!r}, a whole model, so leave one of the two out",
+            )
+        require(
+            not self.freeze_first_stage or bool(self.first_stage_from or self.init_from),
+            "freeze_first_stage",
+            self.freeze_first_stage,
+            "a first stage that never learned anything is of no use, so give first_stage_from or init_from, or leave "
+            "it out",
+        )
         require(
             self.network_from is None or not self._mapping("network"),
             "network_from",

@@ -32,6 +32,7 @@ from vdm_hub.training.dry_run import describe_run
 from vdm_hub.training.memory import memory_needs, refuse_what_cannot_fit
 from vdm_hub.training.opening import describe_recipe, without_effect
 from vdm_hub.training.parts.conditions import build_condition
+from vdm_hub.training.parts.initial_models import InitialModel, open_initial_model
 from vdm_hub.training.parts.processes import build_accelerator, is_sharded
 from vdm_hub.training.parts.setup import build_objective, build_pipeline
 from vdm_hub.training.parts.shards import full_tensors
@@ -67,21 +68,35 @@ def train_model(configuration: Configuration) -> LikelihoodReport | None:
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder.path, folder.logs)
     if not accelerator.is_main_process:
-        return _train(configuration, accelerator, folder)
-    with StopSignals(before_first_step=True), folder.reserved(configuration):
-        check_publishing(configuration)
-        return _train(configuration, accelerator, folder)
+        return _train(configuration, accelerator, folder, _initial_model(configuration, accelerator, folder))
+    with StopSignals(before_first_step=True):
+        initial = _initial_model(configuration, accelerator, folder)
+        configuration = configuration if initial is None else initial.configuration
+        with folder.reserved(configuration):
+            check_publishing(configuration)
+            return _train(configuration, accelerator, folder, initial)
 
 
-def _train(configuration: Configuration, accelerator: Accelerator, folder: OutputFolder) -> LikelihoodReport | None:
+def _initial_model(
+    configuration: Configuration, accelerator: Accelerator, folder: OutputFolder
+) -> InitialModel | None:
+    """The model that the run begins from, if any; of several processes the main one downloads it."""
+    with accelerator.main_process_first():
+        return open_initial_model(configuration, folder.initial)
+
+
+def _train(
+    configuration: Configuration, accelerator: Accelerator, folder: OutputFolder, initial: InitialModel | None
+) -> LikelihoodReport | None:
     show = accelerator.is_main_process
-    data = load_data(configuration.data)
-    condition = build_condition(configuration, data, accelerator)
-    needs = memory_needs(configuration, data.shape, accelerator, condition, data.tokenization)
+    configuration = configuration if initial is None else initial.configuration
+    data, condition = load_run(configuration, accelerator, initial)
+    needs = memory_needs(configuration, data.shape, accelerator, condition, data.tokenization, initial)
     if show:
-        print(describe_recipe(configuration), data.summary, needs, sep="\n", flush=True)
+        said = [describe_recipe(configuration), *([] if initial is None else [initial]), data.summary, needs]
+        print(*said, sep="\n", flush=True)
     refuse_what_cannot_fit(needs, accelerator)
-    run = TrainingRun(configuration, accelerator, data, folder, condition)
+    run = TrainingRun(configuration, accelerator, data, folder, condition, initial)
     if show:
         print("".join(f"note: {words}.\n" for words in without_effect(configuration, run.total_steps)), end="")
     run.resume()
@@ -114,6 +129,21 @@ def _train(configuration: Configuration, accelerator: Accelerator, folder: Outpu
     return report
 
 
+def load_run(
+    configuration: Configuration, accelerator: Accelerator, initial: InitialModel | None = None
+) -> tuple[RunData, Condition | None]:
+    """The data of a run, and what its network is told of each datum.
+
+    Args:
+        configuration: The recipe.
+        accelerator: The processes.
+        initial: The model that the run begins from; it knows its tokenizer and its classes.
+    """
+    data = load_data(configuration.data, None if initial is None else initial.tokenization)
+    data = data if initial is None else initial.fit(data)
+    return data, build_condition(configuration, data, accelerator, initial)
+
+
 class TrainingRun(RunState):
     """A run with its output: log, pictures and checkpoints while it lasts, and its results."""
 
@@ -124,8 +154,9 @@ class TrainingRun(RunState):
         data: RunData,
         folder: OutputFolder,
         condition: Condition | None = None,
+        initial: InitialModel | None = None,
     ) -> None:
-        super().__init__(configuration, accelerator, data, folder, condition)
+        super().__init__(configuration, accelerator, data, folder, condition, initial)
         self.trackers = Trackers(accelerator, wanted=bool(self.training.trackers))
         self.stop, self._stop_is_agreed = StopSignals(), False
         self._start: ResumePoint | None = None
@@ -136,7 +167,7 @@ class TrainingRun(RunState):
         if self.accelerator.is_main_process:
             if self._start is not None:
                 self._start.set_aside()
-            self.folder.claim(self.configuration)
+            self.folder.claim(self.configuration, self.initial)
             if self.preparation is not None:
                 tqdm.write(self.preparation)
         self.trackers.open(self.configuration.to_dict())
@@ -352,8 +383,9 @@ class TrainingRun(RunState):
         if is_sharded(self.accelerator):
             own, weights = full_tensors(self.model.state_dict(), is_main), full_tensors(weights, is_main)
             if is_main:
+                data, initial = self.data, self.initial
                 model = build_objective(
-                    self.configuration, self.data.shape, self.model.condition, self.data.tokenization
+                    self.configuration, data.shape, self.model.condition, data.tokenization, initial
                 )
                 model.to(self.accelerator.device)
                 model.load_state_dict(own)

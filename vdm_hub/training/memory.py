@@ -23,6 +23,7 @@ from vdm_hub.objectives.hierarchical import HVAEObjective
 from vdm_hub.objectives.variational_bound import Objective, VDMObjective
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
+from vdm_hub.training.parts.initial_models import InitialModel
 from vdm_hub.training.parts.networks import count_parameters, on_meta_device
 from vdm_hub.training.parts.processes import is_sharded, launched_processes
 from vdm_hub.training.parts.setup import Shape, build_objective
@@ -68,6 +69,7 @@ def memory_needs(
     accelerator: Accelerator,
     condition: Condition | None = None,
     tokenization: Tokenization | None = None,
+    initial: InitialModel | None = None,
 ) -> MemoryNeeds:
     """The memory that a process of a run will need, counted without taking any of it.
 
@@ -77,6 +79,7 @@ def memory_needs(
         accelerator: Its processes share what they shard.
         condition: What the network is told of each image.
         tokenization: Of texts, what makes tokens of them.
+        initial: The model that the run begins from.
 
     Raises:
         ConfigurationError: The networks can't be built, or do not take such images.
@@ -84,10 +87,10 @@ def memory_needs(
     training = configuration.training
     without = replace(configuration, training=replace(training, compile="none"))
     with on_meta_device():
-        objective = build_objective(without, shape, condition, tokenization)
+        objective = build_objective(without, shape, condition, tokenization, initial)
     for part in (objective.body, getattr(getattr(objective, "process", None), "first_stage", None)):
         if part is not None:
-            part.to("meta")  # a trained first stage was loaded
+            part.to("meta")  # what was trained before was loaded
     counts = {name: count_parameters(part) for name, part in objective.parts.items()}
     every, trained = sum(counts.values()), sum(p.numel() for p in objective.parameters() if p.requires_grad)
     moments = 0.5 if training.optimizer == "adamw_8bit" else 2
@@ -100,7 +103,7 @@ def memory_needs(
         if tokenization is None or every * _FLOAT > host_memory():
             raise
         # Some models of transformers look at values, of which the meta device has none.
-        objective = build_objective(without, shape, condition, tokenization)
+        objective = build_objective(without, shape, condition, tokenization, initial)
         kept = _kept(objective, shape, torch.device("cpu"))
     kept = kept * training.train_batch_size // _IMAGES
     return MemoryNeeds(

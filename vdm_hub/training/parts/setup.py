@@ -28,6 +28,7 @@ from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.schedulers.vdm import VDMScheduler
 from vdm_hub.training.parts.first_stages import build_first_stage
+from vdm_hub.training.parts.initial_models import InitialModel
 from vdm_hub.training.parts.networks import build_hvae, build_network
 from vdm_hub.training.parts.token_networks import build_token_network
 
@@ -62,18 +63,23 @@ def build_objective(
     shape: Shape,
     condition: Condition | None = None,
     tokenization: Tokenization | None = None,
+    initial: InitialModel | None = None,
 ) -> Objective:
-    """The module of all that is trained, initialised from the run's seed.
+    """The module of all that is trained, initialised from the run's seed, or with the weights of a trained model.
 
     Args:
         configuration: The recipe.
         shape: Of the images, (C, H, W), or of windows of tokens, (L,).
         condition: What the network is told of each image.
         tokenization: Of texts, what makes tokens of them.
+        initial: The model that the run begins from.
     """
     torch.manual_seed(configuration.training.seed)
-    told: Any = condition if tokenization is None else tokenization
-    objective = _BUILDERS[configuration.model.model](configuration, shape, told)
+    if initial is not None:
+        objective = initial.objective(shape, condition)
+    else:
+        told: Any = condition if tokenization is None else tokenization
+        objective = _BUILDERS[configuration.model.model](configuration, shape, told)
     speed_up(objective, configuration.training)
     return objective
 
@@ -182,7 +188,7 @@ def _(objective: VDMObjective, preprocessing: Any = None, held_out: Any = None) 
     carried = process.carried_schedule()
     parts: dict[str, Any] = {
         "unet": objective.network,
-        "scheduler": VDMScheduler(**process.fields()),
+        "scheduler": VDMScheduler(**process.fields(), **objective.sampling),
         "noise_schedule": None if carried is None else RegisteredModel.carrying(carried),
         "preprocessing": preprocessing,
         "held_out": held_out,

@@ -161,6 +161,9 @@ def _other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[st
     texts = [str(one.get("text_encodings"))[:16] for one in (before, now)]
     if len(set(texts)) > 1:
         changed.append(f"the captions, or their text encoder, are others (fingerprints {' and '.join(texts)})")
+    origins = [(one.get("init_from") or {}).get("weights") for one in (before, now)]
+    if origins[0] != origins[1]:
+        changed.append(f"the model that it begins from is another (weights {' and '.join(map(str, origins))})")
     return changed
 
 

@@ -27,6 +27,7 @@ from vdm_hub.pipelines.tokens import TokenPipeline, joined_texts
 from vdm_hub.plots import plot_schedule, plot_training_curve, rows_of_choices, save_grid, shows_schedule
 from vdm_hub.recipes.arguments import Configuration, parse_recipe
 from vdm_hub.recipes.configuration import differences
+from vdm_hub.training.parts.initial_models import InitialModel
 from vdm_hub.training.parts.setup import build_pipeline
 from vdm_hub.training.state.checkpoints import checkpoints, foreign_entries, tidy
 from vdm_hub.training.state.history import History
@@ -46,11 +47,11 @@ class OutputFolder:
         self.recipe, self.evaluation = self.path / "recipe.yaml", self.path / "evaluation.json"
         self.samples, self.schedule = self.path / configuration.data.kind.samples, self.path / "schedule.png"
         self.history, self.curve = self.path / "history.json", self.path / "training_curve.png"
-        self.provenance = self.path / "run.json"
+        self.provenance, self.initial = self.path / "run.json", self.path / "initial"
         self.logs, self.lock = self.path / "logs", self.path / ".vdm_hub.lock"
         self.pictures = {"samples": self.samples, "schedule": self.schedule, "training_curve": self.curve}
         results = (self.recipe, self.pipeline, self.evaluation, self.history, self.provenance)
-        self._written = (*results, *self.pictures.values())
+        self._written = (*results, *self.pictures.values(), self.initial)
 
     @contextmanager
     def reserved(self, configuration: Configuration) -> Iterator[None]:
@@ -127,7 +128,7 @@ class OutputFolder:
 
     def _stopped_early(self, configuration: Configuration) -> bool:
         """Whether the folder holds this very recipe and no result: a run that ended before its first checkpoint."""
-        if self._names() - {self.recipe.name, self.checkpoints.name, self.logs.name, "samples"}:
+        if self._names() - {self.recipe.name, self.checkpoints.name, self.logs.name, self.initial.name, "samples"}:
             return False
         try:
             before = parse_recipe([str(self.recipe)]).to_dict()
@@ -150,13 +151,15 @@ class OutputFolder:
                 f"change its permissions."
             )
 
-    def claim(self, configuration: Configuration) -> None:
-        """Make the folder this run's, by writing its recipe there, and clear away what a killed one left."""
+    def claim(self, configuration: Configuration, initial: InitialModel | None = None) -> None:
+        """Make the folder this run's, by its recipe and the model that it begins from; clear a killed one's away."""
         for written in self._written:
             clear_leftovers(written)
         tidy(self.checkpoints, configuration.training.checkpoints_total_limit)
         with written_beside(self.recipe) as beside:
             beside.write_text(configuration.to_yaml())
+        if initial is not None and not self.initial.exists():
+            initial.keep(self.initial)
 
     def record(self, history: History, provenance: dict[str, Any]) -> None:
         """Write the course of the run, its picture, and how the run came about."""

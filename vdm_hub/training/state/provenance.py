@@ -15,6 +15,7 @@ from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.examples import RunData
 from vdm_hub.data.kinds import IMAGES, TOKENS
 from vdm_hub.evaluation.provenance import describe_images, describe_windows, library_versions
+from vdm_hub.hub.records import InitialRecord
 from vdm_hub.objectives.variational_bound import Objective
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import DiffusionArguments
@@ -31,11 +32,18 @@ class Provenance:
         accelerator: The processes, their device and precision.
         objective: All that is trained.
         data: The training images among them.
+        origin: The record of the trained model that the run began from.
     """
 
     def __init__(
-        self, configuration: Configuration, accelerator: Accelerator, objective: Objective, data: RunData
+        self,
+        configuration: Configuration,
+        accelerator: Accelerator,
+        objective: Objective,
+        data: RunData,
+        origin: InitialRecord | None = None,
     ) -> None:
+        self._origin = {} if origin is None else {"init_from": dict(origin)}
         self._configuration, self._accelerator, self._data = configuration, accelerator, data
         self._condition = {} if objective.condition is None else objective.condition.record
         self._parameters = {name: count_parameters(part) for name, part in objective.parts.items()}
@@ -74,6 +82,7 @@ class Provenance:
             "dataset": describe_split(train, data, data.train_split),
             "augmentation": train.augmentation(data),
             **self._condition,
+            **self._origin,
         }
 
 

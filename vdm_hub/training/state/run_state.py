@@ -22,6 +22,7 @@ from vdm_hub.errors import ConfigurationError, explained
 from vdm_hub.objectives.variational_bound import Bound
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.training.parts.early_stopping import EarlyStopping
+from vdm_hub.training.parts.initial_models import InitialModel
 from vdm_hub.training.parts.optimizers import build_optimizer
 from vdm_hub.training.parts.processes import is_sharded, to_device
 from vdm_hub.training.parts.setup import build_objective, count_steps, learning_rate, repeated_blocks
@@ -46,10 +47,11 @@ class RunState:
         data: RunData,
         folder: OutputFolder,
         condition: Condition | None = None,
+        initial: InitialModel | None = None,
     ) -> None:
         training = self.training = configuration.training
         self.configuration, self.accelerator, self.data, self.folder = configuration, accelerator, data, folder
-        self.step = 0
+        self.initial, self.step = initial, 0
         self.source = training_batches(
             data.train,
             training.train_batch_size,
@@ -63,7 +65,7 @@ class RunState:
         self.total_steps = count_steps(training, self.source.steps_per_epoch)
         accumulation, processes = training.gradient_accumulation_steps, accelerator.num_processes
         self.global_batch_size = training.train_batch_size * accumulation * processes
-        self.model = build_objective(configuration, data.shape, condition, data.tokenization)
+        self.model = build_objective(configuration, data.shape, condition, data.tokenization, initial)
         self.model.to(accelerator.device)
         self.preparation = self.model.prepare(self._first_images())
         optimizer = build_optimizer(self.model, training, learning_rate(training, processes))
@@ -86,7 +88,8 @@ class RunState:
         self.history, self.seconds = History(), 0.0  # of all parts of a run that was resumed
         self.losses = LossWatch(training, folder.checkpoints, looks_at_once=accelerator.device.type == "cpu")
         self.early_stopping = EarlyStopping(training.early_stopping_patience, training.early_stopping_threshold)
-        self.provenance = Provenance(configuration, accelerator, self.model, data)
+        origin = None if initial is None else initial.record
+        self.provenance = Provenance(configuration, accelerator, self.model, data, origin)
 
     def _first_images(self) -> Iterator[dict[str, Tensor]]:
         """The first images, as many for any number of processes, so that all find the same scale of latents."""
