@@ -25,6 +25,7 @@ from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.plots import plot_schedule, plot_training_curve
 from vdm_hub.recipes.arguments import Configuration
+from vdm_hub.recipes.configuration import OF_A_MODEL
 from vdm_hub.training.loop import TrainingRun, build_accelerator, load_run, train_model
 from vdm_hub.training.parts.initial_models import open_initial_model
 from vdm_hub.training.state import outputs
@@ -95,7 +96,9 @@ loading.decode_all = _decode_once
 
 
 def configuration(output: Path, **fields: Any) -> Configuration:
-    return Configuration.from_dict(TINY | {"output_dir": str(output)} | fields, recipe="tiny")
+    begins = "init_from" in fields  # from a model that answers the rest
+    usual = {name: value for name, value in TINY.items() if not (begins and name in OF_A_MODEL)}
+    return Configuration.from_dict(usual | {"output_dir": str(output)} | fields, recipe="tiny")
 
 
 def recipe(folder: Path, output: Path, **fields: Any) -> str:

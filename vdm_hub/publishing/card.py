@@ -114,9 +114,16 @@ def _metadata(source: Contents, pipeline: LikelihoodPipeline, edition: Edition) 
             *map(visible, plugin_packages(pipeline)),
         ],
         datasets=_hub_datasets(source.recipe),
+        base_model=_base_model(source.run),
         model_name=edition.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
+
+
+def _base_model(run: Mapping[str, Any]) -> str | None:
+    """The model on the Hub that the run began from, where it did from one."""
+    origin = run.get("init_from") or {}
+    return visible(origin["name"]) if origin.get("commit") else None
 
 
 def _task(pipeline: LikelihoodPipeline) -> str:
@@ -360,7 +367,15 @@ def _made(run: Mapping[str, Any], kind: DataKind) -> str:
         f"on {processes} process{'es' if processes != 1 else ''} ({run.get('device') or 'device unknown'})",
         f"in {run['mixed_precision']}" if run.get("mixed_precision") not in (None, "no") else "",
     ]
-    return f"Trained for {' '.join(part for part in parts if part)}."
+    return f"Trained for {' '.join(part for part in parts if part)}{_origin(run)}."
+
+
+def _origin(run: Mapping[str, Any]) -> str:
+    """Words for the trained model that the run began from."""
+    if (origin := run.get("init_from")) is None:
+        return ""
+    at = f" at commit {origin['commit']}" if origin["commit"] else ""
+    return f", from the weights of {origin['name']}{at} (a {origin['pipeline']}, {origin['weights']})"
 
 
 def _training_command(run: Mapping[str, Any]) -> Markup:

@@ -98,7 +98,8 @@ def published_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     {'train_data_dir': 'birds', 'seed': 1}
     """
     kept = {key: value for key, value in recipe.items() if key not in _OWN_AFFAIRS}
-    for key in ("train_data_dir", "dataset_name", "first_stage_from", "text_encoder", "tokenizer", "network_from"):
+    places = ("train_data_dir", "dataset_name", "first_stage_from", "text_encoder", "tokenizer", "network_from")
+    for key in (*places, "init_from"):
         if isinstance(kept.get(key), str):
             kept[key] = public_name(kept[key])
     return kept

@@ -185,8 +185,11 @@ class InitialModel:
     def _scheduler(self) -> VDMScheduler:
         """The scheduler of the process at the start: the model's own, but for what is asked for."""
         own: Any = self.pipeline
+        # Scaling and decoder would be derived anew from another schedule, where a config of diffusers left them open.
         asked: dict[str, Any] = {
-            name: _form(getattr(self.configuration.diffusion, name)) for name in PROCESS if self._differs(name)
+            name: _form(getattr(self.configuration.diffusion, name))
+            for name in PROCESS
+            if name in ("data_scaling", "decoder") or self._differs(name)
         }
         levels = self.pipeline.num_levels if isinstance(own, TokenPipeline) else self.configuration.data.num_levels
         scheduler: VDMScheduler = VDMScheduler.from_config(own.scheduler.config, **asked, num_levels=levels)
@@ -227,6 +230,10 @@ def open_initial_model(configuration: Configuration, kept: Path) -> InitialModel
         pipeline = open_pipeline(str(kept / PIPELINE))
     else:
         place = place_of_pipeline(name)
+        if revision is not None and Path(place).is_dir():
+            raise ConfigurationError(
+                f"init_revision is {revision!r}, and {name} is a folder, which has none: leave it out."
+            )
         commit = getattr(open_files(place, revision=revision).pinned.get("revision"), "resolved", None)
         pipeline = open_pipeline(place, configuration.data.num_levels, None if commit is None else str(commit))
         record = {
@@ -236,6 +243,8 @@ def open_initial_model(configuration: Configuration, kept: Path) -> InitialModel
             "weights": weights_fingerprint(pipeline),
         }
     taken, said = take_over(configuration, pipeline, record["name"])
+    if record["commit"] is not None:  # the recipe repeats the run, wherever the branch is then
+        taken = replace(taken, model=replace(taken.model, init_revision=record["commit"]))
     return InitialModel(pipeline, record, taken, said)
 
 
