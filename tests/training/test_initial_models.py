@@ -203,7 +203,7 @@ def test_the_process_may_be_another_than_the_models_and_begins_at_its_ends(
     pipe = VDMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.scheduler.config.decoder == "factorised" and pipe.scheduler.config.data_scaling == "full"
     assert "clip_sample" not in {name for name, value in pipe.scheduler.config.items() if value is True}
-    assert trained(ddpm, tmp_path / "other", "--noise_schedule", "discrete_betas") == 0
+    assert trained(ddpm, tmp_path / "other") == 0
     assert "note: noise_schedule is" in capsys.readouterr().out, "the recipe's own is another"
 
 

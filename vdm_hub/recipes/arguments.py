@@ -101,7 +101,7 @@ class Configuration:
         )
         dropout, usual = self.model.condition_dropout, ModelArguments.condition_dropout
         require(
-            self.data.label_column is not None or self.data.has_captions or dropout == usual,
+            bool(self.data.label_column or self.data.has_captions or self.model.init_from) or dropout == usual,
             "condition_dropout",
             dropout,
             "it acts only with label_column or caption_column, which are not given: give one, or leave it out",

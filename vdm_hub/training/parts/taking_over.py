@@ -182,7 +182,8 @@ def _take_condition(taking: _Taking, pipeline: LikelihoodPipeline) -> None:
     if condition is None:
         for field in ("label_column", "caption_column", "caption_template", "text_encoder"):
             taking.bound(field, None, "its network is told nothing of an image")
-        taking.put("condition_dropout", defaults()["condition_dropout"])
+        usual = defaults()["condition_dropout"]
+        taking.bound("condition_dropout", usual, "its network is told nothing of an image")
         return
     if not isinstance(condition, TextCondition):
         for field in ("caption_column", "caption_template", "text_encoder"):
