@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 from torch import Tensor
 
@@ -167,6 +167,19 @@ def test_a_class_conditional_network_of_diffusers_is_told_the_classes_of_the_dat
     own = VDMPipeline.from_diffusers(tmp_path / "ddpm", num_levels=17)
     assert run.configuration.data.label_column == "label" and run.model.condition.count == 10  # type: ignore[union-attr]
     assert torch.equal(bound(run.model, run), bound(own.objective(), run))
+
+
+def test_a_model_of_flow_matching_is_told_what_its_family_leaves_open(tmp_path: Path) -> None:
+    DDPMPipeline(tiny_unet_2d(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "flow")
+    said = {"num_levels": 17, "data_scaling": "full", "decoder": "factorised"}
+    with pytest.raises(ConfigurationError, match=naming("decoder")):
+        start(tmp_path / "run", init_from=str(tmp_path / "flow"), num_levels=17, data_scaling="full")
+    run = start(tmp_path / "run", init_from=str(tmp_path / "flow"), **said)
+    own = VDMPipeline.from_diffusers(tmp_path / "flow", **said)
+    assert torch.equal(bound(run.model, run), bound(own.objective(), run))
+    train_here(tmp_path / "tuned", init_from=str(tmp_path / "flow"), **said, max_train_steps=1, learning_rate=STILL)
+    again = start(tmp_path / "again", init_from=str(tmp_path / "tuned"))
+    assert torch.equal(bound(again.model, again), bound(own.objective(), again))
 
 
 # ---- what is said, applied and refused --------------------------------------------------------------------------

@@ -195,8 +195,8 @@ class ModelArguments:
     )
     init_from: str | None = option(
         None,
-        "Begin from a trained model instead of new weights: a run's folder, a pipeline's, or a Hub id, of vdm_hub or "
-        "of diffusers' DDPM family. Its network, process, preprocessing and classes or captions are taken over; what "
+        "Begin from a trained model instead of new weights: a run's folder, a pipeline's, or a Hub id, of vdm_hub or, "
+        "as far as it is read as a VDM, of diffusers. Its network, process, preprocessing and classes or captions are taken over; what "
         "is given beside it may change the process, and not the network.",
     )
     init_revision: str | None = option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vdm_hub.files import written_beside
 from vdm_hub.hub.json_files import read_json
 from vdm_hub.hub.places import PIPELINE
 from vdm_hub.hub.records import InitialRecord
-from vdm_hub.hub.repositories import open_files
+from vdm_hub.hub.repositories import ModelFiles, open_files
 from vdm_hub.hub.schemas import check_record
 from vdm_hub.models.registered_model import bare_network
 from vdm_hub.models.token_networks import check_token_model, token_embeddings
@@ -28,16 +29,17 @@ from vdm_hub.objectives.hierarchical import HVAEObjective
 from vdm_hub.objectives.tokens import TokenObjective
 from vdm_hub.objectives.variational_bound import Objective, VDMObjective
 from vdm_hub.pipelines.base import LikelihoodPipeline
-from vdm_hub.pipelines.by_name import open_pipeline, place_of_pipeline
+from vdm_hub.pipelines.by_name import PIPELINES, open_pipeline, place_of_pipeline
 from vdm_hub.pipelines.hvae import HVAEPipeline
 from vdm_hub.pipelines.tokens import TokenPipeline
 from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.schedulers.configs import is_beta_table
 from vdm_hub.schedulers.diffusers_checkpoints import pipeline_class
+from vdm_hub.schedulers.families import family_of
 from vdm_hub.schedulers.vdm import VDMScheduler
-from vdm_hub.training.parts.taking_over import PROCESS, differs, take_over
+from vdm_hub.training.parts.taking_over import PROCESS, differs, take_over, vdm_scheduler
 
-_RECORD, _WIDTH = "origin.json", 119
+_RECORD, _SCHEDULER, _WIDTH = "origin.json", "scheduler/scheduler_config.json", 119
 _OF_SAMPLERS = (
     *("final_sigmas_type", "variance_type", "clip_sample", "clip_sample_range", "thresholding"),
     *("dynamic_thresholding_ratio", "sample_max_value", "timestep_spacing", "steps_offset"),
@@ -184,20 +186,20 @@ class InitialModel:
 
     def _scheduler(self) -> VDMScheduler:
         """The scheduler of the process at the start: the model's own, but for what is asked for."""
-        own: Any = self.pipeline
         # Scaling and decoder would be derived anew from another schedule, where a config of diffusers left them open.
         asked: dict[str, Any] = {
             name: _form(getattr(self.configuration.diffusion, name))
             for name in PROCESS
             if name in ("data_scaling", "decoder") or self._differs(name)
         }
-        levels = self.pipeline.num_levels if isinstance(own, TokenPipeline) else self.configuration.data.num_levels
-        scheduler: VDMScheduler = VDMScheduler.from_config(own.scheduler.config, **asked, num_levels=levels)
+        of_texts = isinstance(self.pipeline, TokenPipeline)
+        asked["num_levels"] = self.pipeline.num_levels if of_texts else self.configuration.data.num_levels
+        scheduler: VDMScheduler = VDMScheduler.from_config(vdm_scheduler(self.pipeline).config, **asked)
         return scheduler
 
     def _differs(self, field: str) -> bool:
-        own: Any = self.pipeline
-        return differs(field, getattr(self.configuration.diffusion, field), own.scheduler.config[field])
+        own = vdm_scheduler(self.pipeline).config[field]
+        return differs(field, getattr(self.configuration.diffusion, field), own)
 
     # ---- beside the run ---------------------------------------------------------------------------------------------
 
@@ -234,18 +236,29 @@ def open_initial_model(configuration: Configuration, kept: Path) -> InitialModel
             raise ConfigurationError(
                 f"init_revision is {revision!r}, and {name} is a folder, which has none: leave it out."
             )
-        commit = getattr(open_files(place, revision=revision).pinned.get("revision"), "resolved", None)
-        pipeline = open_pipeline(place, configuration.data.num_levels, None if commit is None else str(commit))
+        files = open_files(place, revision=revision)
+        commit = getattr(files.pinned.get("revision"), "resolved", None)
+        at = None if commit is None else str(commit)
+        saved = pipeline_class(place, at)
+        open_fields = {} if saved in PIPELINES else _left_open(files, configuration.asked)
+        pipeline = open_pipeline(place, configuration.data.num_levels, at, open_fields)
         record = {
             "name": public_name(name),
-            "commit": None if commit is None else str(commit),
-            "pipeline": pipeline_class(place, None if commit is None else str(commit)),
+            "commit": at,
+            "pipeline": saved,
             "weights": weights_fingerprint(pipeline),
         }
     taken, said = take_over(configuration, pipeline, record["name"])
     if record["commit"] is not None:  # the recipe repeats the run, wherever the branch is then
         taken = replace(taken, model=replace(taken.model, init_revision=record["commit"]))
     return InitialModel(pipeline, record, taken, said)
+
+
+def _left_open(files: ModelFiles, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipe asks for of that which a family of diffusers leaves open, where the model is of such a one."""
+    if _SCHEDULER not in files or family_of(files.read_json(_SCHEDULER)) is None:
+        return {}
+    return {name: asked[name] for name in ("data_scaling", "decoder") if asked.get(name) is not None}
 
 
 def _form(value: Any) -> Any:

@@ -19,6 +19,7 @@ from vdm_hub.pipelines.tokens import TokenPipeline
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.recipes.arguments import Configuration, defaults
 from vdm_hub.recipes.configuration import OF_A_MODEL, meaning
+from vdm_hub.schedulers.vdm import VDMScheduler
 
 MODELS: dict[str, Any] = {
     "vdm": VDMPipeline,
@@ -204,8 +205,17 @@ def _take_condition(taking: _Taking, pipeline: LikelihoodPipeline) -> None:
         taking.take("text_encoder", None)
 
 
+def vdm_scheduler(pipeline: Any) -> VDMScheduler:
+    """The scheduler whose config is the model's process; the pipeline's own may be one of diffusers."""
+    scheduler = pipeline.scheduler
+    found: VDMScheduler = (
+        scheduler if isinstance(scheduler, VDMScheduler) else VDMScheduler.from_config(scheduler.config)
+    )
+    return found
+
+
 def _take_process(taking: _Taking, pipeline: Any) -> None:
-    config = pipeline.scheduler.config
+    config = vdm_scheduler(pipeline).config
     taking.bound("forward_process", config["forward_process"], "its network was trained for that process")
     for field in PROCESS:
         own = config[field]
