@@ -196,8 +196,8 @@ class ModelArguments:
     init_from: str | None = option(
         None,
         "Begin from a trained model instead of new weights: a run's folder, a pipeline's, or a Hub id, of vdm_hub or, "
-        "as far as it is read as a VDM, of diffusers. Its network, process, preprocessing and classes or captions are taken over; what "
-        "is given beside it may change the process, and not the network.",
+        "as far as it is read as a VDM, of diffusers. Its network, process, preprocessing and classes or captions are "
+        "taken over; what is given beside it may change the process, and not the network.",
     )
     init_revision: str | None = option(
         None, "With init_from a Hub id: its branch or commit; not given: main.", only_with="init_from"
