@@ -52,6 +52,10 @@ def test_every_figure_is_its_formula(replicates: int, images: int, dimensions: i
     by_image = [error(bits[:, i]) for i in range(images)]
     assert measured.standard_error_per_image.tolist() == pytest.approx(by_image, **near)
     assert measured.standard_error_per_image.dtype == torch.float64
+    for name, x in nats.items():
+        each = x.mean(0) / dimensions / math.log(2)
+        assert measured.terms_of_each[name].tolist() == pytest.approx(each.tolist(), rel=1e-12)
+    assert measured.terms_of_each.keys() == nats.keys()
     assert measured.terms == pytest.approx({name: x.mean() / dimensions / math.log(2) for name, x in nats.items()})
     written = measured.to_dict()
     assert written["bits_per_dim"] == measured.bits_per_dim and written["terms"] == measured.terms
@@ -61,6 +65,21 @@ def test_every_figure_is_its_formula(replicates: int, images: int, dimensions: i
     for name in ("num_images", "replicates", "dimensions", "transitions", "network_evaluations", "is_bound", "method"):
         assert written[name] == getattr(measured, name)
     json.dumps(written, allow_nan=False)
+
+
+@pytest.mark.parametrize(("is_bound", "replicates"), [(True, 3), (False, 1)])
+def test_the_table_has_a_row_of_figures_for_each_image(is_bound: bool, replicates: int) -> None:
+    measured = report(replicates, 2, is_bound=is_bound)
+    head, rule, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in measured.table().splitlines()]
+    assert head == ["image", "bits/dim", "bits in all", *TERMS] and rule == ["---"] * 6
+    assert len(rows) == 2
+    for i, (number, bits, total, *terms) in enumerate(rows):
+        assert number == str(i + 1) and bits.startswith("at most ") == total.startswith("at most ") == is_bound
+        assert f"**{measured.per_image[i]:.3f}**" in bits
+        error = float(measured.standard_error_per_image[i])
+        assert ("unknown" if math.isnan(error) else f"± {error:.4f}") in bits
+        assert total.endswith(f"{float(measured.per_image[i]) * measured.dimensions:.1f}")
+        assert terms == [f"{float(measured.terms_of_each[name][i]):.3f}" for name in TERMS]
 
 
 def test_the_two_standard_errors_are_those_of_what_they_name() -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ needs_gradio = pytest.mark.skipif(
 
 
 @contextlib.contextmanager
-def served(model: Path, log: Path, *options: str) -> Iterator[str]:
+def served(model: Path | str, log: Path, *options: str, settings: Mapping[str, str] | None = None) -> Iterator[str]:
     """The address of ``vdm-hub space MODEL --serve``, in a process of its own, whose words go to ``log``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vdm_hub.commands", "space", str(model), "--serve", "--port", str(port), *options]
-    with log.open("w") as words, subprocess.Popen(command, stdout=words, stderr=words, env=_environment()) as process:
+    environment = _environment() | dict(settings or {})
+    with log.open("w") as words, subprocess.Popen(command, stdout=words, stderr=words, env=environment) as process:
         try:
             _wait(f"http://127.0.0.1:{port}", process, log)
             yield f"http://127.0.0.1:{port}"

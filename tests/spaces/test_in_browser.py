@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hub.server import Blob, LoopbackHub, Repository
 from spaces.browser import browsed, message, needs_browser, served
 from spaces.kinds import KINDS, saved
 from vdm_hub import VariationalBound, save_grid
@@ -130,3 +131,31 @@ def test_a_sample_of_the_model_may_be_the_picture(page: Any) -> None:
     page.get_by_label("Remove Image").wait_for()
     page.get_by_role("button", name="Measure").click()
     page.get_by_role("columnheader", name="bits in all").wait_for()
+
+
+def test_a_sampling_may_be_stopped(page: Any, log: Path) -> None:
+    page.get_by_role("spinbutton", name="steps").fill("1000")
+    page.get_by_role("button", name="Sample", exact=True).click()
+    page.get_by_text("from noise to images").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("spinbutton", name="steps").fill("2")
+    for _ in range(60):  # a click while the first is being stopped is not heard
+        page.get_by_role("button", name="Sample", exact=True).click()
+        page.wait_for_timeout(1000)
+        if page.get_by_text("16 samples.").is_visible():
+            break
+    assert page.get_by_text("16 samples.").is_visible()
+    assert "2/2" in log.read_text() and "1000/1000" not in log.read_text()
+
+
+def test_a_model_on_the_hub_is_shown_and_linked(tmp_path: Path) -> None:
+    model = saved("unconditional", tmp_path / "tiny")
+    files = {path.relative_to(model).as_posix(): Blob(path.read_bytes()) for path in model.rglob("*.*")}
+    with LoopbackHub() as hub:
+        hub.repositories["me/tiny"] = Repository(False, files)
+        settings = hub.environment(tmp_path / "home", token=None) | {"HF_HUB_OFFLINE": "0"}
+        with served("me/tiny", tmp_path / "log.txt", settings=settings) as address, browsed(address) as page:
+            assert page.get_by_role("link", name="me/tiny").get_attribute("href") == "https://huggingface.co/me/tiny"
+            page.get_by_role("button", name="Sample", exact=True).click()
+            page.get_by_text("16 samples.").wait_for()
+        assert any(call.route == "resolve" for call in hub.calls)
