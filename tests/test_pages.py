@@ -91,7 +91,7 @@ def run(home: Path, command: str | list[str], variables: Mapping[str, str] | Non
 
 def shortened(line: str) -> str:
     """A training command that takes seconds, into a folder of its own."""
-    has_unet = "--unet" in line or "digits_vae" in line
+    has_unet = any(word in line for word in ("--unet", "digits_vae", "--init_from"))
     words = re.sub(r"--output_dir \S+", "", line)
     return f"{words} {SHORT} {'' if has_unet else SMALL_UNET} --output_dir runs/{abs(hash(line))}"
 

@@ -320,6 +320,7 @@ def test_a_run_that_goes_on_needs_the_model_no_more(kind: str, tmp_path: Path) -
     fields = of_kind(kind, tmp_path)
     train_here(tmp_path / "before", **fields, max_train_steps=1)
     again = {"init_from": str(tmp_path / "before"), **needed(fields), "checkpointing_steps": 2}
+    again |= {"tokenizer": str(tmp_path / "before")} if kind == "tokens" else {}
     train_here(tmp_path / "whole", **again)
     shutil.rmtree(tmp_path / "before")
     for name, gone in {"part": ["step-00000006"], "none": [f"step-0000000{n}" for n in (2, 4, 6)]}.items():

@@ -56,12 +56,14 @@ class InitialModel:
         record: Which one it is, as ``run.json`` has it.
         configuration: The recipe with all that the model answers.
         said: A line for each difference between the two.
+        kept: Whether it is the copy that a run kept, which was compared with the recipe when that began.
     """
 
     pipeline: LikelihoodPipeline
     record: InitialRecord
     configuration: Configuration
     said: list[str]
+    kept: bool = False
 
     @property
     def name(self) -> str:
@@ -79,6 +81,8 @@ class InitialModel:
         told = "" if condition is None else f"; what it is told: a {condition.noun} of each image"
         known = self.pipeline.preprocessing
         images = "" if known is None else f"; how images become levels: {shortened(dict(known), 200)}"
+        if isinstance(self.pipeline, TokenPipeline):
+            told = f"; its tokenizer, of {self.pipeline.tokenization.num_ids:,} tokens"
         lines.append(f"taken over: the {network} and its weights{process}{images}{told}")
         lines.append("of the recipe: the data, the bound's transitions, the optimisation and the moving average")
         paragraphs = [textwrap.fill(one, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for one in lines]
@@ -100,7 +104,8 @@ class InitialModel:
         if not isinstance(self.pipeline, TokenPipeline):
             return None
         own, asked = self.pipeline.tokenization, self.configuration.data.tokenizer
-        if asked is not None and asked not in ("character", "bpe"):  # these are learned from texts, now from others
+        learned = asked in ("character", "bpe")  # from texts, and now from others
+        if asked is not None and not learned and not self.kept:
             other = open_tokenizer(asked)
             if vocabulary_fingerprint(other) != vocabulary_fingerprint(own):
                 raise ConfigurationError(
@@ -226,7 +231,8 @@ def open_initial_model(configuration: Configuration, kept: Path) -> InitialModel
     name, revision = configuration.model.init_from, configuration.model.init_revision
     if name is None:
         return None
-    if configuration.training.resume_from_checkpoint is not None and (kept / _RECORD).is_file():
+    goes_on = configuration.training.resume_from_checkpoint is not None and (kept / _RECORD).is_file()
+    if goes_on:
         record: Any = read_json(kept / _RECORD)
         check_record(InitialRecord, record, str(kept / _RECORD))
         pipeline = open_pipeline(str(kept / PIPELINE))
@@ -251,14 +257,14 @@ def open_initial_model(configuration: Configuration, kept: Path) -> InitialModel
     taken, said = take_over(configuration, pipeline, record["name"])
     if record["commit"] is not None:  # the recipe repeats the run, wherever the branch is then
         taken = replace(taken, model=replace(taken.model, init_revision=record["commit"]))
-    return InitialModel(pipeline, record, taken, said)
+    return InitialModel(pipeline, record, taken, said, goes_on)
 
 
 def _left_open(files: ModelFiles, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What the recipe asks for of that which a family of diffusers leaves open, where the model is of such a one."""
     if _SCHEDULER not in files or family_of(files.read_json(_SCHEDULER)) is None:
         return {}
-    return {name: asked[name] for name in ("data_scaling", "decoder") if asked.get(name) is not None}
+    return {name: _form(asked[name]) for name in ("data_scaling", "decoder") if asked.get(name) is not None}
 
 
 def _form(value: Any) -> Any:

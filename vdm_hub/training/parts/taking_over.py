@@ -157,6 +157,10 @@ def _take_networks(taking: _Taking, pipeline: LikelihoodPipeline) -> None:
         config = {**stage.config.get("autoencoder_config", {}), **stage.config}
         named = "AutoencoderKL" if "autoencoder_config" in stage.config else type(stage).__name__
         taking.network("first_stage", named, {**config, "_class_name": named})
+        if not taking.recipe("scale_latents"):
+            taking.said.append(
+                "scale_latents has no effect, as the network knows latents of the shift and scale they had"
+            )
 
 
 def _described(network: Any, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
