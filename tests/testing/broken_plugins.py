@@ -24,6 +24,7 @@ from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
 from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule
 from vdm_hub.diffusion.noise_schedules import Gamma, LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Epsilon, Parameterization, Score
+from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.fields import check_fields, option
 from vdm_hub.likelihood.measurement import Batches, Measured, Measurement
@@ -440,6 +441,13 @@ class WidePrior(Process):
     class bound(BoundGaussian):
         def prior_sample(self, shape: tuple[int, ...], generator: Any, device: torch.device) -> Tensor:
             return 5 * super().prior_sample(shape, generator, device)
+
+
+class PosteriorOfMoreVariance(Process):
+    class bound(BoundGaussian):
+        def posterior_kernel(self, x: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> ReverseKernel:
+            kernel = super().posterior_kernel(x, z_t, s, t)
+            return ReverseKernel(kernel.mean, 1.2 * kernel.scale)
 
 
 class NoReconstruction(Process):
@@ -895,6 +903,7 @@ BROKEN: dict[str, dict[str, Callable[[], object]]] = {
         "transition_kl_is_seen": TenthOfTheDiffusion,
         "prior_kl_is_seen": NoPrior,
         "values_are_as_likely_as_said": AnyValueAlike,
+        "gaussian_kernels": PosteriorOfMoreVariance,
         "decoder": NoReconstruction,
         "reconstruction_by_level": ExpectsNothing,
         "estimate": NoEstimate,

@@ -103,6 +103,22 @@ class BoundProcess(ABC):
             f"the reverse step of {type(self).__name__} is not Gaussian, so it has no kernel: draw from it by step()."
         )
 
+    def marginal_kernel(self, x: Tensor, t: Tensor) -> ReverseKernel:
+        """``q(z_t|x)`` as an object, of which `sample` is a draw; see `ForwardProcess.has_gaussian_kernels`.
+
+        Raises:
+            ConfigurationError: It is not Gaussian.
+        """
+        raise ConfigurationError(f"q(z_t|x) of {type(self).__name__} is not Gaussian: draw from it by sample().")
+
+    def posterior_kernel(self, x: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> ReverseKernel:
+        """``q(z_s|z_t, x)`` as an object; see `ForwardProcess.has_gaussian_kernels`.
+
+        Raises:
+            ConfigurationError: It is not Gaussian.
+        """
+        raise ConfigurationError(f"q(z_s|z_t, x) of {type(self).__name__} is not Gaussian.")
+
     def transition_probabilities(self, z_s: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """``q(z_t|z_s)`` of each value, (B, *data, K), of a process whose latents are values of the data.
 
@@ -135,6 +151,10 @@ class ForwardProcess(nn.Module, ABC):
     has_discrete_latents: bool = False
     """Whether z_0 is the data, and each latent values of theirs, any alike at t = 1: then a `BoundProcess` says
     `BoundProcess.transition_probabilities` and `BoundProcess.reverse_probabilities`."""
+
+    has_gaussian_kernels: bool = False
+    """Whether the latents of the data are Gaussian, and N(0, I) at t = 1 for the model: then a `BoundProcess` says
+    `BoundProcess.marginal_kernel`, `BoundProcess.posterior_kernel` and `BoundProcess.reverse_kernel`."""
 
     has_weights: bool = False
     """Whether it holds parameters, beside its noise schedule's, that no config can hold: a pipeline carries it."""

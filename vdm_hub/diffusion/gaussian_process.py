@@ -49,6 +49,8 @@ class GaussianProcess(ForwardProcess):
     tensor([[-0.9961,  0.9961]])
     """
 
+    has_gaussian_kernels = True
+
     def __init__(
         self,
         schedule: NoiseSchedule,
@@ -341,6 +343,13 @@ class BoundGaussian(BoundProcess):
         x_hat = self.process.x_hat(output, z_t, gamma_t)
         ratio = self._variance_ratio(self.process.split(output, z_t)[1], z_t, gamma_s, gamma_t)
         return x_hat, ReverseKernel.from_data(z_t, x_hat, gamma_s, gamma_t, ratio)
+
+    def marginal_kernel(self, x: Tensor, t: Tensor) -> ReverseKernel:
+        gamma = broadcast(self._gamma(t, x), x)
+        return ReverseKernel(gaussian.alpha(gamma) * x, gaussian.sigma(gamma))
+
+    def posterior_kernel(self, x: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> ReverseKernel:
+        return ReverseKernel.from_data(z_t, x, self._gamma(s, z_t), self._gamma(t, z_t))
 
     def predict_kernel(self, network: Network, z_t: Tensor, gamma_s: Tensor, gamma_t: Tensor) -> ReverseKernel:
         """``p(z_s|z_t)`` from the network, at two gammas: see `predict_noise`."""

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.draws import image_generator, normal_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess
-from vdm_hub.diffusion.gaussian import broadcast, sum_dimensions
-from vdm_hub.diffusion.gaussian_process import gaussian_of
+from vdm_hub.diffusion.gaussian import sum_dimensions
+from vdm_hub.diffusion.gaussian_process import GaussianProcess, gaussian_of
 from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import whole_number
@@ -170,10 +170,12 @@ def chain_terms(
         network: The model's network on this batch.
     """
     check_nothing_given(objective.process, batch)
-    process, transitions = gaussian_of(objective.process), objective.transitions
+    process, transitions = objective.process, objective.transitions
     assert transitions is not None
     levels = batch["levels"]
-    x = process.encode(levels, torch.float64)
+    # Of data, not what float32 kept of them: 17 levels do not lie on its grid.
+    exactly = {"dtype": torch.float64} if isinstance(process, GaussianProcess) else {}
+    x = process.encode(levels, **exactly).double()
     extras, bound = process.bind(x, {})
     generators = [image_generator(*key, int(i), chain) for i in batch["indices"]]
 
@@ -182,26 +184,24 @@ def chain_terms(
 
     with torch.autocast(x.device.type, enabled=False):
         times = torch.arange(transitions + 1, dtype=torch.float64, device=x.device) / transitions
-        gamma = bound.gamma(times[-1].expand(len(x)))
-        z, prior = _last_latent(x, gamma, normal())
+        steps = [time.expand(len(x)) for time in times]
+        z, prior = _last_latent(bound.marginal_kernel(x, steps[-1]), normal())
         diffusion = torch.zeros_like(prior)
-        for time in times[:-1].flip(0):
-            gamma_s = bound.gamma(time.expand(len(x)))
-            q = ReverseKernel.from_data(z, x, gamma_s, gamma)
-            p = bound.predict_kernel(network, z, gamma_s, gamma)
-            z, gamma = q.sample(normal()), gamma_s
+        for t, s in pairwise(reversed(steps)):
+            q = bound.posterior_kernel(x, z, s, t)
+            _, p = bound.reverse_kernel(bound.predict(network, z, t), z, s, t)
+            z = q.sample(normal())
             diffusion += q.log_prob(z) - p.log_prob(z)
-        level = broadcast(gamma, x)
-        eps = (z - gaussian.alpha(level) * x) / gaussian.sigma(level)
+        first = bound.marginal_kernel(x, steps[0])
+        eps = (z - first.mean) / first.scale
         reconstruction = bound.reconstruction(levels, x, {"reconstruction": eps}, network)
     return {"reconstruction": reconstruction, "prior": prior, "diffusion": diffusion} | extras
 
 
-def _last_latent(x: Tensor, gamma: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+def _last_latent(q: ReverseKernel, eps: Tensor) -> tuple[Tensor, Tensor]:
     """The last latent, ``z_1`` from q(z_1|x), and ``log q(z_1|x) - log N(z_1; 0, I)``."""
-    z = gaussian.marginal_sample(x, gamma, eps)
-    log_variance = torch.nn.functional.logsigmoid(broadcast(gamma, x))
-    return z, sum_dimensions(0.5 * (z**2 - eps**2 - log_variance))
+    z = q.sample(eps)
+    return z, sum_dimensions(0.5 * (z**2 - eps**2) - q.scale.log())
 
 
 def weighted(draws: list[Terms]) -> tuple[Terms, Tensor]:
@@ -219,15 +219,17 @@ def effective_sizes(diagnostics: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def check_exact_weights(process: ForwardProcess) -> None:
-    """Refuse a process that is not Gaussian, or whose schedule draws a latent of its own.
+    """Refuse a process whose kernels are not Gaussian, or which draws a latent of its own.
 
     Raises:
         ConfigurationError: Its bound has a KL of that latent, which is no weight of one draw.
     """
-    schedule = gaussian_of(process).schedule
-    device = next((tensor.device for tensor in (*schedule.parameters(), *schedule.buffers())), torch.device("cpu"))
-    if schedule.draw_noise(1, torch.Generator().manual_seed(0), device):
+    if not process.has_gaussian_kernels:
+        gaussian_of(process)  # which says so
+    device = next((tensor.device for tensor in (*process.parameters(), *process.buffers())), torch.device("cpu"))
+    if process.draw_context((1, *process.example_shape), torch.Generator().manual_seed(0), device):
+        who = type(getattr(process, "schedule", process)).__name__
         raise ConfigurationError(
-            f"{type(schedule).__name__} draws a latent of its own, whose term of the bound is a mean, and importance "
-            f"weights must be those of one draw: ask for method 'bound', or 'ode'."
+            f"{who} draws a latent of its own, whose term of the bound is a mean, and importance weights must be "
+            f"those of one draw: ask for method 'bound', or 'ode'."
         )

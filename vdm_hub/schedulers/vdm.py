@@ -351,6 +351,11 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
     @property
     def _bound(self) -> BoundProcess:
         """The process bound to no batch, for callers that bring none."""
+        if self.process.has_weights:
+            raise ConfigurationError(
+                f"{type(self.process).__name__} has weights of its own, which a scheduler's config does not hold: "
+                f"sample with VDMPipeline, or give the trained process, process=pipe.process.bind(None, {{}})[1]."
+            )
         try:
             return self.process.bind(None, {})[1]
         except KeyError as missing:

@@ -106,6 +106,26 @@ def prior_kl_is_seen(process: ForwardProcess) -> None:
 
 
 @PROCESS_LAWS.add
+def gaussian_kernels(process: ForwardProcess) -> None:
+    """Where it has Gaussian kernels, z_t is a draw of the marginal one, as is z_s of the posterior one."""
+    if not process.has_gaussian_kernels:
+        return
+    batch = BoundBatch(process, size=256, dtype=torch.float64)
+    with torch.no_grad():
+        bound = batch.bind()[1]
+        z_t = bound.sample(batch.x, batch.t, batch.noise)
+        eps = torch.randn(z_t.shape, generator=seeded(4), dtype=z_t.dtype)
+        z_s = bound.posterior_kernel(batch.x, z_t, batch.s, batch.t).sample(eps)
+        for name, z, time in (("z_t of sample()", z_t, batch.t), ("z_s of posterior_kernel()", z_s, batch.s)):
+            kernel = bound.marginal_kernel(batch.x, time)
+            whitened = (z - kernel.mean) / kernel.scale
+            moments = {"mean": whitened, "variance": (whitened**2 - 1) / math.sqrt(2)}  # of mean 0 and deviation 1
+            for moment, values in moments.items():
+                away = abs(float(values.mean())) * math.sqrt(values.numel())
+                require(away < 6, f"the {moment} of {name} is {away:.3g} standard errors from marginal_kernel()'s")
+
+
+@PROCESS_LAWS.add
 def decoder(process: ForwardProcess) -> None:
     """What decode() gives of the data's own z_0 errs as often as the reconstruction term says, or less."""
     batch = BoundBatch(process, size=256)

@@ -3,7 +3,8 @@
 ``python plugins/vdm-hub-learned/bench/against_vdm.py`` trains the digits recipe with each process and seed, all else
 alike, and prints the differences of the test images' bits/dim, paired image by image on the same draws, with their
 standard error over the images and over the seeds. Time is the processor's, which other work on the machine does not
-change: that of a step is measured first, of both in turns, and each takes as many steps as fit into ``--seconds``.
+change: that of a step is measured first, of both in turns, and each takes as many steps as fit into ``--seconds``;
+with ``--equal steps`` the learned process takes those of the VDM.
 ``--recipe`` names another recipe, such as fashion_mnist; what this script does not know goes to the recipe.
 """
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=120, help="of processor time, to train for (default: 120)")
+    parser.add_argument("--equal", choices=("time", "steps"), default="time")
     parser.add_argument("--config", type=json.loads, default={}, help="of the learned process, as JSON")
     parser.add_argument("--replicates", type=int, default=32, help="of each measurement (default: 32)")
     arguments, overrides = parser.parse_known_args()
@@ -41,6 +43,8 @@ def main() -> None:
     }
     costs = _seconds_per_step(words)
     steps = {name: round(arguments.seconds / seconds) for name, seconds in costs.items()}
+    if arguments.equal == "steps":
+        steps["learned"] = steps["vdm"]
     for name, seconds in costs.items():
         print(f"{name}: {1000 * seconds:.1f} ms of processor time a step, {steps[name]} steps", flush=True)
     print("| seed | VDM | learned | learned less VDM | standard error over the images |")

@@ -14,6 +14,7 @@ from plugin_runs import check_the_whole_way, errors_without_plugins, train_a_lit
 from tiny import randomised, tiny_pipeline, tiny_unet
 from vdm_hub import (
     ConfigurationError,
+    ImportanceWeighted,
     RegisteredModel,
     VariationalBound,
     VDMPipeline,
@@ -65,6 +66,15 @@ def test_both_bounds_are_measured(run: Path) -> None:
     assert found[2].bits_per_dim == pytest.approx(found[0].bits_per_dim, rel=0.05)
 
 
+def test_importance_weights_are_measured(run: Path) -> None:
+    pipe = VDMPipeline.from_pretrained(run / "pipeline")
+    levels = load_split("digits", "test[:8]", num_levels=17).levels
+    one, many = (
+        pipe.log_likelihood(levels, ImportanceWeighted(transitions=6, draws=draws), replicates=2) for draws in (1, 8)
+    )
+    assert many.is_bound and many.bits_per_dim < one.bits_per_dim
+
+
 @pytest.mark.parametrize("schedule", ["learned_linear", "learned_monotone"])
 def test_a_learned_schedule_is_published_with_the_encoder(schedule: str, tmp_path: Path) -> None:
     form = {"name": schedule, "config": {"gamma_min": -7.87, "gamma_max": 5.0}}
@@ -106,6 +116,17 @@ def test_other_forms_and_samplers_are_refused(pipe: VDMPipeline) -> None:
         pipe(1, num_inference_steps=2, sampler="probability_flow")
     with pytest.raises(ConfigurationError, match="diffusers"):
         pipe.scheduler.to_diffusers(type(pipe.scheduler))
+
+
+def test_a_step_without_the_trained_process_is_refused(pipe: VDMPipeline) -> None:
+    scheduler, z = VDMScheduler.from_config(pipe.scheduler.config), torch.zeros(1, 1, 8, 8)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ConfigurationError, match=naming("LearnedProcess", "process")):
+        scheduler.step(z, scheduler.timesteps[0], z)
+    bound = pipe.process.bind(None, {})[1]
+    drawn = scheduler.step(z, scheduler.timesteps[0], z, torch.Generator().manual_seed(0), process=bound)
+    again = scheduler.transition_log_prob(drawn.prev_sample, z, z, scheduler.timesteps[0], process=bound)
+    assert drawn.prev_sample.shape == z.shape and bool(again.isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from vdm_hub import (
     Check,
     CosineSchedule,
     GaussianProcess,
+    ImportanceWeighted,
     LinearSchedule,
+    VDMObjective,
     alpha,
     parametrize_with_checks,
     sigma,
@@ -273,6 +275,32 @@ def mean_bound(bound: BoundEncoded, level: int, transitions: int) -> float:
         s, t = (torch.full((len(GRID),), one / transitions, dtype=torch.float64) for one in (i - 1, i))
         terms = terms + bound.transition_kl(x, s, t, {"marginal": noise}, guess)
     return float((MASS * terms).sum())
+
+
+class Guess(torch.nn.Module):
+    """`guess` as a network."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (guess(sample, timestep),)
+
+
+def test_importance_weights_find_the_samplers_own_log_probability() -> None:
+    """The mean of the weights is p(x), whatever m: one draw has the bound as its mean, and many find log p(x)."""
+    transitions, level, images, chains = 5, 1, 300, 400
+    bound = two_levels()
+    exact = math.log(exact_probabilities(bound, transitions)[level])
+    objective = VDMObjective(Guess(), bound.process, transitions)
+    batch = {"levels": torch.full((images, 1), level), "indices": torch.arange(images)}
+    method = ImportanceWeighted(transitions=transitions, draws=chains).build(objective, images, seed=0)
+    found = -sum(method.measure(batch, 0).terms.values())
+    error = float(found.std()) / images**0.5
+    assert error < 0.02
+    lost = 0.5 * float(found.var())  # to second order, of the logarithm of a mean
+    assert float(found.mean()) == pytest.approx(exact - lost, abs=5 * error)
+    one = ImportanceWeighted(transitions=transitions, draws=1).build(objective, images, seed=1)
+    single = sum(one.measure(batch, 0).terms.values())
+    wanted = mean_bound(bound, level, transitions)
+    assert float(single.mean()) == pytest.approx(wanted, abs=5 * float(single.std()) / images**0.5)
 
 
 @pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction"])

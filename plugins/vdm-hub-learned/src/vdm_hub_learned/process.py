@@ -69,6 +69,7 @@ class EncodedProcess(ForwardProcess):
         ConfigurationError: The VDM has a gamma per pixel, a latent of its own, or not its posterior's variance.
     """
 
+    has_gaussian_kernels = True
     has_weights = True
 
     def __init__(self, gaussian: GaussianProcess, encoder: Encoder) -> None:
@@ -264,6 +265,11 @@ class BoundEncoded(BoundProcess):
     def reverse_kernel(self, output: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, ReverseKernel]:
         x_hat = self.process.gaussian.x_hat(output, z_t, self.gamma(t)).to(z_t.dtype)
         return x_hat, self.posterior_kernel(x_hat, z_t, s, t)
+
+    def marginal_kernel(self, x: Tensor, t: Tensor) -> ReverseKernel:
+        gamma = self.gamma(t)
+        level = broadcast(gamma, x)
+        return ReverseKernel(alpha(level) * self.mean(x, gamma), sigma(level))
 
     def posterior_kernel(self, x: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> ReverseKernel:
         """``q(z_s|z_t, x)``: VDM's at x, its mean moved by ``alpha_s sum_k (b_k(s) - (1-c) b_k(t)) f_k(x)``."""
