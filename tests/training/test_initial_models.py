@@ -133,6 +133,8 @@ def test_weights_process_and_data_are_those_of_the_model(kind: str, tmp_path: Pa
     after = train_here(tmp_path / "after", **again, evaluation_replicates=1, max_train_steps=2, learning_rate=STILL)
     assert before is not None and after is not None
     assert torch.equal(before.per_image, after.per_image)
+    texts = (path.read_text() for path in (tmp_path / "after" / "pipeline").rglob("*.json"))
+    assert not any(str(tmp_path / "before") in text for text in texts), "no place of this machine is published"
     index, index_before = (
         json.loads((tmp_path / name / "pipeline" / "model_index.json").read_text()) for name in ("after", "before")
     )

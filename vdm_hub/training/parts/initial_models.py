@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusers.configuration_utils import ConfigMixin
+
 from vdm_hub.data.conditions import ClassCondition, Condition
 from vdm_hub.data.examples import RunData
 from vdm_hub.data.loading import as_classes
@@ -254,10 +256,24 @@ def open_initial_model(configuration: Configuration, kept: Path) -> InitialModel
             "pipeline": saved,
             "weights": weights_fingerprint(pipeline),
         }
+    _name_parts(pipeline, record["name"])
     taken, said = take_over(configuration, pipeline, record["name"])
     if record["commit"] is not None:  # the recipe repeats the run, wherever the branch is then
         taken = replace(taken, model=replace(taken.model, init_revision=record["commit"]))
     return InitialModel(pipeline, record, taken, said, goes_on)
+
+
+def _name_parts(pipeline: LikelihoodPipeline, name: str) -> None:
+    """Let the configs of the parts, which are published again, name the model, and no place on this machine."""
+    for part in pipeline.components.values():
+        config: Any = getattr(part, "config", None)
+        if isinstance(part, ConfigMixin):
+            if "_name_or_path" in part.config:
+                part.register_to_config(_name_or_path=name)
+        elif hasattr(config, "_name_or_path"):
+            config._name_or_path = name
+        elif hasattr(part, "name_or_path"):
+            part.name_or_path = name
 
 
 def _left_open(files: ModelFiles, asked: Mapping[str, Any]) -> dict[str, Any]:
