@@ -20,6 +20,15 @@ def names(kind: str) -> list[str]:
     return list(registry.BUILT_INS[kind])  # plugins bring tests of their own
 
 
+def crossed(kind: str, other: str) -> list[Any]:
+    """Each name of two kinds with each of the other; where neither is the first of its kind, a slow one."""
+    first, second = names(kind), names(other)
+    pairs = [(one, two) for one in first for two in second]
+    quick = [one == first[0] or two == second[0] for one, two in pairs]
+    marks = [() if is_quick else pytest.mark.slow for is_quick in quick]
+    return [pytest.param(*pair, marks=mark, id="-".join(pair)) for pair, mark in zip(pairs, marks, strict=True)]
+
+
 def build(kind: str, name: str, **arguments: Any) -> Any:
     """An instance as the conformance kit builds it: with defaults, but for what the constructor requires."""
     registration = registry.lookup(kind, name)

@@ -127,8 +127,7 @@ def test_a_grid_that_is_none_is_refused(arguments: dict[str, Any], words: Any) -
 # ---- law 3 ----------------------------------------------------------------------------------------------------------
 
 
-@every_schedule
-@every_target
+@pytest.mark.parametrize(("schedule", "target"), registered.crossed("noise_schedules", "parameterizations"))
 @pytest.mark.parametrize("steps", [1, 10, 250])
 def test_law_3_step_draws_from_luos_posterior(schedule: str, target: str, steps: int) -> None:
     """Luo eq. 84 in alpha-bar: the draw must be its mean plus its deviation times the generator's own normal."""

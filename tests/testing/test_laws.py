@@ -122,8 +122,7 @@ def test_every_built_in_keeps_all_laws(kind: str, name: str) -> None:
     check_registered(registry.lookup(kind, name))
 
 
-@pytest.mark.parametrize("target", registered.names("parameterizations"))
-@pytest.mark.parametrize("schedule", registered.names("noise_schedules"))
+@pytest.mark.parametrize(("schedule", "target"), registered.crossed("noise_schedules", "parameterizations"))
 def test_every_gaussian_process_keeps_all_laws(schedule: str, target: str) -> None:
     check_forward_process(registered.process(registered.schedule(schedule), target))
 
