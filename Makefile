@@ -5,7 +5,6 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV ?= .venv
 VENV_LATEST ?= .venv-latest
-VENV_BROWSER ?= .venv-browser
 HUGGING_FACE := diffusers transformers accelerate datasets huggingface-hub safetensors
 RUN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/vdm-hub-*)
@@ -64,18 +63,15 @@ test-latest:  ## Run the Hub tests with the newest Hugging Face libraries, in an
 	$(VENV_LATEST)/bin/pip list --disable-pip-version-check | grep -E '^(diffusers|transformers|accelerate|datasets|huggingface[-_]hub|safetensors|torch) '
 	$(VENV_LATEST)/bin/python -m pytest tests/hub -n 2
 
-# An environment over .venv, for gradio asks for an older Pillow than the pinned one; all else is .venv's own.
-$(VENV_BROWSER)/.installed: $(VENV)/.installed
-	$(PYTHON) -m venv $(VENV_BROWSER)
-	grep -v '^pillow==' constraints.txt > $(VENV_BROWSER)/constraints.txt
-	$(VENV_BROWSER)/bin/python -c 'import site, subprocess, sys; below = subprocess.check_output([sys.argv[1], "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip(); open(site.getsitepackages()[0] + "/below.pth", "w").write(f"import site; site.addsitedir({below!r})\n")' $(RUN)/python
-	$(VENV_BROWSER)/bin/pip install --quiet --disable-pip-version-check -c $(VENV_BROWSER)/constraints.txt $(PIP_ARGS) gradio playwright
+# Only here: the other checks do without gradio and a browser.
+$(VENV)/.browser: $(VENV)/.installed
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[space,browser]'
 	@touch $@
 
 # Skips, and says why, what needs Chromium where there is none.
-test-browser: install-plugins $(VENV_BROWSER)/.installed  ## Try the app of `vdm-hub space` in a real browser: it needs an installed Chromium.
-	$(VENV_BROWSER)/bin/python -m pytest $(PYTEST_ARGS) tests/spaces
-	$(VENV_BROWSER)/bin/python -m pytest $(PYTEST_ARGS) plugins/vdm-hub-tokens/tests/test_space.py
+test-browser: install-plugins $(VENV)/.browser  ## Try the app of `vdm-hub space` in a real browser: it needs an installed Chromium.
+	$(RUN)/python -m pytest $(PYTEST_ARGS) tests/spaces
+	$(RUN)/python -m pytest $(PYTEST_ARGS) plugins/vdm-hub-tokens/tests/test_space.py
 
 model-card: quickstart  ## Train the digits and write their model card into model_cards/, as `vdm-hub publish` makes it.
 	rm -rf build/card model_cards/vdm-digits
@@ -118,4 +114,4 @@ bench: install  ## Time training and sampling steps over the bare network, and p
 	$(RUN)/python scripts/bench/digits_seeds.py
 
 clean:  ## Remove what the commands above made, except runs/.
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_BROWSER) build dist *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_LATEST) build dist *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Draw the pictures of docs/spaces.md: the app of a model of the digits, as a real Chromium shows it.
 
 ``make test-browser`` makes the environment that this needs; then
-``.venv-browser/bin/python scripts/space_screenshots.py runs/digits/pipeline docs/images``.
+``python scripts/space_screenshots.py runs/digits/pipeline docs/images``.
 """
 
 from __future__ import annotations
