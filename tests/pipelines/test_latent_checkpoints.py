@@ -28,7 +28,7 @@ from tiny import quiet, seeded
 from vdm_hub import LatentVDMPipeline, VDMPipeline, VQModelFirstStage, load_split
 from vdm_hub.commands import main
 from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.likelihood.methods import VariationalBound
+from vdm_hub.likelihood.methods import ImportanceWeighted, ProbabilityFlow, VariationalBound
 
 SHAPE = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 2}
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -99,7 +99,7 @@ def test_ldms_samples_are_its_own_bit_for_bit() -> None:
 @every_kind
 def test_there_is_no_likelihood_before_the_scale_is_fitted(kind: str) -> None:
     pipe = LatentVDMPipeline.from_diffusers(KINDS[kind]())
-    for method in ("bound", "importance_weighted"):
+    for method in ("bound", "ode"):
         with pytest.raises(ConfigurationError, match=naming("fit_first_stage")):
             pipe.log_likelihood(images(2), method, **told(kind, 2))
     pipe.fit_first_stage(images(16))
@@ -157,10 +157,7 @@ def test_the_deviation_of_a_quantised_code_is_weighed_against_what_it_says() -> 
 
 def test_the_bound_of_gaussian_latents_is_the_closed_form_within_its_error() -> None:
     """With the exact network of latents from ``N(mu, s^2)``; each y is a draw around its encoder's vectors."""
-    case = Case("", "", zero_snr, "velocity", mean=0.05, deviation=0.3)
-    network = GaussianNetwork("velocity", case.mean, case.deviation, sample_size=4, in_channels=2, out_channels=2)
-    pipe = quiet(LatentVDMPipeline.from_diffusers(ldm(network, zero_snr())))
-    pipe.fit_first_stage(images(16))
+    pipe, case = gaussian_latents()
     levels = images(8, "test")
     report = pipe.log_likelihood(levels, VariationalBound(), replicates=24, seed=2)
     process = pipe.process
@@ -169,6 +166,39 @@ def test_the_bound_of_gaussian_latents_is_the_closed_form_within_its_error() -> 
     ends = process.gaussian.schedule.endpoints()
     exact = torch.stack([exact_diffusion_term(y.double(), ends, case) for y in draws]).mean() / (64 * math.log(2))
     assert abs(report.terms["diffusion"] - float(exact)) < 4 * report.standard_error < 1.0
+
+
+def gaussian_latents() -> tuple[LatentVDMPipeline, Case]:
+    """A pipeline with the exact network of latents from ``N(mu, s^2)``, on a table of betas that ends in noise."""
+    case = Case("", "", zero_snr, "velocity", mean=0.05, deviation=0.3)
+    network = GaussianNetwork("velocity", case.mean, case.deviation, sample_size=4, in_channels=2, out_channels=2)
+    pipe = quiet(LatentVDMPipeline.from_diffusers(ldm(network, zero_snr())))
+    pipe.fit_first_stage(images(16))
+    return pipe, case
+
+
+@pytest.mark.parametrize("method", ["ode", "importance_weighted"])
+def test_the_ode_of_gaussian_latents_is_the_closed_form_within_its_error(method: str) -> None:
+    """``E log p_0(z_0)`` of ``z_0 = alpha_0 y``, y a draw from q(y|x), under the data's own marginal at gamma_0."""
+    pipe, case = gaussian_latents()
+    levels, process = images(3, "test"), pipe.process
+    chosen = ProbabilityFlow(divergence="exact", tolerance=1e-5)
+    asked = chosen if method == "ode" else ImportanceWeighted(draws=2, flow=chosen)
+    report = pipe.log_likelihood(levels, asked, replicates=8)
+    mean, deviation = (value.double() for value in process.posterior(process.encode(levels)))
+    gamma_0 = process.gaussian.schedule.endpoints()[0]
+    alpha_2, sigma_2 = 1 / (1 + math.exp(gamma_0)), 1 / (1 + math.exp(-gamma_0))
+    variance = alpha_2 * case.deviation**2 + sigma_2
+    distance = alpha_2 * ((mean - case.mean) ** 2 + deviation**2) / (2 * variance)
+    nats = (0.5 * math.log(2 * math.pi * variance) + distance).flatten(1).sum(1)
+    entropy = (deviation.log() + 0.5 * math.log(2 * math.pi * math.e) + 0.5 * math.log(alpha_2)).flatten(1).sum(1)
+    terms = report.terms["base_density"] + report.terms["volume_change"]
+    assert abs(terms - float(nats.mean()) / (64 * math.log(2))) < 5 * report.standard_error, "by 8 replicates"
+    drawn = abs(report.terms["latent"] + float(entropy.mean()) / (64 * math.log(2)))
+    assert drawn < (1e-6 if method == "ode" else 4 * report.standard_error), "the entropy itself, or its draws"
+    total = sum(report.terms.values())
+    assert report.bits_per_dim == pytest.approx(total, abs=1e-9) and "reconstruction" in report.terms
+    assert pipe.log_likelihood(levels, VariationalBound(), replicates=16).bits_per_dim > report.bits_per_dim - 0.2
 
 
 @every_kind

@@ -19,6 +19,7 @@ from runs import environment
 from tiny import quiet, randomised, seeded
 from vdm_hub import (
     AutoencoderKLFirstStage,
+    ImportanceWeighted,
     LatentVDMPipeline,
     MarkovianHVAE,
     UNetVDMModel,
@@ -233,9 +234,8 @@ def test_the_scaling_decides_the_likelihood_s_description() -> None:
 
 def test_what_it_has_not_is_refused() -> None:
     pipe = pipeline()
-    for method in ("ode", "importance_weighted"):
-        with pytest.raises(ConfigurationError, match=naming("LatentProcess")):
-            pipe.log_likelihood(LEVELS, method)
+    with pytest.raises(ConfigurationError, match=naming("LatentProcess")):
+        pipe.log_likelihood(LEVELS, ImportanceWeighted(transitions=4))
     with pytest.raises(DataError, match=naming("(1, 6, 6)")):
         pipe.encode(LEVELS[..., :6, :6])
     with pytest.raises(ConfigurationError, match=naming("latents", "(2, 1, 8, 8)", "2, 4, 4")):

@@ -103,6 +103,28 @@ class TruncatedNormalDequantization(Dequantization):
         return Dequantized(torch.exp(log_alpha) * x.double() + torch.exp(log_sigma) * eps, log_q, entropy)
 
 
+def draw_of_latents(mean: Tensor, scale: Tensor, gamma_0: Tensor, eps: Tensor) -> Dequantized:
+    """A draw ``z_0 = alpha_0 y``, ``y = mean + scale eps`` from an encoder's ``q(y|x)``, in place of a dequantisation.
+
+    Latents have a density as they are, so that nothing is dequantised: ``log q(z_0|x) = log q(y|x) - D ln alpha_0``.
+
+    Args:
+        mean: Of ``q(y|x)``, (B, *latent), as scale.
+        scale: Its deviations.
+        gamma_0: gamma at time 0, which broadcasts to them.
+        eps: A standard normal draw, (B, *latent), float64.
+
+    >>> one = torch.ones(1, 2, dtype=torch.float64)
+    >>> draw = draw_of_latents(0 * one, one, torch.tensor(-40.0), 0 * one)
+    >>> round(float(draw.log_q), 4), round(float(draw.entropy), 4)  # of two standard normals at 0, and on average
+    (-1.8379, 2.8379)
+    """
+    log_alpha, _ = _log_alpha_sigma(gamma_0)
+    volume = sum_dimensions((scale.double().log() + log_alpha).expand_as(eps) + 0.5 * math.log(2 * math.pi))
+    z_0 = torch.exp(log_alpha) * (mean.double() + scale.double() * eps)
+    return Dequantized(z_0, -sum_dimensions(0.5 * eps**2) - volume, 0.5 * eps[0].numel() + volume)
+
+
 _KINDS: dict[str, Dequantization] = {
     "uniform": UniformDequantization(),
     "truncated_normal": TruncatedNormalDequantization(),

@@ -24,11 +24,12 @@ from vdm_hub.diffusion.draws import image_generator, normal_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian import sum_dimensions
 from vdm_hub.diffusion.gaussian_process import GaussianProcess, gaussian_of
+from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.diffusion.reverse_kernel import ReverseKernel
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.fields import whole_number
 from vdm_hub.likelihood.measurement import Measured, Measurement
-from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow, flowing
 from vdm_hub.likelihood.protocol import FlowSettings
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.models.calls import CountedNetwork
@@ -122,21 +123,22 @@ class WeightedFlowMeasurement(FlowMeasurement):
     ) -> None:
         whole_number("draws", draws)
         super().__init__(objective, flow, seed)
-        check_exact_weights(objective.process)
+        check_exact_weights(flowing(objective.process))
         self.draws = draws
 
     def _measure(self, batch: Batch, replicate: int, flow: FlowSettings) -> Measured:
         """The terms of K dequantised draws of each image, by their ODEs."""
         arguments = *self.model, batch, flow, (self.seed, replicate)
         solved = [draw_flow(*arguments, k) for k in range(self.draws)]
-        terms, size = weighted([draw.terms | {"dequantization": draw.log_q} for draw in solved])
+        terms, size = weighted([draw.terms | {draw.drawn: draw.log_q} for draw in solved])
         steps = torch.stack([draw.steps for draw in solved], dim=1)
         evaluations = torch.stack([draw.evaluations for draw in solved]).sum(0)
         return Measured(terms, {"evaluations": evaluations, "effective_sample_size": size, "steps": steps})
 
     def protocol(self) -> dict[str, Any]:
         """The number of draws K, and the protocol of each ODE."""
-        return super().protocol() | {"importance_weights": {"over": "dequantization", "draws": self.draws}}
+        over = "q(y|x)" if isinstance(self.objective.process, LatentProcess) else "dequantization"
+        return super().protocol() | {"importance_weights": {"over": over, "draws": self.draws}}
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
         """The protocol with the effective sample sizes and the solver's steps."""

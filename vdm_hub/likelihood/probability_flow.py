@@ -36,10 +36,11 @@ from torch import Tensor, nn
 from vdm_hub.diffusion.draws import image_generator, normal_noise, uniform_noise
 from vdm_hub.diffusion.forward_process import ForwardProcess
 from vdm_hub.diffusion.gaussian import broadcast, sigma, sum_dimensions
-from vdm_hub.diffusion.gaussian_process import BoundGaussian, gaussian_of
+from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess, gaussian_of
+from vdm_hub.diffusion.latent_process import LatentProcess
 from vdm_hub.diffusion.noise_schedules import gamma_and_derivative
 from vdm_hub.errors import ConfigurationError, NonFiniteLossError
-from vdm_hub.likelihood.dequantization import dequantization
+from vdm_hub.likelihood.dequantization import dequantization, draw_of_latents
 from vdm_hub.likelihood.lockstep import Array, Trajectory, integrate_ode, solver_library
 from vdm_hub.likelihood.measurement import Measured, Measurement
 from vdm_hub.likelihood.protocol import FlowSettings
@@ -188,6 +189,9 @@ class FlowMeasurement(Measurement):
     I)``; ``volume_change``, minus the integrated divergence; ``dequantization``, minus the entropy of q(z_0|x); and
     what the schedule adds, where it draws a latent of its own from q.
 
+    Of a latent VDM it is the flow of the latents: ``z_0 = alpha_0 y`` of a draw from the encoder's ``q(y|x)``, whose
+    entropy, as ``latent``, is in the place of the dequantisation's, and ``reconstruction`` is ``-log p(x|y)``.
+
     The figure's own numerical error is estimated: in replicate 0 each ODE is solved once more, at `COARSER` times the
     tolerance, and ``details["probability_flow"]["numerical_error"]`` is the mean over images of the change in
     bits/dim, each taken as positive.
@@ -207,7 +211,7 @@ class FlowMeasurement(Measurement):
     def __init__(self, objective: VDMObjective, flow: FlowSettings | None = None, seed: int = 0) -> None:
         super().__init__(objective, seed)
         self.flow = flow or FlowSettings()
-        gaussian_of(objective.process)
+        flowing(objective.process)
         solver_library()
         self._copies: tuple[ForwardProcess, nn.Module] | None = None
 
@@ -231,7 +235,7 @@ class FlowMeasurement(Measurement):
     def _measure(self, batch: Batch, replicate: int, flow: FlowSettings) -> Measured:
         draw = draw_flow(*self.model, batch, flow, (self.seed, replicate), 0)
         counts = {"evaluations": draw.evaluations, "steps": draw.steps}
-        return Measured(draw.terms | {"dequantization": -draw.entropy}, counts)
+        return Measured(draw.terms | {draw.drawn: -draw.entropy}, counts)
 
     def _checked(self, batch: Batch, replicate: int, solve: Callable[[FlowSettings], Measured]) -> Measured:
         """The result at the protocol's tolerance, and its distance from a coarser one's, in replicate 0."""
@@ -247,16 +251,20 @@ class FlowMeasurement(Measurement):
 
     def protocol(self) -> dict[str, Any]:
         """The fields of `ProbabilityFlow`."""
-        return {"probability_flow": asdict(self.flow)}
+        of_latents = isinstance(self.objective.process, LatentProcess)
+        return {"probability_flow": asdict(self.flow) | ({"dequantization": "none: q(y|x)"} if of_latents else {})}
 
     def details(self, diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
         """The protocol with the solver's steps and evaluations, and the figure's numerical error in bits/dim."""
         error = float(diagnostics["numerical_change"][0].mean())
-        return {"probability_flow": asdict(self.flow) | steps_taken(diagnostics) | {"numerical_error": error}}
+        protocol = self.protocol()["probability_flow"]
+        return {"probability_flow": protocol | steps_taken(diagnostics) | {"numerical_error": error}}
 
     def notes(self, report: LikelihoodReport) -> list[str]:
         """A note on the kind of number."""
-        return ["the ODE is another model than the bound's; its expectation over the dequantisation bounds -log2 p(x)"]
+        of_latents = isinstance(self.objective.process, LatentProcess)
+        over = "the encoder's draws" if of_latents else "the dequantisation"
+        return [f"the ODE is another model than the bound's; its expectation over {over} bounds -log2 p(x)"]
 
 
 def steps_taken(diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -271,19 +279,32 @@ def steps_taken(diagnostics: Mapping[str, Tensor]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FlowDraw:
-    """One draw per image, each (B,): ``-log p_0(z_0)`` in terms, ``log q(z_0|x)``, the entropy of q, and counts."""
+    """One draw per image, each (B,): ``-log p_0(z_0)`` in terms, ``log q(z_0|x)``, the entropy of q, and counts.
+
+    Of latents ``-log p(x|y)`` is among the terms, and q that of the encoder; ``drawn`` names the term of q.
+    """
 
     terms: Terms
     log_q: Tensor
     entropy: Tensor
     steps: Tensor
     evaluations: Tensor
+    drawn: str = "dequantization"
+
+
+def flowing(process: ForwardProcess) -> GaussianProcess:
+    """The Gaussian process whose flow a likelihood is of: of the data themselves, or of their latents.
+
+    Raises:
+        ConfigurationError: It is another.
+    """
+    return process.gaussian if isinstance(process, LatentProcess) else gaussian_of(process)
 
 
 def draw_flow(
     process: ForwardProcess, network: nn.Module, batch: Batch, flow: FlowSettings, key: tuple[int, int], draw: int
 ) -> FlowDraw:
-    """Dequantise each image of a batch once and solve its ODE.
+    """Dequantise each image of a batch once, or draw its latents, and solve its ODE.
 
     The dequantisation is a function of (seed, replicate, image, draw), the probes of (seed, replicate, image): all
     draws of a replicate share them, so that in importance weights their noise is common to a large part.
@@ -297,26 +318,47 @@ def draw_flow(
         draw: Which of an image's draws.
     """
     check_nothing_given(process, batch)
-    gaussian, indices = gaussian_of(process), batch["indices"].tolist()
-    x = gaussian.encode(batch["levels"], torch.float64)
-    shape, device = tuple(x.shape), x.device
+    gaussian, indices = flowing(process), batch["indices"].tolist()
 
     def generators(draw: int, kind: int) -> list[torch.Generator]:
         return [image_generator(*key, i, draw, kind) for i in indices]
 
-    context = gaussian.draw_context(shape, generators(draw, _CONTEXT_DRAWS), device)
-    uniform = uniform_noise(shape, generators(draw, _DEQUANTIZATION_DRAWS), device, torch.float64)
-    probes = _probes(flow, shape, generators(0, _PROBE_DRAWS), x)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(batch["levels"].device.type, enabled=False):
+        x, scale = _points(process, batch["levels"])
+        shape, device = tuple(x.shape), x.device
+        context = gaussian.draw_context(shape, generators(draw, _CONTEXT_DRAWS), device)
+        probes = _probes(flow, shape, generators(0, _PROBE_DRAWS), x)
+        noise = generators(draw, _DEQUANTIZATION_DRAWS)
         extras, bound = gaussian.bind(x, context)
         gamma_0 = broadcast(bound.gamma(x.new_zeros(len(x))), x)
-        dequantized = dequantization(flow.dequantization).draw(x, gamma_0, gaussian.scaling.spacing, uniform)
+        if scale is None:
+            uniform = uniform_noise(shape, noise, device, torch.float64)
+            start = dequantization(flow.dequantization).draw(x, gamma_0, gaussian.scaling.spacing, uniform)
+        else:
+            eps = normal_noise(shape, noise, device, torch.float64)
+            start = draw_of_latents(x, scale, gamma_0, eps)
+            extras = {"reconstruction": _not_decoded(process, batch["levels"], x + scale * eps)} | extras
         counted = CountedNetwork(network, batch)
-        density = flow_density(
-            bound, counted, dequantized.z_0, probes, flow.tolerance, flow.max_steps, flow.solver, indices
-        )
+        density = flow_density(bound, counted, start.z_0, probes, flow.tolerance, flow.max_steps, flow.solver, indices)
     terms = {"base_density": -density.base_density, "volume_change": -density.volume_change} | extras
-    return FlowDraw(terms, dequantized.log_q, dequantized.entropy, density.steps, density.evaluations)
+    drawn = "dequantization" if scale is None else "latent"
+    return FlowDraw(terms, start.log_q, start.entropy, density.steps, density.evaluations, drawn)
+
+
+@torch.no_grad()
+def _points(process: ForwardProcess, levels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The data in float64, without a deviation; of a latent process the mean and the deviation of ``q(y|x)``."""
+    if not isinstance(process, LatentProcess):
+        return flowing(process).encode(levels, torch.float64), None
+    mean, scale = process.posterior(process.encode(levels))
+    return mean.double(), scale.double()
+
+
+@torch.no_grad()
+def _not_decoded(process: ForwardProcess, levels: Tensor, y: Tensor) -> Tensor:
+    """``-log p(x|y)``, nats, (B,)."""
+    assert isinstance(process, LatentProcess)
+    return -process.coder.log_likelihood(levels, process.unscaled(y)).double()
 
 
 def _probes(
