@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from vdm_hub import written_beside
 
 NAMES = {"train": "vdm_hub", "addtt": "addtt's VDM"}
-ROWS = 12
+ROWS, POINTS = 12, 60
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -19,8 +20,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axis = figure.subplots()
     for phase, name in NAMES.items():
         if (curve := results[phase].get("curve")) and curve["step"]:
-            axis.plot(curve["step"], curve["bits_per_dim"], marker=".", label=name)
+            axis.plot(*zip(*some(curve, POINTS), strict=True), marker=".", label=name)
     axis.set(xlabel="step", ylabel="bits/dim of a training batch", yscale="log", title=str(results["device"] or ""))
+    for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        formatted(FuncFormatter(lambda value, _: f"{value:.3g}"))
     if axis.lines:
         axis.legend()
     with written_beside(path) as beside:
@@ -41,6 +44,16 @@ def table(results: dict[str, Any]) -> str:
         )
         lines += [f"{name:<14}{step:>8,}{value:>32.4f}" for step, value in shown]
     return "\n".join([*lines, "", *(figure_of(results, phase) for phase in ("measure", "addtt")), ratio(results), ""])
+
+
+def some(curve: dict[str, list[float]], count: int) -> list[tuple[float, float]]:
+    """So many ``(step, bits/dim)`` of a curve at most, at even places from the first to the last.
+
+    >>> some({"step": [1, 2, 3, 4, 5], "bits_per_dim": [9, 8, 7, 6, 5]}, 3)
+    [(1, 9), (3, 7), (5, 5)]
+    """
+    rows = list(zip(curve["step"], curve["bits_per_dim"], strict=True))
+    return rows if len(rows) <= count else [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
 
 
 def figure_of(results: dict[str, Any], phase: str) -> str:
