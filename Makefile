@@ -7,7 +7,7 @@ VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 HUGGING_FACE := diffusers transformers accelerate datasets huggingface-hub safetensors
 RUN := $(VENV)/bin
-PLUGINS := $(wildcard plugins/vdm-hub-*)
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/vdm-hub-*/pyproject.toml))
 OUTPUT ?= runs/digits
 # accelerate gives a process one CPU thread unless told otherwise.
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
