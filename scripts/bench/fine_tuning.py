@@ -2,10 +2,11 @@
 
 ``python scripts/bench/fine_tuning.py --diffusers_script train_unconditional.py`` prints a table. The script is that of
 ``examples/unconditional_image_generation`` in the repository of diffusers, which its package does not hold; it needs
-torchvision. Of each seed four models are trained on scikit-learn's digits (8x8, 17 grey levels, as RGB images, as that
+torchvision. Of each seed five models are trained on scikit-learn's digits (8x8, 17 grey levels, as RGB images, as that
 script makes all images): by its own objective for half of the seconds and for all of them, by the bound from what the
-first half left, and by the bound alone for all of them. Seconds are of CPU time on one thread, of training alone: a
-short run says what a step costs, and the numbers of steps follow. All have one network and one table of betas.
+first half left, with DDPM's decoder and with one that asks no network, and by the bound alone for all of them. Seconds
+are of CPU time on one thread, of training alone: a short run says what a step costs, and the numbers of steps follow.
+All have one network and one table of betas. What was stopped goes on in its ``--output`` when it is started again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_digits(self.folder / "data")
         self.images = 1797 - TEST
-        self.epoch_cost = self.step_cost = 0.0
+        self.costs: dict[str, float] = {}  # of an epoch of the script, and of a step of the bound by its decoder
 
     def seed(self, seed: int) -> dict[str, dict[str, float]]:
         """The figures of the four models of a seed."""
@@ -87,26 +89,39 @@ class Bench:
         if not untrained.exists():
             torch.manual_seed(seed)
             DDPMPipeline(UNet2DModel(**NETWORK), DDPMScheduler(clip_sample=True)).save_pretrained(untrained)
-        if not self.epoch_cost:
-            self._calibrate(untrained)
-        first = self.ddpm(folder / "ddpm_half", untrained, seed, round(half / self.epoch_cost))
-        whole = self.ddpm(folder / "ddpm", untrained, seed, round(2 * half / self.epoch_cost))
-        tuned = self.bound(folder / "tuned", first, seed, round(half / self.step_cost))
-        alone = self.bound(folder / "bound", untrained, seed, round(2 * half / self.step_cost))
-        figures = {"ddpm, half": first, "ddpm, half, then the bound": tuned, "ddpm": whole, "the bound": alone}
+        self._calibrate(untrained)
+        epochs, steps = half / self.costs["epoch"], half / self.costs["ddpm"]
+        first = self.ddpm(folder / "ddpm_half", untrained, seed, round(epochs))
+        figures = {
+            "ddpm, half": first,
+            "then the bound": self.bound(folder / "tuned", first, seed, round(steps)),
+            "then the bound, factorised": self.bound(
+                folder / "factorised", first, seed, round(half / self.costs["factorised"]), "factorised"
+            ),
+            "ddpm": self.ddpm(folder / "ddpm", untrained, seed, round(2 * epochs)),
+            "the bound": self.bound(folder / "bound", untrained, seed, round(2 * steps)),
+        }
         return {name: self.measure(place) for name, place in figures.items()}
 
     def _calibrate(self, untrained: Path) -> None:
-        """Take the cost of an epoch and of a step from the difference of two short runs."""
-        folder, epochs, steps = self.folder / "calibration", (1, 9), (20, 220)
-        costs = [seconds(lambda n=n: self.ddpm(folder / f"epochs{n}", untrained, 0, n)) for n in epochs]
-        self.epoch_cost = (costs[1] - costs[0]) / (epochs[1] - epochs[0])
-        costs = [seconds(lambda n=n: self.bound(folder / f"steps{n}", untrained, 0, n)) for n in steps]
-        self.step_cost = (costs[1] - costs[0]) / (steps[1] - steps[0])
-        batches = -(-self.images // BATCH)
+        """Take the cost of an epoch and of a step from the difference of two short runs each, once."""
+        folder = self.folder / "calibration"
+        kept = folder / "costs.json"
+        self.costs = json.loads(kept.read_text()) if kept.exists() else self.costs
+        tasks: dict[str, tuple[tuple[int, int], Callable[[int], Path]]] = {
+            "epoch": ((1, 9), lambda n: self.ddpm(folder / f"epochs{n}", untrained, 0, n)),
+            "ddpm": ((20, 220), lambda n: self.bound(folder / f"steps{n}", untrained, 0, n)),
+            "factorised": ((20, 220), lambda n: self.bound(folder / f"others{n}", untrained, 0, n, "factorised")),
+        }
+        for name, (counts, task) in tasks.items():
+            if name not in self.costs:
+                few, many = (seconds(task, count) for count in counts)
+                self.costs[name] = (many - few) / (counts[1] - counts[0])
+                kept.write_text(json.dumps(self.costs))
+        step = self.costs["epoch"] / -(-self.images // BATCH)
         print(
-            f"CPU seconds: {self.epoch_cost:.3f} an epoch of diffusers' script ({self.epoch_cost / batches:.4f} a "
-            f"step), {self.step_cost:.4f} a step of the bound",
+            f"CPU seconds of a step: {step:.3f} of diffusers' script, {self.costs['ddpm']:.3f} of the bound, "
+            f"{self.costs['factorised']:.3f} of it with the factorised decoder",
             flush=True,
         )
 
@@ -134,12 +149,12 @@ class Bench:
         run([sys.executable, "-c", SEEDED, str(seed), str(self.arguments.diffusers_script), *words, "--use_ema"])
         return output
 
-    def bound(self, output: Path, start: Path, seed: int, steps: int) -> Path:
+    def bound(self, output: Path, start: Path, seed: int, steps: int, decoder: str = "ddpm") -> Path:
         """A model trained on from another by the bound, in continuous time."""
         if (output / "pipeline" / "model_index.json").exists():
             return output / "pipeline"
         fields = RECIPE | {"train_data_dir": str((self.folder / "data" / "train.parquet").resolve())}
-        fields |= {"init_from": str(start.resolve()), "seed": seed, "max_train_steps": steps}
+        fields |= {"init_from": str(start.resolve()), "seed": seed, "max_train_steps": steps, "decoder": decoder}
         fields |= {"learning_rate": self.arguments.learning_rate}
         recipe = output.with_suffix(".yaml")
         recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -188,10 +203,10 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def seconds(task: Any) -> float:
+def seconds(task: Callable[[int], Path], count: int) -> float:
     """The CPU time, user's and system's, of the processes that a task starts."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    task()
+    task(count)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -200,7 +215,8 @@ def table(found: list[dict[str, dict[str, float]]], half: float) -> str:
     """The table of the means over seeds, in Markdown."""
     names = {
         "ddpm, half": f"{half:g} s of diffusers' script",
-        "ddpm, half, then the bound": f"the same, then {half:g} s of the bound",
+        "then the bound": f"the same, then {half:g} s of the bound",
+        "then the bound, factorised": f"the same, then {half:g} s of the bound with `decoder: factorised`",
         "ddpm": f"{2 * half:g} s of diffusers' script",
         "the bound": f"{2 * half:g} s of the bound",
     }
