@@ -2,11 +2,11 @@
 
 ``python scripts/bench/fine_tuning.py --diffusers_script train_unconditional.py`` prints a table. The script is that of
 ``examples/unconditional_image_generation`` in the repository of diffusers, which its package does not hold; it needs
-torchvision. Of each seed five models are trained on scikit-learn's digits (8x8, 17 grey levels, as RGB images, as that
+torchvision. Of each seed four models are trained on scikit-learn's digits (8x8, 17 grey levels, as RGB images, as that
 script makes all images): by its own objective for half of the seconds and for all of them, by the bound from what the
-first half left, with DDPM's decoder and with one that asks no network, and by the bound alone for all of them. Seconds
-are of CPU time on one thread, of training alone: a short run says what a step costs, and the numbers of steps follow.
-All have one network and one table of betas. What was stopped goes on in its ``--output`` when it is started again.
+first half left, and by the bound alone for all of them. Seconds are of CPU time on one thread, of training alone: two
+short runs say what a step costs, and the numbers of steps follow. All have one network and one table of betas. What was
+stopped goes on in its ``--output`` when it is started again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_digits(self.folder / "data")
         self.images = 1797 - TEST
-        self.costs: dict[str, float] = {}  # of an epoch of the script, and of a step of the bound by its decoder
+        self.costs: dict[str, float] = {}  # CPU seconds of an epoch of the script, and of a step of the bound
 
     def seed(self, seed: int) -> dict[str, dict[str, float]]:
         """The figures of the four models of a seed."""
@@ -90,14 +90,11 @@ class Bench:
             torch.manual_seed(seed)
             DDPMPipeline(UNet2DModel(**NETWORK), DDPMScheduler(clip_sample=True)).save_pretrained(untrained)
         self._calibrate(untrained)
-        epochs, steps = half / self.costs["epoch"], half / self.costs["ddpm"]
+        epochs, steps = half / self.costs["epoch"], half / self.costs["step"]
         first = self.ddpm(folder / "ddpm_half", untrained, seed, round(epochs))
         figures = {
             "ddpm, half": first,
             "then the bound": self.bound(folder / "tuned", first, seed, round(steps)),
-            "then the bound, factorised": self.bound(
-                folder / "factorised", first, seed, round(half / self.costs["factorised"]), "factorised"
-            ),
             "ddpm": self.ddpm(folder / "ddpm", untrained, seed, round(2 * epochs)),
             "the bound": self.bound(folder / "bound", untrained, seed, round(2 * steps)),
         }
@@ -110,18 +107,18 @@ class Bench:
         self.costs = json.loads(kept.read_text()) if kept.exists() else self.costs
         tasks: dict[str, tuple[tuple[int, int], Callable[[int], Path]]] = {
             "epoch": ((1, 9), lambda n: self.ddpm(folder / f"epochs{n}", untrained, 0, n)),
-            "ddpm": ((20, 220), lambda n: self.bound(folder / f"steps{n}", untrained, 0, n)),
-            "factorised": ((20, 220), lambda n: self.bound(folder / f"others{n}", untrained, 0, n, "factorised")),
+            "step": ((20, 220), lambda n: self.bound(folder / f"steps{n}", untrained, 0, n)),
         }
         for name, (counts, task) in tasks.items():
             if name not in self.costs:
                 few, many = (seconds(task, count) for count in counts)
                 self.costs[name] = (many - few) / (counts[1] - counts[0])
                 kept.write_text(json.dumps(self.costs))
-        step = self.costs["epoch"] / -(-self.images // BATCH)
+        batches, (epoch, step) = -(-self.images // BATCH), self.costs.values()
+        half = self.arguments.seconds
         print(
-            f"CPU seconds of a step: {step:.3f} of diffusers' script, {self.costs['ddpm']:.3f} of the bound, "
-            f"{self.costs['factorised']:.3f} of it with the factorised decoder",
+            f"{half:g} CPU seconds are {round(half / epoch) * batches} steps of diffusers' script ({epoch / batches:.3f} "
+            f"s each) and {round(half / step)} of the bound ({step:.3f} s each)",
             flush=True,
         )
 
@@ -149,12 +146,12 @@ class Bench:
         run([sys.executable, "-c", SEEDED, str(seed), str(self.arguments.diffusers_script), *words, "--use_ema"])
         return output
 
-    def bound(self, output: Path, start: Path, seed: int, steps: int, decoder: str = "ddpm") -> Path:
+    def bound(self, output: Path, start: Path, seed: int, steps: int) -> Path:
         """A model trained on from another by the bound, in continuous time."""
         if (output / "pipeline" / "model_index.json").exists():
             return output / "pipeline"
         fields = RECIPE | {"train_data_dir": str((self.folder / "data" / "train.parquet").resolve())}
-        fields |= {"init_from": str(start.resolve()), "seed": seed, "max_train_steps": steps, "decoder": decoder}
+        fields |= {"init_from": str(start.resolve()), "seed": seed, "max_train_steps": steps}
         fields |= {"learning_rate": self.arguments.learning_rate}
         recipe = output.with_suffix(".yaml")
         recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +213,6 @@ def table(found: list[dict[str, dict[str, float]]], half: float) -> str:
     names = {
         "ddpm, half": f"{half:g} s of diffusers' script",
         "then the bound": f"the same, then {half:g} s of the bound",
-        "then the bound, factorised": f"the same, then {half:g} s of the bound with `decoder: factorised`",
         "ddpm": f"{2 * half:g} s of diffusers' script",
         "the bound": f"{2 * half:g} s of the bound",
     }
