@@ -5,8 +5,8 @@
 torchvision. Of each seed four models are trained on scikit-learn's digits (8x8, 17 grey levels, as RGB images, as that
 script makes all images): by its own objective for half of the seconds and for all of them, by the bound from what the
 first half left, and by the bound alone for all of them. Seconds are of CPU time on one thread, of training alone: two
-short runs say what a step costs, and the numbers of steps follow. All have one network and one table of betas. What was
-stopped goes on in its ``--output`` when it is started again.
+short runs say what a step costs, and the numbers of steps follow. All have one network and one table of betas. A run
+that was stopped goes on in its ``--output`` when it is started again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -104,21 +105,26 @@ class Bench:
         """Take the cost of an epoch and of a step from the difference of two short runs each, once."""
         folder = self.folder / "calibration"
         kept = folder / "costs.json"
-        self.costs = json.loads(kept.read_text()) if kept.exists() else self.costs
+        if self.costs:
+            return
+        if kept.exists():
+            self.costs = json.loads(kept.read_text())
         tasks: dict[str, tuple[tuple[int, int], Callable[[int], Path]]] = {
             "epoch": ((1, 9), lambda n: self.ddpm(folder / f"epochs{n}", untrained, 0, n)),
             "step": ((20, 220), lambda n: self.bound(folder / f"steps{n}", untrained, 0, n)),
         }
         for name, (counts, task) in tasks.items():
             if name not in self.costs:
+                for count in counts:  # of a script that was stopped
+                    shutil.rmtree(folder / f"{name}s{count}", ignore_errors=True)
                 few, many = (seconds(task, count) for count in counts)
                 self.costs[name] = (many - few) / (counts[1] - counts[0])
                 kept.write_text(json.dumps(self.costs))
         batches, (epoch, step) = -(-self.images // BATCH), self.costs.values()
         half = self.arguments.seconds
         print(
-            f"{half:g} CPU seconds are {round(half / epoch) * batches} steps of diffusers' script ({epoch / batches:.3f} "
-            f"s each) and {round(half / step)} of the bound ({step:.3f} s each)",
+            f"{half:g} CPU seconds are {round(half / epoch) * batches} steps of diffusers' script "
+            f"({epoch / batches:.3f} s each) and {round(half / step)} of the bound ({step:.3f} s each)",
             flush=True,
         )
 
