@@ -133,6 +133,25 @@ def test_data_come_back_on_other_threads_and_batches(name: str) -> None:
     assert report.bytes == len(whole) and report.count == len(data)
 
 
+@pytest.mark.parametrize("name", ["linear", "bits"])
+def test_every_evaluation_of_the_network_is_counted(name: str) -> None:
+    """Those of the spacing, of the bins and of draws that had too few bits, too."""
+    pipe, asked = made(name), list[int]()
+    pipe.unet.register_forward_hook(lambda module, given, output: asked.append(len(output[0])))
+    data = levels(60) * pipe.num_levels // K
+    report = encode(pipe, data, transitions=T)[1]
+    assert report.evaluations == sum(asked) > T * (60 - report.started)
+
+
+def test_where_nothing_is_drawn_there_is_no_bound() -> None:
+    report = encode(made("linear"), levels(1), transitions=T)[1]
+    assert report.started == 1 and report.bound is None and report.overhead is None
+    assert report.bits_per_dim == pytest.approx(report.start + report.labels + report.header)
+    assert "not used" in str(report) and "above" not in str(report)
+    some = encode(made("linear"), levels(60), transitions=T)[1]
+    assert some.bound is not None and f"of the {some.started} images that are there as they are" in str(some)
+
+
 class Alphabet(torch.nn.Module):
     """The exact network, which predicts the noise, of independent pixels with K levels of known probabilities."""
 
@@ -387,6 +406,7 @@ def test_classes_come_back_and_are_told(config: Any) -> None:
     whole, report = encode(pipe, data, labels, transitions=T, batch_size=30, block=70)
     found = decode(pipe, whole, batch_size=64)
     assert torch.equal(found.levels, data) and torch.equal(found.labels, labels)
+    assert report.bound is not None
     parts = [report.bound, report.start, report.quantisation, report.labels, report.header]
     assert report.bits_per_dim == pytest.approx(sum(parts))
     # By counts: Krichevsky and Trofimov's mixture, whose length has a closed form.
@@ -420,6 +440,7 @@ def test_the_bound_of_classes_is_the_models() -> None:
     labels = torch.arange(200) % 3
     report = encode(pipe, data, labels, transitions=40)[1]
     measured = pipe.log_likelihood(data, VariationalBound(transitions=40), class_labels=labels, replicates=8)
+    assert report.bound is not None
     assert report.bound < measured.bits_per_dim * 1.03  # which has equal steps, and its own noise
     assert report.bound == pytest.approx(measured.bits_per_dim, rel=0.25)
 

@@ -94,6 +94,19 @@ def test_pictures_of_lengths_and_of_what_is_known_on_the_way(model: str, tmp_pat
     assert steps.stat().st_size > 1000 and "0.000 levels off" in capsys.readouterr().out
 
 
+def test_a_full_disk_at_the_plot_leaves_the_file_and_its_report(model: str, tmp_path: Path, capsys: Any) -> None:
+    kept, plot = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "lengths.png"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, kept[1]))  # room for the file, and none for the plot
+        with pytest.raises(OutputError, match=re.escape("lengths.png")):
+            compress(model, tmp_path / "a.vdmz", "--length_plot", str(plot))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert not plot.exists() and (tmp_path / "a.vdmz").exists()
+    said = capsys.readouterr().out
+    assert "bits/dim" in said and "by 6 of the data" in said and "32 of" not in said
+
+
 def test_classes_come_back_with_their_names(tmp_path: Path, capsys: Any) -> None:
     """By the model's own numbers, whose order is not that of the dataset."""
     names = [str(9 - number) for number in range(10)]

@@ -213,7 +213,6 @@ class Coder:
         ideal -= push(chain.prior(len(images)), below, chain.depth)
         self.lengths.chain += ideal
         self.lengths.pushed += stack.bits - before
-        self.lengths.evaluations += chain.depth * len(images)
 
     def pop_batch(
         self,

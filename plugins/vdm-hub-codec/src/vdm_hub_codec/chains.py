@@ -12,7 +12,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -63,6 +63,13 @@ class ToldNetwork(nn.Module):
         return (self.objective.call(network, sample, timestep, **told, **context),)
 
 
+@dataclass
+class Evaluations:
+    """How often networks were asked of one datum."""
+
+    count: int = 0
+
+
 @dataclass(frozen=True)
 class Chain:
     """Latents ``z_1`` to ``z_T`` above data ``z_0`` of K levels.
@@ -74,6 +81,8 @@ class Chain:
         down: ``p(z_{t-1}|z_t)`` at ``z_t``, for t = 1..T.
         exponents: Of two: each latent's width of a bin; ``None`` where latents are values.
         told: The network that must be told classes; ``None`` where it knows none.
+        given: The t whose ``p(z_t|z_{t+1})`` asks no network; ``None`` where all do.
+        evaluations: Of networks, so far: one for each datum and ``p(z_t|z_{t+1})``, by all chains made of this one.
     """
 
     num_levels: int
@@ -82,6 +91,8 @@ class Chain:
     down: Sequence[Callable[[Tensor], Any]]
     exponents: tuple[int, ...] | None = None
     told: ToldNetwork | None = None
+    given: int | None = None
+    evaluations: Evaluations = field(default_factory=Evaluations)
 
     @property
     def depth(self) -> int:
@@ -94,7 +105,11 @@ class Chain:
 
     def p(self, t: int, above: Tensor, size: int, labels: Integers | None = None) -> Distribution:
         """``p(z_t|z_{t+1})``, so many data at a time, of classes (B,) where the network is told them."""
+        self._count(t, len(above))
         return self._distribution(self.down[t], above, size, t, labels)
+
+    def _count(self, t: int, data: int) -> None:
+        self.evaluations.count += 0 if t == self.given else data
 
     def prior(self, count: int) -> Distribution:
         """``p(z_T)``: N(0, 1), or all values alike."""
@@ -139,6 +154,7 @@ class Chain:
             drawn = mean + scale * generator.standard_normal(mean.shape)
             z = torch.from_numpy(drawn).reshape(-1, *self.shapes[t])
             if t > 1:
+                self._count(t - 1, len(z))
                 own = gaussian_of([self._call(self.down[t - 1], z, classes)])[1]
                 scales[-1] = min(scales[-1], float(np.quantile(own, 0.05)))
             scales.append(float(np.quantile(scale, 0.05)))
@@ -184,7 +200,7 @@ class Chain:
         if objective.process.has_discrete_latents:
             return replace(_of_values(objective, shape), told=told)
         times = None if spacing is None else times_of(spacing, objective.transitions or 1)
-        return replace(_of_hierarchy(as_hierarchical_vae(objective, shape, times)), told=told)
+        return replace(_of_hierarchy(as_hierarchical_vae(objective, shape, times)), told=told, given=0)
 
 
 def _told(objective: VDMObjective) -> tuple[VDMObjective, ToldNetwork | None]:
@@ -249,6 +265,7 @@ def _of_latents(pipeline: LatentVDMPipeline, transitions: int) -> Chain:
         ],
         (0,) * (1 + above.depth),
         told,
+        given=1,
     )
 
 

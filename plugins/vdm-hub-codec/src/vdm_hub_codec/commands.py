@@ -17,7 +17,6 @@ from vdm_hub import (
     LikelihoodPipeline,
     TokenPipeline,
     TokenWindows,
-    VDMPipeline,
     check_output,
     labels_as,
     load_images,
@@ -28,9 +27,9 @@ from vdm_hub_codec.codec import TRANSITIONS, check_model, decode, encode
 from vdm_hub_codec.compare import image_formats, text_compressors
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.decoded_files import check_place, write, written
-from vdm_hub_codec.images import check_told, classes_of
+from vdm_hub_codec.images import check_told, classes_of, costs_of
 from vdm_hub_codec.progressive import progress_of
-from vdm_hub_codec.spacing import StepCosts, plot_lengths
+from vdm_hub_codec.spacing import StepCosts, bounds_of, plot_lengths
 
 SUFFIX = ".vdmz"
 
@@ -96,22 +95,22 @@ class Compress(Command):
         )
         with written(arguments.output) as beside:
             beside.write_bytes(whole)
-        lengths = {}
-        if costs is not None:
-            with written(arguments.length_plot) as beside:
-                lengths = plot_lengths(costs, report, beside)
+        lengths = {} if costs is None else bounds_of(costs, report.transitions or TRANSITIONS)
         others, notes = _others(pipeline, data) if arguments.compare else ({}, [])
         if arguments.json:
             told = {"others": others, "notes": [*report.notes, *notes], "lengths": lengths}
             print(json.dumps(report.to_dict() | told))
-            return
-        print(f"{arguments.output}: {report}")
-        for number, bits in lengths.items():
-            print(f"  T = {number:<6}{bits:8.4f} bits/dim, about, by 32 of the data")
-        for name, bits in sorted(others.items(), key=lambda item: item[1]):
-            print(f"  {name:<16}{bits:8.4f} {report.unit}, the file {report.bits_per_dim / bits - 1:+.1%}")
-        for note in notes:
-            print(f"note: {note}.")
+        else:
+            print(f"{arguments.output}: {report}")
+            for number, bits in lengths.items():
+                print(f"  T = {number:<6}{bits:8.4f} bits/dim, about, by {costs.data if costs else 0} of the data")
+            for name, bits in sorted(others.items(), key=lambda item: item[1]):
+                print(f"  {name:<16}{bits:8.4f} {report.unit}, the file {report.bits_per_dim / bits - 1:+.1%}")
+            for note in notes:
+                print(f"note: {note}.")
+        if costs is not None:  # last, so that a full disk leaves the report
+            with written(arguments.length_plot) as beside:
+                plot_lengths(costs, lengths, report, beside)
 
 
 class Decompress(Command):
@@ -150,12 +149,12 @@ class Decompress(Command):
         found = decode(pipeline, content, batch_size=arguments.batch_size, progress=True)
         with written(output) as beside:
             said = write(found, pipeline, beside, output.suffix)
+        print(f"{output}: {said}, as encoded")
         if progress is not None:
-            with written(arguments.progressive) as beside:
-                progress.save(beside, pipeline.num_levels)
             for bits, away in zip(progress.bits_per_dim, progress.error, strict=True):
                 print(f"{bits:8.4f} bits/dim read: the estimate is {away:.3f} levels off")
-        print(f"{output}: {said}, as encoded")
+            with written(arguments.progressive) as beside:
+                progress.save(beside, pipeline.num_levels)
 
 
 def _say(said: str) -> None:
@@ -205,9 +204,8 @@ def _refuse_classes(arguments: argparse.Namespace) -> None:
 def _costs(pipeline: LikelihoodPipeline, data: Tensor | TokenWindows, labels: Tensor | None) -> StepCosts:
     """What steps of the model cost, for the picture of lengths."""
     costs = None
-    if type(pipeline) is VDMPipeline and isinstance(data, Tensor):
-        classes = classes_of(pipeline, labels, len(data))
-        costs = StepCosts.of(pipeline, data, None if classes is None else classes.told(len(data)))
+    if isinstance(data, Tensor):
+        costs = costs_of(pipeline, data, classes_of(pipeline, labels, len(data)))
     if costs is None:
         raise ConfigurationError(
             "--length_plot is given, and the model is no VDM of images with one gamma a time: leave it out."

@@ -123,7 +123,8 @@ def encode_images(
         batch_size: Images at once in the network.
         progress: Whether to show a bar.
     """
-    spacing = None if transitions is None else _spacing(pipeline, levels, classes, transitions)
+    costs = None if transitions is None else costs_of(pipeline, levels, classes)
+    spacing = None if costs is None or transitions is None else costs.spacing(transitions)
     chain, whole = Chain.of(pipeline, transitions, spacing), levels.cpu().numpy().astype(np.int64)
     labels = None if classes is None or classes.labels is None else classes.labels.cpu().numpy()
     size, pictures = block or len(whole), is_shorter(whole[0], pipeline.num_levels)
@@ -137,6 +138,7 @@ def encode_images(
         blocks = [coder.encode(whole[part], None if labels is None else labels[part]) for part in parts]
     if coder.chain.exponents is not None and coder.chain.exponents != _usual(chain).exponents:
         how["widths"] = list(coder.chain.exponents)
+    coder.lengths.evaluations = chain.evaluations.count + (0 if costs is None else costs.evaluations)
     parts_of_report = Parts(
         "images", len(whole), whole.size, coder.lengths, transitions, _notes(pipeline, classes, transitions)
     )
@@ -152,11 +154,10 @@ def _notes(pipeline: LikelihoodPipeline, classes: Classes | None, transitions: i
     return notes
 
 
-def _spacing(pipeline: LikelihoodPipeline, levels: Tensor, classes: Classes | None, transitions: int) -> bytes | None:
-    """How the times of a VDM's latents are best spaced for some data; ``None`` where they are equally far apart."""
+def costs_of(pipeline: LikelihoodPipeline, levels: Tensor, classes: Classes | None) -> StepCosts | None:
+    """What steps of a VDM cost of some data; ``None`` of a model without one gamma a time."""
     told = None if classes is None else classes.told(len(levels))
-    costs = StepCosts.of(pipeline, levels, told) if type(pipeline) is VDMPipeline else None
-    return None if costs is None else costs.spacing(transitions)
+    return StepCosts.of(pipeline, levels, told) if type(pipeline) is VDMPipeline else None
 
 
 def decode_images(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,23 +13,25 @@ from vdm_hub_codec.blocks import Lengths
 class CodecReport:
     """How long a file is, and why. All lengths are in bits/dim (of texts bits/token) over all data.
 
-    ``bits_per_dim = bound + start + quantisation + labels + header``.
+    ``bits_per_dim = bound + start + quantisation + labels + header``, the bound none where there is none.
 
     Attributes:
         kind: Of the data: ``images``, or ``windows`` of texts.
         bytes: Of the file.
         bits_per_dim: Of the file.
-        bound: On the draws that were made: what the file's length should be. Of images with classes it is that of the
-            images, given their classes.
-        start: More than the bound, by the data that are there as they are, to start with.
+        bound: On the draws that were made: what the file's length should be; of data that are there as they are, as of
+            the others. Of images with classes it is that of the images, given their classes. ``None`` where all data
+            are there as they are, and nothing was drawn.
+        start: More than the bound, by the data that are there as they are, to start with; without a bound all of them.
         quantisation: More, by bins, rounding and the coder's precision.
         labels: More, by the classes of the images.
         header: The description, and what is left over in the coder.
-        overhead: Of all that, relative to the bound.
+        overhead: Of all that, relative to the bound, where there is one.
         count: Of data, or windows.
         dimensions: Of all of them.
         started: How many data are there as they are.
-        evaluations: Of the network, of all data.
+        evaluations: Of the network, each of one datum: all that encoding made, the spacing of its latents and the
+            choice of their bins among them.
         transitions: T, the latents' number less one; none where no bits come back.
         seconds: It took.
         notes: What the reader of the figures must know, one sentence each.
@@ -39,12 +40,12 @@ class CodecReport:
     kind: str
     bytes: int
     bits_per_dim: float
-    bound: float
+    bound: float | None
     start: float
     quantisation: float
     labels: float
     header: float
-    overhead: float
+    overhead: float | None
     count: int
     dimensions: int
     started: int
@@ -62,18 +63,34 @@ class CodecReport:
         """What lengths are in."""
         return "bits/dim" if self.kind == "images" else "bits/token"
 
+    @property
+    def _above(self) -> str:
+        return "" if self.overhead is None else f", {self.overhead:.2%} above the bound"
+
+    @property
+    def _bound(self) -> list[str]:
+        """What to say of the bound."""
+        if self.bound is None:
+            return [
+                f"  the model was not used: all {self.kind} are there as they are, as they hold too few bits to draw "
+                f"latents from, so there is no bound"
+            ]
+        also = f"; of the {self.started:,} {self.kind} that are there as they are, as of the others"
+        return [f"  {self.bound:8.4f}  the model's bound, on the draws that were made{also if self.started else ''}"]
+
     def __str__(self) -> str:
         each = "dimensions" if self.kind == "images" else "tokens"
+        there = f"{self.started:,} {self.kind} that are there as they are"
         parts = [
-            (self.start, f"the start: {self.started:,} {self.kind} that are there as they are, beyond their bound"),
+            (self.start, f"the start: {there}, beyond their bound" if self.bound is not None else there),
             (self.quantisation, "quantisation: bins of latents, rounding, the coder's precision"),
             (self.labels, f"the classes of the images, {self.labels * self.dimensions / self.count:.2f} bits each"),
             (self.header, "the description in front, checksums, and what is left over in the coder"),
         ]
         lines = [
             f"{self.bytes:,} bytes for {self.dimensions:,} {each} of {self.count:,} {self.kind}: "
-            f"{self.bits_per_dim:.4f} {self.unit}, {self.overhead:.2%} above the bound",
-            f"  {self.bound:8.4f}  the model's bound, on the draws that were made",
+            f"{self.bits_per_dim:.4f} {self.unit}{self._above}",
+            *self._bound,
             *[f"  {value:+8.4f}  {words}" for value, words in parts if round(value, 4)],
             f"  {self.evaluations:,} network evaluations in {self.seconds:.1f} s, {self.seconds / self.count:.3f} s "
             f"for each of the {self.kind}",
@@ -106,17 +123,17 @@ class Parts:
         lengths, bits, scale = self.lengths, 8 * size, 1 / self.dimensions
         coded = (self.count - lengths.started) / self.count
         # What the data that are there as they are would have cost, as the others do.
-        bound = lengths.chain / coded if coded else lengths.as_they_are
+        bound = lengths.chain / coded if coded else None
         return CodecReport(
             kind=self.kind,
             bytes=size,
             bits_per_dim=bits * scale,
-            bound=bound * scale,
-            start=(lengths.as_they_are - (bound - lengths.chain)) * scale,
+            bound=None if bound is None else bound * scale,
+            start=(lengths.as_they_are - ((bound or 0) - lengths.chain)) * scale,
             quantisation=(lengths.pushed - lengths.chain) * scale,
             labels=lengths.labels * scale,
             header=(bits - lengths.as_they_are - lengths.pushed - lengths.labels) * scale,
-            overhead=bits / bound - 1 if bound else math.nan,
+            overhead=bits / bound - 1 if bound else None,
             count=self.count,
             dimensions=self.dimensions,
             started=lengths.started,

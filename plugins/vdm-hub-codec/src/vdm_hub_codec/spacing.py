@@ -40,6 +40,7 @@ class StepCosts:
         errors: ``|eps - eps_hat|^2`` there, the mean over the data, summed over dimensions.
         others: What the other terms of the bound are, in nats.
         dimensions: Of a datum.
+        data: How many they are measured on.
     """
 
     schedule: NoiseSchedule
@@ -47,6 +48,12 @@ class StepCosts:
     errors: Tensor
     others: float
     dimensions: int
+    data: int
+
+    @property
+    def evaluations(self) -> int:
+        """How many of the network, each of one datum, measuring them took."""
+        return len(self.gammas) * self.data
 
     @classmethod
     def of(cls, pipeline: VDMPipeline, levels: Tensor, told: Tensor | None = None) -> StepCosts | None:
@@ -62,7 +69,7 @@ class StepCosts:
             bounds = [objective(batch, edge.float().expand(len(batch["levels"])), noise).terms for edge in edges]
         errors = torch.stack([terms["diffusion"].double().mean() for terms in bounds]) / (0.5 * slope)
         others = sum(float(term.double().mean()) for name, term in bounds[0].items() if name != "diffusion")
-        return cls(schedule, gammas, errors, others, levels[0].numel())
+        return cls(schedule, gammas, errors, others, levels[0].numel(), len(batch["levels"]))
 
     def spacing(self, transitions: int) -> bytes | None:
         """How dense T steps are best in each cell of time, 1 to 255; ``None`` where equal steps are as good."""
@@ -81,29 +88,33 @@ class StepCosts:
         return nats / self.dimensions / math.log(2)
 
 
-def plot_lengths(costs: StepCosts, report: CodecReport, path: Path) -> dict[int, float]:
-    """Draw the bound against the number of steps, and the file; returns bits/dim by T.
+def bounds_of(costs: StepCosts, transitions: int) -> dict[int, float]:
+    """The bound by the number of steps, these among them, in bits/dim."""
+    numbers = sorted({*(10 * 2**i for i in range(8)), transitions})
+    return {number: costs.bits_per_dim(number, costs.spacing(number)) for number in numbers}
+
+
+def plot_lengths(costs: StepCosts, lengths: dict[int, float], report: CodecReport, path: Path) -> None:
+    """Draw the bound against the number of steps, and the file, where the model made it.
 
     Args:
         costs: Of the data.
+        lengths: As `bounds_of` gives them.
         report: Of the file.
         path: Of the PNG.
     """
-    assert report.transitions is not None
-    numbers = sorted({*(10 * 2**i for i in range(8)), report.transitions})
-    found = {number: costs.bits_per_dim(number, costs.spacing(number)) for number in numbers}
-    equal = [costs.bits_per_dim(number, None) for number in numbers]
+    equal, by = [costs.bits_per_dim(number, None) for number in lengths], f"({costs.data} of the data)"
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(numbers, equal, "--", color="tab:gray", label="bound, equal steps (32 of the data)")
-    axes.plot(numbers, list(found.values()), marker=".", label="bound, steps as in a file (32 of the data)")
-    axes.plot(report.transitions, report.bits_per_dim, "x", color="black", label="the file")
+    axes.plot(list(lengths), equal, "--", color="tab:gray", label=f"bound, equal steps {by}")
+    axes.plot(list(lengths), list(lengths.values()), marker=".", label=f"bound, steps as in a file {by}")
+    if report.bound is not None:
+        axes.plot(report.transitions, report.bits_per_dim, "x", color="black", label="the file")
     axes.set_xscale("log")
     axes.set_xlabel("transitions T")
     axes.set_ylabel("bits/dim")
     axes.legend(frameon=False)
     figure.savefig(path, format="png", dpi=150)
-    return found
 
 
 def times_of(spacing: bytes, transitions: int) -> list[float]:

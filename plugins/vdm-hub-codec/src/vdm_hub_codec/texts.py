@@ -87,6 +87,7 @@ def _encode_values(
     coder.lengths.as_they_are += len(rest) * math.log2(pipeline.num_levels)
     blocks = [block, Block(len(rest), [], stack.words(), checksum(rest, lengths_of(windows)), [])]
     how = {"kind": "values", "transitions": transitions, "length": length}
+    coder.lengths.evaluations = chain.evaluations.count
     notes = [
         f"the windows are coded each by itself, so that the {windows.cut.context} tokens before each are not given to "
         f"the model here"
