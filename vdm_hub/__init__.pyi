@@ -13,6 +13,7 @@ from .data.levels import levels_from_images as levels_from_images
 from .data.loading import load_data as load_data
 from .data.loading import load_split as load_split
 from .data.loading import RunData as RunData
+from .data.one_picture import read_picture as read_picture
 from .data.sequences import TokenWindows as TokenWindows
 from .data.text_loading import load_windows as load_windows
 from .data.tokenization import make_tokenizer as make_tokenizer

@@ -29,11 +29,13 @@ def digit(size: tuple[int, int] = (8, 8)) -> Image.Image:
 
 def test_a_picture_of_the_models_own_kind_is_taken_as_it_is(tmp_path: Path) -> None:
     pipe = tiny_pipeline()
-    levels, notes = pipe.read_picture(stored(digit()))
+    levels, notes = read_picture(stored(digit()), pipe.image_shape, pipe.num_levels)
     (tmp_path / "digit.png").write_bytes(stored(digit()))
-    assert (levels == pipe.read_picture(str(tmp_path / "digit.png"), fit=True)[0]).all() and not notes
+    assert (
+        levels == read_picture(str(tmp_path / "digit.png"), pipe.image_shape, pipe.num_levels, fit=True)[0]
+    ).all() and not notes
     assert images_from_levels(levels, LEVELS, "pil")[0].tobytes() == digit().tobytes()
-    assert pipe.read_picture(tmp_path / "digit.png", fit=True)[1] == []
+    assert read_picture(tmp_path / "digit.png", pipe.image_shape, pipe.num_levels, fit=True)[1] == []
 
 
 REFUSED: list[tuple[bytes, str]] = [
@@ -73,7 +75,7 @@ CONVERTED: list[tuple[Image.Image, tuple[int, int, int], list[str]]] = [
 @pytest.mark.parametrize(("image", "shape", "said"), CONVERTED, ids=[str(said) for *_, said in CONVERTED])
 def test_whatever_is_converted_is_said(image: Image.Image, shape: tuple[int, int, int], said: list[str]) -> None:
     levels, notes = read_picture(stored(image), shape, LEVELS, fit=True)
-    assert levels.shape == shape and levels.max() < LEVELS
+    assert levels.shape == (1, *shape) and levels.max() < LEVELS
     words = [note for note in notes if "values" not in note or "values" in "".join(said)]
     assert len(words) == len(said)
     assert all(part in note for part, note in zip(said, words, strict=True))

@@ -152,7 +152,7 @@ def test_a_submission_that_fails_loses_no_figure(hub: LoopbackHub, home: Path, t
     (record,) = (folder / ".eval_results").glob("*.json")
     assert json.loads(record.read_text()) == report
     hub.heal()
-    command = ["hf", "upload", MODEL, folder.name, ".", "--create-pr"]
+    command = [str(Path(sys.executable).with_name("hf")), "upload", MODEL, folder.name, ".", "--create-pr"]
     sent = subprocess.run(
         command, env=hub.environment(home), cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -178,7 +178,7 @@ def test_an_interrupt_while_it_is_sent_loses_no_figure(hub: LoopbackHub, home: P
 
         def interrupt(handle: Callable[[], Response]) -> Response:
             process.send_signal(signal.SIGINT)
-            time.sleep(3)
+            time.sleep(8)
             return handle()
 
         hub.fail(0, interrupt, route="commit")

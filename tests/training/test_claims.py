@@ -117,7 +117,7 @@ def test_a_folder_is_kept_from_before_the_data_are_read(tmp_path: Path, monkeypa
 
     seen = []
 
-    def load(arguments: Any) -> Any:
+    def load(arguments: Any, tokenization: Any = None) -> Any:
         seen.append([str(path.parent) for path in tmp_path.rglob(".*")])
         raise DataError("there are no images")
 

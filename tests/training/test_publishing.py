@@ -38,7 +38,7 @@ def test_a_run_is_published_and_says_where(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         done = train(hub, tmp_path, evaluation_replicates=1, num_sample_images=1, hub_private_repo=True)
         assert done.returncode == 0, done.stderr
-        assert f"{hub.url}/me/tiny" in done.stdout.splitlines()[-1]
+        assert f"{hub.url}/me/tiny" in "".join(done.stdout.splitlines()[-2:])
         repository = hub.repositories["me/tiny"]
         files = repository.at("main").files
         assert repository.private

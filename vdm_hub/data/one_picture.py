@@ -7,7 +7,9 @@ from typing import TypeAlias
 
 import numpy as np
 import PIL.ImageOps
+import torch
 from PIL.Image import Image, Resampling
+from torch import Tensor
 
 from vdm_hub.data.colors import Color, convert_color
 from vdm_hub.data.images import CorruptImageError, ImageReader, why_unreadable
@@ -22,21 +24,37 @@ _WORDS = {"L": "grey", "RGB": "RGB"}
 
 def read_picture(
     file: PictureFile, shape: tuple[int, int, int], num_levels: int, *, fit: bool = False
-) -> tuple[Levels, list[str]]:
-    """The levels of one image file, and what was done to it: see `vdm_hub.LikelihoodPipeline.read_picture`.
+) -> tuple[Tensor, list[str]]:
+    """The levels of one image file, as a model takes them, and what was done to it.
 
     Args:
         file: Its path, or its bytes.
-        shape: Of the model's images, (C, H, W).
-        num_levels: K.
-        fit: Whether to convert what is of another kind.
+        shape: Of the model's images, (C, H, W): ``pipe.image_shape``.
+        num_levels: K: ``pipe.num_levels``.
+        fit: Convert a picture of another kind: its colours, its size (the shorter side, then the middle), its
+            values to the nearest of the K levels. Each is said. Without it such a picture is refused.
 
     Returns:
-        The levels, uint8, (C, H, W), and sentences on what was converted.
+        The levels, int64, (1, C, H, W), and sentences on what was converted; none where nothing was.
 
     Raises:
-        DataError: It is no image that can be read; or it is of another kind, and is not to be converted.
+        DataError: It is no image that can be read, one of several frames, of more than 8 bits a channel, or with
+            transparent pixels; or, without ``fit``, of another size, colour or number of levels.
+
+    Example:
+        >>> import io
+        >>> import PIL.Image
+        >>> file = io.BytesIO()
+        >>> PIL.Image.new("RGB", (20, 10), "white").save(file, "PNG")
+        >>> levels, notes = read_picture(file.getvalue(), (1, 8, 8), num_levels=17, fit=True)
+        >>> levels.shape, notes
+        (torch.Size([1, 1, 8, 8]), ['converted from RGB to grey', 'resized from 20x10 to 8x8, of its middle'])
     """
+    levels, notes = _levels_of(file, shape, num_levels, fit)
+    return torch.from_numpy(levels).long()[None], notes
+
+
+def _levels_of(file: PictureFile, shape: tuple[int, int, int], num_levels: int, fit: bool) -> tuple[Levels, list[str]]:
     if shape[0] not in _COLORS:
         raise DataError(f"the model's images have {shape[0]} channels, and no picture holds so many: give a tensor.")
     picture, (color, mode), size = _opened(file), _COLORS[shape[0]], (shape[2], shape[1])

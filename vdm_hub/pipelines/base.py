@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vdm_hub.data.conditions import CLASS_LABELS, ClassCondition, ClassLabels, Condition
 from vdm_hub.data.kinds import IMAGES, DataKind, kind_of
 from vdm_hub.data.levels import levels_from_images
-from vdm_hub.data.one_picture import PictureFile, read_picture
 from vdm_hub.data.preprocessing import HeldOut, Preprocessing
 from vdm_hub.diffusion.draws import Generator
 from vdm_hub.diffusion.forward_process import ForwardProcess
@@ -520,35 +519,6 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
             )
         batch = {"levels": levels, **self._told(len(levels), {}, class_labels, prompt, None)}
         return pixel_profile(objective, batch, evaluations, seed, batch_size)
-
-    def read_picture(self, file: PictureFile, *, fit: bool = False) -> tuple[Tensor, list[str]]:
-        """The levels of one image file, as this model takes them, and what was done to it.
-
-        Args:
-            file: Its path, or its bytes.
-            fit: Convert a picture of another kind: its colours, its size (the shorter side, then the middle), its
-                values to the nearest of the K levels. Each is said. Without it such a picture is refused.
-
-        Returns:
-            The levels, int64, (1, C, H, W), and sentences on what was converted; none where nothing was.
-
-        Raises:
-            DataError: It is no image that can be read, one of several frames, of more than 8 bits a channel, or with
-                transparent pixels; or, without ``fit``, of another size, colour or number of levels.
-
-        Example:
-            >>> import io
-            >>> from PIL import Image
-            >>> from vdm_hub import HVAEPipeline, MarkovianHVAE
-            >>> pipe = HVAEPipeline(MarkovianHVAE(8, in_channels=1, num_levels=17, latent_shapes=[(4,)]))
-            >>> file = io.BytesIO()
-            >>> Image.new("RGB", (20, 10), "white").save(file, "PNG")
-            >>> levels, notes = pipe.read_picture(file.getvalue(), fit=True)
-            >>> levels.shape, notes
-            (torch.Size([1, 1, 8, 8]), ['converted from RGB to grey', 'resized from 20x10 to 8x8, of its middle'])
-        """
-        levels, notes = read_picture(file, self.image_shape, self.num_levels, fit=fit)
-        return torch.from_numpy(levels).long()[None], notes
 
     def classify(
         self,

@@ -26,6 +26,7 @@ from vdm_hub import (
     VDMPipeline,
     images_from_levels,
     levels_from_images,
+    read_picture,
 )
 
 CSS = ".pixels img {image-rendering: pixelated; object-fit: contain}"
@@ -86,7 +87,8 @@ def one_sample(pipe: Any, choice: Any) -> PIL.Image.Image:
 @messages()
 def measure(pipe: Any, first: Any, second: Any, fit: bool, replicates: int, choice: Any) -> tuple[str, Any]:
     """The bits of pictures in words, and a plot of where they lie, where that is anywhere."""
-    pictures = [pipe.read_picture(file, fit=fit) for file in (first, second) if file is not None]
+    files = [file for file in (first, second) if file is not None]
+    pictures = [read_picture(file, pipe.image_shape, pipe.num_levels, fit=fit) for file in files]
     if not pictures:
         raise ConfigurationError("there is no picture yet: drop one.")
     notes = [f"Picture {i}: {', '.join(done)}." for i, (_, done) in enumerate(pictures, 1) if done]
