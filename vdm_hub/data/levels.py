@@ -73,8 +73,9 @@ def levels_from_image(image: Image, num_levels: int, *, color: Color = "auto", n
         shown = known if len(known) <= 17 else [*known[:4], "...", *known[-2:]]
         raise DataError(
             f"{name} has the pixel value {pixels[c, h, w]} at row {h}, column {w}, which is none of the "
-            f"{num_levels} levels ({', '.join(map(str, shown))}): set num_levels (--num_levels) to the number of "
-            "levels that the images have (256 for ordinary 8-bit images), or store level i of K as round(255 i/(K-1))."
+            f"{num_levels} levels ({', '.join(map(str, shown))}): where it can be chosen, set num_levels "
+            "(--num_levels) to the number of levels that the images have (256 for ordinary 8-bit images); or store "
+            "level i of K as round(255 i/(K-1))."
         )
     return np.asarray(levels, dtype=np.uint8)
 

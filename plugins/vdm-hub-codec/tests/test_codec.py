@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from vdm_hub import (
@@ -393,6 +394,43 @@ def test_another_model_other_data_and_models_without_a_chain_are_refused() -> No
             encode(pipe, data, **{"transitions": T} | number)
     with pytest.raises(ConfigurationError, match="transitions is 3"):
         encode(made("vae"), data, transitions=3)
+
+
+MULAN = {"name": "mulan", "package": "vdm-hub-mulan", "config": {"shape": [1, 8, 8]}}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [({"noise_schedule": MULAN}, "MulanSchedule"), ({"decoder": "ddpm"}, "factorised")],
+    ids=["mulan", "ddpm"],
+)
+def test_what_has_no_chain_is_refused_with_a_word_of_files(config: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        encode(vdm(**config), levels(4))
+    assert "a file is made by" in str(caught.value) and "method=" not in str(caught.value)
+
+
+def test_a_checkpoint_whose_sampler_clips_makes_a_file_without_clipping_and_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "in_channels": 1}
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = UNet2DModel(8, out_channels=1, **sizes, **blocks)
+    checkpoint = DDPMPipeline(network, DDPMScheduler(num_train_timesteps=20, clip_sample=True))
+    with pytest.raises(ConfigurationError, match="factorised"):
+        encode(VDMPipeline.from_diffusers(checkpoint, K), levels(4))
+    VDMPipeline.from_diffusers(checkpoint, K, decoder="factorised").save_pretrained(tmp_path)
+    pipe = VDMPipeline.from_pretrained(tmp_path)
+    whole, report = encode(pipe, levels(20), transitions=T)
+    assert report.started < 20 and any("without clipping" in note for note in report.notes)
+    assert torch.equal(decode(pipe, whole).levels, levels(20))
+
+
+def test_sites_at_once_of_images_is_refused_and_a_model_without_a_name_is_said_to_be() -> None:
+    with pytest.raises(ConfigurationError, match="sites_at_once is 4"):
+        encode(made("linear"), levels(4), sites_at_once=4)
+    whole = encode(made("linear"), levels(2), transitions=T)[0]
+    with pytest.raises(DataError, match="without a name"):
+        decode(made("cosine, velocity"), whole)
 
 
 LABELS = torch.tensor([0, 2, 2, 1, 2, 0, 2, 2, 2, 1, 0, 2])

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from PIL import Image
 from transformers import BertConfig, BertForMaskedLM
 
 from tiny import tiny_pipeline, tiny_unet
@@ -28,7 +29,7 @@ from vdm_hub import (
     load_split,
     make_tokenizer,
 )
-from vdm_hub_codec import Decoded
+from vdm_hub_codec import Decoded, encode
 from vdm_hub_codec.commands import Compress, Decompress
 from vdm_hub_codec.decoded_files import write, written
 
@@ -166,11 +167,54 @@ def test_nothing_is_written_where_something_is_wrong(model: str, tmp_path: Path)
         (Decompress(), (tmp_path / "none.vdmz", "-o", folder), "none.vdmz"),
         (Decompress(), (file, "-o", folder, "--model", tmp_path / "other"), model),
         (Decompress(), (file, "-o", tmp_path / "x.txt"), "a folder or a .parquet file"),
+        (Decompress(), (file, "-o", tmp_path / "x.csv"), ".csv"),
+        (Decompress(), (file, "-o", tmp_path / "x.png", "--progressive", tmp_path / "x.png"), ".png"),
+        (Compress(), (model, "--dataset_name", "digits", "-o", tmp_path / "y.vdmz", "--text_column", "a"), "text_col"),
         (Compress(), (model, "--dataset_name", "digits", "-o", file), "exists"),
     ):
         with pytest.raises(VDMHubError, match=re.escape(said)):
             run(command, *words)
-    assert not any((tmp_path / name).exists() for name in ("x", "x.txt"))
+    assert not any((tmp_path / name).exists() for name in ("x", "x.txt", "x.csv", "x.png", "y.vdmz"))
+
+
+def test_a_model_that_is_not_there_is_named(model: str, tmp_path: Path) -> None:
+    compress(model, tmp_path / "a.vdmz")
+    Path(model).rename(tmp_path / "moved")
+    with pytest.raises(VDMHubError, match=re.escape(f"made with the model {model} (fingerprint ")) as caught:
+        run(Decompress(), tmp_path / "a.vdmz", "-o", tmp_path / "x")
+    assert "--model" in str(caught.value)
+    run(Decompress(), tmp_path / "a.vdmz", "-o", tmp_path / "x", "--model", tmp_path / "moved")
+    pipe = tiny_pipeline()
+    (tmp_path / "b.vdmz").write_bytes(encode(pipe, torch.zeros(1, *pipe.image_shape, dtype=torch.long))[0])
+    with pytest.raises(VDMHubError, match="without a name") as caught:
+        run(Decompress(), tmp_path / "b.vdmz", "-o", tmp_path / "y")
+    assert "--model" in str(caught.value)
+
+
+def test_images_and_texts_are_read_as_the_options_say(model: str, tmp_path: Path) -> None:
+    pixels = torch.arange(16 * 16).reshape(16, 16).remainder(2).numpy().astype("uint8")
+    picture = Image.fromarray(pixels * 255).convert("RGB")
+    datasets.Dataset.from_dict(
+        {"pic": [picture] * 2}, features=datasets.Features({"pic": datasets.Image()})
+    ).to_parquet(tmp_path / "rows.parquet")
+    words = [model, "--dataset_name", tmp_path / "rows.parquet", "--split", "train", "-o", tmp_path / "a.vdmz"]
+    run(Compress(), *words, "--image_column", "pic", "--color", "grey", "--resolution", 8)
+    run(Decompress(), tmp_path / "a.vdmz", "-o", tmp_path / "again")
+    assert torch.as_tensor(load_split(str(tmp_path / "again"), "train", num_levels=17).levels).shape == (2, 1, 8, 8)
+    text_model("abc def").save_pretrained(tmp_path / "texts")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"said": "a bad cab"}) + "\n")
+    rows = [
+        tmp_path / "texts",
+        "--dataset_name",
+        tmp_path / "rows.jsonl",
+        "--split",
+        "train",
+        "-o",
+        tmp_path / "b.vdmz",
+    ]
+    run(Compress(), *rows, "--text_column", "said")
+    run(Decompress(), tmp_path / "b.vdmz", "-o", tmp_path / "again.txt")
+    assert (tmp_path / "again.txt").read_text() == "a bad cab"
 
 
 @pytest.mark.parametrize("name", ["again", "again.parquet", "again.txt"])

@@ -88,6 +88,12 @@ def test_a_text_comes_back_through_latents_of_values(context: int, tmp_path: Any
         assert report.bound == pytest.approx(measured.bits_per_dim, abs=5 * error + 0.1)
 
 
+def test_sites_at_once_is_of_masked_models(tmp_path: Any) -> None:
+    pipe = pipeline(process="uniform")
+    with pytest.raises(ConfigurationError, match="sites_at_once is 2"):
+        encode(pipe, windows(pipe, tmp_path), transitions=4, sites_at_once=2)
+
+
 def test_a_text_without_a_whole_window_is_refused_where_windows_are_coded(tmp_path: Any) -> None:
     pipe = pipeline(process="uniform")
     with pytest.raises(DataError, match="window"):

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from vdm_hub import (
     ConfigurationError,
+    FactorisedDecoder,
+    ForwardProcess,
+    GaussianProcess,
     HVAEPipeline,
     LatentVDMPipeline,
     LikelihoodPipeline,
@@ -180,6 +183,7 @@ class Chain:
                     f"transitions is {transitions}, and a hierarchical VAE has latents of its own: leave it out."
                 )
             return _of_hierarchy(copy.deepcopy(pipeline.main_model).double().eval())
+        check_process(pipeline.process)
         if transitions is None:
             raise ConfigurationError("a file is made by a number of transitions: give one, such as 100.")
         if isinstance(pipeline, LatentVDMPipeline):
@@ -196,11 +200,38 @@ class Chain:
             ConfigurationError: The process is neither Gaussian, as `vdm_hub.as_hierarchical_vae` takes it, nor one of
                 discrete values that says its probabilities.
         """
+        check_process(objective.process)
         objective, told = _told(objective)
         if objective.process.has_discrete_latents:
             return replace(_of_values(objective, shape), told=told)
         times = None if spacing is None else times_of(spacing, objective.transitions or 1)
         return replace(_of_hierarchy(as_hierarchical_vae(objective, shape, times)), told=told, given=0)
+
+
+def check_process(process: ForwardProcess | None) -> None:
+    """Refuse a process that has no finite chain of latents, of which each says its probabilities under the one above.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
+    gaussian: Any = getattr(process, "gaussian", process) if hasattr(process, "first_stage") else process
+    if process is None or process.has_discrete_latents:
+        return
+    if not isinstance(gaussian, GaussianProcess) or gaussian.scalar_gamma is None:
+        schedule = getattr(gaussian, "schedule", None)
+        of = "" if schedule is None else f" with the schedule {type(schedule).__name__}"
+        raise ConfigurationError(
+            f"the model's process is {type(process).__name__}{of}, and a file is made by T latents, of a Gaussian "
+            f"process with one gamma a time (none of each pixel, and no latent beside), or of values that say their "
+            f"probabilities: give a model of such a process."
+        )
+    if gaussian is process and not isinstance(gaussian.decoder, FactorisedDecoder):
+        raise ConfigurationError(
+            f"the model's decoder is {type(gaussian.decoder).__name__}, which asks the network about the data, and a "
+            f"file is made by the decoder 'factorised', which does not: train a model with it, or read a checkpoint "
+            f"of diffusers with it, VDMPipeline.from_diffusers(checkpoint, decoder='factorised'), save that with "
+            f"save_pretrained, and give the folder."
+        )
 
 
 def _told(objective: VDMObjective) -> tuple[VDMObjective, ToldNetwork | None]:

@@ -18,6 +18,7 @@ from vdm_hub import (
     weights_fingerprint,
     whole_number,
 )
+from vdm_hub_codec.chains import check_process
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.documents import checked
 from vdm_hub_codec.images import check_levels, classes_of, decode_images, encode_images
@@ -50,7 +51,7 @@ def encode(
     *,
     transitions: int | None = None,
     block: int | None = None,
-    sites_at_once: int = 1,
+    sites_at_once: int | None = None,
     batch_size: int = 64,
     name: str = "",
     progress: bool = False,
@@ -68,7 +69,7 @@ def encode(
             given, such a model is told none, where it was trained with condition dropout.
         transitions: T of a VDM; 100 where not given.
         block: Data that decode by themselves, so many together; all, where not given.
-        sites_at_once: Of a masked model: sites coded by one evaluation.
+        sites_at_once: Of a masked model: sites coded by one evaluation; 1 where not given.
         batch_size: Data at once in the network; it changes no content.
         name: Of the model, for who reads the file.
         progress: Whether to show a bar.
@@ -82,10 +83,14 @@ def encode(
         DataError: The data are not the model's, or its tokens do not say all of the texts.
     """
     started = time.perf_counter()
-    for what, value in (("transitions", transitions), ("block", block)):
+    for what, value in (("transitions", transitions), ("block", block), ("sites_at_once", sites_at_once)):
         if value is not None:
             whole_number(what, value)
-    whole_number("sites_at_once", sites_at_once), whole_number("batch_size", batch_size)
+    whole_number("batch_size", batch_size)
+    if sites_at_once is not None and getattr(pipeline.process, "mask_id", None) is None:
+        raise ConfigurationError(
+            f"sites_at_once is {sites_at_once}, and it is of masked models of texts, which this is not: leave it out."
+        )
     container, parts = (
         _windows(pipeline, data, labels, transitions, block, sites_at_once, batch_size, progress)
         if isinstance(data, TokenWindows)
@@ -105,6 +110,7 @@ def _images(
     progress: bool,
 ) -> tuple[Container, Parts]:
     check_levels(pipeline, levels)
+    check_process(pipeline.process)
     classes = classes_of(pipeline, labels, len(levels))
     steps = (transitions or TRANSITIONS) if pipeline.process is not None else transitions
     return encode_images(
@@ -118,7 +124,7 @@ def _windows(
     labels: Tensor | None,
     transitions: int | None,
     block: int | None,
-    sites_at_once: int,
+    sites_at_once: int | None,
     batch_size: int,
     progress: bool,
 ) -> tuple[Container, Parts]:
@@ -138,7 +144,7 @@ def _windows(
         pipeline,
         windows,
         transitions=(transitions or TRANSITIONS) if has_latents else None,
-        sites_at_once=sites_at_once,
+        sites_at_once=sites_at_once or 1,
         batch_size=batch_size,
         progress=progress,
     )
@@ -177,10 +183,15 @@ def check_model(pipeline: LikelihoodPipeline, container: Container) -> None:
     """
     if (given := fingerprint_of(pipeline)) != container.fingerprint:
         raise DataError(
-            f"the file was made with the model {container.model or 'of another name'} (fingerprint "
-            f"{container.fingerprint}), and this one is another (fingerprint {given}): name that model, with its "
-            f"revision. Nothing is decoded."
+            f"the file was made with {maker(container)}, and this one is another (fingerprint {given}): name that "
+            f"model, with its revision. Nothing is decoded."
         )
+
+
+def maker(container: Container) -> str:
+    """The model that made a file, in words."""
+    name = f"the model {container.model}" if container.model else "a model without a name"
+    return f"{name} (fingerprint {container.fingerprint})"
 
 
 def fingerprint_of(pipeline: LikelihoodPipeline) -> str:

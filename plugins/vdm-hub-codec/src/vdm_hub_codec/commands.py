@@ -17,13 +17,14 @@ from vdm_hub import (
     LikelihoodPipeline,
     TokenPipeline,
     TokenWindows,
+    VDMHubError,
     check_output,
     labels_as,
     load_images,
     load_pipeline,
     load_windows,
 )
-from vdm_hub_codec.codec import TRANSITIONS, check_model, decode, encode
+from vdm_hub_codec.codec import TRANSITIONS, check_model, decode, encode, maker
 from vdm_hub_codec.compare import image_formats, text_compressors
 from vdm_hub_codec.container import Container
 from vdm_hub_codec.decoded_files import check_place, write, written
@@ -32,6 +33,7 @@ from vdm_hub_codec.progressive import progress_of
 from vdm_hub_codec.spacing import StepCosts, bounds_of, plot_lengths
 
 SUFFIX = ".vdmz"
+_OF_IMAGES, _OF_TEXTS = ("image_column", "color", "resolution"), ("text_column",)
 
 
 class Compress(Command):
@@ -46,6 +48,7 @@ class Compress(Command):
         parser.add_argument("--split", default="test", help="the split, such as 'test[:100]' (default: test)")
         parser.add_argument("-o", "--output", type=Path, required=True, help="the file to write, ending in .vdmz")
         parser.add_argument("--overwrite", action="store_true", help="replace that file, where there is one")
+        _add_reading(parser.add_argument_group("reading, if otherwise than the model was trained"))
         group = parser.add_argument_group("how")
         group.add_argument(
             "--transitions", type=_positive, help=f"T of a VDM: more are shorter, and slower (default: {TRANSITIONS})"
@@ -54,7 +57,6 @@ class Compress(Command):
         group.add_argument(
             "--sites_at_once",
             type=_positive,
-            default=1,
             help="of a masked model: sites coded by one evaluation; more are quicker, and longer (default: 1)",
         )
         group.add_argument(
@@ -142,8 +144,7 @@ class Decompress(Command):
             raise DataError(f"{arguments.file} can't be read ({error.strerror}): name a file.") from error
         container = Container.from_bytes(content)
         check_place(output, overwrite=arguments.overwrite, container=container)
-        pipeline = load_pipeline(arguments.model or container.model, revision=arguments.revision)
-        check_model(pipeline, container)
+        pipeline = _maker_of(container, arguments)
         wants = arguments.progressive is not None
         progress = progress_of(pipeline, content, batch_size=arguments.batch_size) if wants else None
         found = decode(pipeline, content, batch_size=arguments.batch_size, progress=True)
@@ -163,11 +164,13 @@ def _say(said: str) -> None:
 
 def _data(pipeline: LikelihoodPipeline, arguments: argparse.Namespace) -> tuple[Tensor | TokenWindows, Tensor | None]:
     """The data, and the classes of images that the network is to be told."""
-    if isinstance(pipeline, TokenPipeline) or pipeline.num_classes is None:
-        _refuse_classes(arguments)
+    is_text = isinstance(pipeline, TokenPipeline)
+    if is_text or pipeline.num_classes is None:
+        _refuse(arguments, ("label_column", "untold"), "is told no classes")
+    _refuse(arguments, _OF_IMAGES if is_text else _OF_TEXTS, f"is one of {'texts' if is_text else 'images'}")
     config = arguments.dataset_config_name
     if isinstance(pipeline, TokenPipeline):
-        column = (pipeline.config.get("windows") or {}).get("text_column", "text")
+        column = arguments.text_column or (pipeline.config.get("windows") or {}).get("text_column", "text")
         return load_windows(
             arguments.dataset_name,
             arguments.split,
@@ -183,7 +186,7 @@ def _data(pipeline: LikelihoodPipeline, arguments: argparse.Namespace) -> tuple[
         arguments.dataset_name,
         arguments.split,
         config_name=config,
-        label_column=arguments.label_column,
+        **{name: getattr(arguments, name) for name in (*_OF_IMAGES, "label_column")},
         say=_say,
         must_be_told=not arguments.untold,
     )
@@ -195,10 +198,39 @@ def _data(pipeline: LikelihoodPipeline, arguments: argparse.Namespace) -> tuple[
     return images.levels, None if classes is None else labels_as(images.labels, images.class_names, classes)
 
 
-def _refuse_classes(arguments: argparse.Namespace) -> None:
-    for name, given in (("label_column", arguments.label_column), ("untold", arguments.untold or None)):
-        if given is not None:
-            raise ConfigurationError(f"--{name} is given, and the model is told no classes: leave it out.")
+def _add_reading(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--image_column", help="the column that holds the images")
+    group.add_argument("--color", choices=("auto", "grey", "rgb"), help="convert the images first; so they come back")
+    group.add_argument("--resolution", type=_positive, help="resize the images first; so they come back")
+    group.add_argument("--text_column", help="the column that holds the texts")
+
+
+def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], what: str) -> None:
+    for name in names:
+        if getattr(arguments, name) not in (None, False):
+            raise ConfigurationError(f"--{name} is given, and the model {what}: leave it out.")
+
+
+def _maker_of(container: Container, arguments: argparse.Namespace) -> LikelihoodPipeline:
+    """The model that made a file.
+
+    Raises:
+        VDMHubError: It is not there, or is another.
+    """
+    name = arguments.model or container.model
+    if not name:
+        raise DataError(f"the file was made with {maker(container)}: name it with --model.")
+    try:
+        pipeline = load_pipeline(name, revision=arguments.revision)
+    except VDMHubError as error:
+        if arguments.model:
+            raise
+        raise DataError(
+            f"the file was made with {maker(container)}, which can't be loaded here: {error} If it is elsewhere, name "
+            f"it with --model."
+        ) from error
+    check_model(pipeline, container)
+    return pipeline
 
 
 def _costs(pipeline: LikelihoodPipeline, data: Tensor | TokenWindows, labels: Tensor | None) -> StepCosts:

@@ -58,6 +58,11 @@ def check_place(output: Path, *, overwrite: bool, container: Container | None = 
     """
     if output.suffix in (_ROWS, _TEXT):
         check_output(output, "output", output.suffix, overwrite=overwrite)
+    elif output.suffix and not output.is_dir():
+        raise ConfigurationError(
+            f"--output is {output}, and no file ending in {output.suffix} is made: name a folder without an ending, a "
+            f".parquet file, or for one text a .txt file."
+        )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"--output {output} is there, and not an empty folder: name another.")
     check_writable(output)
