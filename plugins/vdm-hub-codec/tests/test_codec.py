@@ -396,6 +396,51 @@ def test_another_model_other_data_and_models_without_a_chain_are_refused() -> No
         encode(made("vae"), data, transitions=3)
 
 
+def test_arrays_and_other_bytes_are_taken_and_other_things_refused() -> None:
+    pipe, data = told(), levels()
+    whole = encode(pipe, data.numpy().astype(np.uint8), LABELS.numpy(), transitions=T)[0]
+    assert whole == encode(pipe, data, LABELS, transitions=T)[0]
+    for other in (bytearray(whole), memoryview(whole)):
+        assert torch.equal(decode(pipe, other).levels, data)
+    wrong: Any
+    for wrong in (data.tolist(), data.numpy().astype(str), data.numpy() / 2, None):
+        with pytest.raises(DataError, match="whole numbers"):
+            encode(pipe, wrong, LABELS, transitions=T)
+    with pytest.raises(DataError, match="labels"):
+        encode(pipe, data, ["cat"] * 12, transitions=T)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="str"):
+        decode(pipe, "file.vdmz")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="1000000"):
+        encode(pipe, data, LABELS, transitions=10**6)
+
+
+def test_a_file_that_says_more_than_it_can_hold_is_refused_before_it_takes_memory() -> None:
+    pipe = made("linear")
+    container = Container.from_bytes(encode(pipe, levels(60), transitions=T)[0])
+    block = container.blocks[0]
+    crafted = {"count": replace(block, count=1 << 32), "batches": replace(block, count=1 << 20, batches=[1 << 20])}
+    for one in crafted.values():
+        with pytest.raises(DataError, match="several files"):
+            replace(container, blocks=[one]).to_bytes()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("vdm_hub_codec.container._may_hold", lambda block: True)
+            whole = replace(container, blocks=[one]).to_bytes()
+        with pytest.raises(DataError, match="a block of it is of"):
+            decode(pipe, whole)
+    black = torch.zeros(400, 1, 8, 8, dtype=torch.long)  # next to no bits at all, and in a file of few bytes
+    assert torch.equal(decode(pipe, encode(pipe, black, transitions=T, block=1)[0]).levels, black)
+
+
+def test_a_number_of_transitions_that_the_model_has_not_is_damage() -> None:
+    for name, transitions in (("vae", 5), ("linear", None)):
+        pipe = made(name)
+        whole = encode(pipe, levels(4), transitions=None if name == "vae" else T)[0]
+        container = Container.from_bytes(whole)
+        other = replace(container, coder=container.coder | {"transitions": transitions}).to_bytes()
+        with pytest.raises(DataError, match=f"T = {transitions}.*damaged"):
+            decode(pipe, other)
+
+
 MULAN = {"name": "mulan", "package": "vdm-hub-mulan", "config": {"shape": [1, 8, 8]}}
 
 

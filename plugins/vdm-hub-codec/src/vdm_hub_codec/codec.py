@@ -6,7 +6,10 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from vdm_hub import (
@@ -19,7 +22,7 @@ from vdm_hub import (
     whole_number,
 )
 from vdm_hub_codec.chains import check_process
-from vdm_hub_codec.container import Container
+from vdm_hub_codec.container import MOST_TRANSITIONS, Container
 from vdm_hub_codec.documents import checked
 from vdm_hub_codec.images import check_levels, classes_of, decode_images, encode_images
 from vdm_hub_codec.report import CodecReport, Parts
@@ -46,8 +49,8 @@ class Decoded:
 
 def encode(
     pipeline: LikelihoodPipeline,
-    data: Tensor | TokenWindows,
-    labels: Tensor | None = None,
+    data: Tensor | np.ndarray | TokenWindows,
+    labels: Tensor | np.ndarray | None = None,
     *,
     transitions: int | None = None,
     block: int | None = None,
@@ -64,7 +67,7 @@ def encode(
 
     Args:
         pipeline: The model.
-        data: Levels, (N, C, H, W), or windows of texts.
+        data: Levels, (N, C, H, W), a tensor or an array; or windows of texts.
         labels: The class of each image, (N,), by number, of a model that is told classes: the file keeps them. Not
             given, such a model is told none, where it was trained with condition dropout.
         transitions: T of a VDM; 100 where not given.
@@ -87,17 +90,34 @@ def encode(
         if value is not None:
             whole_number(what, value)
     whole_number("batch_size", batch_size)
+    if (transitions or 1) > MOST_TRANSITIONS:
+        raise ConfigurationError(f"transitions is {transitions}, and a file has {MOST_TRANSITIONS:,} at most.")
+    data, labels = _tensor("data", data), None if labels is None else _tensor("labels", labels)
     if sites_at_once is not None and getattr(pipeline.process, "mask_id", None) is None:
         raise ConfigurationError(
             f"sites_at_once is {sites_at_once}, and it is of masked models of texts, which this is not: leave it out."
         )
     container, parts = (
         _windows(pipeline, data, labels, transitions, block, sites_at_once, batch_size, progress)
-        if isinstance(data, TokenWindows)
+        if not isinstance(data, Tensor)
         else _images(pipeline, data, labels, transitions, block, batch_size, progress)
     )
     whole = replace(container, model=name, fingerprint=fingerprint_of(pipeline)).to_bytes()
     return whole, parts.report(len(whole), time.perf_counter() - started)
+
+
+def _tensor(what: str, given: object) -> Any:
+    """Windows as they are, and whole numbers as a tensor.
+
+    Raises:
+        DataError: It is neither.
+    """
+    if isinstance(given, Tensor) or (isinstance(given, TokenWindows) and what == "data"):
+        return given
+    if isinstance(given, np.ndarray) and given.dtype.kind in "iuf":
+        return torch.from_numpy(given if given.dtype.kind == "f" else given.astype(np.int64))
+    kind = f"an array of {given.dtype}" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
+    raise DataError(f"the {what} are {kind}: give whole numbers as a tensor or an array, or the windows of a text.")
 
 
 def _images(
@@ -150,7 +170,13 @@ def _windows(
     )
 
 
-def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, progress: bool = False) -> Decoded:
+def decode(
+    pipeline: LikelihoodPipeline,
+    data: bytes | bytearray | memoryview,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Decoded:
     """What a file keeps: images, and their classes where it has them, or texts.
 
     Args:
@@ -163,16 +189,40 @@ def decode(pipeline: LikelihoodPipeline, data: bytes, *, batch_size: int = 64, p
         DataError: The file is none, damaged, or of another model, or the network gives other numbers here.
     """
     whole_number("batch_size", batch_size)
-    container = Container.from_bytes(data)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise DataError(f"the file is given as a {type(data).__name__}: give its bytes, as Path(...).read_bytes().")
+    container = Container.from_bytes(bytes(data))
     check_model(pipeline, container)
-    is_text = container.coder["kind"] != "latents"
-    if is_text != isinstance(pipeline, TokenPipeline):
+    _check_kind(pipeline, container)
+    try:
+        if isinstance(pipeline, TokenPipeline):
+            return Decoded(texts=decode_texts(pipeline, container, batch_size, progress))
+        return Decoded(*decode_images(pipeline, container, batch_size, progress))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
         raise DataError(
-            f"the file keeps {'texts' if is_text else 'images'}, and the model is of others: name another."
-        )
+            f"the file says that it keeps {sum(one.count for one in container.blocks):,} data, and the memory is not "
+            f"enough for them: give a smaller batch_size, or more memory. Nothing is decoded."
+        ) from error
+
+
+def _check_kind(pipeline: LikelihoodPipeline, container: Container) -> None:
+    """Refuse a description that is right of another model than the one that it names.
+
+    Raises:
+        DataError: It is one.
+    """
+    how, expected = container.coder, "latents"
     if isinstance(pipeline, TokenPipeline):
-        return Decoded(texts=decode_texts(pipeline, container, batch_size, progress))
-    return Decoded(*decode_images(pipeline, container, batch_size, progress))
+        expected = "values" if pipeline.process.has_discrete_latents else "order"
+    transitions = how.get("transitions")
+    if how["kind"] == expected and (expected == "order" or (transitions is None) == (pipeline.process is None)):
+        return
+    raise DataError(
+        f"the file is said to be of the kind {how['kind']!r} with T = {transitions}, which its model does not make: "
+        f"it is damaged, or was not made by `vdm-hub compress`. Nothing is decoded."
+    )
 
 
 def check_model(pipeline: LikelihoodPipeline, container: Container) -> None:

@@ -24,7 +24,9 @@ from vdm_hub_codec.decisions import Note
 
 MAGIC, VERSION = b"VDMZ", 2
 _HEAD = struct.Struct("<4sB12sI")
-_MOST = 1 << 26
+_MOST = 1 << 24
+"""Bytes of a description."""
+MOST_TRANSITIONS = 1 << 16
 _LARGEST = 1 << 32
 _USUAL = (  # what descriptions usually hold, which deflate then only points at; the likeliest comes last
     b'"widths":[-12,-11,-10,-9,-8,-7,-6,-5,-4,-3,-2,-1,0]"kind":"order","sites":1,"length":128,"context":0,'
@@ -54,8 +56,13 @@ class Container:
         """The file."""
         blocks = [[one.count, one.batches, len(one.words), one.check, *map(list, one.notes)] for one in self.blocks]
         described = {"m": self.model, **self.coder, "b": blocks}
-        deflating = zlib.compressobj(9, wbits=-15, zdict=_USUAL)
-        packed = deflating.compress(json.dumps(described, separators=(",", ":")).encode()) + deflating.flush()
+        content, deflating = _json(described), zlib.compressobj(9, wbits=-15, zdict=_USUAL)
+        if len(content) > _MOST or not all(map(_may_hold, self.blocks)):
+            raise DataError(
+                f"{sum(one.count for one in self.blocks):,} data in {len(blocks):,} blocks are more than a file says "
+                f"of so few bits: make several files, or larger blocks."
+            )
+        packed = deflating.compress(content) + deflating.flush()
         words = b"".join(one.words.astype("<u4").tobytes() for one in self.blocks)
         whole = _HEAD.pack(MAGIC, VERSION, bytes.fromhex(self.fingerprint), len(packed)) + packed + words
         return whole + struct.pack("<I", zlib.crc32(whole))
@@ -84,7 +91,7 @@ class Container:
         try:
             place = _HEAD.size + length
             return cls._read(fingerprint.hex(), data[_HEAD.size : place], data[place:-4])
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, zlib.error) as error:
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, zlib.error) as error:
             raise DataError(f"the file can't be read ({error}): it was not made by `vdm-hub compress`.") from error
 
     @classmethod
@@ -100,6 +107,20 @@ class Container:
             raise ValueError("its blocks are not as long as they are said to be")
         check_description(model, coder, blocks)
         return cls(model, fingerprint, coder, blocks)
+
+
+def _json(described: dict[str, Any]) -> bytes:
+    return json.dumps(described, separators=(",", ":")).encode()
+
+
+def _may_hold(block: Block) -> bool:
+    """Whether the words of a block may be of so many data: what is read first must not decide what memory it takes.
+
+    A batch is drawn from bits that are there, 256 for each datum at least. Data that are there as they are may be of
+    next to no bits, as black images are, but only so many of them are kept in one block.
+    """
+    bits = 32 * len(block.words)
+    return block.count <= (1 << 16) + 1024 * bits and max(block.batches, default=0) * 128 <= bits
 
 
 def _is(value: object, low: int, high: int) -> bool:
@@ -122,13 +143,13 @@ _TEXTS: dict[str, Callable[[Any], bool]] = {
 }
 _KNOWN: dict[str, dict[str, Callable[[Any], bool]]] = {
     "latents": {
-        "transitions": lambda value: value is None or _is(value, 1, 1 << 24),
+        "transitions": lambda value: value is None or _is(value, 1, MOST_TRANSITIONS),
         "spacing": lambda value: isinstance(value, str) and any(bytes.fromhex(value)),
         "pictures": lambda value: value is True,
         "labels": lambda value: value is True,
         "widths": lambda value: _are(value, -1000, 1000),
     },
-    "values": {"transitions": lambda value: _is(value, 1, 1 << 24), **_TEXTS},
+    "values": {"transitions": lambda value: _is(value, 1, MOST_TRANSITIONS), **_TEXTS},
     "order": {
         "sites": lambda value: _is(value, 1, 1 << 20),
         "context": lambda value: _is(value, 0, 1 << 20),
@@ -159,5 +180,6 @@ def check_description(model: object, coder: dict[str, Any], blocks: Sequence[Blo
     for one in blocks:
         numbers = _is(one.count, 0, _LARGEST) and _is(one.check, 0, (1 << 32) - 1)
         notes = all(_are(list(note), -(1 << 62), 1 << 62) for note in one.notes)
-        if not (numbers and notes and _are(one.batches, 1, _LARGEST) and sum(one.batches) <= one.count):
+        batches = _are(one.batches, 1, _LARGEST) and sum(one.batches) <= one.count
+        if not (numbers and notes and batches and _may_hold(one)):
             raise ValueError(f"a block of it is of {_shown(one.count)} data, {_shown(one.batches)} together")
