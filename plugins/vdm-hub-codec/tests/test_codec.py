@@ -150,6 +150,7 @@ def test_where_nothing_is_drawn_there_is_no_bound() -> None:
     assert report.bits_per_dim == pytest.approx(report.start + report.labels + report.header)
     assert "not used" in str(report) and "above" not in str(report)
     some = encode(made("linear"), levels(60), transitions=T)[1]
+    assert "5.00% below the bound" in str(replace(some, overhead=-0.05))
     assert some.bound is not None and f"of the {some.started} images that are there as they are" in str(some)
 
 
@@ -419,11 +420,12 @@ def test_a_file_that_says_more_than_it_can_hold_is_refused_before_it_takes_memor
     container = Container.from_bytes(encode(pipe, levels(60), transitions=T)[0])
     block = container.blocks[0]
     crafted = {"count": replace(block, count=1 << 32), "batches": replace(block, count=1 << 20, batches=[1 << 20])}
+    crafted["as they are"] = replace(block, count=100_000 + 64 * len(block.words))
     for one in crafted.values():
         with pytest.raises(DataError, match="several files"):
             replace(container, blocks=[one]).to_bytes()
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("vdm_hub_codec.container._may_hold", lambda block: True)
+            patched.setattr("vdm_hub_codec.container._may_hold", lambda *_: True)
             whole = replace(container, blocks=[one]).to_bytes()
         with pytest.raises(DataError, match="a block of it is of"):
             decode(pipe, whole)

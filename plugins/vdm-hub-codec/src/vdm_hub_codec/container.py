@@ -26,6 +26,8 @@ MAGIC, VERSION = b"VDMZ", 2
 _HEAD = struct.Struct("<4sB12sI")
 _MOST = 1 << 24
 """Bytes of a description."""
+_FREE = 1 << 16
+"""Data that a block may hold without a bit."""
 MOST_TRANSITIONS = 1 << 16
 _LARGEST = 1 << 32
 _USUAL = (  # what descriptions usually hold, which deflate then only points at; the likeliest comes last
@@ -57,7 +59,7 @@ class Container:
         blocks = [[one.count, one.batches, len(one.words), one.check, *map(list, one.notes)] for one in self.blocks]
         described = {"m": self.model, **self.coder, "b": blocks}
         content, deflating = _json(described), zlib.compressobj(9, wbits=-15, zdict=_USUAL)
-        if len(content) > _MOST or not all(map(_may_hold, self.blocks)):
+        if len(content) > _MOST or not all(_may_hold(one, self.coder["kind"]) for one in self.blocks):
             raise DataError(
                 f"{sum(one.count for one in self.blocks):,} data in {len(blocks):,} blocks are more than a file says "
                 f"of so few bits: make several files, or larger blocks."
@@ -113,14 +115,16 @@ def _json(described: dict[str, Any]) -> bytes:
     return json.dumps(described, separators=(",", ":")).encode()
 
 
-def _may_hold(block: Block) -> bool:
+def _may_hold(block: Block, kind: str) -> bool:
     """Whether the words of a block may be of so many data: what is read first must not decide what memory it takes.
 
     A batch is drawn from bits that are there, 256 for each datum at least. Data that are there as they are may be of
-    next to no bits, as black images are, but only so many of them are kept in one block.
+    next to no bits, as black images are, but only so many of them are kept in one block; else they are of a bit at
+    least. What a model knows well is of less, in an order, too.
     """
-    bits = 32 * len(block.words)
-    return block.count <= (1 << 16) + 1024 * bits and max(block.batches, default=0) * 128 <= bits
+    bits, as_they_are = 32 * len(block.words), 0 if kind == "order" else block.count - sum(block.batches)
+    in_all = block.count <= _FREE + 1024 * bits and as_they_are <= _FREE + 2 * bits
+    return in_all and max(block.batches, default=0) * 128 <= bits
 
 
 def _is(value: object, low: int, high: int) -> bool:
@@ -181,5 +185,5 @@ def check_description(model: object, coder: dict[str, Any], blocks: Sequence[Blo
         numbers = _is(one.count, 0, _LARGEST) and _is(one.check, 0, (1 << 32) - 1)
         notes = all(_are(list(note), -(1 << 62), 1 << 62) for note in one.notes)
         batches = _are(one.batches, 1, _LARGEST) and sum(one.batches) <= one.count
-        if not (numbers and notes and batches and _may_hold(one)):
+        if not (numbers and notes and batches and _may_hold(one, kind)):
             raise ValueError(f"a block of it is of {_shown(one.count)} data, {_shown(one.batches)} together")

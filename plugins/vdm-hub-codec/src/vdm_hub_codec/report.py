@@ -65,7 +65,9 @@ class CodecReport:
 
     @property
     def _above(self) -> str:
-        return "" if self.overhead is None else f", {self.overhead:.2%} above the bound"
+        if self.overhead is None:
+            return ""
+        return f", {abs(self.overhead):.2%} {'below' if self.overhead < 0 else 'above'} the bound"
 
     @property
     def _bound(self) -> list[str]:
