@@ -70,7 +70,7 @@ def encode(
         data: Levels, (N, C, H, W), a tensor or an array; or windows of texts.
         labels: The class of each image, (N,), by number, of a model that is told classes: the file keeps them. Not
             given, such a model is told none, where it was trained with condition dropout.
-        transitions: T of a VDM; 100 where not given.
+        transitions: T of a VDM, at most 65,536; 100 where not given.
         block: Data that decode by themselves, so many together; all, where not given.
         sites_at_once: Of a masked model: sites coded by one evaluation; 1 where not given.
         batch_size: Data at once in the network; it changes no content.
