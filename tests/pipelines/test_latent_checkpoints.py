@@ -29,6 +29,7 @@ from vdm_hub import LatentVDMPipeline, VDMPipeline, VQModelFirstStage, load_spli
 from vdm_hub.commands import main
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.likelihood.methods import ImportanceWeighted, ProbabilityFlow, VariationalBound
+from vdm_hub.pipelines.by_name import open_pipeline
 
 SHAPE = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 2}
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -79,7 +80,7 @@ def test_dits_samples_are_its_own_bit_for_bit(guidance_scale: float, scheduler: 
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         scheduler.scale_model_input = lambda sample, timestep: sample  # which DiTPipeline asks for, and it lacks
     stock, asked = dit(scheduler), {"guidance_scale": guidance_scale, "num_inference_steps": 5}
-    pipe = quiet(LatentVDMPipeline.from_diffusers(stock))
+    pipe = quiet(LatentVDMPipeline.from_diffusers(stock, num_levels=256))
     theirs = stock([3, 5], generator=seeded(1), **asked).images
     ours = pipe(class_labels=["class 3", 5], generator=seeded(1), **asked).images
     assert [np.array_equal(np.squeeze(a), np.squeeze(b)) for a, b in zip(theirs, ours, strict=True)] == [True, True]
@@ -257,6 +258,28 @@ def test_a_pipeline_of_text_is_refused_with_what_is_missing(tmp_path: Path) -> N
     for cls in (LatentVDMPipeline, VDMPipeline):
         with pytest.raises(ConfigurationError, match=naming("text_encoder")):
             cls.from_diffusers(tmp_path)
+    with pytest.raises(ConfigurationError, match=naming("text_encoder")):
+        open_pipeline(str(tmp_path))
+
+
+def test_a_network_that_is_not_of_the_latents_is_refused() -> None:
+    for outputs in (1, 6):
+        stock = ldm()
+        stock.unet.register_to_config(out_channels=outputs)
+        with pytest.raises(ConfigurationError, match=naming(outputs)):
+            LatentVDMPipeline.from_diffusers(stock)
+
+
+def test_a_family_without_betas_asks_for_the_number_of_levels() -> None:
+    with pytest.raises(ConfigurationError, match=naming("num_levels")):
+        LatentVDMPipeline.from_diffusers(ldm(scheduler=FlowMatchEulerDiscreteScheduler()))
+
+
+def test_a_scale_is_not_fitted_on_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ldm().save_pretrained(tmp_path)
+    words = ["evaluate", str(tmp_path), "--dataset_name", "digits", "--max_images", "3", "--replicates", "2"]
+    assert main([*words, "--fit_split", "test[:16]"]) == 2
+    assert "--fit_split" in capsys.readouterr().err
 
 
 def test_images_of_another_shape_fit_nothing() -> None:

@@ -97,7 +97,7 @@ def test_other_models_are_refused_with_the_reason(kind: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"transformer": ["diffusers", "DiTTransformer2DModel"], "unet": [None, None]}, "text, or its network"),
+        ({"transformer": ["diffusers", "DiTTransformer2DModel"], "unet": [None, None]}, "made of other parts"),
         ({"text_encoder": ["transformers", "CLIPTextModel"]}, r"\(scheduler, text_encoder, unet\)"),
         ({"vae": ["diffusers", "AutoencoderKL"]}, "latents of an autoencoder"),
         ({"unet": ["somewhere", "UNet2DModel"]}, "'UNet2DModel' of 'somewhere': only diffusers' own classes"),

@@ -183,6 +183,12 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         SAID,
         "sigma_min",
     ),
+    "a target that flow matching has not": (
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        SAID | {"prediction_type": "epsilon"},
+        "prediction_type",
+    ),
+    "distilled": (diffusers.LCMScheduler(), {"num_levels": 17}, "LCMScheduler"),
     "flow of another target": (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), SAID, "flow_prediction"),
 }
 
@@ -192,6 +198,32 @@ def test_what_is_no_process_is_refused_by_name(kind: str) -> None:
     scheduler, said, named = BAD[kind]
     with pytest.raises(ConfigurationError, match=naming(named)):
         VDMPipeline.from_diffusers(diffusers.DDPMPipeline(unet=network(), scheduler=scheduler), **said)
+
+
+def test_more_outputs_than_the_family_has_are_refused() -> None:
+    unet = network()
+    unet.register_to_config(out_channels=2)
+    with pytest.raises(ConfigurationError, match=naming(2)):
+        VDMPipeline.from_diffusers(
+            diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.FlowMatchEulerDiscreteScheduler()), **SAID
+        )
+
+
+def test_grey_images_of_a_loop_that_draws_colours_are_sampled_by_the_vdm() -> None:
+    stock = diffusers.ScoreSdeVePipeline(network(time_embedding_type="fourier"), diffusers.ScoreSdeVeScheduler())
+    with pytest.warns(UserWarning, match="3 channels"):
+        pipe = quiet(VDMPipeline.from_diffusers(stock, **SAID | {"data_scaling": "unit"}))
+    assert isinstance(pipe.scheduler, VDMScheduler)
+    assert pipe(2, seeded(0), num_inference_steps=3, output_type="pt").images.shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_it_is_saved_as_can_be_published_with_a_card(name: str, tmp_path: Path) -> None:
+    stock, said = saved(name, tmp_path / "stock")
+    VDMPipeline.from_diffusers(stock, **said).save_pretrained(tmp_path / "ours")
+    words = ["publish", str(tmp_path / "ours"), "me/model", "--license", "mit", "--dry_run"]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "main" / "README.md").is_file()
 
 
 def test_the_loop_of_a_stock_pipeline_takes_no_more_than_it_does() -> None:

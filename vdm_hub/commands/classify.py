@@ -8,6 +8,7 @@ import sys
 
 from vdm_hub.commands.images import images_of
 from vdm_hub.commands.loading import load_pipeline
+from vdm_hub.commands.options import given_overrides
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
 from vdm_hub.data.arguments import DataArguments
 from vdm_hub.data.images import ImageLevels
@@ -25,7 +26,8 @@ _FILES = {"classification.json": ".json", "posterior.parquet": ".parquet", "conf
 def run(arguments: argparse.Namespace) -> None:
     """Classify the images, and print the report."""
     _check(arguments)
-    pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision)
+    overrides = given_overrides(arguments)
+    pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
     words = arguments.candidates
     candidates = None if words is None else pipeline.known_condition.choices_of(words)
     if candidates is not None or pipeline.text_condition is None:

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vdm_hub.commands.images import images_of
 from vdm_hub.commands.loading import load_pipeline
-from vdm_hub.commands.options import OVERRIDES
+from vdm_hub.commands.options import given_overrides
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
 from vdm_hub.commands.submission import Submission, check_options
 from vdm_hub.commands.texts import OF_TEXTS, refuse_options, windows_of
@@ -85,7 +88,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _load(
     arguments: argparse.Namespace, processes: Processes
 ) -> tuple[LikelihoodPipeline, Examples, dict[str, Any], list[str]]:
-    overrides = {name: value for name in OVERRIDES if (value := getattr(arguments, name)) is not None}
+    overrides = given_overrides(arguments)
     pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
     read = _READ_BY[pipeline.kind.name]
     return pipeline, *read(
@@ -95,13 +98,21 @@ def _load(
 
 def _images_of(arguments: argparse.Namespace, pipeline: Any, say: Callable[[str], None]) -> Any:
     refuse_options(arguments, OF_TEXTS, "images")
-    if arguments.fit_split is not None:
-        _fit(arguments, pipeline, say)
-    return images_of(arguments, pipeline, say)
+    fitted = None if arguments.fit_split is None else _fit(arguments, pipeline, say)
+    images, description, notes = images_of(arguments, pipeline, say)
+    if fitted is not None:
+        shared = {one.numpy().tobytes() for one in fitted} & {one.numpy().tobytes() for one in images.levels}
+        if shared:
+            raise ConfigurationError(
+                f"{len(shared)} of the images of --fit_split {arguments.fit_split!r} are among those that are "
+                f"measured, so that their figure would be fitted to them: name others, such as 'train[:256]'."
+            )
+        notes = [*notes, f"the autoencoder's scale was fitted on {len(fitted):,} images of {arguments.fit_split!r}"]
+    return images, description, notes
 
 
-def _fit(arguments: argparse.Namespace, pipeline: Any, say: Callable[[str], None]) -> None:
-    """Fit the first stage of a latent checkpoint of diffusers on images of their own."""
+def _fit(arguments: argparse.Namespace, pipeline: Any, say: Callable[[str], None]) -> Tensor:
+    """Fit the first stage of a latent checkpoint of diffusers on images of their own, and give those."""
     if not isinstance(pipeline, LatentVDMPipeline):
         raise ConfigurationError(
             f"--fit_split is {arguments.fit_split!r}, and a {type(pipeline).__name__} has no autoencoder whose scale "
@@ -112,6 +123,7 @@ def _fit(arguments: argparse.Namespace, pipeline: Any, say: Callable[[str], None
     pipeline.fit_first_stage(images.levels, arguments.seed)
     for note in notes:
         say(note)
+    return torch.as_tensor(images.levels)
 
 
 _READ_BY: dict[str, Callable[..., Any]] = {IMAGES.name: _images_of, TOKENS.name: windows_of}

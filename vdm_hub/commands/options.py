@@ -26,10 +26,19 @@ OVERRIDES = {
 }
 """The config fields that may be corrected for a checkpoint of diffusers, each with its help text."""
 
+_LEVELS = "K, the images' levels (default: 256 for betas; other families ask for it)"
+
+_OF_DIFFUSERS = "a checkpoint of diffusers, what its config does not say or says wrongly"
+
 _EPILOG = (
     "Exit status: 0; 2 for an error; 3 where --target_standard_error was not reached within the budget (the report is "
     "printed and written all the same). Under `accelerate launch`, or torchrun, the processes share the images."
 )
+
+
+def given_overrides(arguments: argparse.Namespace) -> dict[str, str]:
+    """The fields of `OVERRIDES` that a command line gives."""
+    return {name: value for name in OVERRIDES if (value := getattr(arguments, name)) is not None}
 
 
 def recipes(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +57,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(prepare=_choose_method_and_mixture)
     parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or one of diffusers'")
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
-    _add_checkpoint(parser.add_argument_group("a checkpoint of diffusers whose config is wrong"))
+    _add_checkpoint(parser.add_argument_group(_OF_DIFFUSERS))
     _add_images(parser.add_argument_group("images"))
     _add_texts(parser.add_argument_group("texts, of a model of tokens"))
     _add_method(parser.add_argument_group("method"))
@@ -65,6 +74,9 @@ def classify(parser: argparse.ArgumentParser) -> None:
         "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM that is told classes or captions"
     )
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
+    _add_checkpoint(
+        parser.add_argument_group("a checkpoint of diffusers, what its config does not say or says wrongly")
+    )
     _add_images(
         parser.add_argument_group("images"), label_column="the column of the classes, to say how many are found"
     )
@@ -150,9 +162,7 @@ def _add_images(
     group.add_argument("--image_column", help=f"the column that holds the images {trained}, else image)")
     group.add_argument("--label_column", help=f"{label_column} {trained})")
     group.add_argument("--caption_column", help=f"that of the captions, of a model that is told them {trained})")
-    group.add_argument(
-        "--num_levels", type=int, help="K, the images' levels, for a checkpoint of diffusers (default: 256)"
-    )
+    group.add_argument("--num_levels", type=int, help=f"{_LEVELS}; for a checkpoint of diffusers")
     group.add_argument(
         "--fit_split",
         help="of a latent checkpoint of diffusers: the images that its autoencoder's scale is fitted on, such as "
@@ -277,6 +287,9 @@ def sample(parser: argparse.ArgumentParser) -> None:
     """Draw samples from a pipeline into one picture, or one file of texts."""
     parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or one of diffusers'")
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
+    group = parser.add_argument_group(_OF_DIFFUSERS)
+    group.add_argument("--num_levels", type=int, help=_LEVELS)
+    _add_checkpoint(group)
     parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument(
         "--output", type=Path, help="the PNG, or the file of texts, to write (default: grid.png, or samples.txt)"
@@ -354,8 +367,8 @@ def space(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "The token is the one of `hf auth login`, or HF_TOKEN; it is never an argument."
     parser.add_argument("model", help="a Hub id such as me/vdm-digits; or a run's folder, or a pipeline's")
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
-    group = parser.add_argument_group("a checkpoint of diffusers, what its config does not say or says wrongly")
-    group.add_argument("--num_levels", type=int, help="K, the images' levels (default: 256)")
+    group = parser.add_argument_group(_OF_DIFFUSERS)
+    group.add_argument("--num_levels", type=int, help=_LEVELS)
     _add_checkpoint(group)
     parser.add_argument("--title", help="over the app (default: the model's name)")
     parser.add_argument(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vdm_hub.commands.loading import load_pipeline
+from vdm_hub.commands.options import given_overrides
 from vdm_hub.commands.outputs import check_apart_from_training, check_output
 from vdm_hub.commands.texts import OF_TEXT_SAMPLES, draw_texts, refuse_options
 from vdm_hub.data.kinds import IMAGES, TOKENS
@@ -35,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_output(given, "output", suffix, overwrite=arguments.overwrite)
         check_apart_from_training(arguments.pipeline, {"output": given})
     build_sampler(arguments.sampler)  # an unknown name is said before anything is loaded
-    pipeline = load_pipeline(arguments.pipeline, revision=arguments.revision)
+    overrides = given_overrides(arguments)
+    pipeline = load_pipeline(arguments.pipeline, arguments.num_levels, arguments.revision, overrides)
     default, draw = _DRAWN_BY[pipeline.kind.name]
     output = given or Path(default)
     check_output(output, "output", Path(default).suffix, overwrite=arguments.overwrite)

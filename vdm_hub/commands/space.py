@@ -90,6 +90,12 @@ def _space(arguments: argparse.Namespace) -> Space:
     if place.is_dir() and arguments.revision is not None:
         raise ConfigurationError(f"--revision is {arguments.revision!r}, and {place} is a folder: leave it out.")
     pipeline = load_pipeline(arguments.model, **loading)
+    if not getattr(getattr(pipeline, "first_stage", None), "is_fitted", True):
+        warn(
+            f"the autoencoder of {arguments.model} was trained without a likelihood, so that the app shows samples "
+            f"and no bits: for those, fit its scale first (pipe.fit_first_stage(images)), save the pipeline, and give "
+            f"that."
+        )
     model: str | Path = pipeline_folder(place) if place.is_dir() else arguments.model
     name = (run_folder(model) or model).resolve().name if isinstance(model, Path) else model.rpartition("/")[2]
     return Space(pipeline, model, arguments.title or name, requirements(pipeline, arguments.requirement), loading)

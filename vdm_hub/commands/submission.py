@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vdm_hub.commands.options import OVERRIDES
+from vdm_hub.commands.options import given_overrides
 from vdm_hub.data.examples import Examples
 from vdm_hub.data.kinds import TOKENS
 from vdm_hub.errors import ConfigurationError
@@ -74,7 +74,9 @@ class Submission:
             )
         given = self.arguments.method
         method = method_of(pipeline.default_method if given is None else given)
-        overrides = {name: value for name in OVERRIDES if (value := getattr(self.arguments, name)) is not None}
+        overrides = given_overrides(self.arguments)
+        if self.arguments.fit_split is not None:
+            overrides["fit_split"] = self.arguments.fit_split
         condition = None if pipeline.condition is None else pipeline.condition.noun
         self._place = stated(dataset, method.name, method.chosen(), condition, overrides)
         check_place(self._target, self._place)

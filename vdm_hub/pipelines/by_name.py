@@ -13,7 +13,7 @@ from vdm_hub.pipelines.hvae import HVAEPipeline
 from vdm_hub.pipelines.latent_vdm import LatentVDMPipeline
 from vdm_hub.pipelines.tokens import TokenPipeline
 from vdm_hub.pipelines.vdm import VDMPipeline
-from vdm_hub.schedulers.diffusers_checkpoints import LATENT_PIPELINES, pipeline_class
+from vdm_hub.schedulers.diffusers_checkpoints import is_latent, pipeline_class
 
 _CLASSES: tuple[type[LikelihoodPipeline], ...] = (HVAEPipeline, LatentVDMPipeline, TokenPipeline, VDMPipeline)
 
@@ -59,7 +59,7 @@ def open_pipeline(
     name = pipeline_class(place, revision=revision)
     own = PIPELINES.get(name)
     if own is None:
-        reader: Any = LatentVDMPipeline if name in LATENT_PIPELINES else VDMPipeline
+        reader: Any = LatentVDMPipeline if is_latent(place, revision) else VDMPipeline
         taken: LikelihoodPipeline = reader.from_diffusers(place, num_levels, revision=revision, **(overrides or {}))
         return taken
     if overrides:

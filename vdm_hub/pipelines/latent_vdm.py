@@ -26,6 +26,7 @@ from vdm_hub.objectives.variational_bound import VDMObjective
 from vdm_hub.pipelines.vdm import VDMPipeline
 from vdm_hub.registry import Serialised
 from vdm_hub.schedulers.diffusers_checkpoints import PipelineSource, latent_checkpoint
+from vdm_hub.schedulers.families import process_config
 
 _INTERFACE = ("image_shape", "latent_shape", "num_levels", "posterior", "log_likelihood", "draw_levels")
 
@@ -127,7 +128,8 @@ class LatentVDMPipeline(VDMPipeline):
             source: A folder, a Hub id, or a pipeline in memory: a `DiTPipeline`, an `LDMPipeline`, or another one of
                 a transformer or U-Net, an `AutoencoderKL` or `VQModel`, and a scheduler that
                 `VDMPipeline.from_diffusers` takes.
-            num_levels: K, how many levels the images have that it was trained on; 256, if not given.
+            num_levels: K, how many levels the images have that it was trained on; 256 for a table of betas, if not
+                given.
             data_scaling: Where those levels lie, if not from -1 to 1, as diffusers' latent pipelines have it.
             decoder: None: a latent model's is its first stage.
             prediction_type: What the network predicts, if its config is wrong about it.
@@ -145,9 +147,9 @@ class LatentVDMPipeline(VDMPipeline):
                     f"{name} is {shortened(value)}, and a latent model is decoded by its first stage and diffused "
                     f"with the posterior's variance: leave it out."
                 )
-        levels = 256 if num_levels is None else num_levels
-        overrides = {"num_levels": levels, "prediction_type": prediction_type}
+        overrides = {"num_levels": num_levels, "prediction_type": prediction_type}
         taken = latent_checkpoint(source, overrides, arguments)
+        levels = int(process_config(taken.scheduler.config)["num_levels"])
         stage: Any = VQModelFirstStage if isinstance(taken.autoencoder, VQModel) else AutoencoderKLFirstStage
         config, factor = taken.autoencoder.config, 2 ** (len(taken.autoencoder.config.block_out_channels) - 1)
         size = taken.network.config.sample_size

@@ -266,6 +266,11 @@ class VDMPipeline(LikelihoodPipeline):
         return scheduler
 
     @property
+    def shows_steps(self) -> bool:
+        """Whether a call takes a callback of its steps: not where a loop of diffusers' own samples."""
+        return own_loop(self.scheduler) is None
+
+    @property
     def num_timesteps(self) -> int:
         """The number of steps of this thread's sampling, or of its last; callbacks compare their index with it."""
         return self._steps_of.get(threading.get_ident(), self._steps_of.get(None, len(self.scheduler.timesteps)))
@@ -388,6 +393,11 @@ class VDMPipeline(LikelihoodPipeline):
                 f"{type(self.scheduler).__name__} samples in the loop of diffusers' {loop.__name__}, which takes no "
                 f"{', '.join(refused)}: leave it out, or set pipe.scheduler = "
                 f"VDMScheduler.from_config(pipe.scheduler.config)."
+            )
+        if self.image_shape[0] != 3:
+            raise ConfigurationError(
+                f"the loop of diffusers' {loop.__name__} draws 3 channels, and this model's images have "
+                f"{self.image_shape[0]}: set pipe.scheduler = VDMScheduler.from_config(pipe.scheduler.config)."
             )
         self._batch_shape(given["batch_size"], None, given["generator"])
         stock: Any = loop(unet=self.unet, scheduler=copy.deepcopy(self.scheduler)).to(self._execution_device)

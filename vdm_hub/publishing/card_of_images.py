@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from markupsafe import Markup
@@ -104,7 +104,7 @@ def _encoder(pipeline: Any) -> str | None:
 def _steps_argument(pipeline: Any, steps: int, stock: bool = False) -> Markup:
     """The argument for the number of steps; a chain over a table of betas, as of stock samplers, has no more."""
     scheduler: Any = getattr(pipeline, "scheduler", None)
-    if hasattr(scheduler, "__len__") and (stock or getattr(scheduler, "ends_at_data", True)):
+    if isinstance(scheduler, Sized) and (stock or getattr(scheduler, "ends_at_data", True)):
         steps = min(steps, len(scheduler))
     return Markup(f", num_inference_steps={steps}")
 

@@ -18,25 +18,25 @@ from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from vdm_hub.errors import ConfigurationError, explained
+from vdm_hub.errors import ConfigurationError, explained, warn
 from vdm_hub.hub.checks import check_pipeline
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles, open_files
+from vdm_hub.models.calls import Call
 from vdm_hub.models.loading import REMEDY
 from vdm_hub.schedulers.configs import is_beta_table
-from vdm_hub.schedulers.families import check_knowable, family_of, process_config, with_process
+from vdm_hub.schedulers.families import check_knowable, family_of, own_loop, process_config, with_process
 from vdm_hub.schedulers.vdm import VDMScheduler
 
 PipelineSource: TypeAlias = str | os.PathLike[str] | DiffusionPipeline
 
 OWN_PIPELINE = "VDMPipeline"
-LATENT_PIPELINES = ("DiTPipeline", "LDMPipeline")
-"""The pipelines of diffusers that `latent_checkpoint` reads, by name."""
 _PARTS = {"unet", "scheduler"}
 _ARGUMENTS = (*HUB_ARGUMENTS, "dtype", "variant")
 _AUTOENCODERS = {"autoencoder", "first_stage", "image_vae", "movq", "vae", "vqgan", "vqvae"}
 _LATENT_PARTS = ({"transformer", "vae", "scheduler"}, {"unet", "vqvae", "scheduler"}, {"unet", "vae", "scheduler"})
 _NETWORKS = ("transformer", "unet")
+_OF_PROMPTS = ("text_", "tokenizer", "image_encoder", "prior")
 _OTHER_VARIANCES = ("fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
@@ -48,6 +48,17 @@ def pipeline_class(source: str | os.PathLike[str], revision: str | None = None) 
         OSError: There is no such repository.
     """
     return str(_read(open_files(source, revision=revision), INDEX).get("_class_name"))
+
+
+def is_latent(source: str | os.PathLike[str], revision: str | None = None) -> bool:
+    """Whether the pipeline of a folder or a repository diffuses the latents of an autoencoder.
+
+    Raises:
+        ConfigurationError: There is no model_index.json.
+        OSError: There is no such repository.
+    """
+    index = _read(open_files(source, revision=revision), INDEX)
+    return any(_is_component(key, index[key]) for key in _AUTOENCODERS & index.keys())
 
 
 def scheduler_of_pipeline(
@@ -69,7 +80,7 @@ def scheduler_of_pipeline(
     _check_components(name, name, {key for key, part in pipeline.components.items() if part is not None})
     vdm, scheduler = _scheduler(name, type(pipeline.scheduler).__name__, pipeline.scheduler.config, overrides)
     _check_network(name, type(pipeline.unet), pipeline.unet.config, vdm)
-    return scheduler
+    return _that_samples(name, pipeline.unet.config, vdm, scheduler)
 
 
 def scheduler_of_repository(
@@ -95,8 +106,9 @@ def scheduler_of_repository(
     def accept() -> None:
         config = _read(files, "scheduler/scheduler_config.json")
         vdm, scheduler = _scheduler(files.name, str(components["scheduler"][1]), config, overrides)
-        _check_network(files.name, network, _read(files, "unet/config.json"), vdm)
-        made.append(scheduler)
+        described = _read(files, "unet/config.json")
+        _check_network(files.name, network, described, vdm)
+        made.append(_that_samples(files.name, described, vdm, scheduler))
 
     check_pipeline(files, None, variant=arguments.get("variant"), accept=accept)
     return made[0], files
@@ -233,6 +245,7 @@ def _latent_checkpoint(
 ) -> LatentCheckpoint:
     network = next(parts[key] for key in _NETWORKS if key in parts)
     autoencoder = next(part for key, part in parts.items() if key in _AUTOENCODERS)
+    _check_latent_network(name, network, autoencoder, dict(config) | {"_class_name": scheduler})
     if not isinstance(autoencoder, AutoencoderKL | VQModel):
         raise ConfigurationError(
             f"the autoencoder of {name} is a {type(autoencoder).__name__}: an AutoencoderKL or a VQModel is given a "
@@ -248,10 +261,26 @@ def _latent_checkpoint(
     return LatentCheckpoint(network, autoencoder, stock, names if complete else None, name)
 
 
+def _check_latent_network(source: str, network: Any, autoencoder: Any, config: Mapping[str, Any]) -> None:
+    """Refuse a network that is none of the autoencoder's latents, or gives what its family's does not."""
+    stated = autoencoder.config
+    latent = stated.get("vq_embed_dim") or stated.get("latent_channels")
+    inputs, outputs = network.config.get("in_channels"), network.config.get("out_channels")
+    # Of a transformer DiTPipeline itself leaves out the second half, whatever the scheduler.
+    only_mean = family_of(config) is not None and not Call.of(network).each
+    allowed = {inputs} if only_mean else {inputs, 2 * (inputs or 0)}
+    if inputs != latent or outputs not in allowed:
+        more = ", or twice as many where it predicts a variance" if len(allowed) > 1 else ""
+        raise ConfigurationError(
+            f"the network of {source} has {inputs} input and {outputs} output channels, and the latents have "
+            f"{latent}: a network of this family takes as many and gives as many{more}."
+        )
+
+
 def _check_latent(source: str, pipeline: str, components: set[str]) -> None:
     if components in _LATENT_PARTS:
         return
-    missing = sorted(key for key in components if key.startswith(("text_", "tokenizer", "image_encoder", "prior")))
+    missing = sorted(key for key in components if key.startswith(_OF_PROMPTS))
     why = f"its network needs what {', '.join(missing)} make of a prompt" if missing else "it is made of other parts"
     raise ConfigurationError(
         f"{source} is a {pipeline} ({', '.join(sorted(components)) or 'no components'}), and {why}: from_diffusers "
@@ -287,13 +316,13 @@ def _check_components(source: str, pipeline: str, components: set[str]) -> None:
     if components == _PARTS:
         return
     listed = ", ".join(sorted(components)) or "no components"
-    if components & _AUTOENCODERS:
+    if of_prompts := sorted(key for key in components if key.startswith(_OF_PROMPTS)):
+        reason = f"its network needs what {', '.join(of_prompts)} make of a prompt, and no likelihood is read of such"
+    elif components & _AUTOENCODERS:
         reason = (
             "it diffuses the latents of an autoencoder: LatentVDMPipeline.from_diffusers takes a DiTPipeline or an "
             "LDMPipeline, whose first stage is given a likelihood"
         )
-    elif any(key.startswith(("text_", "tokenizer", "transformer", "prior")) for key in components):
-        reason = "it is conditioned on text, or its network is a transformer with other inputs"
     else:
         reason = "it is made of other parts"
     raise ConfigurationError(
@@ -314,11 +343,30 @@ def _check_network(source: str, network: type, config: Mapping[str, Any], schedu
     learned = str(variance).startswith("learned")
     if outputs != (1 + learned) * (channels or 0):
         predicts = " (the second half predicts a variance)" if outputs == 2 * (channels or 0) else ""
+        if not is_beta_table(scheduler.config.noise_schedule):
+            raise ConfigurationError(
+                f"the network of {source} has {channels} input and {outputs} output channels, and one of its family "
+                f"gives as many as it takes: it predicts something else."
+            )
         raise ConfigurationError(
             f"the network of {source} has {channels} input and {outputs} output channels{predicts}, and its "
             f"variance_type is {variance!r}: a learned variance takes twice the channels, a fixed one as many. Give "
             f"the variance_type that it was trained with, such as learned_range."
         )
+
+
+def _that_samples(
+    source: str, network: Mapping[str, Any], vdm: VDMScheduler, scheduler: SchedulerMixin
+) -> SchedulerMixin:
+    """The checkpoint's own scheduler, or the VDM's where diffusers has no loop for such images; that is said."""
+    loop = own_loop(scheduler)
+    if loop is None or network.get("in_channels") == 3:
+        return scheduler
+    warn(
+        f"{source} is sampled by VDMScheduler's own steps: the loop of diffusers' {loop.__name__} draws 3 channels, "
+        f"and its network has {network.get('in_channels')}."
+    )
+    return vdm
 
 
 def _scheduler(

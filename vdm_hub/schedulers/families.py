@@ -97,12 +97,22 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     return _FAMILIES.get(str(config.get("_class_name", _by_fields(config))))
 
 
+_DISTILLED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler")
+"""The schedulers of networks that were distilled to jump to the data: they estimate no mean of it."""
+
+
 def check_knowable(source: str, config: Mapping[str, Any]) -> None:
     """Refuse a config that is of no family: it has neither betas nor sigmas that anybody here can read.
 
     Raises:
         ConfigurationError: Naming its class, and those that are known.
     """
+    name = config.get("_class_name")
+    if name in _DISTILLED and config.get("noise_schedule") is None:
+        raise ConfigurationError(
+            f"the scheduler of {source} is a {name}, that of a distilled network, which jumps to the data and is no "
+            f"denoiser of a diffusion: it has no likelihood. Measure the network that it was distilled from."
+        )
     if "beta_schedule" not in config and "noise_schedule" not in config and family_of(config) is None:
         raise ConfigurationError(
             f"the scheduler of {source} is a {config.get('_class_name', 'scheduler')} without betas, and none of "
@@ -169,6 +179,16 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | dict(config)
 
 
+def _check_target(config: Mapping[str, Any], family: str, target: str) -> None:
+    """Refuse a target that is said, by a config or whoever corrects it, and is none of the family's."""
+    said = config.get("prediction_type", target)
+    if said != target:
+        raise ConfigurationError(
+            f"prediction_type is {shortened(said)}, and networks of {family} predict {target!r}: give that, or leave "
+            f"it out where the config does not say it."
+        )
+
+
 def _linear(gamma_min: float, gamma_max: float) -> dict[str, Any]:
     # The bound in continuous time depends on the ends alone; sampling grids are the stock scheduler's.
     return {"name": "linear", "config": {"gamma_min": gamma_min, "gamma_max": gamma_max}}
@@ -181,11 +201,7 @@ def _read_flow(config: Mapping[str, Any]) -> dict[str, Any]:
             "the scheduler has invert_sigmas=True, so that its network is told the share of the data: no conditioning "
             "that is known here falls with the noise. Build a VDMScheduler with one of your own."
         )
-    if config.get("use_flow_sigmas") and config.get("prediction_type") != "flow_prediction":
-        raise ConfigurationError(
-            f"the scheduler has use_flow_sigmas=True and prediction_type={config.get('prediction_type')!r}: networks "
-            f"of flow matching predict 'flow_prediction'. Give prediction_type, if the config is wrong about it."
-        )
+    _check_target(config, "flow matching", "flow_prediction")
     steps = whole_number("num_train_timesteps", config.get("num_train_timesteps", 1000), least=3)
     last = 2 * math.log(steps - 1)
     return {
@@ -207,6 +223,7 @@ def _read_edm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_euler(config: Mapping[str, Any]) -> dict[str, Any]:
     """EDM's noise levels of a VP velocity: ``c_in y = z`` and ``x = alpha z - sigma v`` for data of deviation 1."""
+    _check_target(config, "Euler with continuous timesteps", "v_prediction")
     return {
         "noise_schedule": _linear(*ends_of_noise(config)),
         "prediction_type": "v_prediction",
@@ -215,6 +232,7 @@ def _read_euler(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_ve(config: Mapping[str, Any]) -> dict[str, Any]:
+    _check_target(config, "VE", "ve_score")
     return {
         "noise_schedule": _linear(*ends_of_noise(config)),
         "prediction_type": "ve_score",

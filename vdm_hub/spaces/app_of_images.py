@@ -26,7 +26,6 @@ from vdm_hub import (
     VDMPipeline,
     images_from_levels,
     levels_from_images,
-    read_picture,
 )
 
 CSS = ".pixels img {image-rendering: pixelated; object-fit: contain}"
@@ -67,7 +66,8 @@ def sample(pipe: Any, count: int, steps: int, seed: int, choice: Any, scale: flo
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     given = told(pipe, choice) | ({} if scale == 1 else {"guidance_scale": scale})
 
-    call, is_chain = functools.partial(pipe.sample, count, generators, steps, **given), isinstance(pipe, VDMPipeline)
+    call = functools.partial(pipe.sample, count, generators, steps, **given)
+    is_chain = isinstance(pipe, VDMPipeline) and pipe.shows_steps
     states = vdm_hub.watch(lambda show: call(callback_on_step_end=show) if is_chain else call(), max(1, steps // 40))
     with messages():
         for step, found in states:
@@ -87,8 +87,8 @@ def one_sample(pipe: Any, choice: Any) -> PIL.Image.Image:
 @messages()
 def measure(pipe: Any, first: Any, second: Any, fit: bool, replicates: int, choice: Any) -> tuple[str, Any]:
     """The bits of pictures in words, and a plot of where they lie, where that is anywhere."""
-    files = [file for file in (first, second) if file is not None]
-    pictures = [read_picture(file, pipe.image_shape, pipe.num_levels, fit=fit) for file in files]
+    read = functools.partial(vdm_hub.read_picture, shape=pipe.image_shape, num_levels=pipe.num_levels, fit=fit)
+    pictures = [read(file) for file in (first, second) if file is not None]
     if not pictures:
         raise ConfigurationError("there is no picture yet: drop one.")
     notes = [f"Picture {i}: {', '.join(done)}." for i, (_, done) in enumerate(pictures, 1) if done]

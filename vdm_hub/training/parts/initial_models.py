@@ -256,6 +256,12 @@ def open_initial_model(configuration: Configuration, kept: Path) -> InitialModel
             "pipeline": saved,
             "weights": weights_fingerprint(pipeline),
         }
+    if not getattr(getattr(pipeline, "first_stage", None), "is_fitted", True):
+        raise ConfigurationError(
+            f"init_from is {name!r}, whose autoencoder was trained without a likelihood, so that it has no bound to "
+            f"train on: fit its scale first (pipe = LatentVDMPipeline.from_diffusers(...); "
+            f"pipe.fit_first_stage(images); pipe.save_pretrained(folder)), and begin from that folder."
+        )
     _name_parts(pipeline, record["name"])
     taken, said = take_over(configuration, pipeline, record["name"])
     if record["commit"] is not None:  # the recipe repeats the run, wherever the branch is then

@@ -155,7 +155,7 @@ def _take_networks(taking: _Taking, pipeline: LikelihoodPipeline) -> None:
     if isinstance(pipeline, LatentVDMPipeline):
         stage = pipeline.first_stage
         config = {**stage.config.get("autoencoder_config", {}), **stage.config}
-        named = "AutoencoderKL" if "autoencoder_config" in stage.config else type(stage).__name__
+        named = type(stage.autoencoder).__name__ if "autoencoder_config" in stage.config else type(stage).__name__
         taking.network("first_stage", named, {**config, "_class_name": named})
         if not taking.recipe("scale_latents"):
             taking.said.append(
