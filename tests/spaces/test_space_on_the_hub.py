@@ -54,6 +54,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         seen["written"] = {one.relative_to(output).as_posix() for one in output.rglob("*") if one.is_file()}
         hub.repositories["spaces/me/open"] = Repository(False, {})
         seen["open"] = vdm_hub(environment, "space", "me/tiny", "--push", "me/open", "--private")
+        hub.repositories["spaces/me/theirs"] = Repository(True, {"app.py": Blob(b"print()")})
+        seen["theirs"] = vdm_hub(environment, "space", "me/tiny", "--push", "me/theirs")
+        seen["kept"] = hub.repositories["spaces/me/theirs"].at("main").files["app.py"].content
         reader = hub.environment(folder / "home", token="hf_reader")
         seen["reader"] = vdm_hub(reader, "space", "me/tiny", "--push", "me/mine")
         seen["leaks"], seen["repositories"] = hub.leaked_tokens(), set(hub.repositories)
@@ -82,6 +85,11 @@ def test_what_the_hub_or_the_token_does_not_allow_is_said(story: dict[str, Any])
     assert story["open"].returncode == 2 and "public" in story["open"].stderr
     assert story["reader"].returncode == 2 and "write" in story["reader"].stderr
     assert "spaces/me/mine" not in story["repositories"]
+
+
+def test_an_app_of_somebodys_own_is_not_replaced(story: dict[str, Any]) -> None:
+    assert story["theirs"].returncode == 2 and "app.py" in story["theirs"].stderr
+    assert story["kept"] == b"print()"
 
 
 def test_no_token_goes_where_none_belongs(story: dict[str, Any]) -> None:
