@@ -24,8 +24,9 @@ from torch import Tensor
 PLACES = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 sys.path[:0] = [place for place in PLACES if place not in sys.path]
 
-from vdm_hub import VDMPipeline  # noqa: E402
+from vdm_hub import LatentVDMPipeline, VDMPipeline  # noqa: E402
 from vdm_hub.diffusion.gaussian_process import GaussianProcess  # noqa: E402
+from vdm_hub.diffusion.latent_process import LatentProcess  # noqa: E402
 from vdm_hub.likelihood.probability_flow import flow_density  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "likelihoods.md"
@@ -143,6 +144,36 @@ class Case:
         return pipe
 
 
+@dataclass(frozen=True)
+class LatentCase(Case):
+    """A pipeline of latents, whose exact network is that of latents from ``N(mean, deviation^2)``."""
+
+    mean: float = 0.05
+    deviation: float = 0.3
+
+    def stock(self, sample_size: int = SIZE) -> Any:
+        shape = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "latent_channels": 2}
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        kind, role, part = LATENT_PARTS[self.pipeline]
+        torch.manual_seed(0)
+        autoencoder = getattr(diffusers, kind)(**shape, **blocks, norm_num_groups=4).eval()
+        network = GaussianNetwork(self.convention, self.mean, self.deviation, sample_size, 2, 2).eval()
+        return getattr(diffusers, self.pipeline)(**{part: network, role: autoencoder, "scheduler": self.scheduler()})
+
+    def pipe(self, sample_size: int = SIZE) -> LatentVDMPipeline:
+        pipe = LatentVDMPipeline.from_diffusers(self.stock(sample_size), **self.said)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.fit_first_stage(self.levels(16, pipe, seed=2))
+        return pipe
+
+    def levels(self, count: int, pipe: VDMPipeline, seed: int) -> Tensor:
+        """Images of one grey level each, and some noise."""
+        generator = torch.Generator().manual_seed(seed)
+        grey = torch.randint(40, 210, (count, 1, 1, 1), generator=generator)
+        return grey + torch.randint(-20, 20, (count, *pipe.image_shape), generator=generator)
+
+
+LATENT_PARTS = {"DiTPipeline": ("AutoencoderKL", "vae", "transformer"), "LDMPipeline": ("VQModel", "vqvae", "unet")}
 _ENDS = "network, target, ends of the noise"
 _ALL = {"num_levels": 256, "data_scaling": "full", "decoder": "factorised"}
 _IN_UNIT = {"mean": 0.5 + MEAN / 2, "deviation": DEVIATION / 2}
@@ -194,6 +225,25 @@ CASES = {
     "DDPMScheduler, rescale_betas_zero_snr": Case("DDPM, zero terminal SNR", "all", zero_snr, "velocity"),
 }
 
+LATENT_CASES: dict[str, Case] = {
+    "DiTPipeline, DDIMScheduler": LatentCase(
+        "latents, of betas",
+        "all; the autoencoder's scale is fitted",
+        lambda: diffusers.DDIMScheduler.from_config(zero_snr().config),
+        "velocity",
+        pipeline="DiTPipeline",
+    ),
+    "LDMPipeline, FlowMatchEulerDiscreteScheduler": LatentCase(
+        "latents, of flow matching",
+        f"{_ENDS}; the autoencoder's scale is fitted",
+        diffusers.FlowMatchEulerDiscreteScheduler,
+        "flow",
+        {"num_levels": 256},
+        "LDMPipeline",
+    ),
+}
+ALL = CASES | LATENT_CASES
+
 
 # ---- the oracles ----------------------------------------------------------------------------------------------------
 
@@ -201,12 +251,14 @@ CASES = {
 def density_error(case: Case) -> float:
     """The largest error of ``log p_0(z_0)`` by the ODE, in nats, against the flow of a Gaussian in closed form."""
     pipe = case.pipe()
-    process = pipe.process
+    process = pipe.process.diffused
     assert isinstance(process, GaussianProcess)
     bound, ends = process.bind(None, {})[1], process.schedule.endpoints()
     alpha, variance = (value for value in zip(*(_moments(gamma, case.deviation) for gamma in ends), strict=True))
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(4, 3, SIZE, SIZE, generator=generator, dtype=torch.float64) * math.sqrt(variance[0])
+    z = torch.randn(4, pipe.unet.config.in_channels, SIZE, SIZE, generator=generator, dtype=torch.float64) * math.sqrt(
+        variance[0]
+    )
     network = pipe.unet.double()
     found = flow_density(
         bound, lambda sample, told: network(sample, told, return_dict=False)[0], z + alpha[0] * case.mean, None, 1e-8
@@ -224,9 +276,12 @@ def _moments(gamma: float, deviation: float) -> tuple[float, float]:
     return math.sqrt(shares[0]), shares[0] * deviation**2 + shares[1]
 
 
-def exact_diffusion_term(x: Tensor, ends: tuple[float, float], case: Case) -> Tensor:
-    r"""The diffusion term of data x, nats, (B,): ``1/2 int (r s^4 + (x - mu)^2)/(1 + r s^2)^2 dr`` over the SNR r."""
-    v, away = case.deviation**2, (x - case.mean) ** 2
+def exact_diffusion_term(x: Tensor, ends: tuple[float, float], case: Case, spread: Tensor | float = 0.0) -> Tensor:
+    r"""The diffusion term of data x, nats, (B,): ``1/2 int (r s^4 + (x - mu)^2)/(1 + r s^2)^2 dr`` over the SNR r.
+
+    Of data that are draws around x its mean over them: ``spread`` is their variance.
+    """
+    v, away = case.deviation**2, (x - case.mean) ** 2 + spread
 
     def primitive(gamma: float) -> Tensor:
         r = math.exp(-gamma)
@@ -237,20 +292,27 @@ def exact_diffusion_term(x: Tensor, ends: tuple[float, float], case: Case) -> Te
 
 def bound_error(case: Case) -> tuple[float, float]:
     """The reported diffusion term less the closed form, and the standard error of the bound, both in bits/dim."""
-    pipe = case.pipe(sample_size=4)
-    process = pipe.process
-    assert isinstance(process, GaussianProcess)
-    generator = torch.Generator().manual_seed(1)
-    x = case.mean + case.deviation * torch.randn(16, 3, 4, 4, generator=generator)
-    levels = process.scaling.nearest(x)
+    pipe, spread = case.pipe(sample_size=4), torch.zeros(())
+    process, diffused = pipe.process, pipe.process.diffused
+    assert isinstance(diffused, GaussianProcess)
+    if isinstance(case, LatentCase):
+        assert isinstance(process, LatentProcess)
+        levels = case.levels(16, pipe, seed=1)
+        with torch.no_grad():
+            x, deviation = (one.double() for one in process.posterior(process.encode(levels)))
+        spread = deviation**2
+    else:
+        drawn = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+        levels = diffused.scaling.nearest(case.mean + case.deviation * drawn)
+        x = diffused.encode(levels, torch.float64)
     report = pipe.bits_per_dim(levels, replicates=16, seed=3)
-    term = exact_diffusion_term(process.encode(levels, torch.float64), process.schedule.endpoints(), case)
-    exact = float(term.mean()) / (x[0].numel() * math.log(2))
+    term = exact_diffusion_term(x, diffused.schedule.endpoints(), case, spread)
+    exact = float(term.mean()) / (levels[0].numel() * math.log(2))
     return report.terms["diffusion"] - exact, report.standard_error
 
 
 def row(name: str) -> str:
-    case = CASES[name]
+    case = ALL[name]
     error, (off, standard_error) = density_error(case), bound_error(case)
     said = ", ".join(f"`{key}`" for key in case.said) or "nothing; `num_levels` is 256 if not given"
     assert abs(off) < 5 * standard_error, (name, off, standard_error)
@@ -262,7 +324,7 @@ def row(name: str) -> str:
 
 def table() -> str:
     head = "| family | scheduler | taken over | what must be said | methods | ode: error, nats | bound: off by |"
-    return "\n".join([head, "| --- " * 7 + "|", *map(row, CASES)])
+    return "\n".join([head, "| --- " * 7 + "|", *map(row, ALL)])
 
 
 def main() -> None:

@@ -253,7 +253,8 @@ def _latent_checkpoint(
         )
     # What decodes latents is the first stage; the process's own scaling and decoder are of no latent model.
     unread = {"data_scaling": "full", "decoder": "factorised", "variance_type": None}
-    vdm, stock = _scheduler(name, scheduler, dict(config) | {"variance_type": None}, {**overrides, **unread})
+    of_betas = {"variance_type": None} if "beta_schedule" in config else {}
+    vdm, stock = _scheduler(name, scheduler, dict(config) | of_betas, {**overrides, **unread})
     if stock is vdm:
         stock = with_process(getattr(diffusers, scheduler).from_config(config), vdm)
     names = tuple(named[number] for number in sorted(named))
