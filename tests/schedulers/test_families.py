@@ -38,7 +38,8 @@ def test_the_ode_finds_the_density_of_gaussian_data(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_the_bound_is_the_closed_form_within_its_error(name: str) -> None:
     off, standard_error = family_table.bound_error(ALL[name])
-    assert abs(off) < 4 * standard_error < 0.12, "bits/dim; a wrong convention is off by more than 1"
+    most = 0.12 if name in CASES else 0.4  # of latents the encoder's draws are in it, too
+    assert abs(off) < 4 * standard_error < most, "bits/dim; a wrong convention is off by more than 1"
 
 
 def test_the_table_of_the_docs_is_of_these_families() -> None:
