@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,10 @@ def test_an_answer_that_is_lost_is_no_reason_to_submit_twice(hub: LoopbackHub, h
 def test_an_interrupt_while_it_is_sent_loses_no_figure(hub: LoopbackHub, home: Path, tmp_path: Path) -> None:
     words = [*itertools.chain(*WORDS.items()), "--submit", "--json"]
     command = [sys.executable, "-m", "vdm_hub.commands", "evaluate", MODEL, *words]
-    with subprocess.Popen(
-        command, env=hub.environment(home), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Tests that run in a shell's background ignore SIGINT, and what they start would do so, too.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=hub.environment(home), cwd=tmp_path, preexec_fn=heed, **pipes) as process:
 
         def interrupt(handle: Callable[[], Response]) -> Response:
             process.send_signal(signal.SIGINT)
