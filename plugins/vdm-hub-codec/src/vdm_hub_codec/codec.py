@@ -92,15 +92,16 @@ def encode(
     whole_number("batch_size", batch_size)
     if (transitions or 1) > MOST_TRANSITIONS:
         raise ConfigurationError(f"transitions is {transitions}, and a file has {MOST_TRANSITIONS:,} at most.")
-    data, labels = _tensor("data", data), None if labels is None else _tensor("labels", labels)
+    given: Any = _tensor("data", data)
+    labels = None if labels is None else _tensor("labels", labels)
     if sites_at_once is not None and getattr(pipeline.process, "mask_id", None) is None:
         raise ConfigurationError(
             f"sites_at_once is {sites_at_once}, and it is of masked models of texts, which this is not: leave it out."
         )
     container, parts = (
-        _windows(pipeline, data, labels, transitions, block, sites_at_once, batch_size, progress)
-        if not isinstance(data, Tensor)
-        else _images(pipeline, data, labels, transitions, block, batch_size, progress)
+        _windows(pipeline, given, labels, transitions, block, sites_at_once, batch_size, progress)
+        if not isinstance(given, Tensor)
+        else _images(pipeline, given, labels, transitions, block, batch_size, progress)
     )
     whole = replace(container, model=name, fingerprint=fingerprint_of(pipeline)).to_bytes()
     return whole, parts.report(len(whole), time.perf_counter() - started)

@@ -46,7 +46,8 @@ def description_of(windows: TokenWindows) -> dict[str, Any]:
     if (found := lengths_of(windows)) is None:
         return {}
     lengths: list[int] = found.tolist()
-    ends = windows.tokens == windows.tokenization.end if windows.ended else torch.zeros(0, dtype=torch.bool)
+    end = windows.tokenization.end
+    ends = windows.tokens.eq(end) if windows.ended and end is not None else torch.zeros(0, dtype=torch.bool)
     told = {"ended": True} if windows.ended else {}
     return told if int(ends.sum()) == len(lengths) else told | {"documents": lengths}
 
@@ -77,7 +78,7 @@ def apart(tokens: Tensor, how: Mapping[str, Any], end: int | None) -> list[Tenso
     if lengths is None:
         if not ended:
             return [tokens]
-        stops = (tokens == end).nonzero().flatten() + 1
+        stops = torch.as_tensor(tokens == end).nonzero().flatten() + 1
         lengths = (stops.diff(prepend=stops.new_zeros(1)) - 1).tolist()
     if sum(lengths) + ended * len(lengths) != len(tokens) or min(lengths, default=-1) < 0:
         raise ValueError(f"{len(tokens)} tokens, of {len(lengths)} documents that have others")

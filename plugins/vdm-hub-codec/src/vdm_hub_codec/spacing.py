@@ -21,7 +21,7 @@ from torch import Tensor
 from vdm_hub import NoiseSchedule, VDMPipeline
 
 if TYPE_CHECKING:
-    from vdm_hub_codec.codec import CodecReport
+    from vdm_hub_codec.report import CodecReport
 
 CELLS = 16
 _DATA = 32
@@ -108,7 +108,7 @@ def plot_lengths(costs: StepCosts, lengths: dict[int, float], report: CodecRepor
     axes = figure.subplots()
     axes.plot(list(lengths), equal, "--", color="tab:gray", label=f"bound, equal steps {by}")
     axes.plot(list(lengths), list(lengths.values()), marker=".", label=f"bound, steps as in a file {by}")
-    if report.bound is not None:
+    if report.bound is not None and report.transitions is not None:
         axes.plot(report.transitions, report.bits_per_dim, "x", color="black", label="the file")
     axes.set_xscale("log")
     axes.set_xlabel("transitions T")
