@@ -57,7 +57,12 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(prepare=_choose_method_and_mixture)
     parser.add_argument("pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM, or one of diffusers'")
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
-    _add_checkpoint(parser.add_argument_group(_OF_DIFFUSERS))
+    group = parser.add_argument_group(_OF_DIFFUSERS)
+    _add_checkpoint(group)
+    group.add_argument(
+        "--fit_split",
+        help="of a latent one: the images that its autoencoder's scale is fitted on, such as 'train[:256]'",
+    )
     _add_images(parser.add_argument_group("images"))
     _add_texts(parser.add_argument_group("texts, of a model of tokens"))
     _add_method(parser.add_argument_group("method"))
@@ -74,9 +79,7 @@ def classify(parser: argparse.ArgumentParser) -> None:
         "pipeline", help="a run's folder, a pipeline's, or a Hub id; of a VDM that is told classes or captions"
     )
     parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
-    _add_checkpoint(
-        parser.add_argument_group("a checkpoint of diffusers, what its config does not say or says wrongly")
-    )
+    _add_checkpoint(parser.add_argument_group(_OF_DIFFUSERS))
     _add_images(
         parser.add_argument_group("images"), label_column="the column of the classes, to say how many are found"
     )
@@ -163,11 +166,6 @@ def _add_images(
     group.add_argument("--label_column", help=f"{label_column} {trained})")
     group.add_argument("--caption_column", help=f"that of the captions, of a model that is told them {trained})")
     group.add_argument("--num_levels", type=int, help=f"{_LEVELS}; for a checkpoint of diffusers")
-    group.add_argument(
-        "--fit_split",
-        help="of a latent checkpoint of diffusers: the images that its autoencoder's scale is fitted on, such as "
-        "'train[:256]'",
-    )
     group.add_argument(
         "--color", choices=("auto", "grey", "rgb"), help=f"convert the images first {trained}, else auto)"
     )

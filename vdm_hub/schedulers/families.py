@@ -23,7 +23,7 @@ import diffusers
 
 from vdm_hub.errors import ConfigurationError, shortened
 from vdm_hub.fields import whole_number
-from vdm_hub.registry import CARRIED_PROCESS
+from vdm_hub.registry import CARRIED_PROCESS, Serialised
 
 _ASKED = {
     "num_levels": "how many levels the images have that it was trained on, such as 256",
@@ -214,30 +214,23 @@ def _read_flow(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_edm(config: Mapping[str, Any]) -> dict[str, Any]:
     target = {key: config[key] for key in ("sigma_data", "prediction_type") if key in config}
-    return {
-        "noise_schedule": _linear(*ends_of_noise(config)),
-        "prediction_type": {"name": "edm", "config": target},
-        "conditioning": "edm_noise",
-    }
+    return _by_sigmas(config, {"name": "edm", "config": target}, "edm_noise")
+
+
+def _by_sigmas(config: Mapping[str, Any], target: Serialised, conditioning: str) -> dict[str, Any]:
+    schedule = _linear(*ends_of_noise(config))
+    return {"noise_schedule": schedule, "prediction_type": target, "conditioning": conditioning}
 
 
 def _read_euler(config: Mapping[str, Any]) -> dict[str, Any]:
     """EDM's noise levels of a VP velocity: ``c_in y = z`` and ``x = alpha z - sigma v`` for data of deviation 1."""
     _check_target(config, "Euler with continuous timesteps", "v_prediction")
-    return {
-        "noise_schedule": _linear(*ends_of_noise(config)),
-        "prediction_type": "v_prediction",
-        "conditioning": "edm_noise",
-    }
+    return _by_sigmas(config, "v_prediction", "edm_noise")
 
 
 def _read_ve(config: Mapping[str, Any]) -> dict[str, Any]:
     _check_target(config, "VE", "ve_score")
-    return {
-        "noise_schedule": _linear(*ends_of_noise(config)),
-        "prediction_type": "ve_score",
-        "conditioning": "ve_noise",
-    }
+    return _by_sigmas(config, "ve_score", "ve_noise")
 
 
 def _read_karras_ve(config: Mapping[str, Any]) -> dict[str, Any]:
