@@ -5,9 +5,10 @@
 
 The changes are mutmut's, and three kinds of our own: a statement left out, a condition that always or never holds, one
 reduction for another. Strings, refusals and what is printed are left alone, as no number or step depends on them. Each
-mutant runs in a process forked from one that has imported torch and the tests; its code is never written to a file, so
-tests that start processes of their own see the code as it is. mutmut's own runner passes over whatever is decorated
-and over all that stands outside functions, where this project has many of its numbers.
+mutant runs in a process forked from one that has collected the tests, of which those that come by the mutant's line go
+first; its code is never written to a file, so tests that start processes of their own see the code as it is. mutmut's
+own runner passes over whatever is decorated and over all that stands outside functions, where this project has many of
+its numbers.
 
 A mutant that no test fails on is printed with its line. tests/mutants.toml says which tests are aimed at which module
 and lists those that change nothing, each with its reason; any other that survives makes the exit status 1.
@@ -30,18 +31,21 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, cast
 
+import coverage
 import libcst as cst
 import libcst.matchers as m
+import pytest
 from libcst.metadata import MetadataWrapper
 from mutmut.mutation import mutators
 
@@ -64,6 +68,7 @@ class Mutant:
     """One change: where it is, how the line reads before and after, and the whole module with it."""
 
     line: int
+    lines: range
     before: str
     after: str
     code: str
@@ -154,9 +159,10 @@ def mutants(source: str) -> list[Mutant]:
         lines = list(difflib.unified_diff(source.splitlines(), code.splitlines(), lineterm="", n=0))[2:]
         if not lines:
             continue
-        line = int(lines[0].split()[1].lstrip("-").partition(",")[0])
+        first, _, many = lines[0].split()[1].lstrip("-").partition(",")
         before, after = (" ".join(x[1:].strip() for x in lines if x[0] == sign) for sign in "-+")
-        made.append(Mutant(line, before, after, code, inner))
+        where = range(int(first), int(first) + int(many or 1))
+        made.append(Mutant(where.start, where, before, after, code, inner))
     return made
 
 
@@ -172,75 +178,184 @@ def code_by_name(code: CodeType) -> dict[str, list[CodeType]]:
 
 
 class Tests:
-    """The tests aimed at one module, imported once; each run of them is a fork."""
+    """The tests aimed at one module; as a plugin of pytest, what runs them once they are collected.
 
-    def __init__(self, module: Path, files: Sequence[str]) -> None:
-        import pytest
+    Each run is a fork. Those that come by a mutant's line go first, the quickest before the others, and the first that
+    fails is the last: which mutants are noticed does not depend on the order, and most are by the first test.
+    """
 
-        self.path, self.files = str(module), list(files)
-        self.source = module.read_text()
-        self.pytest = pytest.main
+    def __init__(self, module: Path, files: Sequence[str], tried: Sequence[Mutant], jobs: int) -> None:
+        self.path, self.files, self.tried, self.jobs = str(module), list(files), tried, jobs
+        self.old = code_by_name(compile(module.read_text(), self.path, "exec"))
+        self.functions: list[FunctionType] = []  # of the module, that are in use
+        self.alive: list[Mutant] = []
+        self.later: list[Mutant] = []  # what is known only once the module is imported again
+        self.wrong = ""
+        self.limit = 3600.0  # seconds of a run
+        self.seconds: dict[str, float] = defaultdict(float)  # of each test
+        self.by_line: dict[int, list[str]] = {}  # the tests that come by it
+        self.mutant: Mutant | None = None  # in a fork
+        self.coverage: coverage.Coverage | None = None  # in the fork that runs the code as it is
+        self.in_fork = False
+        self.out = os.fdopen(os.dup(1), "w")  # whatever pytest does with what is printed
+
+    def try_all(self) -> list[Mutant]:
+        """The mutants that no test fails on."""
         sys.dont_write_bytecode = True
-        import_first(module)
+        import_first(Path(self.path))
         with quiet():
-            collected = self._pytest("--collect-only")
-        if collected != TESTS_PASS:
-            sys.exit(f"pytest can't collect {' '.join(files)}")
-        self.old = code_by_name(compile(self.source, self.path, "exec"))
+            self._pytest()
+        if self.wrong:
+            sys.exit(f"{self.path}: {self.wrong}")
+        self._try(self.later, self._import_anew)
+        return self.alive
+
+    def _pytest(self) -> int:
+        how = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--assert=plain", "--capture=sys"]
+        return int(pytest.main([*how, "--hypothesis-profile=one_failure", *self.files], plugins=[self]))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        """Fork a run of the tests for each mutant; a fork runs them as pytest does."""
+        if self.in_fork:
+            self._sort(session.items)
+            return None
+        if session.testsfailed or not session.items:
+            self.wrong = f"pytest can't collect {' '.join(self.files)}"
+            return True
         gc.unfreeze()  # what tests/conftest.py freezes is not among all objects
-        self.functions = [
-            function
-            for function in gc.get_objects()
-            if type(function) is FunctionType and function.__code__.co_filename == self.path
-        ]
+        everything = [function for function in gc.get_objects() if type(function) is FunctionType]
+        self.functions = [function for function in everything if function.__code__.co_filename == self.path]
 
-    def _pytest(self, *arguments: str) -> int:
-        how = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--assert=plain", "--hypothesis-profile=one_failure"]
-        return int(self.pytest([*how, *arguments, *self.files]))
+        def run(mutant: Mutant | None) -> int:
+            for function, code in self._swaps(mutant) or ():
+                function.__code__ = code
+            with contextlib.suppress(session.Failed):
+                session.config.hook.pytest_runtestloop(session=session)
+            return TESTS_FAIL if session.testsfailed else TESTS_PASS
 
-    def start(self, mutant: Mutant | None, seconds: float, loud: bool = False) -> int:
-        """Run them in a process of their own on a mutant, or on the code as it is; gives the process's number."""
+        if self._run_as_it_is(run):
+            now = [mutant for mutant in self.tried if self._swaps(mutant) is not None]
+            self.later = [mutant for mutant in self.tried if self._swaps(mutant) is None]
+            self._try(now, run)
+        return True
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Those of a module that was imported again are sorted as the others are."""
+        if self.in_fork:
+            self._sort(items)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Note which lines a test comes by."""
+        if self.coverage is not None:
+            self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note how long a test takes."""
+        self.seconds[report.nodeid] += report.duration
+
+    def _sort(self, items: list[pytest.Item]) -> None:
+        """The tests that come by the mutant's line first; those of a file stay together, for what they share."""
+        if self.mutant is None:
+            return
+        above = [line for line in self.by_line if line <= self.mutant.line]
+        lines = [line for line in self.mutant.lines if line in self.by_line] or [max(above, default=0)]
+        near = {test for line in lines for test in self.by_line.get(line, ())}
+        of_file: dict[tuple[bool, Path], float] = defaultdict(float)
+        for item in items:
+            of_file[item.nodeid in near, item.path] += self.seconds[item.nodeid]
+
+        def rank(item: pytest.Item) -> tuple[Any, ...]:
+            far = item.nodeid not in near
+            return far, of_file[not far, item.path], str(item.path), self.seconds[item.nodeid]
+
+        items.sort(key=rank)
+
+    def _run_as_it_is(self, run: Callable[[Mutant | None], int]) -> bool:
+        """Run the tests on the code as it is; a mutant is given ten times as long, and ten seconds more."""
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        with tempfile.TemporaryDirectory() as folder:
+            notes = Path(folder, "notes.json")
+
+            def noting(mutant: Mutant | None) -> int:
+                self.coverage = coverage.Coverage(data_file=None, config_file=False, include=[self.path])
+                self.coverage.start()
+                status = run(mutant)
+                self.coverage.stop()
+                notes.write_text(json.dumps([self.seconds, self.coverage.get_data().contexts_by_lineno(self.path)]))
+                return status
+
+            if os.waitstatus_to_exitcode(os.waitpid(self._start(None, noting), 0)[1]) != TESTS_PASS:
+                self.wrong = "its tests fail without any change"
+                return False
+            seconds, by_line = json.loads(notes.read_text())
+        self.seconds.update(seconds)
+        self.by_line = {int(line): tests for line, tests in by_line.items()}
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.limit = 10 * (spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime) + 10
+        return True
+
+    def _start(self, mutant: Mutant | None, run: Callable[[Mutant | None], int]) -> int:
+        """Run the tests in a process of their own; gives its number."""
         if child := os.fork():
             return child
         status = TESTS_FAIL
         try:
             os.setpgid(0, 0)  # not a session of its own, which would leave the priority that this one was given
-            with contextlib.nullcontext() if loud else quiet():
-                resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 5))
+            with quiet():
+                resource.setrlimit(resource.RLIMIT_CPU, (int(self.limit) + 1, int(self.limit) + 5))
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_REAL, 5 * seconds + 60)  # one that waits for ever takes no CPU time
+                signal.setitimer(signal.ITIMER_REAL, 5 * self.limit + 60)  # who waits for ever takes no CPU time
                 resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-                if mutant is not None:
-                    self._become(mutant)
+                self.in_fork, self.mutant = True, mutant
                 gc.freeze()
-                status = self._pytest()
+                status = run(mutant)
         finally:
             os._exit(status)
 
-    def _become(self, mutant: Mutant) -> None:
-        new = code_by_name(compile(mutant.code, self.path, "exec"))
-        if not mutant.within_function or not self._swap(new):
-            self._import_anew(mutant)
+    def _try(self, tried: Sequence[Mutant], run: Callable[[Mutant | None], int]) -> None:
+        """Gather those that no test fails on."""
+        running: dict[int, tuple[Mutant, float]] = {}
+        waiting = list(reversed(tried))
+        while waiting or running:
+            while waiting and len(running) < self.jobs:
+                mutant = waiting.pop()
+                running[self._start(mutant, run)] = mutant, time.monotonic()
+            for child, (mutant, since) in list(running.items()):
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    del running[child]
+                    if os.waitstatus_to_exitcode(status) == TESTS_PASS:
+                        self.alive.append(mutant)
+                        where = f"{self.path}:{mutant.line}"
+                        print(
+                            f"  survives: {where}\n    - {mutant.before}\n    + {mutant.after}",
+                            file=self.out,
+                            flush=True,
+                        )
+                elif time.monotonic() - since > 30 * self.limit:  # it waits for something that never comes
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child, signal.SIGKILL)
+            time.sleep(0.01)
 
-    def _swap(self, new: dict[str, list[CodeType]]) -> bool:
-        """Give the functions that are in use the mutant's code, if they have what it closes over."""
-        if not self.functions:
-            return False
+    def _swaps(self, mutant: Mutant | None) -> list[tuple[FunctionType, CodeType]] | None:
+        """The functions that are in use, and a mutant's code for each, if it has what they close over."""
+        if mutant is None or not self.functions or not mutant.within_function:
+            return None
+        new = code_by_name(compile(mutant.code, self.path, "exec"))
         place = {id_of(code): (name, i) for name, codes in self.old.items() for i, code in enumerate(codes)}
         pairs = []
         for function in self.functions:
             name, i = place.get(id_of(function.__code__), ("", 0))
             if name not in new or len(new[name]) <= i:
-                return False
+                return None
             pairs.append((function, new[name][i]))
-        if any(function.__code__.co_freevars != code.co_freevars for function, code in pairs):
-            return False
-        for function, code in pairs:
-            function.__code__ = code
-        return True
+        alike = all(function.__code__.co_freevars == code.co_freevars for function, code in pairs)
+        return pairs if alike else None
 
-    def _import_anew(self, mutant: Mutant) -> None:
-        """Forget the project and its tests: they are imported again, with the mutant's code."""
+    def _import_anew(self, mutant: Mutant | None) -> int:
+        """Forget the project and its tests, and run these as they are imported again, with the mutant's code."""
+        assert mutant is not None
         for name, module in list(sys.modules.items()):
             if (getattr(module, "__file__", None) or "").startswith(f"{ROOT}{os.sep}") and name != "__main__":
                 del sys.modules[name]
@@ -249,8 +364,9 @@ class Tests:
         def get_code(loader: SourceFileLoader, name: str) -> CodeType | None:
             return compile(mutant.code, path, "exec") if loader.path == path else as_written(loader, name)
 
-        SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+        SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
         import_first(Path(path))
+        return self._pytest()
 
 
 def import_first(module: Path) -> None:
@@ -277,35 +393,6 @@ def quiet() -> Iterator[None]:
         os.dup2(kept[1], 2)
 
 
-def survivors(tests: Tests, tried: Sequence[Mutant], jobs: int) -> list[Mutant]:
-    """Those that no test fails on. One that runs ten times as long as the code as it is is noticed, too."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if os.waitstatus_to_exitcode(os.waitpid(tests.start(None, 3600, loud=True), 0)[1]) != TESTS_PASS:
-        sys.exit(f"{tests.path}: its tests fail without any change")
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    limit = 10 * (spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime) + 10
-    running: dict[int, tuple[Mutant, float]] = {}
-    waiting, alive = list(reversed(tried)), []
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            mutant = waiting.pop()
-            running[tests.start(mutant, limit)] = mutant, time.monotonic()
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child:
-            mutant, _ = running.pop(child)
-            if os.waitstatus_to_exitcode(status) == TESTS_PASS:
-                alive.append(mutant)
-                where = f"{tests.path}:{mutant.line}"
-                print(f"  survives: {where}\n    - {mutant.before}\n    + {mutant.after}", flush=True)
-            continue
-        for child, (_, since) in running.items():
-            if time.monotonic() - since > 30 * limit:  # it waits for something that never comes
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)
-        time.sleep(0.02)
-    return alive
-
-
 def is_listed(mutant: Mutant, one: tuple[str, str | None]) -> bool:
     """Whether it is that change, or any change of that line where none is named."""
     return mutant.before == one[0] and one[1] in (None, mutant.after)
@@ -317,7 +404,7 @@ def test_module(module: str, entry: dict[str, Any], jobs: int, lines: range | No
     path = ROOT / module
     tried = [mutant for mutant in mutants(path.read_text()) if lines is None or mutant.line in lines]
     print(f"{module}: {len(tried)} mutants, tests {' '.join(entry['tests'])}", flush=True)
-    alive = survivors(Tests(path, [module, *entry["tests"]]), tried, jobs)
+    alive = Tests(path, [module, *entry["tests"]], tried, jobs).try_all()
     listed = [(one["before"], one.get("after")) for one in entry.get("unnoticed", [])]
     new = [mutant for mutant in alive if not any(is_listed(mutant, one) for one in listed)]
     stale = [one for one in listed if lines is None and not any(is_listed(mutant, one) for mutant in alive)]
