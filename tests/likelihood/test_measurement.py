@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from linear_gaussian import Batches, objective
 from naming import naming
+from vdm_hub.data.conditions import ClassCondition
 from vdm_hub.data.kinds import Units
 from vdm_hub.diffusion.draws import image_generator
 from vdm_hub.errors import DataError, NonFiniteLossError
@@ -21,6 +22,7 @@ from vdm_hub.models.calls import CountedNetwork
 from vdm_hub.objectives.variational_bound import Batch
 
 LEVELS = torch.zeros(5, 1, 4, 4, dtype=torch.uint8)
+CLASSES = ClassCondition(3)
 
 
 class Known(Measurement):
@@ -80,6 +82,24 @@ def test_a_method_that_says_nothing_of_itself_is_a_bound_without_pilot_or_evalua
     report = collect(silent, Batches(LEVELS), len(LEVELS), replicates=2)
     assert (report.method, report.is_bound, report.network_evaluations) == ("bound", True, 0)
     assert (silent.seed, silent.fewest_evaluations(2), silent.state()) == (0, 0, {})
+
+
+def test_a_report_says_the_units_the_options_and_what_was_told() -> None:
+    known, units = Known(), Units(per_datum=8, bytes_per_value=2.0)
+    plain = collect(Known(), Batches(LEVELS), len(LEVELS), 1)
+    assert plain.units == Units(per_datum=16) and not {"condition", "steps", "options"} & plain.details.keys()
+    known.steps, known.options, known.objective.condition = "steps of one site", {"decomposition": "x"}, CLASSES
+    report = collect(known, Batches(LEVELS), len(LEVELS), 1, units)
+    assert report.units is units and report.dimensions == 8
+    said = {"steps": "steps of one site", "options": {"decomposition": "x"}, "condition": CLASSES.noun}
+    assert said.items() <= report.details.items()
+
+
+def test_what_draws_nothing_is_measured_once() -> None:
+    known = Known()
+    known.is_deterministic = True
+    report = collect(known, Batches(LEVELS), len(LEVELS), replicates=3)
+    assert (report.replicates, report.is_deterministic, report.standard_error) == (1, True, 0.0)
 
 
 @pytest.mark.parametrize(("images", "replicates"), [(0, 1), (1, 0), (-1, 2)])

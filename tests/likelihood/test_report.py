@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vdm_hub.data.kinds import TOKENS, Units
 from vdm_hub.errors import DataError
 from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.likelihood.stages import FEWEST_REPLICATES
@@ -65,6 +66,65 @@ def test_every_figure_is_its_formula(replicates: int, images: int, dimensions: i
     for name in ("num_images", "replicates", "dimensions", "transitions", "network_evaluations", "is_bound", "method"):
         assert written[name] == getattr(measured, name)
     json.dumps(written, allow_nan=False)
+
+
+@pytest.mark.parametrize("replicates", [1, 3])
+def test_what_draws_nothing_has_no_monte_carlo_error(replicates: int) -> None:
+    measured = report(replicates, 4, is_deterministic=True)
+    each = measured.standard_error_per_image
+    assert measured.standard_error == 0.0 and each.tolist() == [0.0] * 4 and each.dtype == torch.float64
+    assert measured.standard_error_over_images == report(replicates, 4).standard_error_over_images
+
+
+@given(st.integers(2, 9), st.integers(0, 99))
+def test_data_of_different_sizes_have_the_error_of_a_ratio(images: int, seed: int) -> None:
+    """Of sums over sums: the residual of each is its bits less those expected of so many values, over the mean."""
+    each = torch.randint(1, 90, (images,), generator=torch.Generator().manual_seed(seed))
+    mean = float(each.double().mean())
+    units = Units(TOKENS, per_datum=mean, each=each)
+    measured = report(3, images, seed=seed, units=units)
+    measured = LikelihoodReport(measured.terms_per_image, None, mean, units=units)
+    bits = -measured.log_likelihood.numpy() / math.log(2)
+    residuals = (bits - bits.sum() / each.numpy().sum() * each.numpy()) / mean
+    expected = math.sqrt((residuals**2).sum() / (images - 1) / images)
+    assert measured.standard_error_over_images == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("by_byte", [2.5, None])
+@pytest.mark.parametrize("replicates", [1, FEWEST_REPLICATES])
+def test_a_report_of_texts_says_the_same_by_token_by_byte_and_as_a_perplexity(
+    by_byte: float | None, replicates: int
+) -> None:
+    units = Units(TOKENS, per_datum=12.5, bytes_per_value=by_byte)
+    measured = report(replicates, 4, units=units)
+    measured = LikelihoodReport(measured.terms_per_image, None, 12.5, units=units)
+    written, text = measured.to_dict(), str(measured)
+    bits, over_data = measured.bits_per_dim, measured.standard_error_over_images
+    error = measured.standard_error if replicates > 1 else None
+    assert written["bits_per_token"] == written["bits_per_dim"] == bits
+    assert written["perplexity"] == measured.perplexity == pytest.approx(math.exp(bits * math.log(2)), rel=1e-12)
+    assert written["tokens"] == 50 and "50 tokens" in text
+    # Of a perplexity 2^b, to first order: its derivative in b times the error of b.
+    slope = math.log(2) * 2**bits
+    (line,) = (line for line in text.splitlines() if "perplexity" in line)
+    assert f"{2**bits:.4f}" in line and f"{slope * over_data:.4f} (windows)" in line
+    assert ("unknown" if error is None else f"{slope * error:.4f} (Monte Carlo)") in line
+    names = ("bits_per_byte", "standard_error_per_byte", "standard_error_over_images_per_byte", "bytes")
+    if by_byte is None:
+        assert [written[name] for name in names] == [None] * 4 and "byte" not in text
+        assert measured.bits_per_byte is None and (error is None or measured.leading_error == error)
+        return
+    expected = [bits / 2.5, None if error is None else error / 2.5, over_data / 2.5, 125]
+    assert [written[name] for name in names] == expected and "125 bytes" in text
+    (line,) = (line for line in text.splitlines() if "bits/byte" in line)
+    assert f"{bits / 2.5:.4f}" in line and f"{over_data / 2.5:.4f} (windows)" in line
+    assert ("unknown" if error is None else f"{error / 2.5:.4f} (Monte Carlo)") in line
+
+
+def test_images_have_no_figure_by_token_or_byte() -> None:
+    measured = report(3, 2)
+    assert not {"bits_per_token", "bits_per_byte", "perplexity", "tokens"} & measured.to_dict().keys()
+    assert measured.bits_per_byte is None and "perplexity" not in str(measured)
 
 
 @pytest.mark.parametrize(("is_bound", "replicates"), [(True, 3), (False, 1)])
@@ -150,6 +210,7 @@ def test_the_text_holds_every_figure() -> None:
         ({"method": "odd"}, "continuous"),
         ({"details": {"hierarchy": {"depth": 1}}}, "1 latent"),
         ({"details": {"hierarchy": {"depth": 2}}}, "2 latents"),
+        ({"details": {"steps": "steps of one site"}}, "steps of one site"),
     ],
 )
 def test_its_time_is_named(fields: dict[str, Any], said: str) -> None:
@@ -195,6 +256,44 @@ def test_the_protocol_is_in_the_text() -> None:
     assert "Hutchinson" in text and "Hutchinson" not in exact
     unknown = str(report(FEWEST_REPLICATES, 2, details={"clipped": {"bits_per_dim": 2.5, "standard_error": None}}))
     assert "unknown" in unknown
+
+
+MARGINAL = {"gain_bits": 2.25, "most_bits": 3.3219, "mixture_bits": 1234.5, "standard_error_over_images": 0.0625}
+
+
+@pytest.mark.parametrize("is_bound", [True, False])
+@pytest.mark.parametrize("error", [0.125, None])
+@pytest.mark.parametrize("prior", [[0.5, 0.5], [0.25, 0.75], [1.0, 2.0, 1.0]])
+@pytest.mark.parametrize(
+    ("condition", "one", "many"), [(None, "a label", "classes"), ("caption", "a caption", "captions")]
+)
+def test_what_a_label_is_worth_is_said_with_its_errors(
+    is_bound: bool, error: float | None, prior: list[float], condition: str | None, one: str, many: str
+) -> None:
+    details: dict[str, Any] = {"marginal": MARGINAL | {"prior": prior, "standard_error": error}}
+    details |= {} if condition is None else {"condition": condition}
+    text = str(report(FEWEST_REPLICATES, 2, details=details, is_bound=is_bound))
+    for said in ("2.2500", "3.3219", "1234.5000", "0.0625", one, f"{len(prior)} {many}"):
+        assert said in text
+    assert ("uniform" in text) == (prior == [0.5, 0.5])
+    assert (f"{error:.4f}" in text) if error else ("unknown" in text)
+    (mixture,) = (line for line in text.splitlines() if "1234.5000" in line)
+    # The bias of one replicate is not known, so that there its sign is not, either.
+    assert ("at most" in mixture) == (is_bound and error is not None)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_levels_are_of_images_and_known_tokens_of_texts(images: bool) -> None:
+    dataset = {"name": "d", "levels": 31, "fingerprint": "sha256:" + "0" * 64} | ({"images": {}} if images else {})
+    (line,) = (line for line in str(report(2, 2, details={"dataset": dataset})).splitlines() if "dataset" in line)
+    assert ("31 levels" in line) == images == ("31 tokens known" not in line)
+
+
+@pytest.mark.parametrize("unit", [None, "bits/byte"])
+def test_a_target_is_in_the_unit_that_it_was_asked_for_in(unit: str | None) -> None:
+    target = {"standard_error": 0.25, "reached": True} | ({"unit": unit} if unit else {})
+    (line,) = (line for line in str(report(2, 2, details={"target": target})).splitlines() if "target" in line)
+    assert "0.25" in line and ("bits/byte" in line) == (unit is not None)
 
 
 def test_the_clipped_models_figures_stand_beside() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from vdm_hub.diffusion.gaussian_process import GaussianProcess
 from vdm_hub.diffusion.noise_schedules import LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.times import stratified_times
 from vdm_hub.errors import ConfigurationError, DataError
-from vdm_hub.objectives.variational_bound import Bound, VDMObjective
+from vdm_hub.objectives.variational_bound import Bound, Terms, VDMObjective
 
 SHAPE = (3, 4, 4)
 DATA = Mixture.gaussian(0.3)
@@ -118,18 +119,36 @@ class LinearLayerSchedule(NoiseSchedule):
         return {}
 
 
+def every_way(objective: VDMObjective, count: int = 8) -> list[Terms]:
+    """The terms as `forward` has them, as the network has a say in them, and by dimension in continuous time."""
+    batch, times = batch_of(count), stratified_times(count, 0.3)
+    noise = objective.draw_noise(batch, torch.Generator().manual_seed(1))
+    ways = [evaluate(objective, count).terms]
+    ways += [objective.network_terms(batch, times, noise, reconstruction=asks) for asks in (True, False)]
+    return ways if objective.transitions else [*ways, objective.terms_by_dimension(batch, times, noise)]
+
+
 @every_transitions
 def test_under_autocast_the_bound_with_an_exact_denoiser_is_that_of_float32(transitions: int | None) -> None:
     process = registered.process(LinearLayerSchedule())
     objective = VDMObjective(ExactDenoiser(DATA, process), process, transitions)
     plain = registered.process(LinearSchedule(-13.3, 5.0))
-    expected, by_hand = evaluate(objective), evaluate(VDMObjective(ExactDenoiser(DATA, plain), plain, transitions))
+    expected, by_hand = every_way(objective), every_way(VDMObjective(ExactDenoiser(DATA, plain), plain, transitions))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert process.schedule(torch.tensor([0.3])).dtype == torch.bfloat16, "autocast must be able to spoil gamma"
-        actual = evaluate(objective)
-    for name, term in expected.terms.items():
-        assert torch.equal(actual.terms[name], term)
-        torch.testing.assert_close(by_hand.terms[name], term, rtol=1e-4, atol=1e-5)
+        actual = every_way(objective)
+    for one, low, hand in zip(expected, actual, by_hand, strict=True):
+        for name, term in one.items():
+            assert torch.equal(low[name], term)
+            torch.testing.assert_close(hand[name], term, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reconstruction_is_among_the_network_s_terms_where_it_is_asked_for() -> None:
+    process = registered.process(LinearSchedule())
+    whole, with_it, without, *_ = every_way(VDMObjective(ExactDenoiser(DATA, process), process))
+    assert with_it.keys() == {"reconstruction", "diffusion"} and without.keys() == {"diffusion"}
+    for name, term in with_it.items():
+        assert torch.equal(term, whole[name])
 
 
 class Body(nn.Module):
@@ -207,12 +226,18 @@ def test_levels_beyond_the_process_and_times_beyond_the_chain_are_refused() -> N
     objective = VDMObjective(torch.nn.Identity(), registered.process(LinearSchedule()))
     levels = torch.zeros((2, 1, 2, 2), dtype=torch.int64)
     noise = objective.draw_noise({"levels": levels}, torch.Generator().manual_seed(0))
-    for wrong in (-1, objective.process.num_levels):
-        levels[1, 0, 0, 0] = wrong  # one entry of all
-        with pytest.raises(DataError, match=str(wrong)):
-            objective({"levels": levels}, torch.rand(2), noise)
-    with pytest.raises(DataError, match="times"):
-        objective({"levels": levels * 0}, torch.tensor([0.5, 1.5]), noise)
+    ways: list[Callable[[dict[str, Tensor], Tensor], object]] = [
+        lambda batch, times: objective(batch, times, noise),
+        lambda batch, times: objective.network_terms(batch, times, noise, reconstruction=False),
+        lambda batch, times: objective.terms_by_dimension(batch, times, noise),
+    ]
+    for way in ways:
+        for wrong in (-1, objective.process.num_levels):
+            levels[1, 0, 0, 0] = wrong  # one entry of all
+            with pytest.raises(DataError, match=str(wrong)):
+                way({"levels": levels}, torch.rand(2))
+        with pytest.raises(DataError, match="times"):
+            way({"levels": levels * 0}, torch.tensor([0.5, 1.5]))
 
 
 def test_the_parts_are_all_modules_of_the_objective_by_what_they_are() -> None:
