@@ -35,7 +35,7 @@ import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -52,6 +52,7 @@ from mutmut.mutation import mutators
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "mutants.toml"
 LOCK = ROOT / "tests" / "mutants.lock"
+SCOPE = [f"vdm_hub/{folder}" for folder in ("diffusion", "objectives", "likelihood", "training")]
 SPEAKS = {"warn", "print", "write", "log", "info", "debug", "warning"}
 REDUCTIONS = {"mean": "sum", "sum": "mean", "min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"}
 REDUCTIONS |= {"amin": "amax", "amax": "amin", "floor": "ceil", "ceil": "floor", "all": "any", "any": "all"}
@@ -427,6 +428,13 @@ def fingerprint(module: str, entry: dict[str, Any]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def left_out(table: Mapping[str, Any]) -> list[str]:
+    """The modules with something to change that no tests are aimed at."""
+    paths = (path for folder in SCOPE for path in sorted((ROOT / folder).rglob("*.py")))
+    names = ((str(path.relative_to(ROOT)), path) for path in paths)
+    return [name for name, path in names if name not in table and mutants(path.read_text())]
+
+
 def known_whole() -> dict[str, str]:
     """The fingerprint of each module as it was when no mutant of it survived."""
     known: dict[str, str] = json.loads(LOCK.read_text()) if LOCK.exists() else {}
@@ -453,6 +461,8 @@ def main() -> int:
     modules = arguments.modules or list(table)
     if unknown := set(modules) - set(table):
         parser.error(f"{', '.join(sorted(unknown))}: not in {TABLE}, which says what tests are aimed at a module")
+    if not arguments.modules and (missing := left_out(table)):
+        parser.error(f"no tests are aimed at {', '.join(missing)}: name them in {TABLE}")
     if not arguments.modules and not arguments.all:
         known = known_whole()
         modules = [name for name in table if known.get(name) != fingerprint(name, table[name])]
