@@ -19,6 +19,7 @@ from vdm_hub.diffusion.scaling import DataScaling
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.comparison import compare_decompositions
 from vdm_hub.likelihood.estimator import BoundEstimator
+from vdm_hub.likelihood.importance_weighted import WeightedFlowMeasurement
 from vdm_hub.objectives.consistency import ConsistencyObjective
 from vdm_hub.objectives.decompositions import decompositions
 from vdm_hub.objectives.variational_bound import VDMObjective
@@ -327,6 +328,12 @@ def test_latents_that_say_nothing_of_the_data_are_noted_and_those_that_suit_no_p
     (*collapse, scaling) = process(OnePixel(gain=0.0, offset=3.0)).examine([levels()[:images]])[1]
     assert [note.partition(":")[0] for note in collapse] == ["posterior collapse"] * collapsed
     assert "latent_scaling" in scaling
+
+
+def test_weights_of_a_flow_of_latents_are_over_what_the_encoder_draws() -> None:
+    latent = process(OnePixel())
+    measurement = WeightedFlowMeasurement(VDMObjective(Exact(), latent), draws=3)
+    assert measurement.protocol()["importance_weights"] == {"over": "q(y|x)", "draws": 3}
 
 
 def test_a_frozen_first_stage_is_never_trained_and_a_new_one_is() -> None:

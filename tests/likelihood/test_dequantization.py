@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vdm_hub.diffusion.scaling import SCALINGS, DataScaling
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.likelihood.dequantization import dequantization
+from vdm_hub.likelihood.dequantization import dequantization, draw_of_latents
 from vdm_hub.likelihood.protocol import DEQUANTIZATIONS
 
 every_kind = pytest.mark.parametrize("kind", sorted(DEQUANTIZATIONS))
@@ -164,6 +164,19 @@ def test_a_planted_wrong_entropy_term_is_caught() -> None:
     for kind, errors in planted.items():
         for name, error in errors.items():
             assert identity_gap(kind, error) > 1e-4, name
+
+
+@pytest.mark.parametrize("gamma_0", [-13.3, 0.5])
+def test_a_draw_of_latents_has_the_density_and_the_entropy_of_scipy_s_normal(gamma_0: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, eps = (torch.randn(3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale = torch.tensor([0.25, 2.0], dtype=torch.float64)[:, None].expand(3, 2, 4)
+    draw = draw_of_latents(mean, scale, torch.tensor(gamma_0, dtype=torch.float64), eps)
+    alpha = math.sqrt(1 / (1 + math.exp(gamma_0)))
+    q = scipy.stats.norm(alpha * mean.numpy(), alpha * scale.numpy())
+    np.testing.assert_allclose(draw.z_0, alpha * (mean + scale * eps), rtol=1e-12)
+    np.testing.assert_allclose(draw.log_q, q.logpdf(draw.z_0.numpy()).sum((1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(draw.entropy, q.entropy().sum((1, 2)), rtol=1e-12)
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -14,7 +14,7 @@ import registered
 from exact_denoisers import CorrelatedGaussianDenoiser, ExactDenoiser, Mixture, PerPixelSchedule, alpha_sigma
 from measured import measured
 from naming import naming
-from plugin_of_law_7 import ContextSchedule
+from plugin_of_law_7 import ContextSchedule, ResamplingProcess
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.diffusion.reverse_variances import reverse_variance
@@ -26,6 +26,7 @@ from vdm_hub.likelihood.importance_weighted import (
     log_mean_exp,
     weighted,
 )
+from vdm_hub.likelihood.measurement import Measurement
 from vdm_hub.likelihood.methods import ProbabilityFlow
 from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow
 from vdm_hub.objectives.variational_bound import VDMObjective
@@ -374,6 +375,21 @@ def test_a_schedule_that_draws_a_latent_has_no_exact_weights_and_is_refused_by_n
         ChainsMeasurement(VDMObjective(ExactDenoiser(DATA, process), process, 2))
     with pytest.raises(ConfigurationError, match=naming("ContextSchedule")):
         WeightedFlowMeasurement(VDMObjective(ExactDenoiser(DATA, process), process))
+
+
+def test_a_process_whose_kernels_are_not_gaussian_has_no_chains_and_is_refused_by_name() -> None:
+    with pytest.raises(ConfigurationError, match=naming("ResamplingProcess")):
+        ChainsMeasurement(VDMObjective(nn.Identity(), ResamplingProcess(), 2))
+
+
+@pytest.mark.parametrize("of_chains", [True, False])
+def test_data_of_which_a_part_is_given_have_no_weights(of_chains: bool) -> None:
+    measurement: Measurement = WeightedFlowMeasurement(flow_objective())
+    if of_chains:
+        measurement = ChainsMeasurement(chain_objective(2), 1)
+    batch = images(repeated(1, 2))()[0] | {"given": torch.tensor([[True], [False]])}
+    with pytest.raises(ConfigurationError, match=naming("'given'", 1)):
+        measurement.measure(batch, 0)
 
 
 class Broken(ExactDenoiser):
