@@ -20,6 +20,10 @@ from vdm_hub.errors import ConfigurationError
 from vdm_hub.likelihood.comparison import compare_decompositions
 from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.importance_weighted import WeightedFlowMeasurement
+from vdm_hub.likelihood.methods import ProbabilityFlow
+from vdm_hub.likelihood.probability_flow import FlowMeasurement, draw_flow
+from vdm_hub.likelihood.protocol import DEQUANTIZATIONS
+from vdm_hub.likelihood.report import LikelihoodReport
 from vdm_hub.objectives.consistency import ConsistencyObjective
 from vdm_hub.objectives.decompositions import decompositions
 from vdm_hub.objectives.variational_bound import VDMObjective
@@ -328,6 +332,39 @@ def test_latents_that_say_nothing_of_the_data_are_noted_and_those_that_suit_no_p
     (*collapse, scaling) = process(OnePixel(gain=0.0, offset=3.0)).examine([levels()[:images]])[1]
     assert [note.partition(":")[0] for note in collapse] == ["posterior collapse"] * collapsed
     assert "latent_scaling" in scaling
+
+
+def test_each_draw_of_latents_flows_as_its_closed_form_says() -> None:
+    """Of Gaussian latents: ``z_1 = z_0 sqrt(v_1/v_0)``, and so the density at z_0; of ``y`` that the encoder drew."""
+    stage = OnePixel()
+    flow = ProbabilityFlow(divergence="exact", tolerance=1e-7)
+    batch = {"levels": levels(), "indices": torch.arange(K)}
+    draw = draw_flow(process(stage), Exact(), batch, flow, (0, 0), 0)
+    alpha, sigma = math.sqrt(1 / (1 + math.exp(-12))), math.sqrt(1 / (1 + math.exp(12)))
+    v_0, v_1 = alpha**2 * VARIANCE + sigma**2, VARIANCE / (1 + math.exp(5)) + 1 / (1 + math.exp(-5))
+    volume = 0.5 * math.log(2 * math.pi) + math.log(alpha * stage.deviation)
+    size = (-2 * (draw.log_q + volume)).sqrt()  # of the encoder's standard normal draw; its sign is not told
+    mean, _ = stage.posterior(stage.scale(levels()))
+    either = []
+    for eps in (size, -size):
+        y = mean.flatten() + stage.deviation * eps
+        minus_log_p = 0.5 * (math.log(2 * math.pi * v_0 / v_1) + (alpha * y) ** 2 * v_1 / v_0)
+        either.append(torch.stack([-stage.log_likelihood(levels(), y), minus_log_p]))
+    found = torch.stack([draw.terms["reconstruction"], draw.terms["base_density"] + draw.terms["volume_change"]])
+    off = torch.stack([(found - expected).abs().amax(0) for expected in either])
+    assert float(off.amin(0).max()) < 1e-5 < float(off.max()), "the tolerance, times some steps"
+    assert draw.drawn == "latent" and draw.terms.keys() == {"reconstruction", "base_density", "volume_change"}
+    torch.testing.assert_close(draw.entropy, torch.full((K,), volume + 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("of_latents", [True, False])
+def test_a_flow_s_report_says_what_its_draws_are_of(of_latents: bool) -> None:
+    pixels = GaussianProcess.from_fields({"num_levels": K})
+    measurement = FlowMeasurement(VDMObjective(Exact(), process(OnePixel()) if of_latents else pixels))
+    asked = measurement.protocol()["probability_flow"]["dequantization"]
+    assert ("q(y|x)" in asked) == of_latents and (asked in DEQUANTIZATIONS) != of_latents
+    (note,) = measurement.notes(LikelihoodReport({"a": torch.zeros(1, 1)}, None, 1))
+    assert ("encoder" in note) == of_latents and ("dequantisation" in note) != of_latents
 
 
 def test_weights_of_a_flow_of_latents_are_over_what_the_encoder_draws() -> None:
