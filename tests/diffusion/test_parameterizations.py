@@ -12,6 +12,7 @@ import registered
 from exact_denoisers import ExactDenoiser, Mixture
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.gaussian_process import GaussianProcess
+from vdm_hub.diffusion.parameterizations import EDMPrediction, VEScore
 
 TARGETS = registered.names("parameterizations")
 every_target = pytest.mark.parametrize("target", TARGETS)
@@ -169,3 +170,24 @@ def test_tweedie_the_exact_denoiser_is_the_gradient_of_the_log_density(target: s
     alpha, sigma = gaussian.alpha(g)[:, None], gaussian.sigma(g)[:, None]
     tweedie = z + sigma**2 * score
     torch.testing.assert_close(alpha * process.parameterization.x_hat(output, z, g), tweedie, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("prediction_type", "sign"), [(None, 1.0), ("epsilon", 1.0), ("v_prediction", -1.0)])
+def test_the_target_edm_is_the_preconditioning_of_karras_et_al(prediction_type: str | None, sign: float) -> None:
+    """``D = c_skip y + c_out F(c_in y)`` with ``y = z/alpha`` (arXiv 2206.00364, eq. 7 and table 1), sd = 1/2."""
+    target = EDMPrediction() if prediction_type is None else EDMPrediction(prediction_type=prediction_type)
+    gamma = torch.linspace(-12, 5, 18, dtype=torch.float64)
+    z, output = torch.randn(2, 18, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    s, y, sd = torch.exp(gamma / 2), z / gaussian.alpha(gamma), 0.5
+    denoised = sd**2 / (s**2 + sd**2) * y + sign * s * sd / (s**2 + sd**2).sqrt() * output
+    torch.testing.assert_close(target.x_hat(output, z, gamma), denoised, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(target.input_scale(gamma) * z, y / (s**2 + sd**2).sqrt(), rtol=1e-12, atol=0)
+
+
+def test_the_target_ve_score_is_the_score_of_exploding_variances() -> None:
+    """Of ``y = x + s eps`` (arXiv 2011.13456, app. B): ``x + s^2 score = y`` where the network is exact."""
+    target, gamma = VEScore(), torch.linspace(-12, 5, 18, dtype=torch.float64)
+    z, output = torch.randn(2, 18, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = target.input_scale(gamma) * z
+    torch.testing.assert_close(y, z / gaussian.alpha(gamma), rtol=1e-12, atol=0)
+    torch.testing.assert_close(target.x_hat(output, z, gamma), y + torch.exp(gamma) * output, rtol=1e-10, atol=1e-10)

@@ -23,11 +23,12 @@ def test_nearest_inverts_encode_for_every_level(name: str, num_levels: int, dtyp
 
 
 @pytest.mark.parametrize("num_levels", [2, 17, 256])
-def test_the_two_scalings_are_those_of_their_papers(num_levels: int) -> None:
+def test_the_scalings_are_those_of_their_papers(num_levels: int) -> None:
     levels = torch.arange(num_levels, dtype=torch.float64)
-    centers, full = (DataScaling(name, num_levels).encode(levels, torch.float64) for name in ("bin_centers", "full"))
+    centers, full, unit = (DataScaling(name, num_levels).encode(levels, torch.float64) for name in SCALINGS)
     torch.testing.assert_close(centers, 2 * (levels + 0.5) / num_levels - 1, rtol=0, atol=1e-15)
     torch.testing.assert_close(full, 2 * levels / (num_levels - 1) - 1, rtol=0, atol=1e-15)
+    torch.testing.assert_close(unit, levels / (num_levels - 1), rtol=0, atol=1e-15)
 
 
 def test_an_unknown_scaling_is_refused_with_the_nearest() -> None:

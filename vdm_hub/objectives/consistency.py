@@ -29,7 +29,6 @@ from vdm_hub.models.calls import CountedNetwork
 from vdm_hub.objectives.variational_bound import Batch, Bound, Terms, VDMObjective, bind_batch
 
 _STEPS = ("previous", "current", "next", "last")
-_PROFILE = 105  # a stream of draws
 
 
 class ConsistencyObjective(VDMObjective):
