@@ -484,5 +484,6 @@ def test_bad_numbers_are_refused() -> None:
         BoundEstimator(model, 0)
     with pytest.raises(ConfigurationError, match=naming("times_per_datum", 0)):
         BoundEstimator(model, 5, times_per_datum=0)
-    with pytest.raises(ConfigurationError, match=naming("pilot_evaluations", 255)):
-        BoundEstimator(model, 5, pilot_evaluations=255)
+    for wrong in (255, -1, 300.5):
+        with pytest.raises(ConfigurationError, match=naming("pilot_evaluations", wrong)):
+            BoundEstimator(model, 5, pilot_evaluations=wrong)  # type: ignore[arg-type]
