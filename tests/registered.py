@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,13 +21,19 @@ def names(kind: str) -> list[str]:
     return list(registry.BUILT_INS[kind])  # plugins bring tests of their own
 
 
-def crossed(kind: str, other: str) -> list[Any]:
-    """Each name of two kinds with each of the other; where neither is the first of its kind, a slow one."""
-    first, second = names(kind), names(other)
+def crossed(kind: str | Sequence[Any], other: str | Sequence[Any]) -> list[Any]:
+    """Each name of two kinds, or value of two lists, with each of the other; slow ones, where neither is the first."""
+    first, second = (names(one) if isinstance(one, str) else list(one) for one in (kind, other))
     pairs = [(one, two) for one in first for two in second]
-    quick = [one == first[0] or two == second[0] for one, two in pairs]
-    marks = [() if is_quick else pytest.mark.slow for is_quick in quick]
-    return [pytest.param(*pair, marks=mark, id="-".join(pair)) for pair, mark in zip(pairs, marks, strict=True)]
+    marks = [() if one == first[0] or two == second[0] else pytest.mark.slow for one, two in pairs]
+    return [
+        pytest.param(*pair, marks=mark, id="-".join(map(_words, pair)))
+        for pair, mark in zip(pairs, marks, strict=True)
+    ]
+
+
+def _words(value: Any) -> str:
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def build(kind: str, name: str, **arguments: Any) -> Any:

@@ -63,9 +63,8 @@ def test_every_combination_of_techniques_is_unbiased(techniques: dict[str, bool]
     assert abs(z_score(estimate(model, **techniques), exact)) < 4.5
 
 
-@pytest.mark.parametrize("name", registered.names("noise_schedules"))
-@pytest.mark.parametrize("transitions", [None, 2, 3000])
-def test_all_together_are_unbiased_under_every_schedule(name: str, transitions: int | None) -> None:
+@pytest.mark.parametrize(("transitions", "name"), registered.crossed([None, 2, 3000], "noise_schedules"))
+def test_all_together_are_unbiased_under_every_schedule(transitions: int | None, name: str) -> None:
     model = objective(transitions, registered.scalar_schedule(name))
     exact = float(exact_diffusion(model.process, LEVELS, transitions).mean())
     assert abs(z_score(estimate(model), exact)) < 4.5

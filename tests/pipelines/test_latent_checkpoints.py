@@ -58,7 +58,7 @@ def ldm(network: Any = None, scheduler: Any = None) -> Any:
 
 
 KINDS = {"DiTPipeline": dit, "LDMPipeline": ldm}
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", ["DiTPipeline", pytest.param("LDMPipeline", marks=pytest.mark.slow)])
 
 
 def images(count: int, split: str = "train") -> torch.Tensor:

@@ -58,6 +58,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "latent": {"model": "latent_vdm", "first_stage": STAGE},
     "latent of an AutoencoderKL": {"model": "latent_vdm", "first_stage": KL | {"latent_channels": 2}},
 }
+SLOW = pytest.mark.slow
+LONG = ("latent of an AutoencoderKL", "classes")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,7 +112,9 @@ def bound(objective: Objective, run: TrainingRun) -> Tensor:
         return objective.eval()(batch, run._times(0), run._noise(batch, 0)).total
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "captions", "tokens"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=SLOW if kind in LONG else ()) for kind in KINDS), "captions", "tokens"]
+)
 def test_weights_process_and_data_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
     """Of every kind: the same weights, averages and bound, bit for bit, and so after steps that change nothing."""
     fields = of_kind(kind, tmp_path)
@@ -141,7 +145,7 @@ def test_weights_process_and_data_are_those_of_the_model(kind: str, tmp_path: Pa
     assert index | {"_name_or_path": 0} == index_before | {"_name_or_path": 0}
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+@pytest.mark.parametrize("variance", ["fixed_small", pytest.param("learned_range", marks=SLOW)])
 def test_a_ddpm_is_trained_on_by_the_bound_of_its_very_chain(variance: str, tmp_path: Path) -> None:
     """Network, betas, scaling, decoder and what its sampler does are in what the run publishes."""
     unet = randomised(new_network(2 if variance == "learned_range" else 1))
@@ -316,7 +320,7 @@ def test_preprocessing_is_that_of_the_model(tmp_path: Path) -> None:
 # ---- going on ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["learned", "captions", "tokens"])
+@pytest.mark.parametrize("kind", ["tokens", *(pytest.param(kind, marks=SLOW) for kind in ("learned", "captions"))])
 def test_a_run_that_goes_on_needs_the_model_no_more(kind: str, tmp_path: Path) -> None:
     """It is gone: the run goes on as if undisturbed, also from before its first step."""
     fields = of_kind(kind, tmp_path)

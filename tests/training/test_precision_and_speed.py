@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import registered
 from runs import LEARNED, ROOT, TORCHRUN, UNET, forget_accelerator, python, recipe, start, train_here, weights
 from vdm_hub import UNetVDMModel, VDMPipeline
 from vdm_hub.diffusion import decoders
@@ -362,8 +363,7 @@ def test_a_step_reads_no_value_but_where_a_cpu_may(schedule: str, tmp_path: Path
         assert reads.places == LOOK_ON_A_CPU
 
 
-@pytest.mark.parametrize("decoder", ["factorised", "ddpm"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("decoder", "schedule"), registered.crossed(["ddpm", "factorised"], SCHEDULES))
 def test_off_the_cpu_the_objective_reads_no_value(schedule: str, decoder: str) -> None:
     """On the meta device tensors have no values: whatever reads one raises. Only autocast does not know it."""
     conditioning = "table" if schedule == "discrete_betas" else "affine"
