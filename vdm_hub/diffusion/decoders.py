@@ -23,6 +23,7 @@ from vdm_hub.diffusion.scaling import DataScaling
 Predict = Callable[[], Tensor]
 
 _LEVELS_AT_ONCE = 16
+_WEIGHTS_AT_ONCE = 2**13  # of all dimensions together, on a CPU, whose cache holds them
 _MOST_LEVELS_UNSEEN = 1024  # beyond, visiting them all costs more than the host's waiting for gamma_0
 
 
@@ -198,6 +199,9 @@ def _moments_in_reach(
     mean: Tensor, gamma_0: Tensor, scaling: DataScaling, needs_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums over the levels of the weight, and of it times the distance from the nearest level and its square."""
+    if 2 * _reach(gamma_0, scaling, mean.dtype) + 1 > scaling.num_levels:  # to visit all takes fewer steps
+        at_once = max(2, _WEIGHTS_AT_ONCE // max(1, mean.numel()))
+        return _moments_of_all(mean, gamma_0, scaling, needs_gradient, at_once)
     total, first, second = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
     for _, step, weight in _levels_in_reach(mean, gamma_0, scaling):
         total += weight
@@ -208,7 +212,7 @@ def _moments_in_reach(
 
 
 def _moments_of_all(
-    mean: Tensor, gamma_0: Tensor, scaling: DataScaling, needs_gradient: bool
+    mean: Tensor, gamma_0: Tensor, scaling: DataScaling, needs_gradient: bool, at_once: int = _LEVELS_AT_ONCE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_moments_in_reach` over all levels, without a look at a value: a compiler fuses it whole, and no host waits."""
     nearest = scaling.nearest(mean)
@@ -216,7 +220,7 @@ def _moments_of_all(
     precision = torch.exp(-gamma_0).unsqueeze(-1)
     levels = torch.arange(scaling.num_levels, device=mean.device)
     total, first, second = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
-    for some in levels.split(scaling.num_levels if torch.compiler.is_compiling() else _LEVELS_AT_ONCE):
+    for some in levels.split(scaling.num_levels if torch.compiler.is_compiling() else at_once):
         step = (some - nearest.unsqueeze(-1)).to(mean.dtype) * scaling.spacing
         weight = torch.exp(precision * step * (distance - 0.5 * step))
         total = total + weight.sum(-1)
