@@ -14,8 +14,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tiny_tokens import network as token_network
+from vdm_hub.recipes.configuration import TrainingArguments
 from vdm_hub.training.parts.optimizers import (
     MuonAndAdamW,
+    build_optimizer,
     hidden_matrices,
     load_state,
     pack_optimizer,
@@ -44,7 +46,7 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
 
 
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer | Both, seeds: range) -> None:
     for seed in seeds:
         x = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(seed))
         optimizer.zero_grad()
@@ -116,11 +118,72 @@ def test_names_of_what_is_nested_are_paths() -> None:
     assert torch.equal(state["quantised"]["code"], torch.arange(3.0))
 
 
+class Bound(nn.Module):
+    """As much of an objective as an optimiser is built from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.parts = network(), {}
+
+
+@pytest.mark.parametrize("decay_biases", [True, False])
+def test_muon_takes_torch_s_own_steps_for_matrices_and_adamw_s_for_the_rest(decay_biases: bool) -> None:
+    settings: dict[str, Any] = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-3, "adam_weight_decay": 0.3}
+    arguments = TrainingArguments(max_train_steps=1, optimizer="muon", decay_biases=decay_biases, **settings)
+    ours, theirs = Bound(), Bound()
+    optimizer = build_optimizer(ours, arguments, 0.01)  # type: ignore[arg-type]
+    assert all(group["params"] for group in optimizer.param_groups)
+    steps(ours.body, optimizer, range(3))
+    matrix = theirs.body[2].weight
+    biases = [p for p in theirs.body.parameters() if p.ndim == 1]
+    others = [p for p in theirs.body.parameters() if p is not matrix and p.ndim > 1]
+    groups = [{"params": others}, {"params": biases, "weight_decay": 0.3 if decay_biases else 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.3, fused=True)
+    muon = torch.optim.Muon([matrix], lr=0.01, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    for seed in range(3):
+        steps(theirs.body, Both(adamw, muon), range(seed, seed + 1))
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Both:
+    """Two optimisers, as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def test_muon_s_defaults_are_adamw_s_without_decay_and_a_closure_gives_the_loss() -> None:
+    ours, theirs = network(), network()
+    optimizer = MuonAndAdamW([{"params": ours.parameters()}], (), lr=0.1)
+    steps(ours, optimizer, range(2))
+    steps(theirs, torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.0, fused=True), range(2))
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+    def closure() -> Tensor:
+        assert torch.is_grad_enabled()
+        return torch.tensor(7.0)
+
+    assert optimizer.step(closure) == 7 and optimizer.step() is None
+
+
 def test_what_begins_and_ends_a_network_of_tokens_is_no_hidden_matrix() -> None:
     model = token_network(7)
     found = hidden_matrices(model)
     outer = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     linear = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
     assert found == linear - outer and found
+    tied = nn.ModuleList([nn.Embedding(5, 3), nn.Linear(3, 5, bias=False), nn.Linear(3, 3, bias=False)])
+    tied[1].weight = tied[0].weight  # of a network that does not say which layer gives the logits
+    assert hidden_matrices(tied) == {id(tied[2].weight)}
     model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
     assert id(model.get_output_embeddings().weight) not in hidden_matrices(model), "nor where it is untied"
