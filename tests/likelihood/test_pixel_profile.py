@@ -128,6 +128,7 @@ def test_times_are_one_in_each_part_and_their_mean_is_the_term() -> None:
     profile = tiny_pipeline().pixel_profile(LEVELS_OF_IMAGES, evaluations=10)
     assert (profile.times * 10).long().tolist() == [list(range(10))] * 3
     torch.testing.assert_close(profile.over_time.mean(1), profile.terms["diffusion"].flatten(1).mean(1))
+    torch.testing.assert_close(profile.bits_per_dim, sum(term.flatten(1).mean(1) for term in profile.terms.values()))
 
 
 def test_it_is_of_the_class_that_the_model_is_told() -> None:

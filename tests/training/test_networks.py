@@ -42,7 +42,17 @@ def test_size_and_channels_are_those_of_the_data(unet: Any, shape: Any, size: An
 
 def test_the_process_says_what_comes_out(tmp_path: Path) -> None:
     built: Any = build_network(configuration(tmp_path), (3, 8, 8), LogitsProcess(5))
-    assert (built.config.in_channels, built.config.out_channels) == (3, 15)
+    assert (built.config.in_channels, built.config.out_channels, built.config.add_input) == (3, 15, False)
+
+
+def test_a_network_of_images_reads_their_fine_scales_and_adds_its_input_unless_told_otherwise(tmp_path: Path) -> None:
+    built: Any = build_network(configuration(tmp_path), (1, 8, 8), ResamplingProcess())
+    assert (built.config.fourier_features, built.config.add_input) == ((7, 8), True)
+
+
+def test_a_network_without_patches_takes_sides_of_any_length(tmp_path: Path) -> None:
+    one_level = {"_class_name": "UNetVDMModel", "block_out_channels": [8], "norm_num_groups": 4}
+    assert config(tmp_path, (1, 7, 5), unet=one_level)["sample_size"] == [7, 5]
 
 
 @pytest.mark.parametrize("name", ["UNetVDMModell", "VDMPipeline", "DDPMScheduler", "os.system", "Model"])
@@ -68,6 +78,8 @@ def test_a_description_goes_before_a_default_and_may_repeat_the_data(tmp_path: P
 def test_a_network_is_told_the_context_of_the_process_or_refused(tmp_path: Path) -> None:
     assert config(tmp_path, (1, 8, 8), tells=True)["context_size"] == 3
     assert config(tmp_path, (1, 8, 8))["context_size"] is None
+    with pytest.raises(ConfigurationError, match=naming("context_size", 3)):
+        config(tmp_path, (1, 8, 8), unet=UNET | {"context_size": 3})
     with pytest.raises(ConfigurationError, match=naming("in_channels=2", "1x8x8")):
         config(tmp_path, (1, 8, 8), unet=UNET | {"in_channels": 2})
     with pytest.raises(ConfigurationError, match=naming("UNet2DModel")):

@@ -183,6 +183,18 @@ def test_a_split_is_described_with_all_that_was_asked_of_it() -> None:
     told = describe_split(images, DataArguments(dataset_name="digits", dataset_config_name="old", **asked), "train")
     assert {key: told.get(key) for key in asked} == asked
     assert (told["name"], told["config"], told["split"]) == ("digits", "old", "train")
+    assert not {"label_column", "caption_column", "caption_template"} & told.keys()
+    labelled = DataArguments(dataset_name="digits", label_column="label", caption_template="a {label}")
+    told = describe_split(images, labelled, "train")
+    assert (told["label_column"], told["caption_template"]) == ("label", "a {label}") and "caption_column" not in told
+
+
+def test_texts_are_described_with_their_column_and_configuration(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 40)
+    asked: dict[str, Any] = {"dataset_name": str(tmp_path / "text.txt"), "tokenizer": "character", "window_length": 16}
+    windows = load_data(DataArguments(**asked)).train
+    told = describe_split(windows, DataArguments(**asked, dataset_config_name="old", text_column="body"), "train")
+    assert (told["config"], told["text_column"], told["split"]) == ("old", "body", "train")
 
 
 def test_a_stream_has_no_number_of_images(tmp_path: Path) -> None:
