@@ -73,6 +73,7 @@ from .errors import VDMHubError as VDMHubError
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.measuring import measure_images as measure_images
 from .evaluation.measuring import ReplicateStages as ReplicateStages
+from .evaluation.provenance import model_fingerprint as model_fingerprint
 from .evaluation.provenance import weights_fingerprint as weights_fingerprint
 from .fields import check_fields as check_fields
 from .fields import option as option

@@ -21,7 +21,7 @@ from vdm_hub.evaluation.conditions import Told, told_of
 from vdm_hub.evaluation.journal import Journal, check_evaluation_journal
 from vdm_hub.evaluation.measuring import ReplicateStages, measure_images
 from vdm_hub.evaluation.processes import Processes
-from vdm_hub.evaluation.provenance import fingerprint, library_versions, weights_fingerprint
+from vdm_hub.evaluation.provenance import component_configs, fingerprint, library_versions, weights_fingerprint
 from vdm_hub.likelihood.marginal import MarginalMeasurement
 from vdm_hub.likelihood.measurement import Measurement
 from vdm_hub.likelihood.methods import Method, build_measurement, method_of
@@ -207,6 +207,7 @@ class _How:
         key = self.key | {
             "vdm_hub": __version__,
             "model_config": self.pipeline.description(),
+            "components": component_configs(self.pipeline),
             "method": measurement.method,
             "options": measurement.options,
             "protocol": measurement.protocol(),

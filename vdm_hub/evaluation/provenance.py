@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,6 +20,9 @@ from vdm_hub.data.tokenization import Tokenization
 from vdm_hub.errors.secret_values import masked_values
 from vdm_hub.files import found
 from vdm_hub.version import __version__
+
+if TYPE_CHECKING:
+    from vdm_hub.pipelines.base import LikelihoodPipeline
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "huggingface-hub", "safetensors", "numpy")
 _WHERE_INSTALLED = ("pyarrow", "scipy")
@@ -177,6 +181,59 @@ def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
                 digest.update(f"{component}.{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
+
+
+def component_configs(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What the components of a pipeline were built with, as plain JSON: weights alone do not tell a network.
+
+    Of a network's config what is not its class's default, so that a newer library, which knows of more defaults, tells
+    the same; of a tokenizer all that it does to a text; no scheduler's, which `LikelihoodPipeline.description` tells.
+    """
+    configs = {name: _config_of(one) for name, one in sorted(pipeline.components.items())}
+    return {name: config for name, config in configs.items() if config is not None}
+
+
+def model_fingerprint(pipeline: LikelihoodPipeline) -> str:
+    """The SHA-256 of all that makes a model: weights, networks, process, tokenizer, the names of its classes.
+
+    >>> from vdm_hub import UNetVDMModel, VDMPipeline, VDMScheduler
+    >>> fields = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,)}
+    >>> first, second = (UNetVDMModel(**fields, norm_num_groups=groups).eval() for groups in (2, 4))
+    >>> second.load_state_dict(first.state_dict())
+    <All keys matched successfully>
+    >>> one, other = (VDMPipeline(unet, VDMScheduler(num_levels=17)) for unet in (first, second))
+    >>> weights_fingerprint(one) == weights_fingerprint(other), model_fingerprint(one) == model_fingerprint(other)
+    (True, False)
+    """
+    told: dict[str, Any] = {"config": pipeline.description(), "components": component_configs(pipeline)}
+    told |= {"classes": pipeline.config.get("classes"), "weights": weights_fingerprint(pipeline)}
+    described = json.dumps(told, sort_keys=True, default=str)
+    return f"sha256:{hashlib.sha256(described.encode()).hexdigest()}"
+
+
+# Of transformers' configs: who wrote them, and what the weights say themselves.
+_NOT_THE_MODEL = ("transformers_version", "architectures", "dtype", "torch_dtype")
+
+
+def _config_of(component: Any) -> dict[str, Any] | None:
+    if (backend := getattr(component, "backend_tokenizer", None)) is not None:
+        told = json.loads(backend.to_str())  # truncation and padding are of a call, not of the tokenizer
+        return {name: value for name, value in told.items() if name not in ("version", "truncation", "padding")}
+    config = getattr(component, "config", None)
+    if not isinstance(component, nn.Module) or config is None:
+        return None
+    if hasattr(config, "to_diff_dict"):  # of transformers
+        chosen = {name: value for name, value in config.to_diff_dict().items() if name not in _NOT_THE_MODEL}
+    else:
+        taken = inspect.signature(type(component).__init__).parameters
+        default = {name: _plain(one.default) for name, one in taken.items()}
+        chosen = {name: value for name, value in config.items() if _plain(value) != default.get(name)}
+    public = {name: value for name, value in chosen.items() if not name.startswith("_")}
+    return {"class": type(component).__name__, "config": json.loads(_plain(public))}
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def public_name(source: str) -> str:

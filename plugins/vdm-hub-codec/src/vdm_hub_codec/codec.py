@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +16,7 @@ from vdm_hub import (
     LikelihoodPipeline,
     TokenPipeline,
     TokenWindows,
-    weights_fingerprint,
+    model_fingerprint,
     whole_number,
 )
 from vdm_hub_codec.chains import check_process
@@ -113,6 +111,8 @@ def _tensor(what: str, given: object) -> Any:
     Raises:
         DataError: It is neither.
     """
+    if isinstance(given, Tensor) and given.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return given.long()  # torch knows no more of these types than their names
     if isinstance(given, Tensor) or (isinstance(given, TokenWindows) and what == "data"):
         return given
     if isinstance(given, np.ndarray) and given.dtype.kind in "iuf":
@@ -246,7 +246,5 @@ def maker(container: Container) -> str:
 
 
 def fingerprint_of(pipeline: LikelihoodPipeline) -> str:
-    """Of a model's weights and of all in its config that decides a likelihood."""
-    described = json.dumps(pipeline.description(), sort_keys=True, default=str)
-    digest = hashlib.sha256(f"{weights_fingerprint(pipeline)} {described}".encode())
-    return digest.hexdigest()[:24]
+    """Of all that makes the model: as many digits of `vdm_hub.model_fingerprint` as a file has room for."""
+    return model_fingerprint(pipeline).removeprefix("sha256:")[:24]

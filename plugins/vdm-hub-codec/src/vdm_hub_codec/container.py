@@ -80,16 +80,20 @@ class Container:
             raise DataError(
                 "the file is none that `vdm-hub compress` makes (it does not begin with VDMZ): name another."
             )
-        if len(data) < _HEAD.size + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        damaged = len(data) < _HEAD.size + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]
+        version = data[4] if len(data) > 4 else VERSION
+        if version != VERSION:  # which may have its checksum elsewhere
+            also = ", or damaged: get a whole copy, or" if damaged else ":"
+            raise DataError(
+                f"the file is of version {version}, and this package reads version {VERSION}{also} update "
+                f"vdm-hub-codec. Nothing is decoded."
+            )
+        if damaged:
             raise DataError(
                 "the file is damaged or cut off, as its checksum is not that of its content: get a whole copy. "
                 "Nothing is decoded."
             )
-        _, version, fingerprint, length = _HEAD.unpack(data[: _HEAD.size])
-        if version != VERSION:
-            raise DataError(
-                f"the file is of version {version}, and this package reads version {VERSION}: update vdm-hub-codec."
-            )
+        _, _, fingerprint, length = _HEAD.unpack(data[: _HEAD.size])
         try:
             place = _HEAD.size + length
             return cls._read(fingerprint.hex(), data[_HEAD.size : place], data[place:-4])
