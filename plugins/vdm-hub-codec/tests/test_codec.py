@@ -200,6 +200,18 @@ def test_latents_lie_where_wide_steps_cost_most(exact: Any) -> None:
     assert found[spacing] < 0.97 * found[None]  # their noise is half a percent
 
 
+@pytest.mark.parametrize("steps", [20, 160])
+def test_a_picture_s_lengths_are_the_bound_within_their_error(exact: Any, steps: int) -> None:
+    _, data, objective = exact
+    pipe: Any = SimpleNamespace(
+        process=objective.process, objective=partial(VDMObjective, objective.network, objective.process)
+    )
+    costs: Any = StepCosts.of(pipe, data, None, 16)
+    bound = collect_bound(VDMObjective(objective.network, objective.process, steps), data[:32])
+    error = costs.standard_error(steps, None)
+    assert 0 < error < 0.02 * bound and costs.bits_per_dim(steps, None) == pytest.approx(bound, abs=4 * error)
+
+
 def test_what_is_known_on_the_way_grows_into_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a latent adds is its term of the bound, on a draw."""
     monkeypatch.setattr("vdm_hub_codec.images.StepCosts.of", lambda *_: None)  # equal steps
@@ -383,6 +395,15 @@ def test_another_model_other_data_and_models_without_a_chain_are_refused() -> No
     whole, _ = encode(pipe, data, transitions=T, name="me/digits")
     with pytest.raises(DataError, match="me/digits"):
         decode(made("cosine, velocity"), whole)
+    same_weights = UNetVDMModel(**{**pipe.unet.config, "norm_num_groups": 2})
+    same_weights.load_state_dict(pipe.unet.state_dict())
+    with pytest.raises(DataError, match="me/digits"):
+        decode(VDMPipeline(same_weights.eval(), pipe.scheduler), whole)
+    with_labels = encode(told(), data, torch.tensor([0, 1, 2, 0]), transitions=T)[0]
+    other_names = told()
+    other_names.register_to_config(classes={**other_names.config["classes"], "names": ["z", "y", "x"]})
+    with pytest.raises(DataError, match="another"):
+        decode(other_names, with_labels)
     with pytest.raises(DataError, match="8x8"):
         encode(pipe, torch.zeros(2, 1, 9, 8, dtype=torch.long), transitions=T)
     with pytest.raises(DataError, match="17"):

@@ -30,7 +30,7 @@ from vdm_hub_codec.container import Container
 from vdm_hub_codec.decoded_files import check_place, write, written
 from vdm_hub_codec.images import check_told, classes_of, costs_of
 from vdm_hub_codec.progressive import progress_of
-from vdm_hub_codec.spacing import StepCosts, bounds_of, plot_lengths
+from vdm_hub_codec.spacing import DRAWS, StepCosts, bounds_of, plot_lengths
 
 SUFFIX = ".vdmz"
 _OF_IMAGES, _OF_TEXTS = ("image_column", "color", "resolution"), ("text_column",)
@@ -104,8 +104,9 @@ class Compress(Command):
             print(json.dumps(report.to_dict() | told))
         else:
             print(f"{arguments.output}: {report}")
-            for number, bits in lengths.items():
-                print(f"  T = {number:<6}{bits:8.4f} bits/dim, about, by {costs.data if costs else 0} of the data")
+            for number, (bits, error) in lengths.items():
+                by = f"by {costs.data if costs else 0} of the data"
+                print(f"  T = {number:<6}{bits:8.4f} bits/dim, about, {by}, standard error {error:.4f} (Monte Carlo)")
             for name, bits in sorted(others.items(), key=lambda item: item[1]):
                 print(f"  {name:<16}{bits:8.4f} {report.unit}, the file {report.bits_per_dim / bits - 1:+.1%}")
             for note in notes:
@@ -237,7 +238,7 @@ def _costs(pipeline: LikelihoodPipeline, data: Tensor | TokenWindows, labels: Te
     """What steps of the model cost, for the picture of lengths."""
     costs = None
     if isinstance(data, Tensor):
-        costs = costs_of(pipeline, data, classes_of(pipeline, labels, len(data)))
+        costs = costs_of(pipeline, data, classes_of(pipeline, labels, len(data)), DRAWS)
     if costs is None:
         raise ConfigurationError(
             "--length_plot is given, and the model is no VDM of images with one gamma a time: leave it out."

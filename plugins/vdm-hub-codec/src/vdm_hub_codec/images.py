@@ -154,10 +154,12 @@ def _notes(pipeline: LikelihoodPipeline, classes: Classes | None, transitions: i
     return notes
 
 
-def costs_of(pipeline: LikelihoodPipeline, levels: Tensor, classes: Classes | None) -> StepCosts | None:
+def costs_of(
+    pipeline: LikelihoodPipeline, levels: Tensor, classes: Classes | None, draws: int = 1
+) -> StepCosts | None:
     """What steps of a VDM cost of some data; ``None`` of a model without one gamma a time."""
     told = None if classes is None else classes.told(len(levels))
-    return StepCosts.of(pipeline, levels, told) if type(pipeline) is VDMPipeline else None
+    return StepCosts.of(pipeline, levels, told, draws) if type(pipeline) is VDMPipeline else None
 
 
 def decode_images(

@@ -8,6 +8,7 @@ dense as ``sqrt(m + m')``. It is measured on a few of the data, for `CELLS` equa
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vdm_hub_codec.report import CodecReport
 
 CELLS = 16
+DRAWS = 16
+"""For the picture of lengths."""
 _DATA = 32
 _DENSEST = 255
 _FEWEST = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -37,8 +40,8 @@ class StepCosts:
     Attributes:
         schedule: The model's gamma.
         gammas: At the edges, (CELLS + 1,), float64.
-        errors: ``|eps - eps_hat|^2`` there, the mean over the data, summed over dimensions.
-        others: What the other terms of the bound are, in nats.
+        errors: ``|eps - eps_hat|^2`` there, the mean over the data, summed over dimensions, (draws, CELLS + 1).
+        others: What the other terms of the bound are, in nats, (draws,).
         dimensions: Of a datum.
         data: How many they are measured on.
     """
@@ -46,55 +49,79 @@ class StepCosts:
     schedule: NoiseSchedule
     gammas: Tensor
     errors: Tensor
-    others: float
+    others: Tensor
     dimensions: int
     data: int
 
     @property
     def evaluations(self) -> int:
         """How many of the network, each of one datum, measuring them took."""
-        return len(self.gammas) * self.data
+        return self.errors.numel() * self.data
 
     @classmethod
-    def of(cls, pipeline: VDMPipeline, levels: Tensor, told: Tensor | None = None) -> StepCosts | None:
-        """Those of the first 32 of the data, of classes (N,) where there are; ``None`` without one gamma a time."""
+    def of(cls, pipeline: VDMPipeline, levels: Tensor, told: Tensor | None = None, draws: int = 1) -> StepCosts | None:
+        """Those of the first 32 of the data, of classes (N,) where there are; ``None`` without one gamma a time.
+
+        One draw of noise is the same at all edges, as how they differ is what a spacing is found by. Of several draws
+        each edge has its own, so that their errors hardly add up where lengths are asked for.
+        """
         if (schedule := pipeline.process.scalar_gamma) is None:
             return None
         objective, batch = pipeline.objective(None), {"levels": levels[:_DATA]}
         batch |= {} if told is None else {"class_labels": told[:_DATA]}
-        noise = objective.draw_noise(batch, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        noise = objective.draw_noise(batch, generator)
         edges = torch.linspace(0, 1 - 1e-6, CELLS + 1, dtype=torch.float64)
         gammas, slope = (found.detach().double() for found in schedule.with_derivative(edges))
-        with torch.no_grad():
-            bounds = [objective(batch, edge.float().expand(len(batch["levels"])), noise).terms for edge in edges]
-        errors = torch.stack([terms["diffusion"].double().mean() for terms in bounds]) / (0.5 * slope)
-        others = sum(float(term.double().mean()) for name, term in bounds[0].items() if name != "diffusion")
+        errors, others = torch.empty(draws, len(edges), dtype=torch.float64), torch.empty(draws, dtype=torch.float64)
+        for draw, (place, edge) in itertools.product(range(draws), enumerate(edges)):
+            noise = objective.draw_noise(batch, generator) if draws > 1 else noise
+            with torch.no_grad():
+                terms = objective(batch, edge.float().expand(len(batch["levels"])), noise).terms
+            means = {name: term.double().mean() for name, term in terms.items()}
+            errors[draw, place] = means.pop("diffusion") / (0.5 * slope[place])
+            others[draw] = sum(means.values())
         return cls(schedule, gammas, errors, others, levels[0].numel(), len(batch["levels"]))
 
     def spacing(self, transitions: int) -> bytes | None:
         """How dense T steps are best in each cell of time, 1 to 255; ``None`` where equal steps are as good."""
-        rise = self.gammas.diff()
-        density = ((self.errors[1:] * rise + self.errors.diff()).clamp(min=0) * rise).sqrt()
+        rise, errors = self.gammas.diff(), self.errors.mean(0)
+        density = ((errors[1:] * rise + errors.diff()).clamp(min=0) * rise).sqrt()
         shares = [(density / density.mean()).clamp(min=fewest) for fewest in _FEWEST]
         spacings = [bytes((one / one.max() * _DENSEST).round().clamp(1).int().tolist()) for one in shares]
         return min([None, *spacings], key=lambda one: self.bits_per_dim(transitions, one))
 
     def bits_per_dim(self, transitions: int, spacing: bytes | None) -> float:
         """About the bound with T steps, so spaced: the errors between the edges by straight lines."""
+        return float(self._by_draw(transitions, spacing).mean())
+
+    def standard_error(self, transitions: int, spacing: bytes | None) -> float:
+        """Of `bits_per_dim`, from several draws: of these very data."""
+        by_draw = self._by_draw(transitions, spacing)
+        return float(by_draw.std(ddof=1) / math.sqrt(len(by_draw)))
+
+    def _by_draw(self, transitions: int, spacing: bytes | None) -> np.ndarray:
         times = torch.tensor(times_of(spacing or bytes([1]), transitions), dtype=torch.float64)
         gammas = self.schedule(times).detach().double().numpy()
-        errors = np.interp(gammas[1:], self.gammas.numpy(), self.errors.numpy())
-        nats = 0.5 * float(np.dot(np.expm1(np.diff(gammas)), errors)) + self.others
+        errors = np.stack([np.interp(gammas[1:], self.gammas.numpy(), one) for one in self.errors.numpy()])
+        nats: np.ndarray = 0.5 * errors @ np.expm1(np.diff(gammas)) + self.others.numpy()
         return nats / self.dimensions / math.log(2)
 
 
-def bounds_of(costs: StepCosts, transitions: int) -> dict[int, float]:
-    """The bound by the number of steps, these among them, in bits/dim."""
-    numbers = sorted({*(10 * 2**i for i in range(8)), transitions})
-    return {number: costs.bits_per_dim(number, costs.spacing(number)) for number in numbers}
+Lengths = dict[int, tuple[float, float]]
+"""The bound by the number of steps, in bits/dim, and its standard error."""
 
 
-def plot_lengths(costs: StepCosts, lengths: dict[int, float], report: CodecReport, path: Path) -> None:
+def bounds_of(costs: StepCosts, transitions: int) -> Lengths:
+    """The bound by the number of steps, these among them."""
+    spacings = {number: costs.spacing(number) for number in sorted({*(10 * 2**i for i in range(8)), transitions})}
+    return {
+        number: (costs.bits_per_dim(number, one), costs.standard_error(number, one))
+        for number, one in spacings.items()
+    }
+
+
+def plot_lengths(costs: StepCosts, lengths: Lengths, report: CodecReport, path: Path) -> None:
     """Draw the bound against the number of steps, and the file, where the model made it.
 
     Args:
@@ -107,7 +134,8 @@ def plot_lengths(costs: StepCosts, lengths: dict[int, float], report: CodecRepor
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(list(lengths), equal, "--", color="tab:gray", label=f"bound, equal steps {by}")
-    axes.plot(list(lengths), list(lengths.values()), marker=".", label=f"bound, steps as in a file {by}")
+    bits, errors = zip(*lengths.values(), strict=True)
+    axes.errorbar(list(lengths), bits, errors, marker=".", capsize=2, label=f"bound, steps as in a file {by}")
     if report.bound is not None and report.transitions is not None:
         axes.plot(report.transitions, report.bits_per_dim, "x", color="black", label="the file")
     axes.set_xscale("log")
