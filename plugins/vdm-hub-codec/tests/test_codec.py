@@ -135,6 +135,20 @@ def test_data_come_back_on_other_threads_and_batches(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "bits"])
+def test_a_block_is_decoded_by_itself(name: str) -> None:
+    pipe = made(name)
+    data = levels(11) % pipe.num_levels
+    whole, _ = encode(pipe, data, transitions=T, block=4)
+    for numbers in ([1], [2, 0], [0, 1, 2]):
+        found = decode(pipe, whole, blocks=numbers).levels
+        assert found is not None and torch.equal(found, torch.cat([data.split(4)[number] for number in numbers]))
+    wrong: Any
+    for wrong in ([3], [-1], [], [True], [0.0]):
+        with pytest.raises(ConfigurationError, match="from 0 to 2"):
+            decode(pipe, whole, blocks=wrong)
+
+
+@pytest.mark.parametrize("name", ["linear", "bits"])
 def test_every_evaluation_of_the_network_is_counted(name: str) -> None:
     """Those of the spacing, of the bins and of draws that had too few bits, too."""
     pipe, asked = made(name), list[int]()

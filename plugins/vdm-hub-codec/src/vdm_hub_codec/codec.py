@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from vdm_hub import (
     model_fingerprint,
     whole_number,
 )
+from vdm_hub_codec.blocks import Block
 from vdm_hub_codec.chains import check_process
 from vdm_hub_codec.container import MOST_TRANSITIONS, Container
 from vdm_hub_codec.documents import checked
@@ -175,6 +177,7 @@ def decode(
     pipeline: LikelihoodPipeline,
     data: bytes | bytearray | memoryview,
     *,
+    blocks: Sequence[int] | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Decoded:
@@ -183,10 +186,12 @@ def decode(
     Args:
         pipeline: The model that made it.
         data: The file's bytes.
+        blocks: The numbers of the blocks of images that are wanted, from 0, in any order; all, where not given.
         batch_size: Data at once in the network; any.
         progress: Whether to show a bar.
 
     Raises:
+        ConfigurationError: The file has no such block.
         DataError: The file is none, damaged, or of another model, or the network gives other numbers here.
     """
     whole_number("batch_size", batch_size)
@@ -195,6 +200,8 @@ def decode(
     container = Container.from_bytes(bytes(data))
     check_model(pipeline, container)
     _check_kind(pipeline, container)
+    if blocks is not None:
+        container = replace(container, blocks=_chosen(container, blocks))
     try:
         if isinstance(pipeline, TokenPipeline):
             return Decoded(texts=decode_texts(pipeline, container, batch_size, progress))
@@ -206,6 +213,21 @@ def decode(
             f"the file says that it keeps {sum(one.count for one in container.blocks):,} data, and the memory is not "
             f"enough for them: give a smaller batch_size, or more memory. Nothing is decoded."
         ) from error
+
+
+def _chosen(container: Container, numbers: Sequence[int]) -> list[Block]:
+    """The blocks of these numbers.
+
+    Raises:
+        ConfigurationError: The file has no such block.
+    """
+    known = len(container.blocks) if container.coder["kind"] == "latents" else 0
+    if not numbers or any(
+        isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < known for one in numbers
+    ):
+        has = f"are numbers from 0 to {known - 1}" if known else "of a text are decoded together: leave blocks out"
+        raise ConfigurationError(f"blocks is {list(numbers)}, and those of this file {has}.")
+    return [container.blocks[one] for one in numbers]
 
 
 def _check_kind(pipeline: LikelihoodPipeline, container: Container) -> None:

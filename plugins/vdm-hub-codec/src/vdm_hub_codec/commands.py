@@ -127,6 +127,9 @@ class Decompress(Command):
         )
         parser.add_argument("--model", help="the model that made it (default: the one that the file names)")
         parser.add_argument("--revision", help="a branch or commit of that Hub id (default: main)")
+        parser.add_argument(
+            "--blocks", type=int, nargs="+", metavar="N", help="of images: decode these blocks alone, numbered from 0"
+        )
         parser.add_argument("--batch_size", type=_positive, default=64, help="data at once; any (default: 64)")
         parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
         parser.add_argument(
@@ -148,10 +151,12 @@ class Decompress(Command):
         pipeline = _maker_of(container, arguments)
         wants = arguments.progressive is not None
         progress = progress_of(pipeline, content, batch_size=arguments.batch_size) if wants else None
-        found = decode(pipeline, content, batch_size=arguments.batch_size, progress=True)
+        blocks = arguments.blocks
+        found = decode(pipeline, content, blocks=blocks, batch_size=arguments.batch_size, progress=True)
         with written(output) as beside:
             said = write(found, pipeline, beside, output.suffix)
-        print(f"{output}: {said}, as encoded")
+        some = "" if blocks is None else f", of the blocks {blocks} of {len(container.blocks)}"
+        print(f"{output}: {said}, as encoded{some}")
         if progress is not None:
             for bits, away in zip(progress.bits_per_dim, progress.error, strict=True):
                 print(f"{bits:8.4f} bits/dim read: the estimate is {away:.3f} levels off")
