@@ -26,6 +26,7 @@ from vdm_hub import (
     HVAEPipeline,
     LatentVDMPipeline,
     MarkovianHVAE,
+    NonFiniteLossError,
     UNetVDMModel,
     VariationalBound,
     VDMObjective,
@@ -430,6 +431,21 @@ def test_another_model_other_data_and_models_without_a_chain_are_refused() -> No
             encode(pipe, data, **{"transitions": T} | number)
     with pytest.raises(ConfigurationError, match="transitions is 3"):
         encode(made("vae"), data, transitions=3)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    pipe = vdm()
+    with torch.no_grad():
+        next(pipe.unet.parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError, match="weights"):
+        encode(pipe, levels(4), transitions=T)
+
+
+def test_unsigned_levels_of_any_width_are_taken() -> None:
+    pipe, data = made("linear"), levels(3)
+    whole, _ = encode(pipe, data, transitions=T)
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.int16):
+        assert encode(pipe, data.to(dtype), transitions=T)[0] == whole
 
 
 def test_arrays_and_other_bytes_are_taken_and_other_things_refused() -> None:

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vdm_hub import NoiseSchedule, VDMPipeline
+from vdm_hub import NoiseSchedule, NonFiniteLossError, VDMPipeline
 
 if TYPE_CHECKING:
     from vdm_hub_codec.report import CodecReport
@@ -81,6 +81,11 @@ class StepCosts:
             means = {name: term.double().mean() for name, term in terms.items()}
             errors[draw, place] = means.pop("diffusion") / (0.5 * slope[place])
             others[draw] = sum(means.values())
+        if not bool(errors.isfinite().all() & others.isfinite().all()):
+            raise NonFiniteLossError(
+                "the model's bound on these data is not finite, so that they have no code: its weights are at fault. Load "
+                "an earlier checkpoint."
+            )
         return cls(schedule, gammas, errors, others, levels[0].numel(), len(batch["levels"]))
 
     def spacing(self, transitions: int) -> bytes | None:
