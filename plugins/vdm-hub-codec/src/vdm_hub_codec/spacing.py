@@ -83,8 +83,8 @@ class StepCosts:
             others[draw] = sum(means.values())
         if not bool(errors.isfinite().all() & others.isfinite().all()):
             raise NonFiniteLossError(
-                "the model's bound on these data is not finite, so that they have no code: its weights are at fault. Load "
-                "an earlier checkpoint."
+                "the model's bound on these data is not finite, so that they have no code: its weights are at fault. "
+                "Load an earlier checkpoint."
             )
         return cls(schedule, gammas, errors, others, levels[0].numel(), len(batch["levels"]))
 
