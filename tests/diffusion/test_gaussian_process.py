@@ -12,10 +12,11 @@ from torch import Tensor
 import registered
 from ddpm_variances import by_betas
 from exact_denoisers import PerPixelSchedule
+from plugin_of_law_7 import ResamplingProcess
 from vdm_hub.diffusion import gaussian
 from vdm_hub.diffusion.conditioning import AffineConditioning
 from vdm_hub.diffusion.draws import Generator, normal_noise
-from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess
+from vdm_hub.diffusion.gaussian_process import BoundGaussian, GaussianProcess, scalar_gaussian
 from vdm_hub.diffusion.learned_schedules import LearnedLinearSchedule
 from vdm_hub.diffusion.noise_schedules import BoundGamma, CosineSchedule, Gamma, LinearSchedule, NoiseSchedule
 from vdm_hub.diffusion.parameterizations import Epsilon
@@ -255,3 +256,44 @@ def test_a_schedule_that_no_table_can_hold_is_carried() -> None:
     process = registered.process(wide := Wide(), conditioning=AffineConditioning())
     assert process.carried_schedule() is wide
     assert registered.process(LearnedLinearSchedule()).carried_schedule() is None
+
+
+def test_a_half_that_is_not_read_changes_nothing_and_is_read_unless_said() -> None:
+    """Of a network with twice the channels, as DiT's has, and a variance that is not learned."""
+    plain, halved = process_of("fixed_small"), process_of("fixed_small")
+    halved.unread_half = True
+    network, z, t = network_of(plain), draw(2, 3, 4, 5, seed=1), torch.tensor([0.3, 0.8], dtype=torch.float64)
+
+    def with_more(sample: Tensor, timestep: Tensor) -> Tensor:
+        mean = network(sample, timestep)
+        return torch.cat([mean, mean + 7], 1)
+
+    expected = plain.bind(draw(2, 3, 4, 5), {})[1].predict(network, z, t)
+    assert torch.equal(halved.bind(draw(2, 3, 4, 5), {})[1].predict(with_more, z, t), expected)
+    assert plain.split(torch.cat([z, z], 1), z)[0].shape[1] == 6
+
+
+def test_terms_by_dimension_have_the_reconstruction_of_each_level_and_no_learned_variance() -> None:
+    levels, t = torch.randint(0, 256, (2, 3, 4, 5), generator=seeded(0)), torch.tensor([0.3, 0.8], dtype=torch.float64)
+    for name in ("fixed_small", "learned"):
+        process = process_of(name, decoder="factorised")
+        x, known = process.encode(levels, torch.float64), process.reconstruction_by_level()
+        noise = {part: draw(2, 3, 4, 5, seed=seed) for seed, part in enumerate(("marginal", "reconstruction"))}
+        bound = process.bind(x, noise)[1]
+        if name == "learned":
+            with pytest.raises(ConfigurationError, match="continuous"):
+                bound.terms_by_dimension(levels, x, t, noise, network_of(process))
+            continue
+        terms = bound.terms_by_dimension(levels, x, t, noise, network_of(process))
+        assert known is not None and float(known.std()) > 0.01
+        assert torch.equal(terms["reconstruction"], known[levels])
+
+
+def test_one_gamma_a_time_is_asked_for_where_it_is_needed() -> None:
+    per_pixel = PerPixelSchedule(-8.0, 4.0, tilt=torch.zeros(1, 4, 4), bump=torch.zeros(1, 4, 4))
+    with pytest.raises(ConfigurationError, match="PerPixelSchedule"):
+        scalar_gaussian(registered.process(per_pixel))
+    with pytest.raises(ConfigurationError, match="ResamplingProcess"):
+        scalar_gaussian(ResamplingProcess())
+    plain = process_of("fixed_small")
+    assert scalar_gaussian(plain) is plain
