@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -24,6 +25,7 @@ from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.hub.records import read_evaluation
 from vdm_hub.likelihood.estimator import BoundEstimator
 from vdm_hub.likelihood.marginal import MarginalMeasurement, gain_bits, marginal_figures, mixture
+from vdm_hub.likelihood.measurement import collect
 from vdm_hub.likelihood.report import _marginal_lines
 
 IMAGES = load_split("digits", "test[:12]", num_levels=17, label_column="label")
@@ -78,6 +80,35 @@ def test_the_jackknife_takes_out_the_bias_of_few_replicates() -> None:
     assert float((gains.abs() <= 2 * errors).double().mean()) >= 0.9 and float(errors.mean()) < 2 * float(gains.std())
 
 
+@pytest.mark.parametrize(("replicates", "images"), [(2, 1), (4, 2), (4, 3), (1, 3)])
+def test_every_figure_of_a_mixture_is_its_formula(replicates: int, images: int) -> None:
+    """Gain, jackknife's bias and error (Efron, The Jackknife, 1982, ch. 2), written out in numpy."""
+    generator = torch.Generator().manual_seed(replicates)
+    bounds = 5 + torch.randn(replicates, images, 3, generator=generator, dtype=torch.float64)
+    prior, labels = torch.tensor([0.2, 0.5, 0.3]).double(), torch.arange(images) % 3
+    figures = marginal_figures(bounds, labels, prior)
+
+    def gains(of: Any) -> Any:
+        mixed = -np.log((prior.numpy() * np.exp(-of)).sum(1))
+        return (mixed - of[np.arange(images), labels.numpy()]) / math.log(2)
+
+    drawn = bounds.numpy()
+    each = gains(drawn.mean(0))
+    spread = each.std(ddof=1) / math.sqrt(images) if images > 1 else None
+    assert figures["standard_error_over_images"] == (None if spread is None else pytest.approx(spread, rel=1e-9))
+    gain = each.mean()
+    if replicates > 1:
+        left_out = np.array([gains(np.delete(drawn, i, 0).mean(0)).mean() for i in range(replicates)])
+        bias = (replicates - 1) * (left_out.mean() - gain)
+        error = math.sqrt((replicates - 1) / replicates * ((left_out - left_out.mean()) ** 2).sum())
+        assert figures["monte_carlo_bias"] == pytest.approx(bias, rel=1e-9)
+        assert figures["standard_error"] == pytest.approx(math.hypot(error, bias), rel=1e-9)
+        gain = min(gain - bias, figures["most_bits"])
+    else:
+        assert figures["standard_error"] is None and figures["monte_carlo_bias"] is None
+    assert figures["gain_bits"] == pytest.approx(gain, rel=1e-9)
+
+
 @pytest.mark.parametrize("replicates", [2, 3, 8, 64])
 def test_a_gain_of_whatever_noise_stays_at_the_law_and_its_error_reaches_the_truth(replicates: int) -> None:
     """Ten classes two nats apart, each with noise of its own of up to eight nats: the truth is 3.084 bits of 3.322."""
@@ -114,6 +145,23 @@ def test_every_class_is_measured_on_the_same_draws(pipe: Any) -> None:
             told = inner.measure(batch | {"class_labels": torch.full((12,), label)}, 1)
             assert torch.equal(found.diagnostics["by_class"][:, label], torch.stack([*told.terms.values()]).sum(0))
             assert torch.equal(found.diagnostics["time"], told.diagnostics["time"])
+
+
+def test_its_pilot_is_that_of_the_method_and_its_evaluations_are_foretold(pipe: Any) -> None:
+    candidates = pipe.known_condition.choose()
+
+    def made() -> MarginalMeasurement:
+        inner = BoundEstimator(pipe.objective(), len(IMAGES.levels), pilot_evaluations=256)
+        return MarginalMeasurement(inner, candidates, candidates.prior())
+
+    batch = {"levels": torch.as_tensor(IMAGES.levels), "indices": torch.arange(12), "class_labels": IMAGES.labels}
+    one, other = made(), made()
+    report = collect(one, lambda: [batch], 12, 2)
+    assert one.fewest_evaluations(2) == report.network_evaluations == 256 + 10 * 2 * 12
+    other.load_state(one.state())
+    with torch.no_grad():
+        found = [each.measure(batch, 0).terms["diffusion"] for each in (one, other)]
+    assert torch.equal(*found)
 
 
 def test_the_mixture_of_captions_is_that_of_what_the_images_are_told() -> None:
