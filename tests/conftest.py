@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ def pytest_collection_finish() -> None:
 def pytest_configure_node(node: Any) -> None:
     """Each worker of pytest-xdist forks from the servers that there are."""
     node.workerinput["fork servers"] = fork_server.Popen.servers
+
+
+@pytest.fixture(scope="module")
+def token_plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A process of tokens, `tiny_tokens`, as a plugin that is installed in this folder while a module's tests run."""
+    import tiny_tokens  # only here, as it takes transformers along
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tiny_tokens.install(tmp_path_factory.mktemp("plugin") / "site-packages")
+        patch.syspath_prepend(folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,7 @@ from vdm_hub import CheckpointError, TokenPipeline, UNetVDMModel, VDMPipeline, e
 from vdm_hub import model_fingerprint as fingerprint
 from vdm_hub.evaluation.provenance import component_configs, weights_fingerprint
 
-
-@pytest.fixture(scope="module", autouse=True)
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tiny_tokens.install(tmp_path_factory.mktemp("plugin") / "site-packages")
-        patch.syspath_prepend(folder)
-        yield folder
+pytestmark = pytest.mark.usefixtures("token_plugin")
 
 
 def swapped(pipe: Any) -> TokenPipeline:
@@ -38,7 +32,7 @@ def swapped(pipe: Any) -> TokenPipeline:
     ids = told["model"]["vocab"]
     ids[first], ids[second] = ids[second], ids[first]
     words._tokenizer = Tokenizer.from_str(json.dumps(told))
-    return TokenPipeline(pipe.network, words, pipe.scheduler)
+    return TokenPipeline(pipe.network, words, pipe.scheduler, pipe.time_embedding, pipe.config["windows"])
 
 
 def other_groups(pipe: Any) -> VDMPipeline:
@@ -50,7 +44,7 @@ def other_groups(pipe: Any) -> VDMPipeline:
 def other_heads(pipe: Any) -> TokenPipeline:
     network = copy.deepcopy(pipe.network)
     network.config.num_attention_heads = 1 if network.config.num_attention_heads > 1 else 2
-    return TokenPipeline(network, pipe.tokenizer, pipe.scheduler)
+    return TokenPipeline(network, pipe.tokenizer, pipe.scheduler, pipe.time_embedding, pipe.config["windows"])
 
 
 def renamed(pipe: Any) -> VDMPipeline:
@@ -76,7 +70,15 @@ def test_what_the_weights_do_not_tell_makes_another_model(change: str) -> None:
     make, change_it = CHANGES[change]
     pipe = make()
     other = change_it(pipe)
-    assert weights_fingerprint(pipe) == weights_fingerprint(other) and fingerprint(pipe) != fingerprint(other)
+    assert weights_fingerprint(pipe) == weights_fingerprint(other) and pipe.description() == other.description()
+    assert fingerprint(pipe) != fingerprint(other)
+
+
+def test_how_a_text_was_cut_last_is_no_part_of_a_tokenizer() -> None:
+    pipe = tiny_tokens.pipeline()
+    before = fingerprint(pipe)
+    pipe.tokenizer("abc", truncation=True, max_length=2)
+    assert fingerprint(pipe) == before
 
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_tokens.pipeline, told])

@@ -15,7 +15,6 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import runs
-import tiny_tokens
 from hub.readers import Reader, reader
 from hub.server import LoopbackHub, Repository
 from hub.test_idioms import weights_asked_for
@@ -55,16 +54,11 @@ TokenPipeline.from_pretrained(sys.argv[1]).push_to_hub("me/texts")
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tiny_tokens.install(tmp_path_factory.mktemp("plugin") / "site-packages")
-        patch.syspath_prepend(folder)
-        yield folder
+pytestmark = pytest.mark.usefixtures("token_plugin")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, plugin: Path) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, token_plugin: Path) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     (folder / "a.txt").write_text(TEXT)
     usual = {"num_levels": 256, "noise_schedule": "linear", "unet": {}, "model": "tokens", "network": NETWORK}
@@ -98,7 +92,7 @@ class Published:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory, run: Path, plugin: Path) -> Iterator[Published]:
+def published(tmp_path_factory: pytest.TempPathFactory, run: Path, token_plugin: Path) -> Iterator[Published]:
     folder = tmp_path_factory.mktemp("published")
     recipe = Path(run / "recipe.yaml").read_text().replace(str(run), str(folder / "author" / "run"))
     (folder / "recipe.yaml").write_text(recipe)
@@ -108,7 +102,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, run: Path, plugin: Path)
             for name, token in (("author", "hf_loopback"), ("with", None), ("without", None))
         )
         for one in (author, with_it):
-            one.environment["PYTHONPATH"] += f"{os.pathsep}{plugin}"  # type: ignore[index]
+            one.environment["PYTHONPATH"] += f"{os.pathsep}{token_plugin}"  # type: ignore[index]
         launch = [str(author.python), "-m", *runs.LAUNCH, "-m", "vdm_hub.train", str(folder / "recipe.yaml")]
         trained = author.run(*launch, "--push_to_hub", "true", "--hub_model_id", "me/texts")
         assert trained.returncode == 0, trained.stderr[-4000:]

@@ -56,11 +56,7 @@ from vdm_hub.training.opening import without_effect
 TEXTS = ["abc def", "gab", "fed cab bag face"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(tiny_tokens.install(tmp_path_factory.mktemp("plugin") / "site-packages"))
-        yield
+pytestmark = pytest.mark.usefixtures("token_plugin")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +61,7 @@ SLOW = pytest.mark.slow
 LONG = ("latent of an AutoencoderKL", "classes")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tiny_tokens.install(tmp_path_factory.mktemp("plugin") / "site-packages")
-        patch.syspath_prepend(folder)
-        yield folder
+pytestmark = pytest.mark.usefixtures("token_plugin")
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,7 @@ from vdm_hub.recipes.arguments import Configuration, load_recipe, parse_recipe
 from vdm_hub.training.parts.networks import on_meta_device
 from vdm_hub.training.parts.setup import build_objective
 
-
-@pytest.fixture(scope="module", autouse=True)
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tiny_tokens.install(tmp_path_factory.mktemp("plugin") / "site-packages")
-        patch.syspath_prepend(folder)
-        yield folder
+pytestmark = pytest.mark.usefixtures("token_plugin")
 
 
 def test_a_run_publishes_samples_and_measures_texts(tmp_path: Path, capsys: Any) -> None:
@@ -89,10 +82,10 @@ def test_a_run_does_not_go_on_with_another_tokenizer_of_the_same_ids(tmp_path: P
         train_here(tmp_path / "run", **given | {"max_train_steps": 9}, resume_from_checkpoint="latest")
 
 
-def test_two_processes_train_as_one(tmp_path: Path, installed: Path) -> None:
+def test_two_processes_train_as_one(tmp_path: Path, token_plugin: Path) -> None:
     same = {"network": NETWORK | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
     path = recipe(tmp_path / "recipe", tmp_path / "two", **fields(tmp_path, **same, train_batch_size=8))
-    places = f"{Path(__file__).resolve().parents[2]}:{installed}"
+    places = f"{Path(__file__).resolve().parents[2]}:{token_plugin}"
     done = python(*TORCHRUN, "-m", "vdm_hub.train", path, ACCELERATE_USE_CPU="true", PYTHONPATH=places)
     assert done.returncode == 0, done.stderr
     train_here(tmp_path / "one", **fields(tmp_path, **same, train_batch_size=8, gradient_accumulation_steps=2))

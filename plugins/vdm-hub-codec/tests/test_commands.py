@@ -169,6 +169,8 @@ def test_nothing_is_written_where_something_is_wrong(model: str, tmp_path: Path)
         (Decompress(), (file, "-o", folder, "--model", tmp_path / "other"), model),
         (Decompress(), (file, "-o", tmp_path / "x.txt"), "a folder or a .parquet file"),
         (Decompress(), (file, "-o", tmp_path / "x.csv"), ".csv"),
+        (Decompress(), (file, "-o", tmp_path / "x", "--blocks", "7"), "[7]"),
+        (Decompress(), (file, "-o", tmp_path / "x", "--blocks", "0", "--progressive", tmp_path / "x.png"), "--blocks"),
         (Decompress(), (file, "-o", tmp_path / "x.png", "--progressive", tmp_path / "x.png"), ".png"),
         (Compress(), (model, "--dataset_name", "digits", "-o", tmp_path / "y.vdmz", "--text_column", "a"), "text_col"),
         (Compress(), (model, "--dataset_name", "digits", "-o", file), "exists"),

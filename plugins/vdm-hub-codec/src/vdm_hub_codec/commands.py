@@ -138,6 +138,10 @@ class Decompress(Command):
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Write what was decoded, where all of it is what was encoded."""
+        if arguments.blocks is not None and arguments.progressive is not None:
+            raise ConfigurationError(
+                "--progressive is of a whole file, and --blocks of a part: leave one of them out."
+            )
         output = arguments.output
         check_place(output, overwrite=arguments.overwrite)
         if arguments.progressive is not None:
