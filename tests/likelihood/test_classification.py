@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 import registered
 from exact_denoisers import ExactDenoiser, Mixture
 from linear_gaussian import SHAPE, exact_diffusion, images
+from naming import naming
 from vdm_hub.diffusion.noise_schedules import LinearSchedule
 from vdm_hub.errors import ConfigurationError, DataError, NonFiniteLossError
+from vdm_hub.likelihood import classification
 from vdm_hub.likelihood.classification import BoundClassifier, _Table
-from vdm_hub.likelihood.classification_report import ClassificationReport, Standing
+from vdm_hub.likelihood.classification_report import ClassificationReport, Standing, numbered
 from vdm_hub.likelihood.paired_differences import Comparison, Scatter, compare
+from vdm_hub.likelihood.proposals import Proposal
 from vdm_hub.likelihood.protocol import ClassificationEffort
 from vdm_hub.objectives.consistency import ConsistencyObjective
 from vdm_hub.objectives.variational_bound import VDMObjective
@@ -228,6 +233,115 @@ def test_terms_that_are_left_out_are_those_that_no_candidate_changes(decoder: st
             assert torch.equal(value, left_out[1][name]) and torch.equal(value, left_out[2][name])
 
 
+@pytest.mark.parametrize("decoder", ["factorised", "ddpm"])
+def test_the_integrand_of_two_candidates_differs_as_their_bounds_do(decoder: str) -> None:
+    objective = model([Mixture.gaussian(v) for v in VARIANCES], 5, decoder=decoder)
+    one, noise = classifier(objective), objective.draw_noise(batch_of(FEW), torch.Generator().manual_seed(0))
+    times, weights = torch.rand(len(FEW), generator=torch.Generator().manual_seed(1)), torch.ones(len(FEW)).double()
+    own, bounds, heavier = [], [], []
+    for label in range(3):
+        pairs = batch_of(FEW) | labels(torch.full((len(FEW),), label))
+        own.append(one._integrand(pairs, times, weights, noise))
+        heavier.append(one._integrand(pairs, times, 3 * weights, noise) - own[-1])
+        bounds.append(objective(pairs, times, noise))
+        torch.testing.assert_close(heavier[-1], 2 * bounds[-1].terms["diffusion"].double())
+    for other in (1, 2):  # a float32 sum of some hundred nats is rounded by 3e-5 of them
+        expected = (bounds[other].total - bounds[0].total).double()
+        torch.testing.assert_close(own[other] - own[0], expected, rtol=0, atol=2e-4)
+
+
+# ---- the pilot and the rounds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("planned", "candidates", "count", "images", "draws"),
+    [
+        (0, 3, 9, 0, 0),  # none
+        (8, 2, 9, 1, 4),  # at least four draws of an image
+        (30, 3, 9, 1, 10),
+        (33, 3, 9, 1, 11),
+        (51, 3, 9, 1, 16),  # at most sixteen
+        (100, 3, 9, 2, 16),
+        (100, 3, 1, 1, 16),
+        (400, 40, 9, 1, 12),  # of at most 32 candidates
+    ],
+)
+def test_a_pilot_costs_about_what_was_planned(
+    planned: int, candidates: int, count: int, images: int, draws: int, monkeypatch: Any
+) -> None:
+    """Two halves, each on the draws after the other's; which images is decided by the seed alone."""
+    found, halves = [], []
+    for seed in (3, 4):
+        torch.manual_seed(seed)  # not the classifier's
+        one = classifier(model([Mixture.gaussian(0.1)] * candidates), pilot_evaluations=planned, budget=10**4)
+        draw = one._draw
+
+        def spy(batch: Any, first: Any, more: Any, alive: Any, streams: Any, draw: Any = draw) -> Any:
+            halves.append((first.tolist(), more.tolist(), int(alive.sum(1).max()), batch["indices"].tolist()))
+            return draw(batch, first, more, alive, streams)
+
+        monkeypatch.setattr(one, "_draw", spy)
+        one.fit(batch_of(FEW[:count]))
+        found.append(one.state())
+    assert found[0] == found[1] and found[0]["pilot_evaluations"] == images * draws * min(candidates, 32)
+    assert len(halves) == (4 if images else 0)
+    if images:
+        (first, more, told, chosen), (second, rest, *same) = halves[:2]
+        assert [told, chosen] == same and told == min(candidates, 32) and len(set(chosen)) == images
+        assert (first, more) == ([0] * images, [draws // 2] * images)
+        assert (second, rest) == (more, [draws - draws // 2] * images)
+
+
+def test_times_are_drawn_where_the_candidates_integrands_differ(monkeypatch: Any) -> None:
+    """By their standard deviation over the candidates, not that of what is weighted by how often a time is drawn."""
+    one, drawn, fits = classifier(gaussians(), pilot_evaluations=150), [], []
+    integrand, fit = one._integrand, classification.fit_proposal
+
+    def spy(pairs: Any, times: Any, weights: Any, noise: Any) -> Any:
+        plain = integrand(pairs, times, torch.ones_like(weights), noise)
+        drawn.append(plain.view(-1, 3).std(1))
+        return integrand(pairs, times, weights, noise)
+
+    monkeypatch.setattr(one, "_integrand", spy)
+    monkeypatch.setattr(
+        classification,
+        "fit_proposal",
+        lambda grid, places, spreads: fits.append(spreads) or fit(grid, places, spreads),
+    )
+    one.fit(batch_of(FEW))
+    assert len(drawn) == len(fits) == 2
+    torch.testing.assert_close(fits[1], torch.cat(drawn))
+    assert not torch.equal(one.proposal.probabilities, Proposal.even(one.grid).probabilities)
+
+
+def test_a_round_adds_a_quarter_of_the_draws(monkeypatch: Any) -> None:
+    one, rounds = classifier(gaussians(), budget=75, first_draws=2, confidence=None), []
+
+    def spy(history: Tensor, *others: Any) -> Comparison:
+        rounds.append(int((~history.isnan()).sum(1).max()))
+        return compare(history, *others)
+
+    monkeypatch.setattr(classification, "compare", spy)
+    one.classify(batch_of(FEW[:2]))
+    assert rounds == [2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 25]
+
+
+def test_whom_a_comparison_leaves_no_chance_is_dropped() -> None:
+    """A half of doubt in all is a quarter for each of the two others."""
+    table, zeros = _Table.of(1, 3), torch.zeros(1, 3).double()
+    table.update(Comparison(torch.tensor([1]), zeros, zeros, torch.tensor([[0.25, 0.0, 0.26]])), confidence=0.5)
+    assert table.alive.tolist() == [[False, True, True]]
+
+
+def test_a_report_says_what_it_took() -> None:
+    report = classifier(gaussians(5), seed=6, budget=33, pilot_evaluations=40).report(batch_of(FEW), tuple("abc"))
+    assert report.details["seed"] == 6 and report.details["transitions"] == 5
+    effort = asdict(ClassificationEffort(budget=33, pilot_evaluations=40))
+    assert report.details["effort"] == effort and report.pilot_evaluations == 39
+    default = classifier(gaussians()).report(batch_of(FEW[:1]), tuple("abc"))
+    assert default.details["effort"]["budget"] == ClassificationEffort().budget_for(3)
+
+
 def test_a_decoder_that_asks_the_network_is_part_of_the_difference() -> None:
     objective = model([Mixture.gaussian(v) for v in VARIANCES], 5, decoder="ddpm")
     one = classifier(objective, budget=6, confidence=None, pilot_evaluations=0)
@@ -241,6 +355,7 @@ def test_a_standing_of_two_draws_is_shrunk_to_what_the_pilot_saw() -> None:
     found = compare(history, torch.ones(1, 2).bool(), torch.zeros(2).double(), Scatter(math.log(4.0), 1.0, 3.0))
     assert float(found.errors[0, 1]) == pytest.approx(math.sqrt(3 * 4.0 / 4 / 2))
     assert 0.1 < float(found.doubt[0, 1]) < 0.4
+    assert float(found.errors[0, 0]) == 0 and float(found.doubt[0, 0]) == 0.5, "the best beside itself"
 
 
 def test_a_prior_gives_a_candidate_more_or_less_of_a_chance() -> None:
@@ -284,6 +399,50 @@ def test_a_pilot_finds_how_differences_scatter() -> None:
     assert shared.share(torch.tensor([1, 9])).tolist() == pytest.approx([1, shared.stratified])
 
 
+@pytest.mark.parametrize("rises", [-1.0, 0.9, 3.0])
+@pytest.mark.parametrize(("spread", "trend"), [(0.0, 0.2), (0.25, 0.5), (1.0, 3.0)])
+def test_the_line_of_a_pilot_is_that_of_least_squares(rises: float, spread: float, trend: float) -> None:
+    """By numpy, of sizes below and above 1; of the best candidates one has no size, and is passed over."""
+    draws, rng = 6, np.random.default_rng(5)
+    sizes = np.geomspace(1e-1, 1e2, 30)
+    deviations = 2e-3 * sizes ** (rises / 2) * rng.lognormal(0, spread, 30)
+    other = sizes[:, None] + deviations[:, None] * (rng.standard_normal((30, draws)) + trend * np.arange(draws))
+    best = rng.standard_normal((30, draws))
+    history = torch.from_numpy(np.stack([best + other, best, best], 2))
+    places = torch.from_numpy(np.tile(np.arange(draws) * 1.0, (30, 1)))
+    order = torch.from_numpy(rng.permuted(np.tile(np.arange(draws), (30, 1)), axis=1))
+    shuffled = history.gather(1, order[:, :, None].expand_as(history))
+    scatter = Scatter.fit(shuffled, places.gather(1, order))
+
+    x, y = np.log(np.abs(other).mean(1)), np.log(other.var(1, ddof=1))
+    slope = np.clip(np.polyfit(x, y, 1)[0], 0, 2)
+    rest = y - slope * x
+    assert scatter.slope == pytest.approx(slope) and scatter.intercept == pytest.approx(rest.mean())
+    assert scatter.strength == pytest.approx(np.clip(2 / max(rest.var(ddof=1) - 2 / (draws - 1), 1e-3), 4, 20))
+    noise = 0.5 * (np.diff(other, axis=1) ** 2).mean(1).sum() / other.var(1, ddof=1).sum()
+    assert scatter.stratified == pytest.approx(np.clip(noise, 0.3, 1))
+    assert scatter.variance(torch.tensor([0.04])).item() == pytest.approx(math.exp(scatter.intercept) * 0.04**slope)
+
+
+@pytest.mark.parametrize(
+    ("images", "draws", "sizes", "fitted"),
+    [
+        (3, 3, [1.0, 2.0, 5.0], True),
+        (3, 2, [1.0, 2.0, 5.0], False),
+        (2, 3, [1.0, 2.0], False),
+        (3, 9, [2.0, 2.0, 2.0], False),
+    ],
+)
+def test_a_pilot_that_says_nothing_of_the_line_is_not_fitted(
+    images: int, draws: int, sizes: list[float], fitted: bool
+) -> None:
+    noise = torch.arange(draws) - (draws - 1) / 2
+    other = torch.tensor(sizes, dtype=torch.float64)[:, None] * (4 + noise / 9)
+    history = torch.stack([torch.zeros_like(other), other], 2)
+    scatter = Scatter.fit(history, torch.arange(draws).expand(images, draws))
+    assert (scatter != Scatter()) == fitted
+
+
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +467,49 @@ def test_figures_of_a_report_by_hand() -> None:
     figures = json.loads(json.dumps(report.to_dict()))
     assert figures["confusion"] == [[2, 0], [1, 1]] and figures["evaluations_per_image"] == 4
     assert "uniform" in str(report) and "75.00" in str(report)
+
+
+def test_calibration_is_compared_within_fifteen_bins() -> None:
+    """Two posteriors that share one of 15 bins, and would not one of 16; a candidate of many, in the first bin."""
+    logit = torch.tensor([0.61, 0.65]).double().logit()
+    report = report_of(torch.stack([torch.zeros(2).double(), logit], 1), [0, 1])
+    assert report.expected_calibration_error == pytest.approx(abs(1 - 0.61 - 0.65) / 2)
+    many = torch.zeros(1, 20, dtype=torch.float64)
+    standing = Standing(many, many, many, torch.tensor([3]), torch.tensor([True]), torch.tensor([20]))
+    first = ClassificationReport(tuple("abcdefghijklmnopqrst"), torch.full((20,), 0.05).double(), standing, 0, 20)
+    assert first.scored([3]).expected_calibration_error == pytest.approx(0.95)
+    assert first.scored([3]).confusion.shape == (20, 20)
+
+
+def test_a_printed_report_holds_its_figures() -> None:
+    """One class that no image is of, and one that none was taken for."""
+    differences = torch.tensor([[0.0, 1, 9], [1, 0, 9], [2, 0, 9], [0, 3, 9]]).double()
+    zeros, best = torch.zeros_like(differences), differences.argmin(1)
+    standing = Standing(differences, zeros, zeros, best, best > 0, torch.tensor([4, 6, 5, 6]))
+    prior = torch.tensor([0.5, 0.25, 0.25]).double()
+    report = ClassificationReport(("cat", "a-dog-of-a-long-name", "owl"), prior, standing, 10, 26)
+    unknown = str(report)
+    assert "accuracy" not in unknown and "owl" not in unknown
+    assert "prior: 0.5, 0.25, 0.25" in unknown and "5.2 evaluations" in unknown and "10 of a pilot" in unknown
+    assert "50.0 % of images decided" in unknown and report.to_dict()["decided"] == 0.5
+    scored = report.scored([0, 0, 2, 0])
+    # Found: 0, 1, 1, 0. So class 0 has three images, two found and both right; class 1 none, and two that are others.
+    lines = [line.split() for line in str(scored).splitlines()]
+    error, calibration = 100 * scored.accuracy_error, 100 * scored.expected_calibration_error
+    assert f"accuracy 50.00 ± {error:.2f} %" in str(scored) and f"calibration error {calibration:.2f} %" in str(scored)
+    table = [["cat", "3", "66.7", "%", "100.0", "%"], ["a-dog-of-a-long-name", "0", "-", "0.0", "%"]]
+    assert lines[-3:] == [*table, ["owl", "1", "0.0", "%", "-"]]
+    starts = {len(line) for line in str(scored).splitlines()[-4:]}
+    assert len(starts) == 1, "columns are aligned"
+
+
+def test_the_truth_is_known_by_number_or_by_name() -> None:
+    names = ("cat", "dog")
+    for labels in (["dog", "cat"], ["dog", 0], [1, 0], (1, 0), torch.tensor([1, 0]), np.array([1, 0])):
+        assert numbered(labels, names, 2).tolist() == [1, 0]
+    for wrong in (["dog", "owl"], [0.0, 1.0], [True, False], [None, 1]):
+        with pytest.raises(DataError):
+            numbered(wrong, names, 2)
 
 
 def test_a_report_without_labels_has_no_accuracy() -> None:
@@ -338,6 +540,13 @@ def test_labels_that_are_none_are_refused(wrong: list[int]) -> None:
 def test_an_effort_that_is_none_is_refused_with_its_value(effort: dict[str, Any], value: str) -> None:
     with pytest.raises(ConfigurationError, match=value):
         classifier(gaussians(), **effort)
+
+
+def test_a_schedule_without_finite_ends_is_refused() -> None:
+    objective = gaussians()
+    objective.process.schedule.gamma_max = math.inf
+    with pytest.raises(ConfigurationError, match=naming("LinearSchedule", "finite")):
+        classifier(objective)
 
 
 def test_fewer_than_two_candidates_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from diffusers import (
 from PIL.Image import Image
 from torch import Tensor
 
+import registered
 from naming import naming
 from tiny import LEVELS, Inputs, quiet, randomised, sampled, seeded, tiny_pipeline, tiny_unet, tiny_unet_2d
-from vdm_hub import RegisteredModel, UNetVDMModel, VariationalBound, VDMPipeline, VDMScheduler
+from vdm_hub import RegisteredModel, UNetVDMModel, VariationalBound, VDMObjective, VDMPipeline, VDMScheduler
+from vdm_hub.diffusion.samplers import SAMPLERS
 from vdm_hub.errors import ConfigurationError
 
 STOCK_SAMPLERS = (
@@ -335,3 +338,19 @@ def test_a_scheduler_of_another_schedule_than_the_component_is_refused() -> None
             call()
     pipe.scheduler = own
     assert pipe(1, num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)
+
+
+def test_an_output_of_another_shape_is_refused_and_not_broadcast() -> None:
+    """One channel for three would fit into every formula."""
+    network = tiny_unet(3, add_input=False)
+    network.conv_out = torch.nn.Conv2d(8, 1, 3, padding=1)
+    pipe = quiet(VDMPipeline(network, VDMScheduler(num_levels=LEVELS)))
+    levels = torch.zeros(1, 3, 8, 8).long()
+    samplers = [partial(pipe, 1, num_inference_steps=4, sampler=name) for name in ("ancestral", *SAMPLERS)]
+    methods = [registered.build("likelihood_methods", name) for name in registered.names("likelihood_methods")]
+    likelihoods = [partial(pipe.log_likelihood, levels, one) for one in (*methods, VariationalBound(3))]
+    objective, batch = VDMObjective(network, pipe.process), {"levels": levels}
+    train = partial(objective, batch, torch.tensor([0.5]), objective.draw_noise(batch, torch.Generator()))
+    for call in (*samplers, *likelihoods, train):
+        with pytest.raises(ConfigurationError, match=naming("(1, 8, 8)", "(3, 8, 8)", "output channels")):
+            call()

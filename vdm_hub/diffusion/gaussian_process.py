@@ -143,6 +143,10 @@ class GaussianProcess(ForwardProcess):
             return None
         return self.decoder.expected_by_level(self.schedule.endpoints()[0], self.scaling)
 
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The sample's; of twice the channels where the network says a variance, too."""
+        return (shape[0] * (2 if self.variance.learned or self.unread_half else 1), *shape[1:])
+
     def split(self, output: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The network's output in two: for the mean and, where it has twice the channels, for the variance.
 

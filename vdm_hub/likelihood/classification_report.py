@@ -120,7 +120,7 @@ class ClassificationReport:
         The 15 bins divide [0, 1] evenly; the posterior is that of the candidate found.
         """
         sure, right = self.posterior.amax(1), (self.predicted == self._truth).double()
-        bins = (sure * _BINS).ceil().long().clamp(1, _BINS) - 1
+        bins = (sure * _BINS).ceil().long() - 1
         gaps = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, right - sure)
         return float(gaps.abs().sum() / len(sure))
 

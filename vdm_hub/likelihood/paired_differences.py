@@ -61,11 +61,11 @@ class Scatter:
         best, draws = history.mean(1).argmin(1), history.shape[1]
         differences = history - history.gather(2, best[:, None, None].expand(-1, draws, 1))
         scale, variance = differences.abs().mean(1), differences.var(1)
-        kept = (scale > 0) & (variance > 0)
+        kept = variance > 0
         x, y = scale[kept].log(), variance[kept].log()
         if len(x) < 3 or draws < 3 or not float(x.var()) > 1e-6:
             return cls()
-        slope = min(max(float(((x - x.mean()) * (y - y.mean())).mean() / x.var(correction=0)), 0.0), 2.0)
+        slope = min(max(float(torch.cov(torch.stack([x, y]))[0, 1] / x.var()), 0.0), 2.0)
         intercept = float((y - slope * x).mean())
         # The logarithm of a variance of n draws scatters by 2/(n-1) of itself, and of nu by 2/nu.
         beyond = float((y - intercept - slope * x).var()) - 2 / (draws - 1)

@@ -117,6 +117,22 @@ class Call:
         return output
 
 
+def checked_output(output: Tensor, sample: Tensor, network: nn.Module, process: Any) -> Tensor:
+    """The output of a network, which has `ForwardProcess.output_shape`: another might be broadcast, unsaid.
+
+    Raises:
+        ConfigurationError: It has another shape.
+    """
+    found, needed = tuple(output.shape[1:]), process.diffused.output_shape(sample.shape[1:])
+    if found != needed:
+        raise ConfigurationError(
+            f"{type(bare_network(network)).__name__} gives an output of shape {found} for a sample of "
+            f"{tuple(sample.shape[1:])}, and {type(process.diffused).__name__} needs {needed}: use a network with so "
+            f"many output channels, or the process that this one was trained with."
+        )
+    return output
+
+
 _BEING_EVALUATED: dict[nn.Module, int] = {}  # parts that were in training mode, and by how many they are evaluated
 
 

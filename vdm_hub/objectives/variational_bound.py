@@ -24,7 +24,7 @@ from vdm_hub.diffusion.forward_process import BoundProcess, ForwardProcess, Netw
 from vdm_hub.diffusion.times import discretise
 from vdm_hub.errors import ConfigurationError, DataError
 from vdm_hub.fields import whole_number
-from vdm_hub.models.calls import Call, check_context, told
+from vdm_hub.models.calls import Call, check_context, checked_output, told
 
 Terms = dict[str, Tensor]
 """The terms of a bound by name, each per datum, (B,), in nats."""
@@ -220,7 +220,7 @@ class VDMObjective(Objective):
 
         It runs under the autocast that is in force here, also where a process calls it within a float32 island.
         """
-        return _OutsideIslands(self.call, self.network, batch["levels"].device.type, told(batch))
+        return _OutsideIslands(self.process, self.call, self.network, batch["levels"].device.type, told(batch))
 
     def _diffusion(self, bound: Any, x: Tensor, times: Tensor, noise: Noise, network: Any) -> Tensor:
         if self.transitions is None:
@@ -301,13 +301,17 @@ def check_nothing_given(process: ForwardProcess, batch: Batch) -> None:
 class _OutsideIslands:
     """A wrapper that calls the network under the autocast that was in force outside the float32 islands."""
 
-    def __init__(self, call: Call, network: nn.Module, device_type: str, arguments: dict[str, Tensor]) -> None:
-        self._call, self._network, self._device_type, self._arguments = call, network, device_type, arguments
+    def __init__(
+        self, process: ForwardProcess, call: Call, network: nn.Module, device_type: str, arguments: dict[str, Tensor]
+    ) -> None:
+        self._process, self._call, self._network = process, call, network
+        self._device_type, self._arguments = device_type, arguments
         self._enabled = torch.is_autocast_enabled(device_type)
 
     def __call__(self, sample: Tensor, timestep: Tensor, **context: Tensor) -> Tensor:
         with torch.autocast(self._device_type, enabled=self._enabled):  # its dtype holds within the islands
-            return self._call(self._network, sample, timestep, **self._arguments, **context)
+            output = self._call(self._network, sample, timestep, **self._arguments, **context)
+        return checked_output(output, sample, self._network, self._process)
 
 
 def check_finite_ends(process: ForwardProcess) -> None:

@@ -30,7 +30,7 @@ from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossErr
 from vdm_hub.fields import whole_number
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
-from vdm_hub.models.calls import Call, check_context, named_arguments
+from vdm_hub.models.calls import Call, check_context, checked_output, named_arguments
 from vdm_hub.models.conditions import classes_of, keeps_null, takes_classes, text_width_of
 from vdm_hub.models.registered_model import RegisteredModel, bare_network, config_of
 from vdm_hub.models.text_conditions import TextCondition
@@ -370,7 +370,7 @@ class VDMPipeline(LikelihoodPipeline):
             told = self._told(shape[0], network_arguments, class_labels, None, None)
         _, bound = process.bind(None, process.draw_context(shape, generator, device))
         self._check_apart(network_arguments, told)
-        network = self._network(network_arguments | told, guiding, untold)
+        network = self._network(process, network_arguments | told, guiding, untold)
         if latents is None:
             latents = bound.prior_sample(shape, generator, device)
         steps = _Steps(self, bound, network, num_inference_steps, sampler, generator)
@@ -574,10 +574,14 @@ class VDMPipeline(LikelihoodPipeline):
         return by_score
 
     def _network(
-        self, arguments: dict[str, Any], guider: BaseGuidance | None = None, untold: dict[str, Tensor] | None = None
+        self,
+        process: ForwardProcess,
+        arguments: dict[str, Any],
+        guider: BaseGuidance | None = None,
+        untold: dict[str, Tensor] | None = None,
     ) -> GuidedNetwork:
         """The network in its own precision, guided where that is asked for; latents stay in float32."""
-        unet = _InOwnPrecision(self.unet)
+        unet = _InOwnPrecision(self.unet, process)
         if guider is None:
             return GuidedNetwork(unet, arguments)
         condition = self.condition
@@ -586,7 +590,7 @@ class VDMPipeline(LikelihoodPipeline):
         if not untold:
             untold = self._null(arguments)
         instead = arguments | untold
-        diffused = self.process.diffused
+        diffused = process.diffused
         has_more = isinstance(diffused, GaussianProcess) and (diffused.variance.learned or diffused.unread_half)
         return GuidedNetwork(unet, arguments, instead, guider, guided=self.latent_shape[0] if has_more else None)
 
@@ -600,7 +604,8 @@ class VDMPipeline(LikelihoodPipeline):
 
     def objective(self, transitions: int | None = None) -> VDMObjective:
         """The bound of this pipeline as a module."""
-        return VDMObjective(_InOwnPrecision(self.unet), self.process, transitions, self.condition)
+        process = self.process
+        return VDMObjective(_InOwnPrecision(self.unet, process), process, transitions, self.condition)
 
     def clipped_objective(self, transitions: int | None) -> VDMObjective | None:
         """The bound with every estimate of the data clipped as the checkpoint's sampler does, if it does.
@@ -614,7 +619,7 @@ class VDMPipeline(LikelihoodPipeline):
         process = scheduler.build_process().to(self._execution_device)
         assert isinstance(process, GaussianProcess)
         process.clipping = scheduler.clipping
-        return VDMObjective(_InOwnPrecision(self.unet), process, transitions, self.condition)
+        return VDMObjective(_InOwnPrecision(self.unet, process), process, transitions, self.condition)
 
     def description(self) -> dict[str, Any]:
         """The scheduler's config."""
@@ -688,9 +693,9 @@ class _InOwnPrecision(nn.Module):
 
     unet: ModelMixin
 
-    def __init__(self, unet: ModelMixin) -> None:
+    def __init__(self, unet: ModelMixin, process: ForwardProcess) -> None:
         super().__init__()
-        self.unet, self.call = unet, Call.of(unet)
+        self.unet, self.call, self.process = unet, Call.of(unet), (process,)  # of which the network is no part
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False, **arguments: Any) -> tuple[Tensor]:
         given = sample
@@ -699,7 +704,8 @@ class _InOwnPrecision(nn.Module):
             given = sample.to(self.unet.dtype)
             floating = {name: v for name, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()}
             arguments |= {name: value.to(self.unet.dtype) for name, value in floating.items()}
-        return (self.call(self.unet, given, timestep, **arguments).to(sample.dtype),)
+        output = self.call(self.unet, given, timestep, **arguments).to(sample.dtype)
+        return (checked_output(output, sample, self.unet, self.process[0]),)
 
 
 def _shape_of(unet: ModelMixin) -> tuple[int, int, int] | None:

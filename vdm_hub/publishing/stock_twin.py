@@ -239,8 +239,9 @@ def _chain(pipeline: VDMPipeline, times: list[float], generators: list[torch.Gen
 
     A step of no length, at a timestep beyond the process's own, changes nothing; it draws, so that pairs stay pairs.
     """
-    _, bound = pipeline.process.bind(None, {})
-    network = pipeline._network({})
+    process = pipeline.process
+    _, bound = process.bind(None, {})
+    network = pipeline._network(process, {})
     z = bound.prior_sample((len(generators), *pipeline.image_shape), generators, pipeline._execution_device)
     estimate = z
     for first, second in itertools.pairwise(times):

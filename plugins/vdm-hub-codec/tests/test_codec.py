@@ -161,7 +161,7 @@ def test_every_evaluation_of_the_network_is_counted(name: str) -> None:
 
 def test_where_nothing_is_drawn_there_is_no_bound() -> None:
     report = encode(made("linear"), levels(1), transitions=T)[1]
-    assert report.started == 1 and report.bound is None and report.overhead is None
+    assert report.started == 1 and (report.bound, report.standard_error_over_data, report.overhead) == (None,) * 3
     assert report.bits_per_dim == pytest.approx(report.start + report.labels + report.header)
     assert "not used" in str(report) and "above" not in str(report)
     some = encode(made("linear"), levels(60), transitions=T)[1]
@@ -579,6 +579,7 @@ def test_the_bound_of_classes_is_the_models() -> None:
     assert report.bound is not None
     assert report.bound < measured.bits_per_dim * 1.03  # which has equal steps, and its own noise
     assert report.bound == pytest.approx(measured.bits_per_dim, rel=0.25)
+    assert report.standard_error_over_data == pytest.approx(measured.standard_error_over_images, rel=0.2)
 
 
 def test_a_model_that_may_be_told_nothing_is_told_nothing() -> None:

@@ -62,6 +62,7 @@ def test_the_length_is_the_likelihood_of_the_order(tmp_path: Any) -> None:
     measured = pipe.log_likelihood(pipe.tokenization.decode(given.tokens), ExactOrder("left_to_right"), replicates=1)
     # Weights of 22 bits, and the network in float32 there.
     assert report.bound == pytest.approx(measured.bits_per_dim, rel=1e-4)
+    assert report.standard_error_over_data == pytest.approx(measured.standard_error_over_images, rel=1e-3)
 
 
 def test_texts_that_tokens_do_not_say_and_other_processes_are_refused(tmp_path: Any) -> None:

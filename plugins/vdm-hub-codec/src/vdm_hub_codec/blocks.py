@@ -19,7 +19,7 @@ import numpy as np
 
 from vdm_hub import DataError
 from vdm_hub_codec.chains import Chain
-from vdm_hub_codec.decisions import Decisions, Integers, Note
+from vdm_hub_codec.decisions import Decisions, Floats, Integers, Note
 from vdm_hub_codec.distributions import Distribution
 from vdm_hub_codec.labels import pop_labels, push_labels
 from vdm_hub_codec.pictures import levels_of, picture_of
@@ -79,7 +79,8 @@ class Lengths:
 
     Attributes:
         as_they_are: Bits of the data that were pushed to start with.
-        chain: ``log q - log p`` of the latents that were drawn: the bound on the same draws.
+        each: ``log q - log p`` of the latents that were drawn for each datum: the bound on the same draws.
+        values: How many values each of them has, where that is not the same number: the windows of a text.
         pushed: What the stack grew by, for the same data.
         labels: Bits of the data's classes.
         started: How many data were pushed as they are.
@@ -87,11 +88,25 @@ class Lengths:
     """
 
     as_they_are: float = 0.0
-    chain: float = 0.0
+    each: list[float] = field(default_factory=list)
+    values: list[int] | None = None
     pushed: float = 0.0
     labels: float = 0.0
     started: int = 0
     evaluations: int = 0
+
+    @property
+    def chain(self) -> float:
+        """The bound of all of them."""
+        return math.fsum(self.each)
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of the mean of each datum's; of different sizes that of the ratio to their values."""
+        if len(self.each) < 2:
+            return None
+        each, values = np.array(self.each), np.array(self.values or [1] * len(self.each))
+        return float((each - each.sum() / values.sum() * values).std(ddof=1) / math.sqrt(len(each)))
 
 
 @dataclass
@@ -198,9 +213,9 @@ class Coder:
 
     def _push(self, stack: Stack, below: Integers, images: Integers, told: Integers, by: Decisions) -> None:
         """Push a batch, (B, n): see the module."""
-        chain, before, ideal = self.chain, stack.bits, 0.0
+        chain, before, ideal = self.chain, stack.bits, np.zeros(len(images))
 
-        def push(distribution: Distribution, numbers: Integers, t: int) -> float:
+        def push(distribution: Distribution, numbers: Integers, t: int) -> Floats:
             distribution.decided(t, False, images, by).push(stack, numbers)
             return distribution.log2(numbers)
 
@@ -211,7 +226,7 @@ class Coder:
             ideal -= push(chain.p(t - 1, chain.value(above, t), self.batch_size, told), below, t - 1)
             below = above
         ideal -= push(chain.prior(len(images)), below, chain.depth)
-        self.lengths.chain += ideal
+        self.lengths.each += ideal.tolist()
         self.lengths.pushed += stack.bits - before
 
     def pop_batch(

@@ -88,8 +88,8 @@ class Distribution(ABC):
         """
 
     @abstractmethod
-    def log2(self, numbers: Integers) -> float:
-        """The sum of their log-probabilities, or of densities at the centres of bins, in bits."""
+    def log2(self, numbers: Integers) -> Floats:
+        """Of each datum's numbers, the log-probability, or the density's at the centres of bins, in bits: (B,)."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,11 @@ class Normal(Distribution):
         scales = by.rounded(narrowed * SCALES_PER_BIN, Place(latent, of_q, 1), images)
         return NormalSymbols(means, np.maximum(scales, _NARROWEST))
 
-    def log2(self, numbers: Integers) -> float:
+    def log2(self, numbers: Integers) -> Floats:
         """Of densities."""
         standard = (numbers * self.width - self.mean) / self.scale
-        return float(-(0.5 * standard**2 + np.log(self.scale) + 0.5 * math.log(2 * math.pi)).sum() / math.log(2))
+        found: Floats = -(0.5 * standard**2 + np.log(self.scale) + 0.5 * math.log(2 * math.pi)).sum(1) / math.log(2)
+        return found
 
 
 @dataclass(frozen=True)
@@ -207,10 +208,11 @@ class Choices(Distribution):
         weights = by.rounded(rows, Place(latent, of_q, 0), images).reshape(self.probabilities.shape) + 1
         return ChoiceSymbols(weights)
 
-    def log2(self, numbers: Integers) -> float:
+    def log2(self, numbers: Integers) -> Floats:
         """Of probabilities."""
         chosen = np.take_along_axis(self.probabilities, numbers[..., None], -1)
-        return float(np.log2(np.maximum(chosen, 1e-300)).sum())
+        found: Floats = np.log2(np.maximum(chosen, 1e-300)).sum((1, 2))
+        return found
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ that is given a part of the window before it waits for that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import constriction
 import numpy as np
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from vdm_hub import TokenPipeline, TokenWindows, VDMObjective
 from vdm_hub_codec.blocks import Block, checksum, decoding
-from vdm_hub_codec.decisions import Decisions, Integers
+from vdm_hub_codec.decisions import Decisions, Floats, Integers
 from vdm_hub_codec.distributions import Choices, ChoiceSymbols
 from vdm_hub_codec.documents import lengths_of
 
-Code = Callable[[Choices, ChoiceSymbols, Integers], Integers]
-"""What is done with the values of some sites, (n,): encoded, or found."""
+Code = Callable[[Choices, ChoiceSymbols, Integers, Integers], Integers]
+"""What is done with the values of some sites, (n,), of the windows of these numbers, (n,): encoded, or found."""
 
 
 @dataclass
@@ -35,6 +35,8 @@ class OrderCoder:
         mask_id: What stands for a masked site.
         sites_at_once: Sites that are coded by one evaluation.
         batch_size: Windows at once in the network.
+        ideal: Bits of each window that was encoded, (windows,).
+        values: How many tokens of each were, (windows,).
     """
 
     objective: VDMObjective
@@ -42,15 +44,18 @@ class OrderCoder:
     sites_at_once: int
     batch_size: int
     evaluations: int = 0
-    ideal: float = 0.0
+    ideal: Floats = field(default_factory=lambda: np.zeros(0))
+    values: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def encode(self, windows: TokenWindows) -> Block:
         """All windows of a text."""
         encoder, decisions = constriction.stream.queue.RangeEncoder(), Decisions()
+        self.ideal, self.values = np.zeros(len(windows)), np.zeros(len(windows), np.int64)
 
-        def code(choices: Choices, symbols: ChoiceSymbols, values: Integers) -> Integers:
+        def code(choices: Choices, symbols: ChoiceSymbols, values: Integers, numbers: Integers) -> Integers:
             encoder.encode(values.astype(np.int32), *symbols.model)
-            self.ideal -= choices.log2(values[:, None])
+            np.subtract.at(self.ideal, numbers, choices.log2(values[:, None]))
+            np.add.at(self.values, numbers, 1)
             return values
 
         tokens = windows.tokens.long()
@@ -71,7 +76,7 @@ class OrderCoder:
         decoder = constriction.stream.queue.RangeDecoder(block.words)
         tokens = torch.zeros_like(empty.tokens, dtype=torch.int64)
 
-        def code(choices: Choices, symbols: ChoiceSymbols, values: Integers) -> Integers:
+        def code(choices: Choices, symbols: ChoiceSymbols, values: Integers, numbers: Integers) -> Integers:
             found: Integers = decoder.decode(*symbols.model).astype(np.int64)
             return found
 
@@ -117,7 +122,7 @@ class OrderCoder:
             choices = Choices(probabilities[:, None])
             symbols = choices.decided(0, False, images * length + column.numpy(), by)
             where = sites[row, column]
-            tokens[where] = torch.from_numpy(code(choices, symbols, tokens[where].numpy()))
+            tokens[where] = torch.from_numpy(code(choices, symbols, tokens[where].numpy(), images))
             known |= next_ones
 
     def _probabilities(self, z: Tensor, lost: Tensor, told: dict[str, Tensor], chosen: Tensor) -> np.ndarray:

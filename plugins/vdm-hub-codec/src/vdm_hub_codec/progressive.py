@@ -128,7 +128,7 @@ class _Estimates:
         drawn = Normal(
             (alpha(gamma) * x).flatten(1).numpy(), np.full(numbers.shape, float(sigma(gamma))), chain.width(t)
         )
-        return drawn.log2(numbers) + numbers.size * math.log2(chain.width(t))
+        return float(drawn.log2(numbers).sum()) + numbers.size * math.log2(chain.width(t))
 
     @torch.no_grad()
     def estimate(self, t: int, z: Tensor, told: Integers) -> Tensor:

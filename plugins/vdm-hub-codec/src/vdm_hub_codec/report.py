@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from vdm_hub_codec.blocks import Lengths
@@ -22,6 +23,8 @@ class CodecReport:
         bound: On the draws that were made: what the file's length should be; of data that are there as they are, as of
             the others. Of images with classes it is that of the images, given their classes. ``None`` where all data
             are there as they are, and nothing was drawn.
+        standard_error_over_data: Of the bound, over the data that were coded, each with its own draws; ``None`` of
+            fewer than two.
         start: More than the bound, by the data that are there as they are, to start with; without a bound all of them.
         quantisation: More, by bins, rounding and the coder's precision.
         labels: More, by the classes of the images.
@@ -41,6 +44,7 @@ class CodecReport:
     bytes: int
     bits_per_dim: float
     bound: float | None
+    standard_error_over_data: float | None
     start: float
     quantisation: float
     labels: float
@@ -77,8 +81,10 @@ class CodecReport:
                 f"  the model was not used: all {self.kind} are there as they are, as they hold too few bits to draw "
                 f"latents from, so there is no bound"
             ]
+        error = "" if self.standard_error_over_data is None else f" ± {self.standard_error_over_data:.4f}"
         also = f"; of the {self.started:,} {self.kind} that are there as they are, as of the others"
-        return [f"  {self.bound:8.4f}  the model's bound, on the draws that were made{also if self.started else ''}"]
+        drawn = f"the model's bound, on the draws that were made{also if self.started else ''}"
+        return [f"  {self.bound:8.4f}{error}  {drawn}"]
 
     def __str__(self) -> str:
         each = "dimensions" if self.kind == "images" else "tokens"
@@ -123,14 +129,15 @@ class Parts:
     def report(self, size: int, seconds: float) -> CodecReport:
         """The report on a file of so many bytes."""
         lengths, bits, scale = self.lengths, 8 * size, 1 / self.dimensions
-        coded = (self.count - lengths.started) / self.count
         # What the data that are there as they are would have cost, as the others do.
-        bound = lengths.chain / coded if coded else None
+        bound = self.count * fmean(lengths.each) if lengths.each else None
+        error = None if lengths.error is None else self.count * lengths.error
         return CodecReport(
             kind=self.kind,
             bytes=size,
             bits_per_dim=bits * scale,
             bound=None if bound is None else bound * scale,
+            standard_error_over_data=None if error is None else error * scale,
             start=(lengths.as_they_are - ((bound or 0) - lengths.chain)) * scale,
             quantisation=(lengths.pushed - lengths.chain) * scale,
             labels=lengths.labels * scale,

@@ -114,7 +114,12 @@ def _encode_order(
     coder = _order_coder(pipeline, sites_at_once, batch_size)
     block, cut = coder.encode(windows), windows.cut
     how: dict[str, Any] = {"kind": "order", "sites": sites_at_once, "length": cut.length, "context": cut.context}
-    lengths = Lengths(chain=coder.ideal, pushed=coder.ideal, evaluations=coder.evaluations)
+    lengths = Lengths(
+        each=coder.ideal.tolist(),
+        values=coder.values.tolist(),
+        pushed=float(coder.ideal.sum()),
+        evaluations=coder.evaluations,
+    )
     return Container("", "", how, [block]), Parts("windows", len(windows), len(windows.tokens), lengths)
 
 
