@@ -273,7 +273,11 @@ def test_a_pilot_costs_about_what_was_planned(
     found, halves = [], []
     for seed in (3, 4):
         torch.manual_seed(seed)  # not the classifier's
-        one = classifier(model([Mixture.gaussian(0.1)] * candidates), pilot_evaluations=planned, budget=10**4)
+        one = classifier(
+            model([Mixture.gaussian(0.1 + 0.01 * c) for c in range(candidates)]),
+            pilot_evaluations=planned,
+            budget=10**4,
+        )
         draw = one._draw
 
         def spy(batch: Any, first: Any, more: Any, alive: Any, streams: Any, draw: Any = draw) -> Any:
@@ -283,7 +287,11 @@ def test_a_pilot_costs_about_what_was_planned(
         monkeypatch.setattr(one, "_draw", spy)
         one.fit(batch_of(FEW[:count]))
         found.append(one.state())
-    assert found[0] == found[1] and found[0]["pilot_evaluations"] == images * draws * min(candidates, 32)
+    assert (
+        found[0] == found[1]
+        and halves[:2] == halves[2:]
+        and found[0]["pilot_evaluations"] == images * draws * min(candidates, 32)
+    )
     assert len(halves) == (4 if images else 0)
     if images:
         (first, more, told, chosen), (second, rest, *same) = halves[:2]
@@ -507,7 +515,9 @@ def test_the_truth_is_known_by_number_or_by_name() -> None:
     names = ("cat", "dog")
     for labels in (["dog", "cat"], ["dog", 0], [1, 0], (1, 0), torch.tensor([1, 0]), np.array([1, 0])):
         assert numbered(labels, names, 2).tolist() == [1, 0]
-    for wrong in (["dog", "owl"], [0.0, 1.0], [True, False], [None, 1]):
+    with pytest.raises(DataError, match=naming("image", 1, "owl", "cat")):
+        numbered(["dog", "owl"], names, 2)
+    for wrong in ([0.0, 1.0], [True, False], [None, 1]):
         with pytest.raises(DataError):
             numbered(wrong, names, 2)
 

@@ -13,7 +13,6 @@ import pytest
 from runs import TINY, configuration, train_here
 from vdm_hub.errors import ConfigurationError
 from vdm_hub.recipes.arguments import FIELDS, GROUPS, Configuration
-from vdm_hub.training.opening import without_effect
 
 NUMBERS = {
     field.name: field
@@ -96,26 +95,6 @@ def test_what_would_have_no_effect_is_refused_with_what_it_needs(
         configuration(tmp_path / "run", **given)
     assert named in str(caught.value)
     assert all(name in str(caught.value) for name in [next(iter(given))] if name not in ("model", "num_sample_images"))
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ({"lr_warmup_steps": 7}, "lr_warmup_steps is 7"),
-        ({"lr_warmup_steps": 5, "lr_scheduler": "constant"}, "lr_warmup_steps is 5"),
-        ({"validation_steps": 9, "validation_size": 9}, "validation_steps is 9"),
-        ({"validation_size": 9}, "validation_steps is 0"),
-        ({"test_size": 9, "test_split": "none", "evaluation_replicates": 0}, "evaluation_replicates is 0"),
-        ({"use_ema": False, "ema_max_decay": 0.5}, "ema_max_decay"),
-        ({"use_ema": False, "offload_ema": True}, "offload_ema"),
-        ({"num_sample_images": 0, "num_inference_steps": 3}, "num_inference_steps"),
-    ],
-)
-def test_what_comes_to_nothing_is_said(given: dict[str, Any], named: str, tmp_path: Path) -> None:
-    quiet = {"num_inference_steps": 250}
-    assert without_effect(configuration(tmp_path / "run", **quiet), 6) == []
-    said = without_effect(configuration(tmp_path / "run", **quiet | given), 6)
-    assert len(said) == 1 and named in said[0], said
 
 
 def test_every_default_is_within_its_range() -> None:

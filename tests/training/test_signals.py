@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import fork_server
 from runs import ROOT, TORCHRUN, contents, environment, recipe, train_here
 from vdm_hub.errors import PublishError
-from vdm_hub.training.signals import StopSignals, TrainingStopped
+from vdm_hub.training.signals import _SIGNALS, StopSignals, TrainingStopped
 from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 LONG: dict[str, Any] = {"max_train_steps": 100_000, "checkpointing_steps": 5, "checkpoints_total_limit": 2}
@@ -190,10 +190,53 @@ def test_handlers_are_given_back_and_left_alone_outside_the_main_thread() -> Non
         with StopSignals():
             assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(elsewhere).result()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("before_first_step", [True, False])
+@pytest.mark.parametrize("hangup", [signal.SIG_IGN, signal.SIG_DFL])
+def test_which_signals_are_heard(hangup: Any, *, before_first_step: bool) -> None:
+    """Ctrl-C before the first step is Python's own; what nohup ignores stays ignored."""
+    outside = signal.signal(signal.SIGHUP, hangup)
+    try:
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        with StopSignals(show=False, before_first_step=before_first_step):
+            heard = {number for number in _SIGNALS if signal.getsignal(number) != before[number]}
+        assert {number: signal.getsignal(number) for number in _SIGNALS} == before
+    finally:
+        signal.signal(signal.SIGHUP, outside)
+    left_alone = ({signal.SIGINT} if before_first_step else set()) | (
+        {signal.SIGHUP} if hangup is signal.SIG_IGN else set()
+    )
+    assert heard == set(_SIGNALS) - left_alone
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_counts_and_is_said_once(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    """And a second Ctrl-C is the system's."""
+    for more in ({}, {"show": False}):
+        with StopSignals(**more) as stop:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.received is number
+            assert (signal.getsignal(signal.SIGINT) is signal.SIG_DFL) == (number is signal.SIGINT)
+        said = capfd.readouterr().err
+        assert said.count("received") == said.count(f"{number.name} received") == (0 if more else 1)
+        assert ("Ctrl-C again" in said) == (number is signal.SIGINT and not more)
+
+
+@pytest.mark.parametrize("show", [True, False])
+@pytest.mark.parametrize("before_first_step", [True, False])
+def test_what_is_obeyed_at_once_is_said_before_the_first_step(
+    capfd: pytest.CaptureFixture[str], *, show: bool, before_first_step: bool
+) -> None:
+    with pytest.raises(TrainingStopped), StopSignals(show=show, before_first_step=before_first_step) as stop:
+        stop.obey_at_once()
+        os.kill(os.getpid(), signal.SIGTERM)
+    said = capfd.readouterr().err
+    assert ("SIGTERM received before the first step" in said) == (show and before_first_step) == bool(said)
 
 
 BATCH = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)

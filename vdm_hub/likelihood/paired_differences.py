@@ -68,7 +68,7 @@ class Scatter:
         slope = min(max(float(torch.cov(torch.stack([x, y]))[0, 1] / x.var()), 0.0), 2.0)
         intercept = float((y - slope * x).mean())
         # The logarithm of a variance of n draws scatters by 2/(n-1) of itself, and of nu by 2/nu.
-        beyond = float((y - intercept - slope * x).var()) - 2 / (draws - 1)
+        beyond = float((y - slope * x).var()) - 2 / (draws - 1)
         strength = min(max(2 / max(beyond, 1e-3), _LEAST), _MOST)
         # Neighbours in time differ by the noise alone (von Neumann, Ann. Math. Stat. 12, 1941).
         ordered = differences.gather(1, places.argsort(1)[:, :, None].expand_as(differences))
