@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import resource
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from runs import SHIM, TORCHRUN, contents, python, recipe, start, train_here
+from runs import LEARNED, SHIM, TORCHRUN, contents, python, recipe, start, train_here
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.training import dry_run
 
 
 def test_it_says_what_the_run_needs_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,3 +48,60 @@ def test_two_processes_say_it_once(tmp_path: Path) -> None:
 def test_what_would_fail_fails(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="halved"):
         train_here(tmp_path / "run", dry_run=True, unet={"block_out_channels": [8, 8, 8, 8, 8], "norm_num_groups": 4})
+
+
+def test_each_row_is_a_figure_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a learned schedule, without averages, two steps on; its step takes a hundred seconds here."""
+    run = start(tmp_path / "run", noise_schedule=LEARNED, use_ema=False)
+    steps, optimise = [], run.optimise
+    monkeypatch.setattr(run, "optimise", lambda batches: (steps.append(run.step), optimise(batches))[1])
+    run.step = 2
+    measured = dry_run._seconds(run, next(run.batches()))
+    assert len(steps) == 5 and 0 < measured < 100
+    run.step = 2
+    monkeypatch.setattr(dry_run, "_seconds", lambda run, batches: 1000.0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = {line[:16].strip(): line[16:] for line in dry_run.describe_run(run).splitlines()}
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(steps) == 6, "a step was taken"
+    network, whole = (sum(p.numel() for p in part.parameters()) for part in (run.model.body, run.model))
+    assert rows["beside it"].startswith(f"{whole - network:,} learned") and whole > network
+    assert float(rows["state"].split()[0]) == pytest.approx(4 * 4 * whole / 2**20, abs=0.06)
+    peak = float(rows["peak memory"].split()[0].replace(",", ""))
+    assert before / 1024 - 1 <= peak <= after / 1024 + 1 and "of the process" in rows["peak memory"]
+    assert rows["training"].startswith("1:06:40 for 4 steps") and rows["a step"].startswith("1000.000 s, 0.0 images/s")
+    run.step = 6
+    assert dry_run.describe_run(run).startswith("nothing is left to do") and "6 steps" in dry_run.describe_run(run)
+
+
+def test_a_schedule_that_learns_nothing_is_said_and_other_values_have_no_bytes(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    before = dry_run.describe_run(run)
+    assert re.search("beside it +nothing is learned", before)
+    next(iter(run.optimizer.state.values()))["of an optimiser's own"] = "no tensor"
+    run.step = 0
+    assert re.findall("state .*MiB", dry_run.describe_run(run)) == re.findall("state .*MiB", before)
+
+
+def test_what_only_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream has no number; a GPU its own clock and memory; and macOS counts in bytes."""
+    stream: Any = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(is_stream=True, count=7)))
+    assert dry_run._number_of_images(stream) == "a stream"
+    clock = {"now": 0.0, "queued": 50.0}  # of a step before
+
+    def queue(batches: Any) -> None:
+        clock["queued"] += 3
+
+    def synchronise(device: Any) -> None:
+        clock.update(now=clock["now"] + clock["queued"], queued=0)
+
+    gpu = torch.device("cuda")
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(device=gpu), optimise=queue)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronise)
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: clock["now"])
+    assert dry_run._seconds(run, []) == 3
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12345)
+    assert dry_run._peak(gpu) == 12345
+    kilobytes = dry_run._peak(torch.device("cpu")) / 1024
+    monkeypatch.setattr(dry_run.sys, "platform", "darwin")
+    assert dry_run._peak(torch.device("cpu")) == pytest.approx(kilobytes, rel=0.01)
