@@ -25,6 +25,7 @@ import difflib
 import gc
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -35,7 +36,7 @@ import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -399,7 +400,7 @@ def is_listed(mutant: Mutant, one: tuple[str, str | None]) -> bool:
     return mutant.before == one[0] and one[1] in (None, mutant.after)
 
 
-def test_module(module: str, entry: dict[str, Any], jobs: int, lines: range | None) -> int:
+def test_module(module: str, entry: dict[str, Any], jobs: int, lines: Container[int] | None) -> int:
     """Try all mutants of a module; the exit status."""
     began = time.monotonic()
     path = ROOT / module
@@ -449,12 +450,18 @@ def found_whole(module: str, entry: dict[str, Any]) -> None:
     beside.replace(LOCK)
 
 
+def _span(words: str) -> range:
+    """The lines from one to another, or one."""
+    first, _, last = words.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
 def main() -> int:
     """Test the modules named, each in an interpreter of its own."""
     parser = argparse.ArgumentParser(description="Name the changes of the code that no test notices.")
     parser.add_argument("modules", nargs="*", help="paths of modules (default: all of tests/mutants.toml)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
-    parser.add_argument("--lines", help="only mutants of these lines, as 10-25")
+    parser.add_argument("--lines", help="only mutants of these lines, as 10-25,40")
     parser.add_argument("--all", action="store_true", help="those too that were found whole, and have not changed")
     arguments = parser.parse_args()
     table = tomllib.loads(TABLE.read_text())
@@ -475,8 +482,7 @@ def main() -> int:
     sys.path[:] = [str(ROOT), *(entry for entry in sys.path if entry != str(ROOT / "scripts"))]
     os.environ["OMP_NUM_THREADS"] = "1"
     os.chdir(ROOT)
-    first, _, last = (arguments.lines or "").partition("-")
-    lines = range(int(first), int(last or first) + 1) if first else None
+    lines = None if arguments.lines is None else set(itertools.chain(*map(_span, arguments.lines.split(","))))
     return test_module(modules[0], table[modules[0]], arguments.jobs, lines)
 
 

@@ -25,6 +25,7 @@ from vdm_hub.training.memory import host_memory, memory_needs
 
 VAE = {"latent_shapes": [[1, 8, 8]], "block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
 SMALL: dict[str, Any] = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+AUTOENCODER: dict[str, Any] = {"block_out_channels": [8], "norm_num_groups": 4, "latent_channels": 2}
 RUNGS: dict[str, dict[str, Any]] = {
     "vdm": {},
     "learned": {"noise_schedule": {"name": "learned_linear", "config": {"gamma_min": -7.0, "gamma_max": 5.0}}},
@@ -109,7 +110,7 @@ def test_what_is_not_trained_has_weights_and_an_average_alone(tmp_path: Path) ->
     assert free.training - frozen.training == 4 * 3 * frozen.parameters["first_stage"]
 
 
-@pytest.mark.parametrize("rung", ["vdm", "latent_vdm", "classes", "context"])
+@pytest.mark.parametrize("rung", ["vdm", "latent_vdm", "an autoencoder's latents", "classes", "context"])
 def test_what_a_batch_keeps_is_what_autograd_saves_of_the_networks(rung: str, tmp_path: Path) -> None:
     """Of two images, told what they are told, with dropout, whatever mode they were left in."""
     if rung == "context":
@@ -119,7 +120,9 @@ def test_what_a_batch_keeps_is_what_autograd_saves_of_the_networks(rung: str, tm
         network = UNetVDMModel(8, in_channels=1, out_channels=1, context_size=3, dropout=0.1, **SMALL)
         objective: Any = VDMObjective(network, process)
     else:
-        more = {"classes": {"label_column": "label"}}.get(rung, RUNGS.get(rung, {}))
+        stage = {"model": "latent_vdm", "first_stage": {"_class_name": "AutoencoderKL", **AUTOENCODER}}
+        others = {"classes": {"label_column": "label"}, "an autoencoder's latents": stage}
+        more: dict[str, Any] = (RUNGS | others)[rung]
         objective = start(tmp_path / "run", **{"unet": UNET | {"dropout": 0.1}} | more).model
     network = objective.body
     kept: dict[int, Any] = {}
@@ -149,14 +152,14 @@ def test_what_a_batch_keeps_is_what_autograd_saves_of_the_networks(rung: str, tm
 @pytest.mark.parametrize("place", ["this machine", "the GPU"])
 def test_a_run_is_refused_where_it_needs_more_than_there_is(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the host holds the weights of all its processes, and nothing else of the run."""
-    mib, own = 2**20, psutil.Process().memory_info().rss
-    needs = memory.MemoryNeeds({"network": 1}, 8 * mib, 16 * mib, 64 * mib, 32 * mib)
+    gib, own = 2**30, psutil.Process().memory_info().rss
+    needs = memory.MemoryNeeds({"network": 1}, 8 * gib, 16 * gib, 64 * gib, 32 * gib)
     gpu = place == "the GPU"
     accelerator: Any = SimpleNamespace(device=torch.device("cuda" if gpu else "cpu"))
-    total, processes = 56 * mib, 2
+    total, processes = 56 * gib, 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    on_host = processes * (8 * mib if gpu else total)
-    room = 512 * mib  # what this process may take in between
+    on_host = processes * (8 * gib if gpu else total)
+    room = gib  # what this process may take in between
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, total))
     monkeypatch.setattr(memory, "host_memory", lambda: own + on_host + room)
     memory.refuse_what_cannot_fit(needs, accelerator)

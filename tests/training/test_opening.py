@@ -47,7 +47,7 @@ def test_a_dry_run_prints_a_recipe_and_a_run_one_paragraph(tmp_path: Path) -> No
     dry = configuration(tmp_path / "run", dry_run=True, learning_rate=0.5)
     again.write_text(describe_recipe(dry))
     assert parse_recipe([str(again)]) == dry
-    names = {"dataset_name": "well-known/" + "long-name-" * 8, "output_dir": "a-folder-with-a-name-of-its-own"}
+    names = {"dataset_name": "well-known/" + "long-name-" * 7, "output_dir": "some-folder-" * 8}
     said = describe_recipe(Configuration.from_dict(names | {"max_train_steps": 5}, "mine"))
     first, *others = said.splitlines()
     assert first.startswith("mine: ") and others and all(line.startswith("  ") for line in others)

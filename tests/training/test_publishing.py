@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hub.server import LoopbackHub
-from runs import TORCHRUN, contents, python, recipe
+from runs import TORCHRUN, configuration, contents, python, recipe
 from vdm_hub import VDMPipeline
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import ConfigurationError, PublishError
+from vdm_hub.publishing.publishing import Publication
 from vdm_hub.recipes.configuration import TrainingArguments
+from vdm_hub.training import publishing
+from vdm_hub.training.publishing import publish_run
 
 TOKEN = "hf_loopback"
 PUSHING: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "me/tiny", "max_train_steps": 2}
@@ -123,3 +128,39 @@ def test_where_to_publish_is_refused_where_nothing_is_published() -> None:
     assert named.hub_repository == "tiny"
     here = TrainingArguments(max_train_steps=1, output_dir=".", push_to_hub=True)
     assert here.hub_repository == Path.cwd().name
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("no_results", ["", "it has no dataset"])
+def test_what_is_asked_of_the_hub_and_said(
+    no_results: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    private: bool,
+) -> None:
+    """And of a failure: the words that go on where it stopped."""
+    asked: list[Any] = []
+    error: list[Exception] = []
+
+    def publish(folder: Path, repository: str, **options: Any) -> Publication:
+        asked.append((folder, repository, options))
+        if error:
+            raise error[0]
+        return Publication(repository, "https://hub/me/tiny", "c0ffee", no_results=no_results)
+
+    monkeypatch.setattr(publishing, "publish", publish)
+    folder: Any = SimpleNamespace(pipeline=tmp_path / "pipeline", path=tmp_path)
+    run = configuration(tmp_path, **PUSHING | {"hub_private_repo": private})
+    publish_run(configuration(tmp_path), folder)
+    assert asked == [] and not capsys.readouterr().out
+    publish_run(run, folder)
+    assert asked == [(tmp_path / "pipeline", "me/tiny", {"private": True if private else None})]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == (2 if no_results else 1) and said[0].endswith("https://hub/me/tiny")
+    assert no_results in said[-1]
+    error.append(OSError("no route"))
+    words = f"`vdm-hub publish {tmp_path / 'pipeline'} me/tiny{' --private' if private else ''}`"
+    with pytest.raises(PublishError, match=re.escape(words)):
+        publish_run(run, folder)

@@ -177,12 +177,12 @@ def _network_class(name: str, package: str | None) -> Any:
         ConfigurationError: There is none.
         MissingPluginError: It can't be imported, or its package is not installed.
     """
-    known = {one.name for one in registry.registrations("networks")}
-    if package is not None or name in known:
+    if package is not None:
         return registry.lookup("networks", name, package).load()
     found = getattr(diffusers, name, None)
     if isinstance(found, type) and issubclass(found, ModelMixin):
         return found
+    known = {one.name for one in registry.registrations("networks")}
     raise unknown_name("_class_name of unet", name, known | {*UNET_CLASSES})
 
 
