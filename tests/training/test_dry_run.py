@@ -66,7 +66,8 @@ def test_each_row_is_a_figure_of_the_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(steps) == 6, "a step was taken"
     network, whole = (sum(p.numel() for p in part.parameters()) for part in (run.model.body, run.model))
     assert rows["beside it"].startswith(f"{whole - network:,} learned") and whole > network
-    assert float(rows["state"].split()[0]) == pytest.approx(4 * 4 * whole / 2**20, abs=0.06)
+    assert dry_run._bytes(run) == pytest.approx(4 * 4 * whole, rel=0.02), "AdamW's step counts come on top"
+    assert float(rows["state"].split()[0]) == pytest.approx(dry_run._bytes(run) / 2**20, abs=0.051)
     peak = float(rows["peak memory"].split()[0].replace(",", ""))
     assert before / 1024 - 1 <= peak <= after / 1024 + 1 and "of the process" in rows["peak memory"]
     assert rows["training"].startswith("1:06:40 for 4 steps") and rows["a step"].startswith("1000.000 s, 0.0 images/s")
@@ -78,6 +79,7 @@ def test_a_schedule_that_learns_nothing_is_said_and_other_values_have_no_bytes(t
     run = start(tmp_path / "run")
     before = dry_run.describe_run(run)
     assert re.search("beside it +nothing is learned", before)
+    assert dry_run._bytes(run) == pytest.approx(5 * 4 * sum(p.numel() for p in run.model.parameters()), rel=0.02)
     next(iter(run.optimizer.state.values()))["of an optimiser's own"] = "no tensor"
     run.step = 0
     assert re.findall("state .*MiB", dry_run.describe_run(run)) == re.findall("state .*MiB", before)
@@ -102,6 +104,8 @@ def test_what_only_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dry_run._seconds(run, []) == 3
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12345)
     assert dry_run._peak(gpu) == 12345
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kilobytes = dry_run._peak(torch.device("cpu")) / 1024
+    assert before <= kilobytes <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     monkeypatch.setattr(dry_run.sys, "platform", "darwin")
     assert dry_run._peak(torch.device("cpu")) == pytest.approx(kilobytes, rel=0.01)

@@ -49,10 +49,9 @@ def describe_run(run: RunState) -> str:
 
 
 def _seconds(run: RunState, batches: list[dict[str, Tensor]]) -> float:
-    """The seconds of a step: the median, so that one that something else on the machine held up does not decide."""
+    """The seconds of a step: the median, so that one that something else held up, or waited for, does not decide."""
 
     def once() -> float:
-        _wait(run.accelerator.device)
         started = time.perf_counter()
         run.optimise(batches)
         _wait(run.accelerator.device)

@@ -140,13 +140,29 @@ def test_a_block_is_decoded_by_itself(name: str) -> None:
     pipe = made(name)
     data = levels(11) % pipe.num_levels
     whole, _ = encode(pipe, data, transitions=T, block=4)
-    for numbers in ([1], [2, 0], [0, 1, 2]):
+    for numbers in ([1], [2, 0], [0, 1, 2], range(2), np.array([2, 1]), torch.tensor([0])):
         found = decode(pipe, whole, blocks=numbers).levels
         assert found is not None and torch.equal(found, torch.cat([data.split(4)[number] for number in numbers]))
     wrong: Any
-    for wrong in ([3], [-1], [], [True], [0.0]):
+    for wrong in ([3], [-1], [], [True], [0.0], 3, "1", torch.tensor(1), np.array([0.5])):
         with pytest.raises(ConfigurationError, match="from 0 to 2"):
             decode(pipe, whole, blocks=wrong)
+
+
+def test_what_is_no_model_no_name_and_no_data_is_refused() -> None:
+    pipe, data, wrong = made("linear"), levels(3), Any
+    whole, _ = encode(pipe, data, transitions=T, name=Path("me/digits"))
+    assert torch.equal(decode(pipe, whole).levels, data) and Container.from_bytes(whole).model == "me/digits"
+    for wrong in ("runs/digits", None, pipe.unet):
+        for call in (lambda wrong=wrong: encode(wrong, data), lambda wrong=wrong: decode(wrong, whole)):
+            with pytest.raises(ConfigurationError, match=type(wrong).__name__):
+                call()
+    for wrong in (None, 3, b"name"):
+        with pytest.raises(ConfigurationError, match="name is"):
+            encode(pipe, data, transitions=T, name=wrong)
+    for wrong in (torch.tensor(3), np.array(3), np.int64(3), [[3]]):
+        with pytest.raises(DataError, match="data are"):
+            encode(pipe, wrong, transitions=T)
 
 
 @pytest.mark.parametrize("name", ["linear", "bits"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from vdm_hub import (
     load_windows,
     make_tokenizer,
 )
-from vdm_hub_codec import decode, encode
+from vdm_hub_codec import CodecReport, decode, encode
 from vdm_hub_codec.container import Container
 from vdm_hub_tokens import ExactOrder
 
@@ -87,6 +88,23 @@ def test_a_text_comes_back_through_latents_of_values(context: int, tmp_path: Any
         measured = pipe.log_likelihood(pipe.tokenization.decode(given.tokens), VariationalBound(6), replicates=8)
         error = measured.standard_error * 8**0.5  # of one draw
         assert report.bound == pytest.approx(measured.bits_per_dim, abs=5 * error + 0.1)
+
+
+def test_tokens_beyond_whole_windows_cost_what_the_others_do_and_are_the_start(tmp_path: Path) -> None:
+    """So the bound of a value is that of the whole windows, and the parts are the whole all the same."""
+    pipe = pipeline(process="uniform")
+    reports: dict[int, CodecReport] = {}
+    for count in range(20 * LENGTH, 21 * LENGTH):  # of which a split has its share
+        given = windows(pipe, tmp_path, (TEXT * 3)[: count * 5 // 4])
+        if (beyond := len(given.tokens) - 20 * LENGTH) in (0, 1, LENGTH - 1):
+            reports[beyond] = encode(pipe, given, transitions=6, batch_size=9)[1]
+    assert len(reports) == 3
+    for beyond, report in reports.items():
+        assert report.dimensions == 20 * LENGTH + beyond and report.count == 20 + (beyond > 0)
+        assert report.bound == reports[0].bound, "the windows are coded before the rest"
+        parts = [report.bound, report.start, report.quantisation, report.labels, report.header]
+        assert report.bits_per_dim == pytest.approx(sum(parts))
+        assert report.started == reports[0].started + (beyond > 0)
 
 
 def test_sites_at_once_is_of_masked_models(tmp_path: Any) -> None:

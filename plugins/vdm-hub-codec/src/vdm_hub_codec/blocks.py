@@ -80,7 +80,7 @@ class Lengths:
     Attributes:
         as_they_are: Bits of the data that were pushed to start with.
         each: ``log q - log p`` of the latents that were drawn for each datum: the bound on the same draws.
-        values: How many values each of them has, where that is not the same number: the windows of a text.
+        values: How many values each of them has.
         pushed: What the stack grew by, for the same data.
         labels: Bits of the data's classes.
         started: How many data were pushed as they are.
@@ -89,7 +89,7 @@ class Lengths:
 
     as_they_are: float = 0.0
     each: list[float] = field(default_factory=list)
-    values: list[int] | None = None
+    values: list[int] = field(default_factory=list)
     pushed: float = 0.0
     labels: float = 0.0
     started: int = 0
@@ -101,12 +101,17 @@ class Lengths:
         return math.fsum(self.each)
 
     @property
+    def per_value(self) -> float | None:
+        """The bound of a value; ``None`` where no datum was coded."""
+        return self.chain / sum(self.values) if self.values else None
+
+    @property
     def error(self) -> float | None:
-        """The standard error of the mean of each datum's; of different sizes that of the ratio to their values."""
-        if len(self.each) < 2:
+        """The standard error of `per_value`, over the data: that of a ratio, as their sizes may differ."""
+        if (bound := self.per_value) is None or len(self.each) < 2:
             return None
-        each, values = np.array(self.each), np.array(self.values or [1] * len(self.each))
-        return float((each - each.sum() / values.sum() * values).std(ddof=1) / math.sqrt(len(each)))
+        each, values = np.array(self.each), np.array(self.values)
+        return float((each - bound * values).std(ddof=1) / math.sqrt(len(each)) / values.mean())
 
 
 @dataclass
@@ -227,6 +232,7 @@ class Coder:
             below = above
         ideal -= push(chain.prior(len(images)), below, chain.depth)
         self.lengths.each += ideal.tolist()
+        self.lengths.values += [math.prod(chain.shapes[0])] * len(images)
         self.lengths.pushed += stack.bits - before
 
     def pop_batch(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +58,7 @@ def encode(
     block: int | None = None,
     sites_at_once: int | None = None,
     batch_size: int = 64,
-    name: str = "",
+    name: str | os.PathLike[str] = "",
     progress: bool = False,
 ) -> tuple[bytes, CodecReport]:
     """Data as a file, losslessly, whose expected length is the bound of the model.
@@ -73,8 +75,9 @@ def encode(
         transitions: T of a VDM, at most 65,536; 100 where not given.
         block: Data that decode by themselves, so many together; all, where not given.
         sites_at_once: Of a masked model: sites coded by one evaluation; 1 where not given.
-        batch_size: Data at once in the network; it changes no content.
-        name: Of the model, for who reads the file.
+        batch_size: Data at once in the network, and coded together at most. Other batches may make another file, of
+            the same content; any number decodes it.
+        name: Of the model, for who reads the file: its folder or its Hub id.
         progress: Whether to show a bar.
 
     Returns:
@@ -86,6 +89,9 @@ def encode(
         DataError: The data are not the model's, or its tokens do not say all of the texts.
     """
     started = time.perf_counter()
+    _check_pipeline(pipeline)
+    if not isinstance(name, str | os.PathLike):
+        raise ConfigurationError(f"name is a {type(name).__name__}: give the model's folder or Hub id.")
     for what, value in (("transitions", transitions), ("block", block), ("sites_at_once", sites_at_once)):
         if value is not None:
             whole_number(what, value)
@@ -103,7 +109,7 @@ def encode(
         if not isinstance(given, Tensor)
         else _images(pipeline, given, labels, transitions, block, batch_size, progress)
     )
-    whole = replace(container, model=name, fingerprint=fingerprint_of(pipeline)).to_bytes()
+    whole = replace(container, model=str(name), fingerprint=fingerprint_of(pipeline)).to_bytes()
     return whole, parts.report(len(whole), time.perf_counter() - started)
 
 
@@ -115,11 +121,13 @@ def _tensor(what: str, given: object) -> Any:
     """
     if isinstance(given, Tensor) and given.dtype in (torch.uint16, torch.uint32, torch.uint64):
         return given.long()  # torch knows no more of these types than their names
-    if isinstance(given, Tensor) or (isinstance(given, TokenWindows) and what == "data"):
+    if (isinstance(given, Tensor) and given.ndim) or (isinstance(given, TokenWindows) and what == "data"):
         return given
-    if isinstance(given, np.ndarray) and given.dtype.kind in "iuf":
+    if isinstance(given, np.ndarray) and given.ndim and given.dtype.kind in "iuf":
         return torch.from_numpy(given if given.dtype.kind == "f" else given.astype(np.int64))
-    kind = f"an array of {given.dtype}" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
+    kind = f"a {type(given).__name__}"
+    if isinstance(given, np.ndarray | Tensor):
+        kind = f"{given.dtype} of shape {tuple(given.shape)}"
     raise DataError(f"the {what} are {kind}: give whole numbers as a tensor or an array, or the windows of a text.")
 
 
@@ -177,7 +185,7 @@ def decode(
     pipeline: LikelihoodPipeline,
     data: bytes | bytearray | memoryview,
     *,
-    blocks: Sequence[int] | None = None,
+    blocks: Iterable[int] | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Decoded:
@@ -194,6 +202,7 @@ def decode(
         ConfigurationError: The file has no such block.
         DataError: The file is none, damaged, or of another model, or the network gives other numbers here.
     """
+    _check_pipeline(pipeline)
     whole_number("batch_size", batch_size)
     if not isinstance(data, bytes | bytearray | memoryview):
         raise DataError(f"the file is given as a {type(data).__name__}: give its bytes, as Path(...).read_bytes().")
@@ -215,18 +224,27 @@ def decode(
         ) from error
 
 
-def _chosen(container: Container, numbers: Sequence[int]) -> list[Block]:
+def _check_pipeline(pipeline: object) -> None:
+    if not isinstance(pipeline, LikelihoodPipeline):
+        raise ConfigurationError(
+            f"the pipeline is a {type(pipeline).__name__}: give the model itself, as vdm_hub.load_pipeline opens it."
+        )
+
+
+def _chosen(container: Container, wanted: Iterable[int]) -> list[Block]:
     """The blocks of these numbers.
 
     Raises:
         ConfigurationError: The file has no such block.
     """
     known = len(container.blocks) if container.coder["kind"] == "latents" else 0
-    if not numbers or any(
-        isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < known for one in numbers
-    ):
+    try:
+        numbers = [-1 if isinstance(one, bool) else operator.index(one) for one in wanted]
+    except TypeError:
+        numbers = []
+    if not numbers or any(not 0 <= one < known for one in numbers):
         has = f"are numbers from 0 to {known - 1}" if known else "of a text are decoded together: leave blocks out"
-        raise ConfigurationError(f"blocks is {list(numbers)}, and those of this file {has}.")
+        raise ConfigurationError(f"blocks is {wanted!s:.100}, and those of this file {has}.")
     return [container.blocks[one] for one in numbers]
 
 

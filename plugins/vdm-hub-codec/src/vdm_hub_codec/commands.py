@@ -60,7 +60,7 @@ class Compress(Command):
             help="of a masked model: sites coded by one evaluation; more are quicker, and longer (default: 1)",
         )
         group.add_argument(
-            "--batch_size", type=_positive, default=64, help="data at once; changes no content (default: 64)"
+            "--batch_size", type=_positive, default=64, help="data at once, and coded together (default: 64)"
         )
         group = parser.add_argument_group("classes, of a model that is told them: the file keeps them, too")
         group.add_argument("--label_column", help="the column of the classes (default: that of the training)")

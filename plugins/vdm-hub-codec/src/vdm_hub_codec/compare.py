@@ -39,8 +39,10 @@ def image_formats(levels: Tensor, num_levels: int) -> tuple[dict[str, float], li
             alone = sum(_size(image, name, options) for image in images)
             found[f"{name}, each"] = 8 * alone / levels.numel()
             found[f"{name}, a sheet"] = 8 * _size(sheet, name, options) / levels.numel()
-        except (ImportError, KeyError, OSError) as error:
+        except (ImportError, KeyError) as error:
             notes.append(f"{name} was not tried ({error}): pip install 'vdm-hub-codec[compare]' brings it")
+        except (OSError, ValueError) as error:  # such as a sheet that is wider than the format can be
+            notes.append(f"{name} can't hold these images, or all as one sheet ({error})")
     return found, notes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
 from typing import Any
 
 from vdm_hub_codec.blocks import Lengths
@@ -129,20 +128,19 @@ class Parts:
     def report(self, size: int, seconds: float) -> CodecReport:
         """The report on a file of so many bytes."""
         lengths, bits, scale = self.lengths, 8 * size, 1 / self.dimensions
-        # What the data that are there as they are would have cost, as the others do.
-        bound = self.count * fmean(lengths.each) if lengths.each else None
-        error = None if lengths.error is None else self.count * lengths.error
+        # Of the values that are there as they are, too: what they would have cost, as the others do.
+        bound, by_model = lengths.per_value, lengths.chain * scale
         return CodecReport(
             kind=self.kind,
             bytes=size,
             bits_per_dim=bits * scale,
-            bound=None if bound is None else bound * scale,
-            standard_error_over_data=None if error is None else error * scale,
-            start=(lengths.as_they_are - ((bound or 0) - lengths.chain)) * scale,
+            bound=bound,
+            standard_error_over_data=lengths.error,
+            start=lengths.as_they_are * scale - ((bound or 0) - by_model),
             quantisation=(lengths.pushed - lengths.chain) * scale,
             labels=lengths.labels * scale,
             header=(bits - lengths.as_they_are - lengths.pushed - lengths.labels) * scale,
-            overhead=bits / bound - 1 if bound else None,
+            overhead=bits * scale / bound - 1 if bound else None,
             count=self.count,
             dimensions=self.dimensions,
             started=lengths.started,

@@ -85,6 +85,7 @@ def _encode_values(
         block, rest, stack = coder.encode(tokens[:whole].reshape(-1, length)), tokens[whole:], Stack()
     stack.push_levels(rest, pipeline.num_levels)
     coder.lengths.as_they_are += len(rest) * math.log2(pipeline.num_levels)
+    coder.lengths.started += len(rest) > 0
     blocks = [block, Block(len(rest), [], stack.words(), checksum(rest, lengths_of(windows)), [])]
     how = {"kind": "values", "transitions": transitions, "length": length}
     coder.lengths.evaluations = chain.evaluations.count
@@ -94,7 +95,7 @@ def _encode_values(
     ]
     told = notes if windows.cut.context else []
     return Container("", "", how, blocks), Parts(
-        "windows", whole // length, len(tokens), coder.lengths, transitions, told
+        "windows", whole // length + (len(rest) > 0), len(tokens), coder.lengths, transitions, told
     )
 
 
