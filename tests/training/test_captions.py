@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -19,6 +20,8 @@ from tiny_text import WIDTH, text_folder
 from vdm_hub import VDMPipeline, load_split
 from vdm_hub.errors import CheckpointError, ConfigurationError, DataError
 from vdm_hub.evaluation.evaluate import evaluate
+from vdm_hub.training.parts import conditions
+from vdm_hub.training.parts.conditions import LONGEST
 from vdm_hub.training.state.checkpoints import checkpoints
 
 TEXTS = ["a cat", "a big dog", "eel"]
@@ -221,3 +224,41 @@ def test_two_processes_train_what_one_trains_and_encode_once(tmp_path: Path, own
     one, two = (load_file(end / "objective.safetensors") for end in ends)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class Captions:
+    """Those of some images, of which so many are asked for."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts
+
+    def examples(self, most: int) -> tuple[str, ...]:
+        return self.texts[:most]
+
+
+def test_pictures_show_captions_of_images_that_are_held_out_where_there_are_any() -> None:
+    """Short ones; those of classes come from the training images, which have them all."""
+    longest = "x" * LONGEST
+    of_each = ["t"], ["v", longest, longest + "x"], ["e"]
+    train, validation, test = (SimpleNamespace(captions=Captions(*texts)) for texts in of_each)
+    everything: Any = SimpleNamespace(train=train, validation=validation, test=test)
+    assert conditions._examples(everything, is_template=False) == ("v", longest)
+    assert conditions._examples(everything, is_template=True) == ("t",)
+    assert conditions._examples(replaced(everything, validation=None), is_template=False) == ("e",)
+    assert conditions._examples(replaced(everything, validation=None, test=None), is_template=False) == ("t",)
+
+
+def replaced(data: Any, **others: Any) -> Any:
+    return SimpleNamespace(**vars(data) | others)
+
+
+@pytest.mark.parametrize("features", [TEXT, CLASS], ids=["captions", "template"])
+def test_a_template_is_told_from_captions(features: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        conditions, "_examples", lambda data, *, is_template: (asked.append(is_template), ("a cat",))[1]
+    )
+    run = start(tmp_path / "run", **fields(tmp_path, features))
+    assert asked == [features is CLASS]
+    condition: Any = run.model.condition
+    assert condition.examples == ("a cat",)

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,12 @@ from naming import naming
 from runs import ROOT, contents, environment
 from vdm_hub.errors import CheckpointError, OutputError
 from vdm_hub.files import entries
+from vdm_hub.hub.json_files import MAX_JSON_BYTES
 from vdm_hub.training.state.checkpoints import (
     checkpoints,
     find_checkpoint,
     foreign_entries,
+    holds_nothing_else,
     load_checkpoint,
     save_checkpoint,
     tidy,
@@ -287,3 +290,97 @@ def test_a_copy_named_by_its_path_is_gone_on_from(tmp_path: Path) -> None:
     save(tmp_path, 2)
     with pytest.raises(CheckpointError, match=naming("step-00000002")):
         find_resume_point(tmp_path, str(copy))
+
+
+def test_tidying_keeps_the_latest_and_what_others_put_there(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    for keep, left in ((None, [1, 2, 3, 4]), (4, [1, 2, 3, 4]), (3, [2, 3, 4])):
+        tidy(tmp_path, keep)
+        assert [path.name for path in checkpoints(tmp_path)] == [f"step-{step:08d}" for step in left]
+    (tmp_path / "step-00000002" / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match="step-00000002"):
+        tidy(tmp_path, 1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+
+
+def test_the_hint_at_a_damaged_one_is_the_latest_other(tmp_path: Path) -> None:
+    (damaged := save(tmp_path, 9)).joinpath("state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=naming("step-00000009", "output_dir")):
+        load_checkpoint(damaged)
+    save(tmp_path, 1)
+    latest = save(tmp_path, 2)
+    with pytest.raises(CheckpointError, match=naming("step-00000009", str(latest))):
+        load_checkpoint(damaged)
+
+
+def test_a_state_without_a_json_form_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        save_checkpoint(tmp_path, 1, {}, {"step": 1, "loss": float("nan")})
+    assert entries(tmp_path) == []
+
+
+def test_each_file_is_on_the_disk_before_the_checkpoint_has_its_name(tmp_path: Path, monkeypatch: Any) -> None:
+    synced: list[str] = []
+
+    def fsync(number: int) -> None:
+        if not (tmp_path / "step-00000001").exists():
+            synced.append(Path(f"/proc/self/fd/{number}").readlink().name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(tmp_path, 1)
+    assert set(FILES) <= set(synced)
+
+
+def test_a_long_run_s_state_is_read(tmp_path: Path, monkeypatch: Any) -> None:
+    """Larger than what is read of other records."""
+    state = {"step": 1, "figures": "9" * (MAX_JSON_BYTES + 1)}
+    assert load_checkpoint(save_checkpoint(tmp_path, 1, {}, state)).state == state
+
+
+def test_only_what_a_manifest_lists_is_a_checkpoint_s(tmp_path: Path) -> None:
+    """An unlisted file is another's, also by a name that a checkpoint's file may have; a link is no checkpoint."""
+    path = save(tmp_path, 5)
+    assert holds_nothing_else(path)
+    (path / "other.safetensors").write_bytes(b"")
+    assert not holds_nothing_else(path)
+    elsewhere = save(tmp_path / "elsewhere", 6)
+    (tmp_path / "step-00000006").symlink_to(elsewhere)
+    (tmp_path / "step-00000007").write_text("a file")
+    assert [one.name for one in checkpoints(tmp_path)] == ["step-00000005"]
+    assert [one.name for one in foreign_entries(tmp_path)] == ["step-00000006", "step-00000007"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["files"].pop("state.json"),
+        lambda manifest: manifest["files"].update({"../state.json": manifest["files"]["state.json"]}),
+    ],
+    ids=["no state", "a file elsewhere"],
+)
+def test_a_manifest_of_other_files_is_none(change: Any, tmp_path: Path) -> None:
+    path = save(tmp_path, 5) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=naming("manifest.json")):
+        load_checkpoint(path.parent)
+
+
+def test_an_older_manifest_s_step_is_that_of_the_folder_s_name(tmp_path: Path) -> None:
+    path = save(tmp_path, 12345678)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["step"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoints(tmp_path) == [path]
+
+
+def test_what_a_hidden_link_points_to_is_never_removed(tmp_path: Path) -> None:
+    elsewhere = save(tmp_path / "elsewhere", 3)
+    (run := tmp_path / "run").mkdir()
+    for name in (".step-00000003.removed", ".step-00000004-0123abcd"):
+        (run / name).symlink_to(elsewhere)
+    tidy(run)
+    assert load_checkpoint(elsewhere).state["step"] == 3
+    assert [path.name for path in entries(run)] == [".step-00000003.removed", ".step-00000004-0123abcd"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from naming import naming
 from runs import configuration, contents, forget_accelerator, train_here
 from vdm_hub.errors import ConfigurationError
-from vdm_hub.training.parts.processes import build_accelerator
+from vdm_hub.recipes.configuration import TrainingArguments
+from vdm_hub.training.parts import processes
+from vdm_hub.training.parts.processes import build_accelerator, check_environment
 from vdm_hub.training.state.outputs import OutputFolder
 
 WRONG = [
@@ -97,3 +102,43 @@ def test_a_precision_that_the_recipe_leaves_open_is_the_launcher_s_and_is_record
     told = json.loads((tmp_path / "run" / "run.json").read_text())
     assert told["mixed_precision"] == "bf16"
     assert "--mixed_precision bf16" in told["command"]
+
+
+def test_the_accelerator_is_the_recipe_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trackers and its places; what is sharded, and the engine, are checked; and tf32 is what was asked for."""
+    asked: list[str] = []
+    monkeypatch.setattr(processes, "is_sharded", lambda accelerator: True)
+    monkeypatch.setattr(processes, "check_shards", lambda accelerator, training: asked.append("shards"))
+    monkeypatch.setattr(processes, "refuse_engine", lambda kind: asked.append(f"engine {kind.value}"))
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        for allowed in (False, True):
+            forget_accelerator()
+            fields = {"report_to": "tensorboard", "allow_tf32": allowed}
+            accelerator = build_accelerator(configuration(tmp_path, **fields), tmp_path / "run", tmp_path / "logs")
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert [str(tracker) for tracker in accelerator.log_with] == ["tensorboard"]
+    assert (accelerator.project_dir, accelerator.logging_dir) == (str(tmp_path / "run"), str(tmp_path / "logs"))
+    assert asked == ["engine NO", "shards"] * 2
+
+
+def test_a_precision_that_is_the_launcher_s_ends_no_check() -> None:
+    both = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "inductor"}
+    with pytest.raises(ConfigurationError, match=naming("ACCELERATE_DYNAMO_BACKEND", "inductor", "compile")):
+        check_environment(TrainingArguments(max_train_steps=1), both)
+
+
+@pytest.mark.parametrize("precision", ["bf16", None])
+def test_where_a_setting_may_come_from_is_named(precision: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    training = TrainingArguments(max_train_steps=1, mixed_precision=precision)
+    said = f"mixed_precision, which is {precision or 'what the launcher says'}"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "FORK_LAUNCHED"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes._sources_of_settings(training) == said
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert processes._sources_of_settings(training) == f"ACCELERATE_USE_CPU, RANK in the environment, or {said}"
