@@ -170,6 +170,7 @@ def test_an_answer_that_is_lost_is_no_reason_to_submit_twice(hub: LoopbackHub, h
     assert hub.repositories[MODEL].pull_requests.keys() == {1} and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_it_is_sent_loses_no_figure(hub: LoopbackHub, home: Path, tmp_path: Path) -> None:
     words = [*itertools.chain(*WORDS.items()), "--submit", "--json"]
     command = [sys.executable, "-m", "vdm_hub.commands", "evaluate", MODEL, *words]

@@ -178,7 +178,8 @@ def gaussian_latents() -> tuple[LatentVDMPipeline, Case]:
     return pipe, case
 
 
-@pytest.mark.parametrize("method", ["ode", pytest.param("importance_weighted", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ode", "importance_weighted"])
 def test_the_ode_of_gaussian_latents_is_the_closed_form_within_its_error(method: str) -> None:
     """``E log p_0(z_0)`` of ``z_0 = alpha_0 y``, y a draw from q(y|x), under the data's own marginal at gamma_0."""
     pipe, case = gaussian_latents()

@@ -58,7 +58,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "latent of an AutoencoderKL": {"model": "latent_vdm", "first_stage": KL | {"latent_channels": 2}},
 }
 SLOW = pytest.mark.slow
-LONG = ("latent of an AutoencoderKL", "classes")
+LONG = ("latent of an AutoencoderKL", "classes", "learned")
 
 
 pytestmark = pytest.mark.usefixtures("token_plugin")

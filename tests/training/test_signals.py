@@ -294,7 +294,12 @@ for run, (number, made) in enumerate(pairs):
 def test_a_signal_before_the_first_step_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-u", *DOOR, recipe(tmp_path / "recipe", tmp_path / "run", **LONG)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored by the run, too
+    try:
+        run = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with run as process:
         assert process.stdout and process.stderr
         assert any(line.startswith("parameters") for line in process.stdout), "it said what it is"
         process.send_signal(number)
