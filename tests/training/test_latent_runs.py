@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from naming import naming
-from runs import TORCHRUN, python, recipe, start, train_here
+from runs import TORCHRUN, configuration, python, recipe, start, train_here
 from tiny import randomised
 from vdm_hub import AutoencoderKLFirstStage, LatentVDMPipeline
 from vdm_hub.commands.__main__ import main
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.training.parts.first_stages import build_first_stage
 
 STAGE: dict[str, Any] = {"latent_shapes": [[2, 4, 4]], "block_out_channels": [8], "norm_num_groups": 4}
 LATENT: dict[str, Any] = {"model": "latent_vdm", "first_stage": STAGE}
@@ -95,6 +97,22 @@ def test_an_autoencoder_kl_is_trained_from_its_description(tmp_path: Path) -> No
     # And what came of it is a first stage to go on from.
     again = start(tmp_path / "again", model="latent_vdm", first_stage_from=str(tmp_path / "run"))
     assert isinstance(again.model.process.first_stage, AutoencoderKLFirstStage)
+    assert all(parameter.requires_grad for parameter in again.model.parameters()), "nothing is frozen unasked"
+
+
+def test_a_first_stage_is_of_the_data_s_sides_and_begins_as_described(tmp_path: Path) -> None:
+    described = {"_class_name": "AutoencoderKL", "initial_scale": 0.3, **KL_CONFIG}
+    run = configuration(tmp_path / "run", model="latent_vdm", first_stage=described)
+    stages = {shape: build_first_stage(run, shape) for shape in ((1, 8, 8), (1, 8, 16), (1, 16, 8))}
+    for shape, stage in stages.items():
+        assert isinstance(stage, AutoencoderKLFirstStage) and stage.image_shape == shape
+        assert stage.autoencoder.config.sample_size == max(shape)
+        assert stage.log_scale.item() == pytest.approx(math.log(0.3))
+    assert (stages[1, 8, 8].config.sample_size, stages[1, 8, 16].config.sample_size) == (8, (8, 16))
+    stages[1, 8, 16].save_pretrained(tmp_path / "wide")
+    trained = configuration(tmp_path / "run", model="latent_vdm", first_stage_from=str(tmp_path / "wide"))
+    with pytest.raises(ConfigurationError, match=naming("1x8x16 of 17", "1x8x8 of 17")):
+        build_first_stage(trained, (1, 8, 8))
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def build_first_stage(configuration: Configuration, shape: tuple[int, ...]) -> n
         return build_hvae(configuration, shape, "first_stage", described)
     ours = ("data_scaling", "initial_scale")
     channels = {"in_channels": shape[0], "out_channels": shape[0]}
-    sizes = channels | {"sample_size": _size(shape)}
+    sizes = channels | {"sample_size": max(shape[1:])}  # which diffusers' autoencoder takes one number for
     config = {key: value for key, value in described.items() if key not in ours}
     autoencoder = build_described(AutoencoderKL, "first_stage", config, sizes)
     return _with_levels(configuration, shape, autoencoder, {key: described[key] for key in ours if key in described})
