@@ -21,7 +21,6 @@ from naming import naming
 from runs import (
     LEARNED,
     TORCHRUN,
-    UNET,
     contents,
     forget_accelerator,
     python,
@@ -233,13 +232,8 @@ def test_a_runs_recipe_repeats_it(ddpm: Path, tmp_path: Path) -> None:
 
 def test_what_the_weights_are_bound_to_is_refused_with_both_values(vdm: Path, ddpm: Path, tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], tuple[object, ...]]] = [
-        ({"unet": UNET | {"block_out_channels": [16]}}, ("block_out_channels", "[16]", "[8]")),
-        ({"unet": {"_class_name": "UNet2DModel"}}, ("_class_name", "UNet2DModel", "UNetVDMModel")),
-        ({"model": "hvae"}, ("VDMPipeline", "hvae", "vdm")),
-        ({"label_column": "label"}, ("label_column", "label")),
         ({"resolution": 6}, ("1x6x6", "1x8x8")),
         ({"first_stage_from": "somewhere", "model": "latent_vdm"}, ("first_stage_from", "init_from")),
-        ({"init_revision": "main"}, ("init_revision", "main", "folder")),
     ]
     for fields, parts in refused:
         with pytest.raises(ConfigurationError, match=naming(*parts)):

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import SUPPORTED_NODES
 
 import tiny_tokens
-from runs import LEARNED, ROOT, TORCHRUN, configuration, python, recipe
+from naming import naming
+from runs import LEARNED, ROOT, TORCHRUN, configuration, forget_accelerator, python, recipe
 from vdm_hub.errors import ConfigurationError
+from vdm_hub.objectives.variational_bound import Bound
 from vdm_hub.pipelines.by_name import PIPELINES
-from vdm_hub.training.parts.shards import check_shards
+from vdm_hub.training.parts.shards import (
+    average_gradients,
+    check_shards,
+    full_tensor,
+    full_tensors,
+    local_part,
+    plan_shards,
+    sharded_from_part,
+    sharded_like,
+)
 from vdm_hub.training.state.checkpoints import checkpoints, load_checkpoint
 
 SCRIPT = str(ROOT / "tests" / "training" / "sharded.py")
@@ -196,15 +215,140 @@ def test_each_process_holds_a_part(resumed: tuple[Path, str]) -> None:
     assert fsdp2 / whole == pytest.approx(0.5, abs=0.02)
 
 
+# ---- parts of tensors -------------------------------------------------------------------------------------------
+
+
+def as_two(work: Callable[[int], None], folder: Path) -> None:
+    """Do it as each of two processes, forked from this one, that are a group over gloo."""
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
+    children = [_forked(work, rank, address, folder / f"{rank}.txt") for rank in range(2)]
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert ends == [0, 0], "\n".join(path.read_text() for path in sorted(folder.glob("?.txt")))
+
+
+def _forked(work: Callable[[int], None], rank: int, address: dict[str, str], errors: Path) -> int:
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        forget_accelerator()
+        work(rank)
+        status = 0
+    except BaseException:
+        errors.write_text(traceback.format_exc())
+    finally:
+        os._exit(status)
+
+
+def test_whole_tensors_and_parts_of_them_are_made_of_each_other(tmp_path: Path) -> None:
+    """Of rows that two processes can share evenly, and of such that they can't."""
+
+    def work(rank: int) -> None:
+        Accelerator(cpu=True)
+        mesh, is_first = init_device_mesh("cpu", (2,)), rank == 0
+        for rows in (6, 5):
+            whole = torch.arange(2.0 * rows).reshape(2, rows).T  # of other strides than its shape's
+            own = whole.chunk(2)[rank]
+            sharded = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+            part = local_part(sharded)
+            assert type(part) is Tensor and part.requires_grad and part.is_leaf and torch.equal(part, own)
+            assert part.data_ptr() == sharded.to_local().data_ptr()
+            assert not local_part(sharded.detach()).requires_grad
+            again = sharded_from_part(part * 2, sharded)
+            assert isinstance(again, DTensor) and not again.requires_grad
+            assert (again.shape, again.stride(), again.placements) == (whole.shape, sharded.stride(), (Shard(0),))
+            assert torch.equal(full_tensor(again), whole * 2) and torch.equal(full_tensor(whole), whole)
+            like = sharded_like(whole + rank, sharded)  # nothing is sent for what all have
+            assert isinstance(like, DTensor) and like.placements == (Shard(0),)
+            assert torch.equal(like.to_local(), own + rank)
+            kept = full_tensors({"sharded": sharded, "whole": whole}, is_first)
+            assert list(kept) == (["sharded", "whole"] if is_first else [])
+            assert all(type(one) is Tensor and torch.equal(one, whole) for one in kept.values())
+            assert kept.get("whole", whole) is whole
+            for change in (local_part, lambda one: sharded_from_part(one, one), lambda one: sharded_like(one, one)):
+                assert change(whole) is whole
+
+    as_two(work, tmp_path)
+
+
+def test_gradients_of_whole_parameters_are_averaged(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+        first.grad = torch.tensor([1.0, 2.0]) * (1 + 2 * rank)
+        average_gradients(Accelerator(cpu=True), [first, second])
+        assert first.grad.tolist() == [2.0, 4.0] and second.grad is None
+
+    as_two(work, tmp_path)
+
+
+class Block(nn.Linear):
+    pass
+
+
+class OtherBlock(nn.Linear):
+    pass
+
+
+class Model(nn.Module):
+    def __init__(self, tied: bool, schedule: nn.Module | None) -> None:
+        super().__init__()
+        self.first, self.second, self.other = Block(2, 2), Block(2, 2), OtherBlock(2, 2)
+        if tied:
+            self.second.weight = self.other.weight
+        self.parts = {} if schedule is None else {"schedule": schedule}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_repeated_blocks_are_sharded_each_by_itself_and_the_schedule_not_at_all(tied: bool) -> None:
+    """But for blocks that share a parameter, and where the user names others."""
+    schedule = nn.Linear(1, 1)
+    for given in (None, ["OtherBlock"]):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        plugin.transformer_cls_names_to_wrap = given
+        accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+        assert plan_shards(accelerator, Model(tied, None), ["Block", "Linear"]) == []  # type: ignore[arg-type]
+        assert plugin.ignored_modules is None
+        assert plugin.transformer_cls_names_to_wrap == (given or (["Linear"] if tied else ["Block", "Linear"]))
+        whole = plan_shards(accelerator, Model(tied, schedule), [])  # type: ignore[arg-type]
+        assert whole == list(schedule.parameters()) and plugin.ignored_modules == [schedule]
+
+
+def accelerator_of(plugin: FullyShardedDataParallelPlugin, precision: str | None = "no") -> Any:
+    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=precision)
+
+
+def test_parameters_stay_in_float32_and_the_bound_is_looked_into(tmp_path: Path) -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True)
+    plugin.set_mixed_precision("bf16")
+    for _ in range(2):
+        check_shards(accelerator_of(plugin, "bf16"), configuration(tmp_path).training)
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy()
+    assert plugin.cpu_ram_efficient_loading is False and Bound in SUPPORTED_NODES
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fsdp_version", 1),
+        ("cpu_offload", True),
+        ("cpu_offload", CPUOffloadPolicy()),
+        ("activation_checkpointing", True),
+    ],
+)
+def test_what_a_plugin_asks_for_that_is_not_supported_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    setattr(plugin, field, value)
+    with pytest.raises(ConfigurationError, match=naming("ddp.yaml")):
+        check_shards(accelerator_of(plugin), configuration(tmp_path).training)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"channels_last": True}, {"compile": "regional"}, {"optimizer": "prodigy"}, {"mixed_precision": "fp16"}],
 )
 def test_what_shards_do_not_allow_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     training = configuration(tmp_path, **changes).training
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    accelerator: Any = SimpleNamespace(
-        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=training.mixed_precision
-    )
+    accelerator = accelerator_of(FullyShardedDataParallelPlugin(fsdp_version=2), training.mixed_precision)
     with pytest.raises(ConfigurationError, match=rf"{next(iter(changes))}.*ddp\.yaml"):
         check_shards(accelerator, training)

@@ -138,20 +138,6 @@ def test_a_model_of_any_kind_trains_and_takes_no_token_for_padding(
     assert pipe.cut.length == LENGTH
 
 
-def test_a_masked_language_model_is_tuned(tmp_path: Path) -> None:
-    words = tiny_tokens.make_tokenizer("character", lambda: [TEXT])
-    model = tiny_tokens.network(len(words))
-    model.save_pretrained(tmp_path / "bert")
-    words.save_pretrained(tmp_path / "bert")
-    given = fields(tmp_path, network_from=str(tmp_path / "bert"), tokenizer=str(tmp_path / "bert"))
-    run = start(tmp_path / "run", **given)
-    own = dict(model.named_parameters())
-    assert all(torch.equal(value, own[name]) for name, value in run.model.network.model.named_parameters())
-    train_here(tmp_path / "run", **given, max_train_steps=2)
-    again = start(tmp_path / "again", **given | {"network_from": str(tmp_path / "run")})
-    assert not torch.equal(weights(again), weights(run))
-
-
 @pytest.mark.filterwarnings("error:.*time_embedding")
 def test_a_run_stands_for_its_tokenizer_too(tmp_path: Path) -> None:
     train_here(tmp_path / "run", **fields(tmp_path), max_train_steps=1)
@@ -161,20 +147,6 @@ def test_a_run_stands_for_its_tokenizer_too(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     tuned = start(tmp_path / "tuned", **fields(tmp_path, network_from=run, tokenizer=run))
     assert torch.equal(weights(tuned), weights(start(tmp_path / "run", **fields(tmp_path, network_from=run))))
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_trained_time_embedding_is_taken_over_or_said_to_be_left_out(tmp_path: Path) -> None:
-    train_here(tmp_path / "first", **fields(tmp_path, time_embedding=True, learning_rate=0.1))
-    kept = TokenPipeline.from_pretrained(tmp_path / "first" / "pipeline").time_embedding.state_dict()
-    assert any(bool(value.any()) for name, value in kept.items() if "linear_2" in name)
-    for place in (tmp_path / "first", tmp_path / "first" / "pipeline"):
-        given = fields(tmp_path, network_from=str(place))
-        told = start(tmp_path / "told", **given, time_embedding=True).model.network.time_embedding
-        assert all(torch.equal(value, kept[name]) for name, value in told.state_dict().items())
-        with pytest.warns(UserWarning, match="time_embedding"):
-            left = start(tmp_path / "left", **given)
-        assert left.model.network.time_embedding is None
 
 
 def test_a_tokenizer_without_a_mask_gets_one_and_its_network_a_row(tmp_path: Path) -> None:
@@ -198,10 +170,6 @@ def test_what_can_not_be_trained_is_refused(tmp_path: Path) -> None:
     for others, named in (
         ({"network_from": place, "tokenizer": place}, ("causal",)),
         ({"network_from": str(tmp_path / "bert"), "tokenizer": "byte"}, ("tokenizer", 258)),
-        ({"network": NETWORK | {"max_position_embeddings": 4}}, ("positions", 4)),
-        ({"network": NETWORK | {"hiden_size": 4}}, ("hiden_size", "hidden_size")),
-        ({"network": NETWORK | {"vocab_size": 4}}, ("vocab_size", 4)),
-        ({"network": {"_class_name": "BertForNothing"}}, ("BertForNothing",)),
         ({"network": {"_class_name": "PerceiverForMaskedLM", "d_model": 8}}, ("PerceiverForMaskedLM", "embeddings")),
         ({"model": "vdm"}, ("model", "tokens")),
         ({"forward_process": "gaussian"}, ("GaussianProcess", "absorbing")),

@@ -213,7 +213,6 @@ class InitialModel:
     def keep(self, folder: Path) -> None:
         """Write the model to a folder of the run, which then needs it nowhere else."""
         with written_beside(folder) as beside:
-            beside.mkdir()
             self.pipeline.save_pretrained(beside / PIPELINE, safe_serialization=True)
             (beside / _RECORD).write_text(json.dumps(self.record, indent=1))
 

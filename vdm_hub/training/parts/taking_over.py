@@ -260,9 +260,9 @@ def _same(field: str, one: Any, other: Any) -> bool:
 
 
 def _complete(kind: str, form: Any) -> Any:
-    """The arguments of a form, with those that it leaves to their defaults, where it can be built by itself."""
+    """What is written of what a form describes, whatever it leaves to defaults, where it can be built by itself."""
     try:
-        return _plain(registry.serialise(kind, registry.build(kind, form), complete=True))
+        return _plain(registry.serialise(kind, registry.build(kind, form)))
     except VDMHubError:
         return _plain(registry.parse_serialised(kind, form)[1])
 
@@ -277,8 +277,8 @@ def _text(field: str, value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it, so that tuples and lists are alike."""
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps(value))
 
 
 def _shown(value: Any) -> str:
-    return shortened(value if isinstance(value, str) else _plain(value))
+    return shortened(_plain(value))

@@ -192,14 +192,12 @@ def _class_of(source: str, config: Mapping[str, Any]) -> Any:
 
 
 def _load(files: ModelFiles, component: str, cls: Any) -> PreTrainedModel:
-    prefix = f"{component}/" if component else ""
+    """The model of a folder whose config was read; a sketch of it needs no more of its files."""
     folder = files.folder / component
     if is_sketched():
-        files.fetch(f"{prefix}{CONFIG}")
         return _built(cls, AutoConfig.from_pretrained(folder, local_files_only=True))
-    weights = encoder_weights(files, component)
-    for name in (CONFIG, *weights.files, *([weights.index] if weights.index else [])):
-        files.fetch(f"{prefix}{name}")
+    for name in encoder_weights(files, component).files:
+        files.fetch(f"{component}/{name}" if component else name)
     model, missing = loaded_in_silence(cls, folder)
     if missing:
         warn(
