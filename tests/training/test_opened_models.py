@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from huggingface_hub import constants
 
 import tiny_tokens
@@ -18,10 +18,10 @@ from naming import naming
 from runs import configuration
 from spaces import kinds
 from tiny import tiny_pipeline, tiny_unet_2d
-from training.test_taking_over import RANGE, captions, classes, prepared
+from training.test_taking_over import RANGE, TABLE, captions, classes, prepared
 from vdm_hub import LatentVDMPipeline, VDMPipeline, VDMScheduler
 from vdm_hub.data.loading import load_data
-from vdm_hub.errors import ConfigurationError
+from vdm_hub.errors import CheckpointError, ConfigurationError
 from vdm_hub.evaluation.provenance import weights_fingerprint
 from vdm_hub.pipelines.by_name import open_pipeline
 from vdm_hub.training.parts.initial_models import InitialModel, open_initial_model
@@ -103,6 +103,9 @@ def test_a_run_that_goes_on_takes_the_model_that_it_kept(saved: Any, tmp_path: P
     assert again.configuration.diffusion == opened(place, tmp_path).configuration.diffusion
     with pytest.raises(ConfigurationError, match=naming("gone")):
         open_initial_model(configuration(tmp_path / "run", **gone), tmp_path / "nothing kept")
+    (tmp_path / "kept" / "origin.json").write_text(json.dumps(again.record | {"weights": 3}))
+    with pytest.raises(CheckpointError, match=naming("weights", "origin.json")):
+        open_initial_model(configuration(tmp_path / "run", **gone), tmp_path / "kept")
 
 
 def test_a_model_of_the_hub_is_that_of_its_commit(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +133,10 @@ def test_a_pipeline_of_diffusers_has_the_levels_of_the_recipe_and_what_its_famil
     assert found.record["pipeline"] == "DDPMPipeline" and found.pipeline.num_levels == 9
     other = opened(place, tmp_path, num_levels=9, decoder="factorised", data_scaling="unit").pipeline
     assert other.process.fields() == found.pipeline.process.fields(), "a chain says both; the run's may be others"
+    sampled = prepared()
+    sampled.scheduler = sampled.scheduler.to_diffusers(UniPCMultistepScheduler)
+    sampled.save_pretrained(tmp_path / "sampled")
+    assert opened(tmp_path / "sampled", tmp_path, decoder="ddpm").configuration.diffusion.decoder == "ddpm"
     place, given = saved("flow", flow), {"num_levels": 9, "data_scaling": "full"}
     assert opened(place, tmp_path, **given, decoder="factorised").pipeline.process.scaling.name == "full"
     with pytest.raises(ConfigurationError, match=naming("decoder")):
@@ -290,6 +297,13 @@ def test_a_chain_of_betas_keeps_what_its_samplers_do(saved: Any, tmp_path: Path)
     assert own.sampling["variance_type"] == "fixed_large" and own.sampling["clip_sample"] is True
     assert found.configuration.diffusion.noise_schedule == "discrete_betas", "of which there is but this one"
     assert own.process.fields() == found.pipeline.process.fields()
+    short = {"name": "discrete_betas", "config": {"betas": [0.1, 0.2, 0.3]}}
+    assert (
+        objective(opened(place, tmp_path, num_levels=9, noise_schedule=short)).process.fields()["noise_schedule"]
+        == short
+    )
+    table = opened(saved("table", lambda: tiny_pipeline(noise_schedule=TABLE)), tmp_path)
+    assert objective(table).process.fields() == table.pipeline.process.fields()
     other = objective(opened(place, tmp_path, num_levels=9, noise_schedule="linear"))
     assert "clip_sample" not in other.sampling
     for field in ("data_scaling", "decoder", "prediction_type"):

@@ -320,10 +320,16 @@ def form(name: str, package: str | None = None, **config: Any) -> dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("field", "one", "other", "is_so"),
+    ("field", "given", "own", "is_so"),
     [
         ("noise_schedule", "linear", form("linear"), False),
         ("noise_schedule", "linear", RANGE, False),  # a name alone means whatever arguments it has
+        ("noise_schedule", RANGE, "linear", True),  # which has its defaults
+        ("noise_schedule", RANGE, RANGE, False),
+        ("noise_schedule", form("linear", gamma_min=-13.3), "linear", False),
+        ("noise_schedule", "linear", form("linear", gamma_min=-13.3), False),
+        ("noise_schedule", form("discrete_betas", betas=[0.1, 0.2]), "discrete_betas", True),
+        ("noise_schedule", "discrete_betas", form("discrete_betas", betas=[0.1, 0.2]), False),
         ("noise_schedule", form("linear", gamma_min=-13.3, gamma_max=4.0), RANGE, True),
         ("noise_schedule", form("linear", gamma_max=5.0), form("linear", gamma_min=-13.3), False),
         ("noise_schedule", form("linear", gamma_max=6.0), form("linear", gamma_min=-13.3), True),
@@ -339,10 +345,8 @@ def form(name: str, package: str | None = None, **config: Any) -> dict[str, Any]
         ("conditioning", "affine", None, True),
     ],
 )
-def test_two_forms_differ_where_they_mean_something_else(field: str, one: Any, other: Any, is_so: bool) -> None:
-    assert differs(field, one, other) is is_so
-    if one is not None:
-        assert differs(field, other, one) is (is_so if other is not None else False)
+def test_what_is_given_differs_where_it_means_something_else(field: str, given: Any, own: Any, is_so: bool) -> None:
+    assert differs(field, given, own) is is_so
 
 
 def test_a_long_table_is_named_and_a_short_one_written_out() -> None:

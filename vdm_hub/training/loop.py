@@ -68,28 +68,28 @@ def train_model(configuration: Configuration) -> LikelihoodReport | None:
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder.path, folder.logs)
     if not accelerator.is_main_process:
-        return _train(configuration, accelerator, folder, _initial_model(configuration, accelerator, folder))
+        configuration, initial = _begin(configuration, accelerator, folder)
+        return _train(configuration, accelerator, folder, initial)
     with StopSignals(before_first_step=True):
-        initial = _initial_model(configuration, accelerator, folder)
-        configuration = configuration if initial is None else initial.configuration
+        configuration, initial = _begin(configuration, accelerator, folder)
         with folder.reserved(configuration):
             check_publishing(configuration)
             return _train(configuration, accelerator, folder, initial)
 
 
-def _initial_model(
+def _begin(
     configuration: Configuration, accelerator: Accelerator, folder: OutputFolder
-) -> InitialModel | None:
-    """The model that the run begins from, if any; of several processes the main one downloads it."""
+) -> tuple[Configuration, InitialModel | None]:
+    """The recipe, whole, and the model that the run begins from, if any; the main process downloads it."""
     with accelerator.main_process_first():
-        return open_initial_model(configuration, folder.initial)
+        initial = open_initial_model(configuration, folder.initial)
+    return configuration if initial is None else initial.configuration, initial
 
 
 def _train(
     configuration: Configuration, accelerator: Accelerator, folder: OutputFolder, initial: InitialModel | None
 ) -> LikelihoodReport | None:
     show = accelerator.is_main_process
-    configuration = configuration if initial is None else initial.configuration
     data, condition = load_run(configuration, accelerator, initial)
     needs = memory_needs(configuration, data.shape, accelerator, condition, data.tokenization, initial)
     if show:

@@ -195,7 +195,7 @@ class InitialModel:
         """The scheduler of the process at the start: the model's own, but for what is asked for."""
         # Scaling and decoder would be derived anew from another schedule, where a config of diffusers left them open.
         asked: dict[str, Any] = {
-            name: _form(getattr(self.configuration.diffusion, name))
+            name: getattr(self.configuration.diffusion, name)
             for name in PROCESS
             if name in ("data_scaling", "decoder") or self._differs(name)
         }
@@ -285,9 +285,4 @@ def _left_open(files: ModelFiles, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What the recipe asks for of that which a family of diffusers leaves open, where the model is of such a one."""
     if _SCHEDULER not in files or family_of(files.read_json(_SCHEDULER)) is None:
         return {}
-    return {name: _form(asked[name]) for name in ("data_scaling", "decoder") if asked.get(name) is not None}
-
-
-def _form(value: Any) -> Any:
-    """A field of the recipe as a scheduler takes it."""
-    return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+    return {name: asked[name] for name in ("data_scaling", "decoder") if asked.get(name) is not None}

@@ -240,23 +240,23 @@ def _with_ends(asked: str, process: Any) -> str:
     return json.dumps(described | ({} if package is None else {"package": package}))
 
 
-def differs(field: str, one: Any, other: Any) -> bool:
-    """Whether two values of a field mean something else; see `_same`."""
-    return one is not None and not _same(field, one, other)
+def differs(field: str, given: Any, own: Any) -> bool:
+    """Whether a value that is given means something else than a model's own; see `_same`."""
+    return given is not None and not _same(field, given, own)
 
 
-def _same(field: str, one: Any, other: Any) -> bool:
-    """Whether two values of a field mean the same; of a registered name its arguments count where both have some."""
+def _same(field: str, given: Any, own: Any) -> bool:
+    """Whether a value means what a model has; a registered name alone does, whatever arguments it has there."""
     kind = registry.SERIALISED_FIELDS.get(field)
-    if kind is None or one is None or other is None:
-        return bool(meaning(field, one) == meaning(field, other))
-    (name, config, package), (other_name, other_config, other_package) = (
-        registry.parse_serialised(kind, form) for form in (one, other)
+    if kind is None or given is None or own is None:
+        return bool(meaning(field, given) == meaning(field, own))
+    (name, config, package), (own_name, _, own_package) = (
+        registry.parse_serialised(kind, form) for form in (given, own)
     )
     built_in = registry.BUILT_IN_PACKAGE
-    if (name, package or built_in) != (other_name, other_package or built_in):
+    if (name, package or built_in) != (own_name, own_package or built_in):
         return False
-    return not config or not other_config or _complete(kind, one) == _complete(kind, other)
+    return not config or _complete(kind, given) == _complete(kind, own)
 
 
 def _complete(kind: str, form: Any) -> Any:
