@@ -20,7 +20,7 @@ from runs import LEARNED, configuration, contents
 from spaces import kinds
 from tiny import quiet
 from vdm_hub.data.loading import load_data
-from vdm_hub.errors import CheckpointError, DataError
+from vdm_hub.errors import CheckpointError, DataError, OutputError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.likelihood.methods import VariationalBound
 from vdm_hub.pipelines.by_name import open_pipeline
@@ -30,7 +30,7 @@ from vdm_hub.training.state.checkpoints import save_checkpoint
 from vdm_hub.training.state.history import History
 from vdm_hub.training.state.outputs import OutputFolder, own_method, publish_locally, results, save_samples
 
-FIGURES = {"evaluation_replicates": 2, "num_sample_images": 3, "transitions": 4, "eval_batch_size": 100}
+FIGURES = {"evaluation_replicates": 2, "num_sample_images": 3, "transitions": 4, "eval_batch_size": 100, "seed": 5}
 
 
 def folder_of(place: Path, **fields: Any) -> tuple[OutputFolder, Any]:
@@ -123,6 +123,9 @@ def test_a_folder_with_anything_in_it_is_refused_and_only_a_run_can_be_gone_on_w
     folder.claim(chosen)
     with pytest.raises(CheckpointError, match=naming("a run", "--resume_from_checkpoint latest")):
         folder.check(chosen)
+    dry, chosen = folder_of(folder.path, dry_run=True)
+    with pytest.raises(CheckpointError), dry.reserved(chosen):
+        pass
     file, chosen = folder_of(folder.path / "notes.txt")
     with pytest.raises(CheckpointError, match=naming(str(file.path), "choose another")):
         file.check(chosen)
@@ -230,9 +233,14 @@ def test_the_course_of_a_run_is_recorded(own: Any) -> None:
     assert json.loads(folder.history.read_text()) == history.to_dict()
     assert json.loads(folder.provenance.read_text()) == {"steps": 1}
     assert Image.open(folder.curve).size[0] > 100
-    with pytest.raises(ValueError, match="nan"):
+    with pytest.raises(ValueError, match="JSON compliant"):
         folder.record(history, {"seconds": float("nan")})
     assert json.loads(folder.provenance.read_text()) == {"steps": 1}
+    before = folder.history.read_text()
+    history.add("train", 2, {"bits_per_dim": float("nan"), "learning_rate": 0.1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        folder.record(history, {"steps": 2})
+    assert folder.history.read_text() == before
 
 
 @pytest.mark.parametrize("error", [OSError("no room"), SafetensorError("no room")])
@@ -268,12 +276,12 @@ def test_a_run_leaves_its_pipeline_pictures_and_figure(published: Any) -> None:
     assert not list(folder.pipeline.rglob("*.bin")) and not objective.training
     assert json.loads(folder.evaluation.read_text()) == report.to_dict()
     pipe: Any = open_pipeline(str(folder.pipeline))
-    again = evaluate(pipe, data.test, VariationalBound(4), replicates=2, batch_size=100, progress=False)
+    again = evaluate(pipe, data.test, VariationalBound(4), replicates=2, seed=5, batch_size=100, progress=False)
     assert torch.equal(again.per_image, report.per_image) and "they may have been seen" in str(report)
     described = report.details["dataset"]
     assert described["split"] == outputs.SPLIT and pipe.held_out["fingerprint"] == described["fingerprint"]
     assert pipe.held_out["size"] == 200 and report.num_images == 200
-    drawn = pipe.sample(3, torch.Generator().manual_seed(0), 3)
+    drawn = pipe.sample(3, torch.Generator().manual_seed(5), 3)
     outputs.save_grid(drawn, folder.path.parent / "again.png", None)
     assert (folder.path.parent / "again.png").read_bytes() == folder.samples.read_bytes()
 
@@ -313,8 +321,20 @@ def test_a_model_without_a_schedule_shows_none(tmp_path: Path) -> None:
     folder.path.mkdir()
     folder.schedule.write_text("of an earlier end")
     data = load_data(chosen.data)
-    publish_locally(build_objective(chosen, data.shape), chosen, folder, data)
-    assert not folder.schedule.exists() and folder.pipeline.is_dir()
+    for _ in range(2):
+        publish_locally(build_objective(chosen, data.shape), chosen, folder, data)
+        assert not folder.schedule.exists() and folder.pipeline.is_dir()
+
+
+def test_a_pipeline_with_a_file_of_someone_else_in_it_is_not_replaced(published: Any, tmp_path: Path) -> None:
+    _, _, data, objective, _ = published
+    folder, chosen = folder_of(tmp_path / "run")
+    publish_locally(objective, chosen, folder, data)
+    (folder.pipeline / "notes.txt").write_text("mine")
+    before = contents(folder.pipeline)
+    with pytest.raises(OutputError, match=naming("notes.txt")):
+        publish_locally(objective, chosen, folder, data)
+    assert contents(folder.pipeline) == before
 
 
 # ---- samples ----------------------------------------------------------------------------------------------------

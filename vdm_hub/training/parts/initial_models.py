@@ -31,7 +31,7 @@ from vdm_hub.objectives.hierarchical import HVAEObjective
 from vdm_hub.objectives.tokens import TokenObjective
 from vdm_hub.objectives.variational_bound import Objective, VDMObjective
 from vdm_hub.pipelines.base import LikelihoodPipeline
-from vdm_hub.pipelines.by_name import PIPELINES, open_pipeline, place_of_pipeline
+from vdm_hub.pipelines.by_name import open_pipeline, place_of_pipeline
 from vdm_hub.pipelines.hvae import HVAEPipeline
 from vdm_hub.pipelines.tokens import TokenPipeline
 from vdm_hub.recipes.arguments import Configuration
@@ -247,8 +247,7 @@ def open_initial_model(configuration: Configuration, kept: Path) -> InitialModel
         commit = getattr(files.pinned.get("revision"), "resolved", None)
         at = None if commit is None else str(commit)
         saved = pipeline_class(place, at)
-        open_fields = {} if saved in PIPELINES else _left_open(files, configuration.asked)
-        pipeline = open_pipeline(place, configuration.data.num_levels, at, open_fields)
+        pipeline = open_pipeline(place, configuration.data.num_levels, at, _left_open(files, configuration.asked))
         record = {
             "name": public_name(name),
             "commit": at,

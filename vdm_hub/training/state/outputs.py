@@ -221,8 +221,8 @@ def _save_texts(pipeline: TokenPipeline, configuration: Configuration, path: Pat
     pipeline.set_progress_bar_config(desc="sampling", leave=False)
     training = configuration.training
     count, generator = min(training.num_sample_images, _MOST_TEXTS), torch.Generator().manual_seed(training.seed)
-    texts = pipeline(count, num_inference_steps=training.num_inference_steps, generator=generator, return_dict=False)
-    path.write_text(joined_texts(texts[0]), "utf-8")
+    drawn: Any = pipeline(count, num_inference_steps=training.num_inference_steps, generator=generator)
+    path.write_text(joined_texts(drawn.texts), "utf-8")
 
 
 def _save_grid(pipeline: LikelihoodPipeline, configuration: Configuration, path: Path) -> None:
