@@ -15,7 +15,7 @@ from huggingface_hub import constants
 import tiny_tokens
 from distributions import write_pixelwise
 from naming import naming
-from runs import configuration
+from runs import configuration, start
 from spaces import kinds
 from tiny import tiny_pipeline, tiny_unet_2d
 from training.test_taking_over import RANGE, TABLE, captions, classes, prepared
@@ -185,9 +185,9 @@ def test_images_are_of_the_model_s_shape_and_classes(saved: Any, tmp_path: Path)
     with pytest.raises(ConfigurationError, match=naming("1x8x8", "3x8x8", "--resolution 8")):
         opened(saved("colours", kinds.colours), tmp_path).fit(data)
     digits = load_data(configuration(tmp_path, label_column="label").data)
-    names = list(reversed(digits.classes.names))  # type: ignore[union-attr, arg-type]
-    found = opened(saved("ten", lambda: classes(names=names)), tmp_path, label_column="label").fit(digits)
-    assert found.classes is not None and list(found.classes.names or ()) == names and found.classes.column == "label"
+    found = opened(saved("ten", lambda: classes(names="9876543210")), tmp_path, label_column="label").fit(digits)
+    assert found.classes is not None and found.classes.names == tuple("9876543210")
+    assert found.classes.column == "label"
     assert torch.equal(found.train.labels, 9 - digits.train.labels)  # type: ignore[attr-defined]
 
 
@@ -207,6 +207,19 @@ def test_who_may_have_seen_what_is_held_out_is_told(saved: Any, tmp_path: Path) 
         assert fitted.notes[0] == "one" and len(fitted.notes) == 2 and "prepared" in fitted.notes[1]
     unknown = opened(saved("plain", tiny_pipeline), tmp_path)
     assert len(unknown.fit(same).notes) == 1
+
+
+def test_a_run_reads_its_data_as_the_model_does(saved: Any, tmp_path: Path) -> None:
+    """By its tokenizer, of texts that lack letters, and by its numbers of classes."""
+    texts = tmp_path / "a.txt"
+    texts.write_text("a bad cab, abba. " * 30)
+    place = saved("tokens", tiny_tokens.pipeline)
+    fields = {"init_from": str(place), "model": "tokens", "dataset_name": str(texts), "tokenizer": "character"}
+    read = start(tmp_path / "texts", **fields).data.tokenization
+    assert read.tokenizer.get_vocab() == open_pipeline(str(place)).tokenizer.get_vocab()
+    place = saved("ten", lambda: classes(names="9876543210"))
+    images = start(tmp_path / "images", init_from=str(place), label_column="label").data
+    assert images.classes is not None and images.classes.names == tuple("9876543210")
 
 
 # ---- what is trained --------------------------------------------------------------------------------------------

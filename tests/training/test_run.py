@@ -39,6 +39,17 @@ def steps(run: Path) -> list[int]:
     return [load_checkpoint(path).state["step"] for path in checkpoints(run / "checkpoints")]
 
 
+def test_a_run_is_published_once_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Any, ...]] = []
+
+    def publish(configuration: Any, folder: Any) -> None:
+        given.append((configuration.training.output_dir, (folder.pipeline / "model_index.json").exists()))
+
+    monkeypatch.setattr(loop, "publish_run", publish)
+    train_here(tmp_path / "run", max_train_steps=1)
+    assert given == [(str(tmp_path / "run"), True)]
+
+
 # ---- what is due, measured and shown --------------------------------------------------------------------------------
 
 
