@@ -39,6 +39,19 @@ def steps(run: Path) -> list[int]:
     return [load_checkpoint(path).state["step"] for path in checkpoints(run / "checkpoints")]
 
 
+def test_the_figure_on_the_test_images_is_told_to_the_trackers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path / "run", evaluation_replicates=2, transitions=5)
+    told: list[tuple[dict[str, float], int]] = []
+    monkeypatch.setattr(run.trackers, "log", lambda values, step: told.append((values, step)))
+    run.step = 3
+    report = run.finish()
+    assert report is not None and told == [
+        ({"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error}, 3)
+    ]
+
+
 def test_a_run_is_published_once_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Any, ...]] = []
 

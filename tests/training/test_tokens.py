@@ -53,6 +53,19 @@ def test_a_run_publishes_samples_and_measures_texts(tmp_path: Path, capsys: Any)
     )
 
 
+def test_the_figure_of_texts_is_told_to_the_trackers_in_both_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path / "run", **fields(tmp_path, evaluation_replicates=2))
+    told: list[dict[str, float]] = []
+    monkeypatch.setattr(run.trackers, "log", lambda values, step: told.append(values))
+    report = run.finish()
+    assert report is not None and report.bits_per_byte is not None
+    figures = {"token": report.bits_per_dim, "byte": report.bits_per_byte}
+    errors = {"test/standard_error": report.standard_error}
+    assert told == [{f"test/bits_per_{unit}": value for unit, value in figures.items()} | errors]
+
+
 def test_a_run_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
     given = fields(tmp_path, checkpointing_steps=3)
     train_here(tmp_path / "whole", **given)
