@@ -13,13 +13,14 @@ its numbers.
 A mutant that no test fails on is printed with its line. tests/mutants.toml says which tests are aimed at which module
 and lists those that change nothing, each with its reason; any other that survives makes the exit status 1.
 
-All modules take hours. tests/mutants.lock keeps a fingerprint of each that was found whole, of its code, its tests and
-its entry: it is passed over until one of these changes; --all tries it again.
+All modules take hours. tests/mutants.lock keeps a fingerprint of each that was found whole, of its code, its tests,
+with what these import of the tests, and its entry: it is passed over until one of these changes; --all tries it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
 import gc
@@ -36,7 +37,7 @@ import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -422,9 +423,27 @@ def test_module(module: str, entry: dict[str, Any], jobs: int, lines: Container[
     return int(bool(new or stale))
 
 
+def helpers(tests: Iterable[str]) -> set[str]:
+    """The tests' own modules that these files import, at whatever remove."""
+    found, waiting = set[str](), list(tests)
+    while waiting:
+        names: set[str] = set()
+        for node in ast.walk(ast.parse((ROOT / waiting.pop()).read_text())):
+            if isinstance(node, ast.Import):
+                names |= {one.name for one in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, *(f"{node.module}.{one.name}" for one in node.names)}
+        paths = (f"tests/{name.replace('.', '/')}.py" for name in names)
+        new = {path for path in paths if (ROOT / path).is_file()} - found
+        found |= new
+        waiting += new
+    return found
+
+
 def fingerprint(module: str, entry: dict[str, Any]) -> str:
-    """Of a module, the tests that are aimed at it, and its entry in the table."""
-    files = sorted({module, *(test.partition("::")[0] for test in entry["tests"])})
+    """Of a module, the tests that are aimed at it, with what they import of the tests, and its entry in the table."""
+    tests = {test.partition("::")[0] for test in entry["tests"]}
+    files = sorted({module, "tests/conftest.py", *tests, *helpers(tests)})
     parts = [json.dumps(entry, sort_keys=True), *((ROOT / file).read_text() for file in files)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

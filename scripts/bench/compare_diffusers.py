@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from train_step import ON_CPU, SIZES, _split, alternate, bare_network, build_run, training_step
+from train_step import ON_CPU, SIZES, alternate, bare_network, build_run, split, training_step
 
 from vdm_hub import TrainingRun
 
 
 def main() -> None:
     """Print the table."""
-    own, fields = _split(sys.argv[1:])
+    own, fields = split(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=ON_CPU, help="(default: those that fit a CPU)")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of steps of each kind (default: 15)")

@@ -77,6 +77,8 @@ def main() -> None:
         num_levels=pipeline.process.num_levels,
         max_samples=arguments.images,
     ).levels
+    if arguments.pilot > arguments.budget * len(levels):
+        parser.error(f"--pilot {arguments.pilot} is more than {len(levels)} images have by --budget {arguments.budget}")
     objective = pipeline.objective(arguments.transitions)
     rows: list[dict[str, Any]] = []
     for repetition in range(arguments.repetitions):

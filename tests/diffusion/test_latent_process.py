@@ -274,7 +274,7 @@ def test_latents_are_measured_and_normalised() -> None:
     latent = process(OnePixel(gain=1.0, deviation=0.5))
     latent.normalises = False
     assert not latent.prepare([levels()]).startswith("warning")
-    with pytest.raises(ConfigurationError, match="would be scaled by"):
+    with pytest.raises(ConfigurationError, match=naming("latents", "1e-06")):
         process(OnePixel(gain=0.0, deviation=0.0)).prepare([levels()])
 
 

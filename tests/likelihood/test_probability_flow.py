@@ -331,18 +331,20 @@ def test_the_report_says_what_its_terms_are_and_what_they_cost() -> None:
     assert report.network_evaluations <= sum(calls) < 1.2 * report.network_evaluations, "the rest: data that were done"
     protocol = report.to_dict()["probability_flow"]
     assert protocol["tolerance"] == 1e-6 and protocol["divergence"] == "exact"
-    assert protocol["evaluations_per_solve"] == report.network_evaluations / 8
+    assert protocol["evaluations_per_solve"] < report.network_evaluations / 8, "which counts the second solution, too"
     assert protocol["steps_max"] >= protocol["steps_mean"] > 5
     assert protocol["evaluations_per_solve"] > 6 * protocol["steps_mean"], "each step of rk45 takes six"
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 0.1])
-def test_the_numerical_error_is_the_change_to_ten_times_the_tolerance_in_the_first_replicate(tolerance: float) -> None:
+@pytest.mark.parametrize(("tolerance", "second"), [(1e-3, 1e-2), (0.05, 0.5), (0.1, 1e-2), (0.5, 0.05), (0.9, 0.09)])
+def test_the_numerical_error_is_the_change_to_another_tolerance_in_the_first_replicate(
+    tolerance: float, second: float
+) -> None:
     objective, flow = objective_of(), replace(EXACT, tolerance=tolerance)
     batch = images(torch.tensor([[0, 4], [2, 2], [3, 1]]))()[0]
     measurement = FlowMeasurement(objective, flow, seed=2)
     fine = draw_flow(*measurement.model, batch, flow, (2, 0), 0)
-    coarse = draw_flow(*measurement.model, batch, replace(flow, tolerance=min(10 * tolerance, 0.5)), (2, 0), 0)
+    coarse = draw_flow(*measurement.model, batch, replace(flow, tolerance=second), (2, 0), 0)
     found, later = measurement.measure(batch, 0), measurement.measure(batch, 1)
     assert torch.equal(found.terms["dequantization"], -fine.entropy)
     assert torch.equal(found.terms["base_density"], fine.terms["base_density"])
@@ -358,7 +360,9 @@ def test_the_numerical_error_is_the_change_to_ten_times_the_tolerance_in_the_fir
     told, steps = report.details["probability_flow"], torch.cat([fine.steps, later.diagnostics["steps"]])
     assert told["numerical_error"] == pytest.approx(float(change.abs().mean()) / (2 * math.log(2)))
     assert (told["steps_mean"], told["steps_max"]) == (pytest.approx(float(steps.mean())), int(steps.max()))
-    assert told["evaluations_per_solve"] == report.network_evaluations / 6
+    of_both = fine.evaluations.sum() + later.diagnostics["evaluations"].sum()
+    assert told["evaluations_per_solve"] == pytest.approx(float(of_both) / 6)
+    assert report.network_evaluations == int(of_both + coarse.evaluations.sum())
 
 
 def test_probes_are_signs_or_normals_that_all_draws_of_a_replicate_share() -> None:

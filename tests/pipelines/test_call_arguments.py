@@ -263,6 +263,69 @@ def test_a_table_takes_whole_timesteps_and_diffusers_own_last_sigma() -> None:
         assert len(vdm.timesteps) == 3
 
 
+# ---- a step by itself ----------------------------------------------------------------------------------------------
+
+
+CHAIN = DDPMScheduler(num_train_timesteps=50).config
+
+
+@pytest.mark.parametrize("timestep", [math.nan, math.inf, 1234.0, -5.0, None, "now", torch.tensor([1.0, 2.0])])
+@pytest.mark.parametrize("scheduler", [VDMScheduler(), VDMScheduler.from_config(CHAIN)], ids=["vdm", "chain"])
+def test_a_step_from_no_timestep_of_the_process_is_refused(scheduler: VDMScheduler, timestep: Any) -> None:
+    scheduler.set_timesteps(5)
+    z = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(ConfigurationError, match="timestep"):
+        scheduler.step(z, timestep, z)
+
+
+def test_a_step_is_from_any_time_of_the_process_and_of_a_chain_from_its_own() -> None:
+    z = torch.zeros(1, 3, 8, 8)
+    for scheduler in (VDMScheduler(), VDMScheduler.from_config(CHAIN)):
+        scheduler.set_timesteps(5)
+        for timestep in (*scheduler.timesteps, int(scheduler.timesteps.max())):
+            assert scheduler.step(z, timestep, z).prev_sample.shape == z.shape
+    for timestep in (3.7, 3):
+        with pytest.raises(ConfigurationError, match=naming(timestep, "timesteps")):
+            scheduler.step(z, timestep, z)
+    ours = VDMScheduler()
+    ours.set_timesteps(5)
+    assert ours.step(z, 3.7, z).prev_sample.shape == z.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 3, 8, 1), (1, 6, 8, 8)])
+def test_an_output_that_would_be_broadcast_is_refused_by_both_shapes(shape: tuple[int, ...]) -> None:
+    scheduler, z = VDMScheduler(), torch.zeros(1, 3, 8, 8)
+    scheduler.set_timesteps(5)
+    with pytest.raises(ConfigurationError, match=naming(str(shape), str(tuple(z.shape)))):
+        scheduler.step(torch.zeros(shape), scheduler.timesteps[0], z)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "IPNDMScheduler", "DDIMInverseScheduler", "EDMEulerScheduler"])
+def test_a_sampler_that_is_not_shown_is_refused_whichever_way_it_came(name: str) -> None:
+    pipe = tiny_pipeline()
+    inputs = Inputs(pipe.unet)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    with pytest.raises(ConfigurationError, match=naming(name, "DDIMScheduler")):
+        pipe(1, num_inference_steps=4)
+    assert inputs.samples == []
+
+
+def test_a_process_that_no_sampler_runs_is_refused_with_what_can_be_done() -> None:
+    ours = VDMScheduler(num_levels=4096, noise_schedule={"name": "linear", "config": {"gamma_min": -18.9}})
+    with pytest.raises(ConfigurationError, match=naming("DDIMScheduler", "VDMScheduler")) as refused:
+        ours.to_diffusers(DDIMScheduler)
+    assert "give num_inference_steps" not in str(refused.value)
+
+
+def test_samples_do_not_depend_on_the_mode_of_the_network() -> None:
+    pipe = tiny_pipeline(tiny_unet(dropout=0.5))
+    pipe.unet.eval()
+    before = sampled(pipe)
+    pipe.unet.train()
+    assert torch.equal(sampled(pipe), before) and torch.equal(sampled(pipe), before)
+    assert pipe.unet.training and all(module.training for module in pipe.unet.modules())
+
+
 # ---- from_pipe ------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +375,7 @@ def test_from_pipe_takes_other_components_by_name_and_keeps_precision() -> None:
     made = VDMPipeline.from_pipe(pipe, scheduler=other)
     assert made.scheduler is other and made.unet is pipe.unet and pipe.unet.dtype == torch.float16
     assert VDMPipeline.from_pipe(pipe, dtype=torch.float32).unet.dtype == torch.float32
+    assert VDMPipeline.from_pipe(pipe, torch_dtype=torch.float16).unet.dtype == torch.float16
     assert VDMPipeline.from_pipe(DDPMPipeline(tiny_unet_2d(), DDPMScheduler())).num_levels == 256
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from naming import naming
 from tiny import Inputs, tiny_pipeline, tiny_unet
 from vdm_hub import ClassificationEffort, HVAEPipeline, MarkovianHVAE, VDMPipeline, VDMScheduler
 from vdm_hub.errors import ConfigurationError, DataError
@@ -51,7 +52,7 @@ def test_a_null_class_is_no_candidate() -> None:
     classes = {"count": 3, "names": ["cat", "dog", "eel"], "dropout": 0.1, "column": "kind"}
     pipe = VDMPipeline(tiny_unet(num_class_embeds=4), VDMScheduler(num_levels=17), classes=classes)
     assert pipe.classify(IMAGES, effort=ClassificationEffort(budget=30)).names == ("cat", "dog", "eel")
-    with pytest.raises(ConfigurationError, match="did you mean 'eel'"):
+    with pytest.raises(ConfigurationError, match=naming("eels", "eel")):
         pipe.classify(IMAGES, ["cat", "eels"])
 
 

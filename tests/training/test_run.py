@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +18,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm.auto import tqdm
 
-from naming import naming
+from naming import naming, paragraph
 from runs import as_process, contents, start, train_here, weights
 from vdm_hub import VariationalBound, VDMPipeline
-from vdm_hub.errors import PublishError
+from vdm_hub.errors import ConfigurationError, PublishError
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import is_locked
 from vdm_hub.training import loop
@@ -50,6 +51,24 @@ def test_the_figure_on_the_test_images_is_told_to_the_trackers(
     assert report is not None and told == [
         ({"test/bits_per_dim": report.bits_per_dim, "test/standard_error": report.standard_error}, 3)
     ]
+
+
+def test_two_runs_at_once_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would draw weights and dropout from the same generator, and end with others, unsaid."""
+    refused: list[str] = []
+
+    def publish(configuration: Any, folder: Any) -> None:
+        def second() -> None:
+            refused.append(paragraph(ConfigurationError, train_here, tmp_path / "second", max_train_steps=1))
+
+        (thread := threading.Thread(target=second)).start()
+        thread.join()
+
+    monkeypatch.setattr(loop, "publish_run", publish)
+    train_here(tmp_path / "first", max_train_steps=1)
+    assert len(refused) == 1 and not (tmp_path / "second").exists()
+    monkeypatch.setattr(loop, "publish_run", lambda *given: None)
+    train_here(tmp_path / "second", max_train_steps=1)
 
 
 def test_a_run_is_published_once_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_a_tokenizer_without_a_mask_gets_one_and_its_network_a_row(tmp_path: Pat
     without.save_pretrained(tmp_path / "bert")
     tiny_tokens.network(len(without)).save_pretrained(tmp_path / "bert")
     given = fields(tmp_path, network_from=str(tmp_path / "bert"), tokenizer=str(tmp_path / "bert"))
-    with pytest.warns(UserWarning, match=r"no mask token|no row for the mask"):
+    with pytest.warns(UserWarning, match="mask"):
         run = start(tmp_path / "run", **given)
     assert run.model.network.model.config.vocab_size == len(words) == Tokenization(words).num_ids
 

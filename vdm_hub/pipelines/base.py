@@ -371,6 +371,8 @@ class LikelihoodPipeline(KeepsPublishedCard, DiffusionPipeline):
                 f"Give a pipeline of these, or what is missing by name."
             )
         # Given by name: diffusers asks for the very class of an annotation, and here any model called alike will do.
+        if kwargs.get("dtype") is None and "torch_dtype" in kwargs:  # its former name
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
         dtype = next((part.dtype for part in parts.values() if isinstance(part, ModelMixin)), None)
         return super().from_pipe(pipeline, **{"dtype": dtype} | parts | kwargs)
 

@@ -30,7 +30,7 @@ from vdm_hub.errors import CheckpointError, ConfigurationError, NonFiniteLossErr
 from vdm_hub.fields import whole_number
 from vdm_hub.hub.places import INDEX
 from vdm_hub.hub.repositories import HUB_ARGUMENTS, ModelFiles
-from vdm_hub.models.calls import Call, check_context, checked_output, named_arguments
+from vdm_hub.models.calls import Call, check_context, checked_output, evaluating, named_arguments
 from vdm_hub.models.conditions import classes_of, keeps_null, takes_classes, text_width_of
 from vdm_hub.models.registered_model import RegisteredModel, bare_network, config_of
 from vdm_hub.models.text_conditions import TextCondition
@@ -41,14 +41,14 @@ from vdm_hub.pipelines.base import LikelihoodPipeline
 from vdm_hub.pipelines.guidance import GUIDER, GuidedNetwork, build_guider
 from vdm_hub.pipelines.prompts import Prompt, encoded, negative_of, of_one_length, one_for_each
 from vdm_hub.registry import Serialised
-from vdm_hub.schedulers.configs import check_grid, model_input
+from vdm_hub.schedulers.configs import check_grid, check_sampler, model_input
 from vdm_hub.schedulers.diffusers_checkpoints import (
     PipelineSource,
     notes_on_bound,
     scheduler_of_pipeline,
     scheduler_of_repository,
 )
-from vdm_hub.schedulers.families import own_loop, process_config
+from vdm_hub.schedulers.families import family_of, own_loop, process_config
 from vdm_hub.schedulers.vdm import VDMScheduler, time_tensor
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -374,13 +374,12 @@ class VDMPipeline(LikelihoodPipeline):
         if latents is None:
             latents = bound.prior_sample(shape, generator, device)
         steps = _Steps(self, bound, network, num_inference_steps, sampler, generator)
-        latents = steps.taken(
-            latents.to(device, torch.promote_types(latents.dtype, torch.float32)), callback_on_step_end
-        )
-        images = latents
-        if output_type != "latent":
-            _check_finite(latents, None if guiding is None else guidance_scale)
-            images = images_from_levels(steps.decoded(latents), process.num_levels, output_type)
+        latents = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+        with evaluating(nn.ModuleList([self.unet, process])):
+            images = latents = steps.taken(latents, callback_on_step_end)
+            if output_type != "latent":
+                _check_finite(latents, None if guiding is None else guidance_scale)
+                images = images_from_levels(steps.decoded(latents), process.num_levels, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -556,6 +555,9 @@ class VDMPipeline(LikelihoodPipeline):
         most = None if isinstance(scheduler, VDMScheduler) else len(scheduler)
         steps = _steps(whole_number("num_inference_steps", num_inference_steps, most=most), sampler)
         if not isinstance(scheduler, VDMScheduler):
+            config = scheduler.config
+            if config.get("noise_schedule") is not None or family_of(config) is None:  # made of a VDMScheduler's
+                check_sampler(type(scheduler), config.get("prediction_type", "epsilon"), {})
             check_grid(scheduler, steps)
         scheduler.set_timesteps(steps, device=self._execution_device)
         self._steps_of[threading.get_ident()] = self._steps_of[None] = len(scheduler.timesteps)

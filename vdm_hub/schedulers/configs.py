@@ -113,7 +113,7 @@ SHOWN_STEPS = 50
 _OTHER_STEPS = (250, SHOWN_STEPS, 20, 10)
 
 
-def check_grid(scheduler: Any, steps: int) -> None:
+def check_grid(scheduler: Any, steps: int, remedy: str | None = None) -> None:
     """Refuse a number of steps on which one of diffusers' samplers fails, or gives NaN.
 
     Several divide by a difference of two levels' log-SNRs, which some options and numbers of steps make zero; so that
@@ -122,14 +122,18 @@ def check_grid(scheduler: Any, steps: int) -> None:
     Args:
         scheduler: The sampler; it stays as it is.
         steps: How many steps it is to take.
+        remedy: What to do where the caller has no other number of steps to give.
 
     Raises:
         ConfigurationError: Naming the number of steps, and one that would do.
     """
     if (failure := _failure(scheduler, steps)) is None:
         return
-    works = next((other for other in _OTHER_STEPS if _failure(scheduler, other) is None), None)
-    remedy = f"give num_inference_steps={works}, say" if works else "choose another sampler, or other options of it"
+    if remedy is None:
+        works = next((other for other in _OTHER_STEPS if _failure(scheduler, other) is None), None)
+        remedy = (
+            f"give num_inference_steps={works}, say" if works else "choose another sampler, or other options of it"
+        )
     name = type(scheduler).__name__
     raise ConfigurationError(f"{name}, as it is configured, {failure} with num_inference_steps={steps}: {remedy}.")
 

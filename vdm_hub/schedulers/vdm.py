@@ -266,7 +266,8 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         check_sampler(scheduler_class, self.config.prediction_type, kwargs)
         with explained(f"no {scheduler_class.__name__} can be made", "leave an option out", ConfigurationError):
             made = scheduler_class.from_config(self.config, **kwargs)  # type: ignore[attr-defined]
-        check_grid(made, min(SHOWN_STEPS, self.config.num_train_timesteps))
+        other = "choose another sampler, VDMScheduler among them, or other options of it"
+        check_grid(made, min(SHOWN_STEPS, self.config.num_train_timesteps), other)
         return made
 
     def check_stock_process(self) -> None:
@@ -414,7 +415,12 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             return_dict: Whether to return a `VDMSchedulerOutput` or a tuple in its order.
             process: The process bound to this chain, where it carries a context (as `VDMPipeline` does).
             return_log_prob: Whether to return `transition_log_prob` of the draw, held fixed, as the last of a tuple.
+
+        Raises:
+            ConfigurationError: The timestep is no number of the process's range, or the output has another shape than
+                its network's for the sample.
         """
+        self._check_step(model_output, timestep, sample)
         kernel = self._kernel(sample, model_output, timestep, process) if return_log_prob else None
         output: tuple[Tensor | None, ...]
         if (stock := self._ending_stock) is not None:
@@ -427,6 +433,29 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             assert output[0] is not None
             output = (*output, kernel.log_prob(_double(output[0].detach())))
         return VDMSchedulerOutput(*output) if return_dict else output
+
+    def _check_step(self, output: Tensor, timestep: float | Tensor, sample: Tensor) -> None:
+        """Refuse a timestep that is none, and an output that would be broadcast."""
+        with explained(f"timestep is {shortened(timestep)}", "give one of timesteps", ConfigurationError):
+            value = float(timestep)
+        if value not in self._index:
+            first, last = sorted(map(float, self.process.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64))))
+            rounding = 1e-6 * (last - first)  # of float32
+            between = self._ending_stock is None and first - rounding <= value <= last + rounding
+            if not between:  # of DDPM's own chain there is nothing between its steps
+                range_ = f", or a number from {first:g} to {last:g}" if self._ending_stock is None else ""
+                raise ConfigurationError(
+                    f"timestep is {value:g}, which is none of this scheduler's: give one of timesteps "
+                    f"({shortened(self.timesteps.tolist())}){range_}."
+                )
+        process = self.process
+        if isinstance(process, GaussianProcess) and output.shape[1:] != (
+            needed := process.output_shape(sample.shape[1:])
+        ):
+            raise ConfigurationError(
+                f"model_output is {tuple(output.shape)} for a sample {tuple(sample.shape)}, and the process needs "
+                f"{(len(sample), *needed)}: give what its network gives."
+            )
 
     def transition_log_prob(
         self,

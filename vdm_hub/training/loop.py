@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from vdm_hub.data.conditions import Condition
 from vdm_hub.data.examples import Examples, RunData
 from vdm_hub.data.loading import load_data
-from vdm_hub.errors import CheckpointError, warn
+from vdm_hub.errors import CheckpointError, ConfigurationError, warn
 from vdm_hub.evaluation.evaluate import evaluate
 from vdm_hub.files import clear_leftovers, written_beside
 from vdm_hub.likelihood.report import LikelihoodReport
@@ -61,10 +62,33 @@ def train_model(configuration: Configuration) -> LikelihoodReport | None:
         The bound on the test split, on the main process, where there is a test split.
 
     Raises:
+        ConfigurationError: Another run is at work in this process, whose draws and processes the two would share.
         PublishError: The run is complete on disk, and only its publication failed.
         VDMHubError: Something is the user's to mend; nothing that was there before is lost.
         TrainingStopped: SIGTERM or SIGINT came; the checkpoint of the last step is written.
     """
+    with _alone():
+        return _train_alone(configuration)
+
+
+_AT_WORK = threading.Lock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A block for one run at a time: torch's draws (weights, dropout) and accelerate's state are of a process."""
+    if not _AT_WORK.acquire(blocking=False):
+        raise ConfigurationError(
+            "another run is at work in this process, in another thread: wait for its end, or start this one in a "
+            "process of its own (vdm-hub train)."
+        )
+    try:
+        yield
+    finally:
+        _AT_WORK.release()
+
+
+def _train_alone(configuration: Configuration) -> LikelihoodReport | None:
     folder = OutputFolder(configuration)
     accelerator = build_accelerator(configuration, folder.path, folder.logs)
     if not accelerator.is_main_process:

@@ -68,7 +68,7 @@ def test_the_length_is_the_likelihood_of_the_order(tmp_path: Any) -> None:
 
 def test_texts_that_tokens_do_not_say_and_other_processes_are_refused(tmp_path: Any) -> None:
     pipe = pipeline()
-    with pytest.raises(DataError, match="tokenizer does not know"):
+    with pytest.raises(DataError, match="tokenizer"):
         encode(pipe, windows(pipe, tmp_path, "a bad ☃ face faced"))
     with pytest.raises(DataError, match="first 2 windows"):
         encode(pipe, windows(pipe, tmp_path).first(2))
