@@ -119,6 +119,9 @@ def test_other_ways_to_train(tmp_path: Path, others: dict[str, Any]) -> None:
 
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+PERCEIVER = {"_class_name": "PerceiverForMaskedLM", "d_model": 8, "d_latents": 8, "num_latents": 2, "num_blocks": 1}
+PERCEIVER |= {"num_self_attends_per_block": 1, "num_self_attention_heads": 1, "num_cross_attention_heads": 1}
+PERCEIVER |= {"qk_channels": 8, "v_channels": 8}
 OF_XLM = {"emb_dim": 8, "n_layers": 1, "n_heads": 2}
 
 
@@ -183,7 +186,7 @@ def test_what_can_not_be_trained_is_refused(tmp_path: Path) -> None:
     for others, named in (
         ({"network_from": place, "tokenizer": place}, ("causal",)),
         ({"network_from": str(tmp_path / "bert"), "tokenizer": "byte"}, ("tokenizer", 258)),
-        ({"network": {"_class_name": "PerceiverForMaskedLM", "d_model": 8}}, ("PerceiverForMaskedLM", "embeddings")),
+        ({"network": PERCEIVER}, ("PerceiverForMaskedLM", "embeddings")),
         ({"model": "vdm"}, ("model", "tokens")),
         ({"forward_process": "gaussian"}, ("GaussianProcess", "absorbing")),
         ({"tokenizer": None}, ("tokenizer",)),
