@@ -78,7 +78,8 @@ def main() -> None:
         max_samples=arguments.images,
     ).levels
     if arguments.pilot > arguments.budget * len(levels):
-        parser.error(f"--pilot {arguments.pilot} is more than {len(levels)} images have by --budget {arguments.budget}")
+        have = arguments.budget * len(levels)
+        parser.error(f"--pilot {arguments.pilot} is more than the {have} evaluations that --budget leaves the images")
     objective = pipeline.objective(arguments.transitions)
     rows: list[dict[str, Any]] = []
     for repetition in range(arguments.repetitions):
