@@ -77,9 +77,8 @@ def main() -> None:
         num_levels=pipeline.process.num_levels,
         max_samples=arguments.images,
     ).levels
-    if arguments.pilot > arguments.budget * len(levels):
-        have = arguments.budget * len(levels)
-        parser.error(f"--pilot {arguments.pilot} is more than the {have} evaluations that --budget leaves the images")
+    if arguments.pilot >= (paid := arguments.budget * len(levels)):
+        parser.error(f"--pilot {arguments.pilot} leaves nothing of the {paid} evaluations of --budget: give less")
     objective = pipeline.objective(arguments.transitions)
     rows: list[dict[str, Any]] = []
     for repetition in range(arguments.repetitions):

@@ -276,6 +276,10 @@ def test_a_step_from_no_timestep_of_the_process_is_refused(scheduler: VDMSchedul
     z = torch.zeros(1, 3, 8, 8)
     with pytest.raises(ConfigurationError, match="timestep"):
         scheduler.step(z, timestep, z)
+    if isinstance(timestep, float):
+        for call in (scheduler.interval, lambda one: scheduler.transition_log_prob(z, z, z, one)):
+            with pytest.raises(ConfigurationError, match="timestep"):
+                call(timestep)
 
 
 def test_a_step_is_from_any_time_of_the_process_and_of_a_chain_from_its_own() -> None:

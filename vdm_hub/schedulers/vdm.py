@@ -381,8 +381,12 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
         return self._ending_stock is not None
 
     def interval(self, timestep: float | Tensor) -> tuple[float, float]:
-        """``(s, t)`` of the step that starts at a timestep, on the grid or between its points."""
-        value = float(timestep)
+        """``(s, t)`` of the step that starts at a timestep, on the grid or between its points.
+
+        Raises:
+            ConfigurationError: It is no number of the process's range.
+        """
+        value = self._checked_timestep(timestep)
         if value in self._index:
             index = self._index[value]
             return self.times[index + 1], self.times[index]
@@ -420,12 +424,12 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             ConfigurationError: The timestep is no number of the process's range, or the output has another shape than
                 its network's for the sample.
         """
-        self._check_step(model_output, timestep, sample)
+        self._check_output(model_output, sample)
         kernel = self._kernel(sample, model_output, timestep, process) if return_log_prob else None
         output: tuple[Tensor | None, ...]
         if (stock := self._ending_stock) is not None:
             assert isinstance(self.process, GaussianProcess)
-            output = stock.step(self.process, model_output, timestep, sample, generator)
+            output = stock.step(self.process, model_output, self._checked_timestep(timestep), sample, generator)
         else:
             s, t = (time_tensor(time, sample) for time in self.interval(timestep))
             output = (process or self._bound).reverse_step(model_output, sample, s, t, generator)
@@ -434,28 +438,32 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             output = (*output, kernel.log_prob(_double(output[0].detach())))
         return VDMSchedulerOutput(*output) if return_dict else output
 
-    def _check_step(self, output: Tensor, timestep: float | Tensor, sample: Tensor) -> None:
-        """Refuse a timestep that is none, and an output that would be broadcast."""
-        with explained(f"timestep is {shortened(timestep)}", "give one of timesteps", ConfigurationError):
-            value = float(timestep)
-        if value not in self._index:
-            first, last = sorted(map(float, self.process.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64))))
-            rounding = 1e-6 * (last - first)  # of float32
-            between = self._ending_stock is None and first - rounding <= value <= last + rounding
-            if not between:  # of DDPM's own chain there is nothing between its steps
-                range_ = f", or a number from {first:g} to {last:g}" if self._ending_stock is None else ""
-                raise ConfigurationError(
-                    f"timestep is {value:g}, which is none of this scheduler's: give one of timesteps "
-                    f"({shortened(self.timesteps.tolist())}){range_}."
-                )
-        process = self.process
-        if isinstance(process, GaussianProcess) and output.shape[1:] != (
-            needed := process.output_shape(sample.shape[1:])
-        ):
+    def _check_output(self, output: Tensor, sample: Tensor) -> None:
+        """Refuse an output that would be broadcast."""
+        if not isinstance(self.process, GaussianProcess):
+            return
+        needed = self.process.output_shape(sample.shape[1:])
+        if output.shape[1:] != needed:
             raise ConfigurationError(
                 f"model_output is {tuple(output.shape)} for a sample {tuple(sample.shape)}, and the process needs "
                 f"{(len(sample), *needed)}: give what its network gives."
             )
+
+    def _checked_timestep(self, timestep: float | Tensor) -> float:
+        """The timestep of a step: one of the grid or, of a VDM's own chain, any between its ends."""
+        with explained(f"timestep is {shortened(timestep)}", "give one of timesteps", ConfigurationError):
+            value = float(timestep)
+        if value in self._index:
+            return value
+        first, last = sorted(map(float, self.process.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64))))
+        rounding = 1e-6 * (last - first)  # of float32
+        if self._ending_stock is not None or not first - rounding <= value <= last + rounding:
+            between = f", or a number from {first:g} to {last:g}" if self._ending_stock is None else ""
+            raise ConfigurationError(
+                f"timestep is {value:g}, which is none of this scheduler's: give one of timesteps "
+                f"({shortened(self.timesteps.tolist())}){between}."
+            )
+        return value
 
     def transition_log_prob(
         self,
@@ -508,7 +516,8 @@ class VDMScheduler(CheckedLoading, SchedulerMixin, ConfigMixin):
             raise ConfigurationError(
                 f"timestep has shape {tuple(given.shape)} for {len(sample)} data: give one, or one for each."
             )
-        pairs = [(self if stock is None else stock).interval(one) for one in given.flatten()]
+        chain = self if stock is None else stock
+        pairs = [chain.interval(self._checked_timestep(one)) for one in given.flatten()]
         s, t = zip(*pairs, strict=True) if len(pairs) > 1 else pairs[0]
         bound = process or self._bound
         if self.clipping is not None:
