@@ -6,9 +6,9 @@
 The changes are mutmut's, and three kinds of our own: a statement left out, a condition that always or never holds, one
 reduction for another. Strings, refusals and what is printed are left alone, as no number or step depends on them. Each
 mutant runs in a process forked from one that has collected the tests, of which those that come by the mutant's line go
-first; its code is never written to a file, so tests that start processes of their own see the code as it is. mutmut's
-own runner passes over whatever is decorated and over all that stands outside functions, where this project has many of
-its numbers.
+first; what stands outside functions is imported with its change by a process that has not imported the project yet. No
+code is written to a file, so tests that start processes of their own see it as it is. mutmut's own runner passes over
+whatever is decorated and over all that stands outside functions, where this project has many of its numbers.
 
 A mutant that no test fails on is printed with its line. tests/mutants.toml says which tests are aimed at which module
 and lists those that change nothing, each with its reason; any other that survives makes the exit status 1.
@@ -28,6 +28,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -38,8 +39,9 @@ import time
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import SourceFileLoader
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, cast
@@ -62,6 +64,7 @@ REDUCTIONS |= {"sqrt": "square", "exp": "expm1", "log": "log1p", "std": "var", "
 HOW = {"device", "non_blocking", "foreach", "fused", "strict"}  # where, how fast, and what is refused: no number
 HOW |= {"at_least", "at_most", "above", "below", "choices", "only_with"}  # the range of an option: the same
 LEFT_ALONE = m.Annotation() | m.Decorator() | m.Raise() | m.Assert() | m.Import() | m.ImportFrom() | m.BaseString()
+LIBRARIES = ("accelerate", "datasets", "diffusers", "hypothesis", "torch", "transformers")  # once, not in every fork
 TESTS_PASS, TESTS_FAIL = 0, 1
 MOST_MEMORY = 12 << 30  # bytes of addresses; importing torch takes 3 GiB of them. More fails, which is noticed
 
@@ -192,7 +195,7 @@ class Tests:
         self.old = code_by_name(compile(module.read_text(), self.path, "exec"))
         self.functions: list[FunctionType] = []  # of the module, that are in use
         self.alive: list[Mutant] = []
-        self.later: list[Mutant] = []  # what is known only once the module is imported again
+        self.later: list[Mutant] = []  # what is known only once the module is imported with it
         self.wrong = ""
         self.limit = 3600.0  # seconds of a run
         self.seconds: dict[str, float] = defaultdict(float)  # of each test
@@ -205,13 +208,35 @@ class Tests:
     def try_all(self) -> list[Mutant]:
         """The mutants that no test fails on."""
         sys.dont_write_bytecode = True
+        for library in LIBRARIES:
+            importlib.import_module(library)
+        # What stands outside of functions is tried by processes that have not imported the project yet: libraries keep
+        # classes of it (in their registries, in their modules), beside which a second import would be another project.
+        fork = multiprocessing.get_context("fork")
+        receiver, sender = fork.Pipe(duplex=False)
+        process = fork.Process(target=self._try_within_functions, args=(sender,))
+        process.start()
+        sender.close()
+        with contextlib.suppress(EOFError):
+            self.alive, self.later, self.seconds, self.by_line, self.limit = receiver.recv()
+        process.join()
+        if process.exitcode:
+            sys.exit(1)
+        if self.later:
+            as_it_is = replace(self.later[0], code=Path(self.path).read_text())
+            if self._end_of(self._start(as_it_is, self._import)) != TESTS_PASS:
+                sys.exit(f"{self.path}: its tests fail where they are imported with it, without any change")
+        self._try(self.later, self._import)
+        return self.alive
+
+    def _try_within_functions(self, sender: Connection) -> None:
+        """Gather those that no test fails on, and those that are tried later."""
         import_first(Path(self.path))
         with quiet():
             self._pytest()
         if self.wrong:
             sys.exit(f"{self.path}: {self.wrong}")
-        self._try(self.later, self._import_anew)
-        return self.alive
+        sender.send((self.alive, self.later, self.seconds, self.by_line, self.limit))
 
     def _pytest(self) -> int:
         how = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--assert=plain", "--capture=sys"]
@@ -244,7 +269,7 @@ class Tests:
         return True
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Those of a module that was imported again are sorted as the others are."""
+        """Those of a fork that collects them itself are sorted as the others are."""
         if self.in_fork:
             self._sort(items)
 
@@ -288,7 +313,7 @@ class Tests:
                 notes.write_text(json.dumps([self.seconds, self.coverage.get_data().contexts_by_lineno(self.path)]))
                 return status
 
-            if os.waitstatus_to_exitcode(os.waitpid(self._start(None, noting), 0)[1]) != TESTS_PASS:
+            if self._end_of(self._start(None, noting)) != TESTS_PASS:
                 self.wrong = "its tests fail without any change"
                 return False
             seconds, by_line = json.loads(notes.read_text())
@@ -315,6 +340,11 @@ class Tests:
                 status = run(mutant)
         finally:
             os._exit(status)
+
+    @staticmethod
+    def _end_of(child: int) -> int:
+        """The exit status of a process, once it ends."""
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def _try(self, tried: Sequence[Mutant], run: Callable[[Mutant | None], int]) -> None:
         """Gather those that no test fails on."""
@@ -356,12 +386,9 @@ class Tests:
         alike = all(function.__code__.co_freevars == code.co_freevars for function, code in pairs)
         return pairs if alike else None
 
-    def _import_anew(self, mutant: Mutant | None) -> int:
-        """Forget the project and its tests, and run these as they are imported again, with the mutant's code."""
+    def _import(self, mutant: Mutant | None) -> int:
+        """Run the tests as they are imported with the mutant's code."""
         assert mutant is not None
-        for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(f"{ROOT}{os.sep}") and name != "__main__":
-                del sys.modules[name]
         path, as_written = self.path, SourceFileLoader.get_code
 
         def get_code(loader: SourceFileLoader, name: str) -> CodeType | None:
