@@ -141,7 +141,8 @@ def test_a_run_ends_when_its_patience_does(tmp_path: Path) -> None:
     assert run.is_last() and next(run.batches(), None) is None
 
 
-def test_counts_are_those_of_the_whole_run(run: TrainingRun) -> None:
+def test_counts_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", train_batch_size=SIZE, gradient_accumulation_steps=3)
     assert (run.total_steps, run.global_batch_size) == (6, 3 * SIZE)
     assert (run.step, run.seconds) == (0, 0.0)
 

@@ -65,7 +65,7 @@ class InitialModel:
     record: InitialRecord
     configuration: Configuration
     said: list[str]
-    kept: bool = False
+    kept: bool
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ from vdm_hub.recipes.arguments import Configuration
 from vdm_hub.recipes.configuration import DiffusionArguments
 from vdm_hub.training.parts.networks import count_parameters
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 class Provenance:
