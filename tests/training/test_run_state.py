@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from naming import naming
 from runs import LEARNED, UNET, as_process, configuration, forget_accelerator, start, weights
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    kept = [(state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]
+    kept = [(state, dict(state._shared_state)) for state in (AcceleratorState, GradientState, PartialState)]
     yield
     for state, values in kept:
         state._shared_state.update(values)
