@@ -297,3 +297,8 @@ def test_one_gamma_a_time_is_asked_for_where_it_is_needed() -> None:
         scalar_gaussian(ResamplingProcess())
     plain = process_of("fixed_small")
     assert scalar_gaussian(plain) is plain
+
+
+def test_whose_kernels_are_gaussian_says_so() -> None:
+    """Importance weights and the laws of kernels ask for it."""
+    assert GaussianProcess.has_gaussian_kernels
